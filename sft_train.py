@@ -1,0 +1,787 @@
+"""Teach a Qwen3 model Russian by SFT on T-Wix with LoRA, and hold it near its base by a KL anchor.
+
+    L = NLL + c(t) * KL(p_student || p_reference)
+
+The reference is the same model with its adapter switched off, so there is no second model; the loss and its gradient are
+computed over chunks of rows, so full-size logits never exist. The model is measured before and after: validation loss
+and perplexity on the same rows, and MT-Bench answers scored by a reward model, each difference with its interval.
+
+    poetry run python sft_train.py --model Qwen/Qwen3-1.7B --output_dir qwen3_sft --subset both --mix_reasoning_ratio 0.2
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mtbench_eval
+from mtbench_eval import InputError, NotFiniteError, SkippedRows, log
+
+# torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTTrainer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+DEMO = dict(
+    model=str(mtbench_eval.DEMO_DIR / "model"),
+    reward_model=str(mtbench_eval.DEMO_DIR / "reward_model"),
+    dataset=str(mtbench_eval.DEMO_DIR / "twix.jsonl"),
+    mtbench_ru=str(mtbench_eval.DEMO_DIR / "mt_bench_ru.jsonl"),
+    output_dir="demo_sft",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. Defaults are those of the published runs where they had one."""
+    parser = mtbench_eval.new_parser("sft_train.py", __doc__)
+    ratio, positive, not_negative = mtbench_eval.ratio, mtbench_eval.positive, mtbench_eval.not_negative
+    mtbench_eval.add_model_flags(parser)
+    mtbench_eval.add_lora_flags(parser)
+    mtbench_eval.add_training_flags(parser)
+    mtbench_eval.add_run_flags(parser, exp_log="experiments/sft_experiments.jsonl")
+    parser.add_argument(
+        "--output_dir", default="qwen3_twix_lora_sft_ru", help="folder of the run (default: %(default)s)"
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="t-tech/T-Wix", help="hub id, file or folder of {messages, subset} rows")
+    group.add_argument("--subset", choices=["general", "reasoning", "both"], default="general")
+    group.add_argument("--val_split", type=ratio, default=0.01, help="share of prompts held out (0.01; at least one)")
+    group.add_argument("--streaming", action="store_true", help="read rows as they are needed, never all in memory")
+    group.add_argument("--max_seq_length", type=positive(int), default=1024, help="tokens an example is cut to (1024)")
+    group.add_argument(
+        "--packing", action="store_true", help="fill sequences with several examples, none sees another"
+    )
+    group.add_argument("--num_proc", type=positive(int), default=4, help="tokenising processes for large data (4)")
+    group.add_argument("--sample_ratio", type=ratio, default=0.25, help="share of the rows to use, by hash (0.25)")
+    group.add_argument("--sample_seed", type=int, default=42, help="seed of the sample and the validation split (42)")
+    group.add_argument(
+        "--mix_reasoning_ratio",
+        type=ratio,
+        default=None,
+        help="share of reasoning rows with --subset both (as they come)",
+    )
+    group.add_argument("--assistant_only_loss", action="store_true", help="loss on the assistant's turns alone")
+
+    group = parser.add_argument_group("KL anchor")
+    group.add_argument(
+        "--kl_coef", type=not_negative(float), default=0.02, help="its weight; 0 switches it off (0.02)"
+    )
+    group.add_argument("--kl_start_step", type=not_negative(int), default=0, help="step at which it sets in (0)")
+    group.add_argument("--kl_warmup_steps", type=not_negative(int), default=300, help="steps to full weight (300)")
+    group.add_argument(
+        "--kl_limit_seq",
+        type=not_negative(int),
+        default=0,
+        help="last target tokens of an example it acts on; 0 = all",
+    )
+    group.add_argument("--kl_log_interval", type=positive(int), default=50, help="steps between log lines (50)")
+
+    group = parser.add_argument_group("measuring")
+    group.add_argument("--mtbench_ru", default="auto", metavar="auto|none|PATH", help="question file; auto fetches it")
+    group.add_argument(
+        "--mtbench_backend", choices=["simple", "auto"], default="simple", help="auto: continuous batching"
+    )
+    group.add_argument("--mtbench_questions_limit", type=not_negative(int), default=0, help="a sample of N; 0 = all")
+    group.add_argument("--mtbench_questions_seed", type=int, default=42, help="seed of that sample (42)")
+    group.add_argument("--mtbench_temperature", type=not_negative(float), default=0.0, help="0 (default) = greedy")
+    group.add_argument("--mtbench_max_tokens", type=positive(int), default=1024, help="new tokens a turn (1024)")
+    group.add_argument(
+        "--early_stop_patience",
+        type=positive(int),
+        default=None,
+        help="measure every --eval_steps, keep the best, stop after N evaluations without a gain (off)",
+    )
+    group.add_argument("--eval_steps", type=positive(int), default=200, help="steps between those evaluations (200)")
+    group.add_argument("--baseline_eval_samples", type=positive(int), default=60, help="validation rows compared (60)")
+    group.add_argument("--skip_baseline_eval", action="store_true", help="measure only after training")
+    parser.add_argument("--warmup_ratio", type=ratio, default=0.1, help="share of the steps with a rising rate (0.1)")
+    parser.set_defaults(batch=8, grad_acc=16, learning_rate=1e-5)
+    return parser
+
+
+def neutral_flags(args: argparse.Namespace) -> set[str]:
+    """Flags that do not change which adapter comes out; with early stopping, MT-Bench decides, so its flags do."""
+    measuring = {"skip_baseline_eval", "baseline_eval_samples"}
+    if args.early_stop_patience is None:
+        measuring |= {"reward_model", "eval_steps"} | {name for name in vars(args) if name.startswith("mtbench_")}
+    return mtbench_eval.NEUTRAL_FLAGS | measuring | {"kl_log_interval"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: which rows, and on which side of the split
+
+
+def row_problem(row: dict) -> str | None:
+    """Why a row of {messages: [{role, content}]} cannot be trained on; None when it can."""
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return "no messages"
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in {"system", "user", "assistant"}:
+            return f"unknown role {message.get('role')!r}" if isinstance(message, dict) else "a message is no object"
+        if not isinstance(message.get("content"), str) or not message["content"].strip():
+            return f"empty {message['role']} turn"
+    if messages[-1]["role"] != "assistant":
+        return "no answer at the end"
+    return None
+
+
+def unit_hash(*parts: object) -> float:
+    """A number in [0, 1) that depends on `parts` alone: the same rows are drawn whatever their order."""
+    digest = hashlib.blake2b(json.dumps(parts, ensure_ascii=False).encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "big") / 2**64
+
+
+def turns_of(row: dict) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in row["messages"]]
+
+
+def prompt_of(row: dict) -> list[tuple[str, str]]:
+    """The turns before the first answer."""
+    return list(itertools.takewhile(lambda turn: turn[0] != "assistant", turns_of(row)))
+
+
+@dataclass
+class Selection:
+    """Which rows are used: a row is in when its hash is at most its subset's threshold.
+
+    So a sample of 0.10 is a part of the sample of 0.25, streaming draws the same rows as loading, and a prompt is on one
+    side of the validation split with all of its answers.
+    """
+
+    seed: int
+    threshold: dict[str, float]  # by subset; a subset that is not asked for has none
+    validation_threshold: float
+    counts: Counter  # (subset, "train" | "validation") -> rows
+    sha256: str  # of the rows' hashes, sorted: the fingerprint of the data
+
+    def side(self, row: dict) -> str | None:
+        """ "train", "validation", or None for a row that is not used."""
+        if row_problem(row) or unit_hash(self.seed, turns_of(row)) > self.threshold.get(
+            row.get("subset", "general"), -1
+        ):
+            return None
+        return "validation" if unit_hash(self.seed, "prompt", prompt_of(row)) <= self.validation_threshold else "train"
+
+    def rows(self, side: str) -> int:
+        return sum(count for (_, its_side), count in self.counts.items() if its_side == side)
+
+
+def select_rows(rows: Callable[[SkippedRows], Iterator[tuple[str, dict]]], args: argparse.Namespace) -> Selection:
+    """Reads every row once and decides the sample, the reasoning mix and the validation split.
+
+    Raises InputError when the data holds no usable row, none of the subset, or none to train on after the split.
+    """
+    wanted = {"general", "reasoning"} if args.subset == "both" else {args.subset}
+    hashes: dict[str, list[tuple[float, float]]] = {subset: [] for subset in sorted(wanted)}
+    others = Counter()
+    skipped = SkippedRows()
+    for place, row in rows(skipped):
+        problem = row_problem(row)
+        if problem:
+            skipped.add(place, problem)
+        elif row.get("subset", "general") not in wanted:
+            others[row["subset"]] += 1
+        else:
+            key = unit_hash(args.sample_seed, turns_of(row)), unit_hash(args.sample_seed, "prompt", prompt_of(row))
+            hashes[row.get("subset", "general")].append(key)
+    skipped.report("rows")
+    found = {subset: len(keys) for subset, keys in hashes.items()}
+    if not sum(found.values()):
+        seen = f"; it has {dict(others)}" if others else ""
+        places = f" ({'; '.join(skipped.places)})" if skipped.places else ""
+        raise InputError(
+            f"--dataset {args.dataset}: no usable row of subset {args.subset}{seen}{places}; choose others"
+        )
+
+    total = round(args.sample_ratio * sum(found.values()))
+    take = {subset: round(args.sample_ratio * count) for subset, count in found.items()}
+    if args.subset == "both" and args.mix_reasoning_ratio is not None:
+        take["reasoning"] = min(round(args.mix_reasoning_ratio * total), found["reasoning"])
+        take["general"] = min(total - take["reasoning"], found["general"])
+        reached = take["reasoning"] / max(1, sum(take.values()))
+        log.info("reasoning rows: asked for %.1f %%, reached %.1f %%", 100 * args.mix_reasoning_ratio, 100 * reached)
+        if round(args.mix_reasoning_ratio * total) > found["reasoning"]:
+            log.warning("too few reasoning rows (%d): general rows fill the rest", found["reasoning"])
+    used = {subset: sorted(keys)[: take[subset]] for subset, keys in hashes.items()}
+    prompts = sorted({prompt for keys in used.values() for _, prompt in keys})
+    if len(prompts) < 2:
+        raise InputError(f"--sample_ratio {args.sample_ratio}: {len(prompts)} prompts left; at least 2 are needed")
+    validation_threshold = prompts[min(max(1, round(args.val_split * len(prompts))), len(prompts) - 1) - 1]
+    return Selection(
+        seed=args.sample_seed,
+        threshold={subset: keys[-1][0] for subset, keys in used.items() if keys},
+        validation_threshold=validation_threshold,
+        counts=Counter(
+            (subset, "validation" if prompt <= validation_threshold else "train")
+            for subset, keys in used.items()
+            for _, prompt in keys
+        ),
+        sha256=hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def load_data(args: argparse.Namespace) -> tuple[Selection, Callable[[str, str | None], Iterator[dict]]]:
+    """The selection, and `examples(side, subset=None)`, which yields its rows as TRL takes them, read anew each time."""
+    rows = mtbench_eval.open_dataset(args.dataset, "--dataset", streaming=args.streaming)
+    selection = select_rows(rows, args)
+
+    def examples(side: str, subset: str | None = None) -> Iterator[dict]:
+        for _, row in rows(SkippedRows()):
+            if subset in {None, row.get("subset", "general")} and selection.side(row) == side:
+                messages = [{"role": role, "content": content} for role, content in turns_of(row)]
+                yield {"messages": messages, "chat_template_kwargs": {"enable_thinking": args.thinking}}
+
+    return selection, examples
+
+
+def training_set(args: argparse.Namespace, selection: Selection, examples: Callable[..., Iterator[dict]]):
+    """A `datasets.Dataset` of the training rows, or with --streaming a shuffled `IterableDataset` of the same rows."""
+    import datasets
+
+    if not args.streaming:
+        return datasets.Dataset.from_list(list(examples("train")))
+    if args.packing:
+        raise InputError("--packing cannot count its sequences in a stream; leave out --streaming or --packing")
+    counts = {subset: selection.counts[subset, "train"] for subset in selection.threshold}
+    streams = [
+        datasets.IterableDataset.from_generator(examples, gen_kwargs={"side": "train", "subset": subset})
+        for subset in counts
+    ]
+    # a stream may hold one subset after the other: draw from both in their shares
+    stream = datasets.interleave_datasets(
+        streams,
+        probabilities=[count / sum(counts.values()) for count in counts.values()],
+        seed=args.seed,
+        stopping_strategy="all_exhausted_without_replacement",
+    )
+    return stream.shuffle(seed=args.seed, buffer_size=10_000)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def fused_nll_kl(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ref_hidden: torch.Tensor | None = None,
+    kl_mask: torch.Tensor | None = None,
+    *,
+    kl_coef: float = 0.0,
+    num_items: torch.Tensor | int | None = None,
+    rows_per_chunk: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """NLL + kl_coef * KL(p_student || p_reference) from hidden states, without full-size logits.
+
+    Logits are formed for `rows_per_chunk` rows at a time, and the gradient to `hidden` is computed with them, so that
+    backward only scales it. The NLL is its sum over target rows / `num_items`; the KL is its mean over KL rows.
+
+    Args:
+        hidden: (rows, H) the student's last hidden states, any float type; half types compute in float32.
+        weight: (V, H) the LM head, frozen, shared by student and reference.
+        labels: (rows,) int64 next tokens, already shifted; -100 is no target.
+        ref_hidden: (rows, H) the reference's last hidden states; None leaves the KL out (it is 0).
+        kl_mask: (rows,) bool, the rows that the KL acts on, as far as they are targets; None means all of them.
+        num_items: the divisor of the NLL; None means the number of target rows.
+
+    Returns:
+        (loss, nll, kl), scalars; only `loss` has a gradient.
+
+    Raises:
+        ValueError: `weight` requires a gradient, which is not computed.
+
+    The gradient of a row, with a = 1/num_items on targets and K KL rows, is (by d KL / d logits = p (log p/r - KL))
+        g = p_s * (a + kl_coef/K * (log p_s - log p_r - KL_row)) - a * onehot(label).
+    """
+    import torch
+
+    if weight.requires_grad:
+        raise ValueError("fused_nll_kl computes no gradient for the LM head: freeze it")
+    dtype = torch.float32 if hidden.dtype in {torch.float16, torch.bfloat16} else hidden.dtype
+    targets = labels != -100
+    in_kl = torch.zeros_like(targets)
+    if ref_hidden is not None:
+        in_kl = targets if kl_mask is None else targets & kl_mask
+    a = 1 / torch.as_tensor(targets.sum() if num_items is None else num_items, device=hidden.device).clamp(min=1).to(
+        dtype
+    )
+    c = kl_coef / in_kl.sum().clamp(min=1).to(dtype)
+    nll, kl = torch.zeros((2,), dtype=dtype, device=hidden.device)
+    needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    gradient = torch.zeros_like(hidden) if needs_gradient else None
+    with torch.no_grad():
+        for rows in _chunks(targets & ~in_kl, rows_per_chunk):
+            logits = (hidden[rows] @ weight.T).to(dtype)
+            label = labels[rows]
+            at_label = logits.gather(1, label[:, None])
+            top = logits.amax(1, keepdim=True)
+            exp = logits.sub_(top).exp_()  # in place: the chunk's logits are the only large buffer
+            total = exp.sum(1, keepdim=True)
+            nll += (total.log() + top - at_label).sum()
+            if needs_gradient:
+                mean_row = (exp.to(weight.dtype) @ weight) / total
+                gradient[rows] = (a * (mean_row - weight[label])).to(gradient.dtype)
+        for rows in _chunks(in_kl, rows_per_chunk):
+            logits = (hidden[rows] @ weight.T).to(dtype)
+            ref_logits = (ref_hidden[rows] @ weight.T).to(dtype)
+            label = labels[rows]
+            at_label = logits.gather(1, label[:, None])
+            lse, ref_lse = logits.logsumexp(1, keepdim=True), ref_logits.logsumexp(1, keepdim=True)
+            gap = ref_logits.neg_().add_(logits)  # log p_s - log p_r, but for the row's constant lse - ref_lse
+            p = logits.sub_(lse).exp_()
+            mean_gap = torch.einsum("rv,rv->r", p, gap)[:, None]
+            nll += (lse - at_label).sum()
+            kl += (mean_gap - lse + ref_lse).sum()
+            if needs_gradient:
+                g = gap.sub_(mean_gap).mul_(c).add_(a).mul_(p)  # gap - mean_gap = log p_s/p_r - KL_row
+                gradient[rows] = (g.to(weight.dtype) @ weight - a * weight[label]).to(gradient.dtype)
+    nll, kl = nll * a, kl / in_kl.sum().clamp(min=1)
+    loss = nll + kl_coef * kl
+    return (_with_gradient(loss, hidden, gradient) if needs_gradient else loss), nll, kl
+
+
+def _chunks(mask: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """The indices of the rows in `mask`, `size` at a time."""
+    rows = mask.nonzero().squeeze(1)
+    return rows.split(size) if len(rows) else ()
+
+
+def _with_gradient(loss: torch.Tensor, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """`loss`, whose gradient to `hidden` is known already: backward scales it."""
+    import torch
+
+    class KnownGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, loss):
+            ctx.save_for_backward(gradient)
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return ctx.saved_tensors[0] * upstream, None
+
+    return KnownGradient.apply(hidden, loss)
+
+
+def kl_coefficient(args: argparse.Namespace, step: int) -> float:
+    """c(t): 0 before `kl_start_step`, then a linear rise to `kl_coef` over `kl_warmup_steps`."""
+    if step < args.kl_start_step:
+        return 0.0
+    return args.kl_coef * min(1.0, (step - args.kl_start_step) / max(1, args.kl_warmup_steps))
+
+
+def tail_mask(is_target: torch.Tensor, example: torch.Tensor, limit: int) -> torch.Tensor:
+    """The last `limit` targets of each example; 0 means all of them.
+
+    is_target: (batch, positions) bool. example: the same shape, int64, rising along each row and from row to row: the
+    number of the example that a position belongs to, in a padded batch its row, under packing its place in the sequence.
+    """
+    if limit == 0:
+        return is_target
+    flat, example = is_target.flatten(), example.flatten()
+    seen = flat.cumsum(0)
+    in_examples_so_far = (
+        flat.new_zeros(int(example[-1]) + 1, dtype=seen.dtype).scatter_add_(0, example, flat.long()).cumsum(0)
+    )
+    return (flat & (in_examples_so_far[example] - seen < limit)).view_as(is_target)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@contextlib.contextmanager
+def without_head(model: PeftModel) -> Iterator[None]:
+    """Inside, the model returns its last hidden states, (batch, positions, H), in the place of logits."""
+    import torch
+
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    base.set_output_embeddings(torch.nn.Identity())
+    try:
+        yield
+    finally:
+        base.set_output_embeddings(head)
+
+
+def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection, measure) -> SFTTrainer:
+    """TRL's SFTTrainer with the fused loss. `measure(step) -> dict` gives what evaluation at a step returns."""
+    import torch
+    from peft import get_peft_model
+    from transformers import TrainerCallback, set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    class KLAnchoredTrainer(SFTTrainer):
+        def get_batch_samples(self, epoch_iterator, num_batches, device):
+            """Also marks the KL positions of the step's batches, so that its KL is the mean over all of them."""
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            self.kl_coef = kl_coefficient(args, self.state.global_step)
+            if self.kl_coef:
+                for batch in batches:
+                    targets = batch["labels"][:, 1:] != -100
+                    if "position_ids" in batch:  # packed: a position of 0 begins the next example
+                        example = (batch["position_ids"][:, 1:] == 0).long().cumsum(1)
+                    else:
+                        example = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
+                    batch["kl_mask"] = tail_mask(targets, example, args.kl_limit_seq)
+                marked = sum(batch["kl_mask"].sum() for batch in batches)
+                self.kl_items = self.accelerator.gather(marked.to(self.accelerator.device)).sum()
+            self.steps_since_log += 1
+            return batches, num_items
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels, kl_mask = inputs.pop("labels")[:, 1:].flatten(), inputs.pop("kl_mask", None)
+            peft_model = self.accelerator.unwrap_model(model)
+            hidden, ref_hidden, kl_coef = None, None, 0.0
+            with without_head(peft_model):
+                hidden = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+                if kl_mask is not None:
+                    kl_mask = kl_mask.flatten()
+                    kl_coef = self.kl_coef * kl_mask.sum() / self.kl_items
+                    with torch.no_grad(), peft_model.disable_adapter():
+                        ref_hidden = peft_model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+            weight = peft_model.get_output_embeddings().weight
+            loss, nll, kl = fused_nll_kl(
+                hidden, weight, labels, ref_hidden, kl_mask, kl_coef=kl_coef, num_items=num_items_in_batch
+            )
+            if not loss.isfinite():
+                raise NotFiniteError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
+            self.nll_since_log += nll.item()
+            if kl_mask is not None:
+                self.kl_since_log += (kl * kl_mask.sum() / self.kl_items).item()
+            # num_items counts the targets of all processes, whose gradients DDP averages
+            return loss * self.accelerator.num_processes
+
+        def evaluate(self, *_, **__):
+            """What early stopping runs every --eval_steps; the Trainer keeps the checkpoint with the best MT-Bench."""
+            metrics = {f"eval_{name}": value for name, value in measure(self.state.global_step).items()}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            self.control.should_save = True
+            scores = [entry["eval_mtbench"] for entry in self.state.log_history if "eval_mtbench" in entry]
+            reason = early_stop_reason(self.baseline_score, scores, args.early_stop_patience)
+            if reason:
+                log.info("early stop at step %d: %s", self.state.global_step, reason)
+                self.control.should_training_stop = True
+            return metrics
+
+        def log(self, logs, start_time=None):
+            if "loss" in logs:
+                sums = torch.tensor([[self.nll_since_log, self.kl_since_log]], device=self.accelerator.device)
+                nll, kl = (self.accelerator.gather(sums).sum(0) / self.steps_since_log).tolist()
+                logs |= {"nll": nll, "kl": kl, "kl_coef": self.kl_coef}
+                self.nll_since_log = self.kl_since_log = self.steps_since_log = 0
+            super().log(logs, start_time)
+
+    class EvaluateLastStep(TrainerCallback):
+        def on_step_end(self, trainer_args, state, control, **kwargs):
+            control.should_evaluate |= state.global_step == state.max_steps
+
+    early = args.early_stop_patience is not None
+    set_seed(args.seed)
+    model = get_peft_model(model, mtbench_eval.lora_config(args))
+    config = SFTConfig(
+        **mtbench_eval.training_arguments(
+            args, weight_decay=0.01, warmup_ratio=args.warmup_ratio, logging_steps=args.kl_log_interval
+        ),
+        max_steps=streaming_steps(args, selection) if args.streaming else -1,
+        max_length=args.max_seq_length,
+        packing=args.packing,
+        eval_packing=False,
+        assistant_only_loss=args.assistant_only_loss,
+        dataset_num_proc=args.num_proc if selection.rows("train") > 20_000 else None,  # a worker takes 10 s to start
+        eval_strategy="steps" if early else "no",
+        eval_steps=args.eval_steps if early else None,
+        metric_for_best_model="mtbench" if early else None,
+        greater_is_better=True if early else None,
+    )
+    with mtbench_eval.adapter_kept_in_float32(model):
+        trainer = KLAnchoredTrainer(
+            model=model,
+            args=config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[EvaluateLastStep()] if early else [],
+        )
+    trainer.nll_since_log = trainer.kl_since_log = trainer.steps_since_log = 0
+    trainer.baseline_score = None
+    return trainer
+
+
+def streaming_steps(args: argparse.Namespace, selection: Selection) -> int:
+    """Optimiser steps of a stream, whose length the Trainer cannot know; as it counts them for a data set."""
+    batches = math.ceil(selection.rows("train") / (args.batch * int(os.environ.get("WORLD_SIZE", "1"))))
+    return math.ceil(args.epochs * math.ceil(batches / args.grad_acc))
+
+
+def early_stop_reason(baseline: float | None, scores: list[float], patience: int) -> str | None:
+    """Why to stop after these MT-Bench scores (1-10), or None: a fall of more than 0.30 below the baseline, or
+    `patience` evaluations on end without a gain of 0.05 over the last one that gained."""
+    if baseline is not None and scores[-1] < baseline - 0.30:
+        return f"MT-Bench {scores[-1]:.3f} is more than 0.30 below the baseline {baseline:.3f}"
+    best, without_gain = -math.inf, 0
+    for score in scores:
+        gained = score - best >= 0.05
+        best, without_gain = (score, 0) if gained else (best, without_gain + 1)
+    return f"{patience} evaluations without a gain of 0.05" if without_gain >= patience else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def validation_nll(model: PeftModel, rows, collator, batch_size: int) -> tuple[list[float], list[int]]:
+    """NLL summed over each row's targets, in nats, and their number. `rows`: a prepared `datasets.Dataset`."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    weight = model.get_base_model().get_output_embeddings().weight
+    sums, tokens = [], []
+    for batch in torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=collator):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
+        with (
+            torch.no_grad(),
+            without_head(model),
+            torch.autocast(model.device.type, model.dtype, enabled=model.device.type == "cuda"),
+        ):
+            hidden = model(**batch, use_cache=False).logits[:, :-1]
+        for row_hidden, row_labels in zip(hidden, labels, strict=True):
+            sums.append(fused_nll_kl(row_hidden, weight, row_labels, num_items=1)[1].item())
+            tokens.append(int((row_labels != -100).sum()))
+    model.train(was_training)
+    return sums, tokens
+
+
+def loss_deltas(before: list[float], after: list[float], tokens: list[int]) -> dict[str, dict]:
+    """Paired differences of the token-weighted validation loss and of the perplexity, its exponential."""
+    mean_tokens = sum(tokens) / len(tokens)
+    delta = mtbench_eval.paired_delta([x / mean_tokens for x in before], [x / mean_tokens for x in after])
+    perplexity = math.exp(sum(before) / sum(tokens))
+    ends = {name: perplexity * math.expm1(delta[name]) for name in ("mean", "low", "high")}
+    return {"val_loss": delta, "ppl": {**delta, **ends}}
+
+
+def print_plan(
+    args, selection: Selection, examples, tokenizer: PreTrainedTokenizerBase, questions: list[dict]
+) -> None:
+    """What a run would do: rows by source, steps, tokens, memory, evaluations."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for (subset, side), count in sorted(selection.counts.items()):
+        log.info("%-10s %-10s %9d rows", subset, side, count)
+    sample = list(itertools.islice(examples("train"), 200))
+    lengths = [
+        len(tokenizer.apply_chat_template(row["messages"], **row["chat_template_kwargs"], return_dict=False))
+        for row in sample
+    ]
+    mean = sum(min(length, args.max_seq_length) for length in lengths) / len(lengths)
+    cut = sum(length > args.max_seq_length for length in lengths) / len(lengths)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    sequences = math.ceil(selection.rows("train") * (mean / args.max_seq_length if args.packing else 1))
+    steps = math.ceil(args.epochs * math.ceil(math.ceil(sequences / (args.batch * processes)) / args.grad_acc))
+    log.info("steps: %d of %d sequences each", steps, args.batch * args.grad_acc * processes)
+    log.info("tokens: about %.0f a row, %.2f M an epoch; %.0f %% of rows are cut", mean, mean * selection.rows("train") / 1e6, 100 * cut)  # fmt: skip
+
+    config = AutoConfig.from_pretrained(
+        mtbench_eval.fetch_model(args.model, args.model_revision, "--model"), trust_remote_code=args.trust_remote_code
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+    width = mtbench_eval.device_and_dtype()[1].itemsize
+    embeddings = sum(p.numel() for p in {model.get_input_embeddings().weight, model.get_output_embeddings().weight})
+    linear = model.num_parameters() - embeddings
+    weights = embeddings * width + linear * (width if args.no_4bit else 0.53)  # 4 bits and the scales of 64 values
+    kept_layers = config.num_hidden_layers * (1 if args.gradient_checkpointing is not False else 16)
+    activations = args.batch * args.max_seq_length * config.hidden_size * width * kept_layers
+    logits = 2 * 128 * config.vocab_size * 4
+    log.info("memory: about %.1f GiB of weights, %.1f GiB of activations and logits", weights / 2**30, (activations + logits) / 2**30)  # fmt: skip
+    during = steps // args.eval_steps if args.early_stop_patience else 0
+    log.info("MT-Bench: %d questions before, after, and %d times during training", len(questions), during)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = mtbench_eval.parse_arguments(build_parser(), argv, DEMO)
+    with mtbench_eval.recorded_run(args, argv, "sft_train.py") as record:
+        run(args, record)
+    return record
+
+
+def run(args: argparse.Namespace, record: dict) -> None:
+    """Load, measure, train, measure again. Everything that can be wrong with the input is found before it writes."""
+    checkpoint = mtbench_eval.find_checkpoint(args, neutral_flags(args))
+    selection, examples = load_data(args)
+    questions = []
+    if args.mtbench_ru != "none":
+        questions = mtbench_eval.load_questions(
+            args.mtbench_ru, language="ru", limit=args.mtbench_questions_limit, seed=args.mtbench_questions_seed
+        )
+    elif args.early_stop_patience is not None:
+        raise InputError("--early_stop_patience decides by MT-Bench: leave out --mtbench_ru none or the patience")
+    tokenizer = mtbench_eval.load_tokenizer(args)
+    if args.assistant_only_loss:
+        check_assistant_mask(args, tokenizer)
+    if args.dry_run:
+        print_plan(args, selection, examples, tokenizer, questions)
+        record["status"] = "completed"
+        return
+    train_dataset = training_set(args, selection, examples)
+    import datasets
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    validation = datasets.Dataset.from_list(list(examples("validation")))
+    model = mtbench_eval.load_model(args)
+    reward_model = mtbench_eval.RewardModel(args.reward_model) if questions and mtbench_eval.main_process() else None
+
+    def mtbench(name: str, adapter: str, use_cache: bool = False) -> list[dict]:
+        return mtbench_eval.score_questions(
+            model,
+            tokenizer,
+            reward_model,
+            questions,
+            path=folder / f"mtbench_{name}.jsonl",
+            fingerprint=mtbench_eval.model_fingerprint(args, adapter),
+            max_new_tokens=args.mtbench_max_tokens,
+            temperature=args.mtbench_temperature,
+            batch_size=args.eval_batch_size,
+            backend=args.mtbench_backend,
+            thinking=args.thinking,
+            seed=args.seed,
+            use_cache=use_cache,
+        )
+
+    def measure(step: int) -> dict:
+        """Validation loss and MT-Bench of the adapter as it is at a training step."""
+
+        def compute() -> dict:
+            nll, tokens = validation_nll(model, compared, collator, args.batch)
+            rows = mtbench(f"step_{step}", mtbench_eval.adapter_sha256(model))
+            return {"loss": sum(nll) / sum(tokens), "mtbench": mtbench_eval.summarise(rows)["avg"]}
+
+        return mtbench_eval.on_main_process(compute)
+
+    trainer = build_trainer(args, model, tokenizer, train_dataset, validation, selection, measure)
+    model, collator = trainer.model, DataCollatorForLanguageModeling(tokenizer.pad_token_id)
+    compared = trainer.eval_dataset.select(range(min(args.baseline_eval_samples, len(trainer.eval_dataset))))
+    trainer.accelerator.wait_for_everyone()
+    rows = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
+    folder = mtbench_eval.begin(record, {"source": args.dataset, "rows": rows, "sha256": selection.sha256})
+    log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in rows.items()))
+
+    baseline, final, delta = record["baseline"], record["final"], record["delta"]
+
+    def measure_baseline() -> dict:
+        measured = {}
+        with model.disable_adapter():
+            nll, tokens = validation_nll(model, compared, collator, args.batch)
+            measured |= {"val_loss": sum(nll) / sum(tokens), "ppl": math.exp(sum(nll) / sum(tokens)), "nll": nll}
+            if questions:
+                measured["rows"] = mtbench("baseline", "none", use_cache=not args.no_baseline_cache)
+                measured["mtbench"] = mtbench_eval.summarise(measured["rows"])
+        return measured
+
+    before = {}
+    if not args.skip_baseline_eval:
+        with mtbench_eval.timed(record, "baseline"):
+            before = mtbench_eval.on_main_process(measure_baseline)
+        baseline |= {name: before[name] for name in ("val_loss", "ppl", "mtbench") if name in before}
+        trainer.baseline_score = baseline["mtbench"]["avg"] if questions else None
+
+    with mtbench_eval.timed(record, "train"):
+        mtbench_eval.run_training(trainer, checkpoint)
+    record["kept_step"] = trainer.state.global_step
+    best = trainer.state.best_model_checkpoint
+    if best is not None:
+        trainer._load_from_checkpoint(best)
+        record["kept_step"] = trainer.state.best_global_step
+        log.info("kept the adapter of step %d, the best by MT-Bench", record["kept_step"])
+    mtbench_eval.save_adapter(trainer, folder)
+
+    if mtbench_eval.main_process():
+        with mtbench_eval.timed(record, "final"):
+            nll, tokens = validation_nll(model, trainer.eval_dataset, collator, args.batch)
+            n = len(compared)
+            final |= {"val_loss": sum(nll[:n]) / sum(tokens[:n]), "ppl": math.exp(sum(nll[:n]) / sum(tokens[:n]))}
+            final |= {"val_loss_full": sum(nll) / sum(tokens), "val_rows_full": len(nll)}
+            if before:
+                delta |= loss_deltas(before["nll"], nll[:n], tokens[:n])
+            if questions:
+                step_file = folder / f"mtbench_step_{record['kept_step']}.jsonl"
+                if step_file.exists() and not (folder / "mtbench_final.jsonl").exists():
+                    shutil.copyfile(step_file, folder / "mtbench_final.jsonl")  # the kept adapter is measured already
+                after_rows = mtbench("final", mtbench_eval.adapter_sha256(model))
+                final["mtbench"] = mtbench_eval.summarise(after_rows)
+                if before:
+                    compared_rows = mtbench_eval.compare_rows(before["rows"], after_rows)
+                    delta |= {"mtbench": compared_rows["score"], "mtbench_raw": compared_rows["raw"]}
+        report(record, folder, trainer.state.log_history)
+
+
+def check_assistant_mask(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError when the assistant's turns cannot be told from the rest in this chat template."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    if "{% generation %}" not in tokenizer.chat_template:
+        try:
+            get_training_chat_template(tokenizer)
+        except ValueError as error:
+            raise InputError(
+                f"--assistant_only_loss: the chat template of {args.model} does not mark the assistant's turns and TRL "
+                "knows none that does; leave the flag out"
+            ) from error
+
+
+def report(record: dict, folder: Path, history: list[dict]) -> None:
+    """metrics.json, the plots and the table."""
+    baseline, final, delta = record["baseline"], record["final"], record["delta"]
+    mtbench_eval.write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
+    mtbench_eval.plot_curves(history, {"loss": ["loss", "nll", "eval_loss"]}, folder / "loss.png")
+    mtbench_eval.plot_curves(history, {"KL": ["kl"], "KL coefficient": ["kl_coef"]}, folder / "kl.png")
+    table = [
+        ("validation loss", baseline.get("val_loss"), final["val_loss"], delta.get("val_loss")),
+        ("perplexity", baseline.get("ppl"), final["ppl"], delta.get("ppl")),
+    ]
+    if "mtbench" in final:
+        before, after = baseline.get("mtbench"), final["mtbench"]
+        mtbench_eval.plot_categories(before, after, folder / "mtbench.png")
+        table += [
+            ("MT-Bench, 1-10", before and before["avg"], after["avg"], delta.get("mtbench")),
+            ("MT-Bench, raw reward", before and before["raw_mean"], after["raw_mean"], delta.get("mtbench_raw")),
+            ("MT-Bench, published scale", before and before["avg_logged"], after["avg_logged"], None),
+        ]
+    mtbench_eval.print_table(f"{record['output_dir']}, step {record['kept_step']}", table)
+    log.info("validation loss on all %d held-out rows: %.4f", final["val_rows_full"], final["val_loss_full"])
+    log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
+
+
+if __name__ == "__main__":
+    main()

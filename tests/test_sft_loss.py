@@ -1,0 +1,129 @@
+"""The fused loss against the plain formula, and which positions the KL acts on."""
+
+import argparse
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft_train import early_stop_reason, fused_nll_kl, kl_coefficient, tail_mask
+
+
+def plain(hidden, weight, labels, ref_hidden, kl_mask, kl_coef, num_items):
+    """The definition: full logits, log_softmax, autograd."""
+    targets = labels != -100
+    log_p = torch.log_softmax(hidden @ weight.T, -1)
+    picked = log_p[torch.arange(len(labels)), labels.clamp(min=0)]
+    nll = -(picked * targets).sum() / (max(1, int(targets.sum())) if num_items is None else num_items)
+    kl = hidden.new_zeros(())
+    if ref_hidden is not None:
+        rows = targets & (torch.ones_like(targets) if kl_mask is None else kl_mask)
+        log_r = torch.log_softmax(ref_hidden @ weight.T, -1)
+        per_row = (log_p.exp() * (log_p - log_r)).sum(-1)
+        kl = (per_row * rows).sum() / max(1, int(rows.sum()))
+    return nll + kl_coef * kl, nll, kl
+
+
+def case(seed, rows, width, vocabulary, ignored, in_kl, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=generator, dtype=dtype)
+    ref_hidden = hidden + 0.5 * torch.randn(rows, width, generator=generator, dtype=dtype)
+    weight = torch.randn(vocabulary, width, generator=generator, dtype=dtype)
+    labels = torch.randint(vocabulary, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) < ignored] = -100
+    kl_mask = torch.rand(rows, generator=generator) < in_kl
+    return hidden, weight, labels, ref_hidden, kl_mask
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 23),
+    width=st.integers(1, 9),
+    vocabulary=st.integers(2, 40),
+    ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    in_kl=st.sampled_from([0.0, 0.5, 1.0, None]),
+    with_reference=st.booleans(),
+    kl_coef=st.sampled_from([0.0, 0.02, 1.5]),
+    num_items=st.sampled_from([None, 7]),
+    rows_per_chunk=st.integers(1, 30),
+    upstream=st.sampled_from([1.0, -2.5]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+def test_fused_equals_the_plain_formula(
+    seed, rows, width, vocabulary, ignored, in_kl, with_reference, kl_coef, num_items, rows_per_chunk, upstream, dtype
+):
+    hidden, weight, labels, ref_hidden, kl_mask = case(seed, rows, width, vocabulary, ignored, in_kl or 0.0, dtype)
+    kl_mask = None if in_kl is None else kl_mask
+    ref_hidden = ref_hidden if with_reference else None
+    fused_in = hidden.clone().requires_grad_()
+    got = fused_nll_kl(
+        fused_in, weight, labels, ref_hidden, kl_mask,
+        kl_coef=kl_coef, num_items=num_items, rows_per_chunk=rows_per_chunk,
+    )  # fmt: skip
+    (got[0] * upstream).backward()
+    exact_in = hidden.double().requires_grad_()
+    exact_reference = None if ref_hidden is None else ref_hidden.double()
+    want = plain(exact_in, weight.double(), labels, exact_reference, kl_mask, kl_coef, num_items)
+    (want[0] * upstream).backward()
+
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+    for a, b in zip(got, want, strict=True):
+        assert abs(a.item() - b.item()) <= tolerance * max(1.0, abs(b.item()))
+    assert (fused_in.grad - exact_in.grad).norm() <= tolerance * max(exact_in.grad.norm(), 1.0)
+
+
+def test_gradcheck():
+    hidden, weight, labels, ref_hidden, kl_mask = case(0, 7, 4, 11, 0.3, 0.6, torch.float64)
+    hidden.requires_grad_()
+
+    def loss(h):
+        return fused_nll_kl(h, weight, labels, ref_hidden, kl_mask, kl_coef=0.7, rows_per_chunk=2)[0]
+
+    assert torch.autograd.gradcheck(loss, (hidden,), rtol=1e-7, atol=1e-9)
+
+
+def test_large_logits_do_not_overflow():
+    hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
+    weight, labels = torch.tensor([[1.0], [-1.0]]), torch.tensor([1, 1])
+    loss, nll, kl = fused_nll_kl(hidden, weight, labels, -hidden.detach(), kl_coef=1.0)
+    loss.backward()
+    assert nll.item() == pytest.approx(300) and kl.item() == pytest.approx(600)
+    assert hidden.grad.isfinite().all()
+
+
+def test_a_head_that_wants_a_gradient_is_refused():
+    with pytest.raises(ValueError, match="freeze"):
+        fused_nll_kl(torch.zeros(1, 2), torch.zeros(3, 2, requires_grad=True), torch.zeros(1, dtype=torch.long))
+
+
+def test_tail_is_each_examples_own():
+    # two padded rows of 5 and 3 targets
+    targets = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 0]]).bool()
+    row = torch.tensor([[0] * 5, [1] * 5])
+    assert tail_mask(targets, row, 2).int().tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 1, 0]]
+    assert tail_mask(targets, row, 0).equal(targets)
+    assert tail_mask(targets, row, 9).equal(targets)
+    # one packed row of examples of 3, 1 and 2 targets, the first target of each next example being none
+    targets = torch.tensor([[1, 1, 1, 0, 1, 0, 1, 1]]).bool()
+    example = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]])
+    assert tail_mask(targets, example, 2).int().tolist() == [[0, 1, 1, 0, 1, 0, 1, 1]]
+
+
+def test_kl_schedule():
+    args = argparse.Namespace(kl_coef=0.03, kl_start_step=200, kl_warmup_steps=300)
+    assert [kl_coefficient(args, t) for t in (0, 199, 200)] == [0, 0, 0]
+    assert kl_coefficient(args, 350) == pytest.approx(0.015)
+    assert kl_coefficient(args, 500) == kl_coefficient(args, 9999) == 0.03
+    args.kl_warmup_steps = 0
+    assert kl_coefficient(args, 201) == 0.03
+
+
+def test_early_stopping_rule():
+    assert early_stop_reason(5.0, [4.9], 2) is None
+    assert early_stop_reason(5.0, [4.69], 2).startswith("MT-Bench 4.690 is more than 0.30 below")
+    assert early_stop_reason(None, [1.0], 1) is None
+    assert early_stop_reason(5.0, [5.0, 5.04, 5.02], 2) == "2 evaluations without a gain of 0.05"
+    assert early_stop_reason(5.0, [5.0, 5.04, 5.08], 2) is None  # small gains add up
+    assert early_stop_reason(5.0, [5.0, 4.8, 5.1, 5.0], 2) is None
