@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 log = logging.getLogger("llm_alignment")
 
@@ -985,7 +985,6 @@ def generate(
     """
     import torch
     from tqdm import tqdm
-    from transformers import GenerationConfig
 
     if not conversations:
         return []
@@ -998,35 +997,21 @@ def generate(
     if cut:
         log.warning("%d prompts lost their beginning: the model's context is %d tokens", cut, context)
         prompts = [prompt[-(context - max_new_tokens) :] for prompt in prompts]
-    own_eos = model.generation_config.eos_token_id
-    eos = sorted({*(own_eos if isinstance(own_eos, list) else [own_eos]), tokenizer.eos_token_id} - {None})
-    pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    settings = decoding_settings(model, tokenizer, temperature=temperature, top_p=top_p)
+    eos = settings.eos_token_id
     # Tags of thinking are special tokens in some tokenizers, and they must be seen to be removed.
     hidden = {
         number
         for number, token in tokenizer.added_tokens_decoder.items()
         if token.special and token.content not in {"<think>", "</think>"}
     }
-    settings = GenerationConfig(
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        top_p=top_p if temperature else 1.0,
-        top_k=0 if temperature else 50,  # 50 is transformers' "not set": any other value warns when greedy
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        num_beams=1,
-        eos_token_id=eos,
-        pad_token_id=pad,
-        use_cache=True,
-        return_dict_in_generate=True,
-    )
     texts = [""] * len(prompts)
     progress = tqdm(total=len(prompts), desc=description, unit="answer", disable=not description)
 
     def take(index: int, tokens: list[int]) -> None:
         end = next((n for n, token in enumerate(tokens) if token in eos), None)
         shown = [token for token in tokens[:end] if token not in hidden]
-        opened = tokenizer.decode(prompts[index][-4:]).rstrip().endswith("<think>")  # by the template itself
+        opened = tokenizer.decode(prompts[index][-16:]).rstrip().endswith("<think>")  # by the template itself
         texts[index] = ("<think>" if opened else "") + tokenizer.decode(shown).strip()
         progress.update()
         if on_answer:
@@ -1056,6 +1041,29 @@ def generate(
     finally:
         model.train(was_training)
     return texts
+
+
+def decoding_settings(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, *, temperature: float, top_p: float
+) -> GenerationConfig:
+    """Greedy at temperature 0, else sampling; every setting is written out, so none of the model's own is taken."""
+    from transformers import GenerationConfig
+
+    own_eos = model.generation_config.eos_token_id
+    eos = sorted({*(own_eos if isinstance(own_eos, list) else [own_eos]), tokenizer.eos_token_id} - {None})
+    return GenerationConfig(
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_p=top_p if temperature else 1.0,
+        top_k=0 if temperature else 50,  # 50 is transformers' "not set": any other value warns when greedy
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        num_beams=1,
+        eos_token_id=eos,
+        pad_token_id=eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        use_cache=True,
+        return_dict_in_generate=True,
+    )
 
 
 def batched_answers(model, prompts, settings, max_new_tokens: int, take: Callable[[int, list[int]], None]) -> None:
@@ -1474,27 +1482,27 @@ def compare_rows(before_rows: list[dict], after_rows: list[dict]) -> dict:
 
 def print_table(title: str, rows: list[tuple[str, float | None, float | None, dict | None]]) -> None:
     """Prints (metric, baseline, final, delta) rows; `delta` as from `paired_delta`. Plain ASCII, 100 columns."""
-    from rich import box
+    from rich.box import Box
     from rich.console import Console
     from rich.table import Table
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:#.4g}".rstrip(".")
 
-    table = Table(title=title, title_style="", box=box.ASCII, title_justify="left")
-    for column, justify in (("", "left"), ("baseline", "right"), ("final", "right")):
-        table.add_column(column, justify=justify)
-    for column in ("difference", "95 % interval", "p", "n"):
-        table.add_column(column, justify="right")
+    rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
+    table = Table(title=title, title_style="", title_justify="left", box=rules, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
+    for column in ("baseline", "final", "difference [95 % interval]", "p"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for metric, baseline, final, delta in rows:
         cells = [metric, number(baseline), number(final)]
         if delta and delta["n"]:
-            unclear = delta["low"] <= 0 <= delta["high"]
-            cells += [f"{delta['mean']:+#.4g}", f"{number(delta['low'])} .. {number(delta['high'])}"]
-            cells += [f"{delta['p']:.2g}", str(delta["n"]), "no detectable change" if unclear else ""]
+            cells.append(f"{delta['mean']:+#.4g} [{number(delta['low'])}, {number(delta['high'])}]")
+            cells.append(f"{delta['p']:.2g}")
+            cells.append("no detectable change" if delta["low"] <= 0 <= delta["high"] else "")
         table.add_row(*cells)
-    Console(width=100, color_system=None, legacy_windows=False).print(table, markup=False, highlight=False)
+    Console(width=100, color_system=None, legacy_windows=False, markup=False, highlight=False).print(table)
 
 
 def plot_categories(before_summary: dict, after_summary: dict, path: Path) -> None:
