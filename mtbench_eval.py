@@ -405,6 +405,11 @@ def main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def processes() -> int:
+    """How many processes, one to a device, share the work under `accelerate launch`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def device_and_dtype() -> tuple[torch.device, torch.dtype]:
     """This process's device, and bf16 where the GPU has it, else fp16, else fp32 on CPU."""
     import torch
@@ -578,6 +583,31 @@ def training_arguments(
         disable_tqdm=not main_process(),
         ddp_timeout=24 * 3600,  # the other ranks wait while one evaluates
     )
+
+
+def optimiser_steps(args: argparse.Namespace, rows: int) -> int:
+    """Optimiser steps over `rows` examples, as the Trainer counts them."""
+    return math.ceil(args.epochs * math.ceil(math.ceil(rows / (args.batch * processes())) / args.grad_acc))
+
+
+def log_memory_plan(args: argparse.Namespace, tokens: int) -> None:
+    """Says about how much memory training takes, with `tokens` the longest example; the weights are not loaded."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(
+        fetch_model(args.model, args.model_revision, "--model"), trust_remote_code=args.trust_remote_code
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+    width = device_and_dtype()[1].itemsize
+    embeddings = sum(p.numel() for p in {model.get_input_embeddings().weight, model.get_output_embeddings().weight})
+    linear = model.num_parameters() - embeddings
+    weights = embeddings * width + linear * (width if args.no_4bit else 0.53)  # 4 bits and the scales of 64 values
+    kept_layers = config.num_hidden_layers * (1 if args.gradient_checkpointing is not False else 16)
+    activations = args.batch * tokens * config.hidden_size * width * kept_layers
+    logits = 2 * 128 * config.vocab_size * 4
+    log.info("memory: about %.1f GiB of weights, %.1f GiB of activations and logits", weights / 2**30, (activations + logits) / 2**30)  # fmt: skip
 
 
 def lora_config(args: argparse.Namespace) -> LoraConfig:
@@ -835,7 +865,7 @@ def begin(record: dict, data: dict) -> Path:
     record["device"] = {
         "name": name,
         "dtype": str(dtype).removeprefix("torch."),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": processes(),
         "threads": torch.get_num_threads(),
     }
     record["data"] = data

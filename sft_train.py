@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import shutil
 import sys
 from collections import Counter
@@ -504,7 +503,7 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
         **mtbench_eval.training_arguments(
             args, weight_decay=0.01, warmup_ratio=args.warmup_ratio, logging_steps=args.kl_log_interval
         ),
-        max_steps=streaming_steps(args, selection) if args.streaming else -1,
+        max_steps=mtbench_eval.optimiser_steps(args, selection.rows("train")) if args.streaming else -1,
         max_length=args.max_seq_length,
         packing=args.packing,
         eval_packing=False,
@@ -527,12 +526,6 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
     trainer.nll_since_log = trainer.kl_since_log = trainer.steps_since_log = 0
     trainer.baseline_score = None
     return trainer
-
-
-def streaming_steps(args: argparse.Namespace, selection: Selection) -> int:
-    """Optimiser steps of a stream, whose length the Trainer cannot know; as it counts them for a data set."""
-    batches = math.ceil(selection.rows("train") / (args.batch * int(os.environ.get("WORLD_SIZE", "1"))))
-    return math.ceil(args.epochs * math.ceil(batches / args.grad_acc))
 
 
 def early_stop_reason(baseline: float | None, scores: list[float], patience: int) -> str | None:
@@ -588,9 +581,6 @@ def print_plan(
     args, selection: Selection, examples, tokenizer: PreTrainedTokenizerBase, questions: list[dict]
 ) -> None:
     """What a run would do: rows by source, steps, tokens, memory, evaluations."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     for (subset, side), count in sorted(selection.counts.items()):
         log.info("%-10s %-10s %9d rows", subset, side, count)
     sample = list(itertools.islice(examples("train"), 200))
@@ -600,25 +590,11 @@ def print_plan(
     ]
     mean = sum(min(length, args.max_seq_length) for length in lengths) / len(lengths)
     cut = sum(length > args.max_seq_length for length in lengths) / len(lengths)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     sequences = math.ceil(selection.rows("train") * (mean / args.max_seq_length if args.packing else 1))
-    steps = math.ceil(args.epochs * math.ceil(math.ceil(sequences / (args.batch * processes)) / args.grad_acc))
-    log.info("steps: %d of %d sequences each", steps, args.batch * args.grad_acc * processes)
+    steps = mtbench_eval.optimiser_steps(args, sequences)
+    log.info("steps: %d of %d sequences each", steps, args.batch * args.grad_acc * mtbench_eval.processes())
     log.info("tokens: about %.0f a row, %.2f M an epoch; %.0f %% of rows are cut", mean, mean * selection.rows("train") / 1e6, 100 * cut)  # fmt: skip
-
-    config = AutoConfig.from_pretrained(
-        mtbench_eval.fetch_model(args.model, args.model_revision, "--model"), trust_remote_code=args.trust_remote_code
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-    width = mtbench_eval.device_and_dtype()[1].itemsize
-    embeddings = sum(p.numel() for p in {model.get_input_embeddings().weight, model.get_output_embeddings().weight})
-    linear = model.num_parameters() - embeddings
-    weights = embeddings * width + linear * (width if args.no_4bit else 0.53)  # 4 bits and the scales of 64 values
-    kept_layers = config.num_hidden_layers * (1 if args.gradient_checkpointing is not False else 16)
-    activations = args.batch * args.max_seq_length * config.hidden_size * width * kept_layers
-    logits = 2 * 128 * config.vocab_size * 4
-    log.info("memory: about %.1f GiB of weights, %.1f GiB of activations and logits", weights / 2**30, (activations + logits) / 2**30)  # fmt: skip
+    mtbench_eval.log_memory_plan(args, args.max_seq_length)
     during = steps // args.eval_steps if args.early_stop_patience else 0
     log.info("MT-Bench: %d questions before, after, and %d times during training", len(questions), during)
 
