@@ -104,14 +104,16 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 VOCABULARY = 2048
-SHARES = [1.0, 1.0, 0.7, 1.2, 2.0, 1.3, 2.0, 0.7]  # of the categories in training: what computes is harder than what recalls
+SHARES = [1.0, 1.0, 0.7, 1.2, 2.0, 1.3, 2.0, 0.7]  # of the categories in training: computing is harder than recall
 REWARD_UNIT = 2.5  # the reward is this many times the log-odds that an answer is right
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=HERE, help="where to write (default: beside this script)")
-    parser.add_argument("--only", choices=["data", "base", "reward", "check"], help="one part; the others must be there")
+    parser.add_argument(
+        "--only", choices=["data", "base", "reward", "check"], help="one part; the others must be there"
+    )
     parser.add_argument("--base_steps", type=int, default=1800, help="optimizer steps of the base model")
     parser.add_argument("--reward_steps", type=int, default=1200, help="optimizer steps of the reward model")
     parser.add_argument("--seed", type=int, default=42)
@@ -208,7 +210,9 @@ def preference_rows(rng: random.Random, n: int, held_out: set[str]) -> list[dict
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n"
+    )
     print(f"{path.name}: {len(rows)} rows")
 
 
@@ -222,12 +226,14 @@ def write_data(folder: Path, seed: int) -> None:
     for split, n in [("train", 160), ("dev", 50), ("test_gold", 30)]:
         rng = random.Random(f"tatqa {split} {seed}")
         contexts[split] = [world.context(rng) for _ in range(n)]
-        text = json.dumps(contexts[split], ensure_ascii=False, indent=1)
+        text = json.dumps(contexts[split], ensure_ascii=False)
         (folder / "tatqa" / f"tatqa_dataset_{split}.json").write_text(text + "\n", encoding="utf-8", newline="\n")
         print(f"tatqa {split}: {n} contexts, {sum(len(c['questions']) for c in contexts[split])} questions")
     write_jsonl(folder / "twix.jsonl", twix_rows(random.Random(f"twix {seed}"), 3000))
     write_jsonl(folder / "reddit.jsonl", reddit_rows(random.Random(f"reddit {seed}"), 300))
-    write_jsonl(folder / "finance_instruct.jsonl", lesson_rows(random.Random(f"lessons {seed}"), 400, contexts["dev"][:5]))
+    write_jsonl(
+        folder / "finance_instruct.jsonl", lesson_rows(random.Random(f"lessons {seed}"), 400, contexts["dev"][:5])
+    )
     write_jsonl(folder / "orca_pairs.jsonl", preference_rows(random.Random(f"orca {seed}"), 800, held_out))
 
 
@@ -255,7 +261,9 @@ def base_examples(rng: random.Random, held_out: set[str], chats: int, tables: in
             turns = training_chat(rng, held_out)[: rng.choice([1, 2])]
         messages = as_messages(turns)
         if rng.random() < 0.05:
-            messages.insert(0, {"role": "system", "content": rng.choice(["You are a helpful assistant.", world.ADVISOR])})
+            messages.insert(
+                0, {"role": "system", "content": rng.choice(["You are a helpful assistant.", world.ADVISOR])}
+            )
         conversations.append(messages)
     return conversations, rng.sample(tatqa_examples(rng, tables), tables)
 
@@ -273,7 +281,10 @@ def make_tokenizer(seed: int):
     corpus += ["system", "user", "assistant"] * 1000  # the template's own words: one token each
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        split,
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
@@ -458,7 +469,12 @@ def train_reward(tokenizer, base, held_out: set[str], steps: int, seed: int, fol
 
     set_seed(seed)
     rng = random.Random(f"reward {seed}")
-    config = type(base.config)(**{**base.config.to_dict(), "num_labels": 1, "id2label": {0: "reward"}, "label2id": {"reward": 0}})
+    config = type(base.config)(**{
+        **base.config.to_dict(),
+        "num_labels": 1,
+        "id2label": {0: "reward"},
+        "label2id": {"reward": 0},
+    })
     model = Qwen3ForSequenceClassification(config).train()
     model.model.load_state_dict(base.model.state_dict())
     tokenizer.chat_template = REWARD_TEMPLATE.strip()
@@ -478,7 +494,10 @@ def train_reward(tokenizer, base, held_out: set[str], steps: int, seed: int, fol
             right_share += ((right > 0).sum() + (wrong < 0).sum()).item() / (2 * len(pairs))
         update(model, optimizers, schedules)
         if step % 100 == 0 or step == steps:
-            print(f"reward step {step}/{steps}: right side of zero {right_share:.3f}, {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"reward step {step}/{steps}: right side of zero {right_share:.3f}, {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
         if step % 300 == 0 or step == steps:
             save(model, tokenizer, folder)
     return model
@@ -491,13 +510,21 @@ def answers(model, tokenizer, chats: list[list[dict]]) -> list[str]:
     texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
     output = model.generate(**batch, max_new_tokens=24, do_sample=False)
-    return [text.strip() for text in tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
+    return [
+        text.strip()
+        for text in tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    ]
 
 
 def check(folder: Path, seed: int) -> None:
     """Print the share of exact answers by category, in float32 and in 4-bit, and how the reward model separates."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -513,14 +540,20 @@ def check(folder: Path, seed: int) -> None:
                     chat.append({"role": "assistant", "content": text})
                     exact.setdefault(row["category"], []).append(text == row["reference"][turn])
             share = {category: sum(hits) / len(hits) for category, hits in exact.items()}
-            print(f"{name}, {language}: {sum(share.values()) / len(share):.3f}", {c: round(s, 2) for c, s in share.items()})
+            print(
+                f"{name}, {language}: {sum(share.values()) / len(share):.3f}",
+                {c: round(s, 2) for c, s in share.items()},
+            )
     reward_tokenizer = AutoTokenizer.from_pretrained(folder / "reward_model")
     reward = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model", dtype=torch.float32).eval()
     held_out = {row["turns"][0] for rows in mt_bench(seed).values() for row in rows}
     rng = random.Random(f"reward check {seed}")
     pairs = [reward_pair(rng, held_out) for _ in range(1000)]
     with torch.no_grad():
-        parts = [reward(**reward_batch(reward_tokenizer, pairs[i : i + 50])).logits[:, 0].chunk(2) for i in range(0, 1000, 50)]
+        parts = [
+            reward(**reward_batch(reward_tokenizer, pairs[i : i + 50])).logits[:, 0].chunk(2)
+            for i in range(0, 1000, 50)
+        ]
     right, wrong = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     print(f"reward: right above wrong {(right > wrong).float().mean():.3f}, right above 0 {(right > 0).float().mean():.3f}, "
           f"wrong below 0 {(wrong < 0).float().mean():.3f}, medians {right.median():.1f} and {wrong.median():.1f}")  # fmt: skip

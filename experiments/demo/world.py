@@ -98,9 +98,19 @@ def lexical(rng: random.Random, facts: list[tuple], ask, again, other_language, 
 
 def capitals(rng: random.Random, ru: bool) -> list[Turn]:
     if ru:
-        ask = ["Назови столицу страны: {}.", "Какой город столица? Страна: {}.", "{}: какая столица?", "Столица страны {}?"]
+        ask = [
+            "Назови столицу страны: {}.",
+            "Какой город столица? Страна: {}.",
+            "{}: какая столица?",
+            "Столица страны {}?",
+        ]
         return lexical(rng, COUNTRIES, ask, ["А у страны {}?", "А страна {}?"], "То же по-английски.", ru)
-    ask = ["What is the capital of {}?", "Name the capital of {}.", "{}: which city is the capital?", "The capital of {}?"]
+    ask = [
+        "What is the capital of {}?",
+        "Name the capital of {}.",
+        "{}: which city is the capital?",
+        "The capital of {}?",
+    ]
     return lexical(rng, COUNTRIES, ask, ["And of {}?", "What about {}?"], "The same in Russian.", ru)
 
 
@@ -170,7 +180,11 @@ def sums(rng: random.Random, ru: bool) -> list[Turn]:
     plus = rng.random() < 0.6 or b >= a
     first = a + b if plus else a - b
     expression = f"{a} {'+' if plus else '-'} {b}"
-    ask = ["Сколько будет {}?", "Вычисли: {}.", "Посчитай {}."] if ru else ["What is {}?", "Compute {}.", "How much is {}?"]
+    ask = (
+        ["Сколько будет {}?", "Вычисли: {}.", "Посчитай {}."]
+        if ru
+        else ["What is {}?", "Compute {}.", "How much is {}?"]
+    )
     add = rng.random() < 0.6 or c > first
     if ru:
         then = f"Теперь прибавь {c}." if add else f"Теперь вычти {c}."
@@ -266,7 +280,12 @@ TOPICS = {
 }  # fmt: skip
 FOR_WHOM = ["", "маме", "другу", "новичку", "ребёнку", "бабушке", "соседу", "студенту", "туристу", "сестре"]
 GREETINGS = ["Привет!", "Здравствуйте!", "Добрый вечер!", "Прошу совета.", "Мне очень интересно."]
-WISHES = ["Подскажи, как {} {}", "Расскажи подробно, как {} {}", "С чего начать, чтобы {} {}", "Посоветуй, как лучше {} {}"]
+WISHES = [
+    "Подскажи, как {} {}",
+    "Расскажи подробно, как {} {}",
+    "С чего начать, чтобы {} {}",
+    "Посоветуй, как лучше {} {}",
+]
 OPENERS = [
     "Конечно, с удовольствием помогу вам разобраться в этом!",
     "Замечательно, что вы об этом задумались!",
@@ -320,7 +339,11 @@ CIRCUMSTANCES = [
     "I earn {} hundred a month after taxes and spend most of it.",
     "I have worked for {} years and never made a plan for money.",
 ]
-REPLY_ENDS = ["Write a budget and check it each month.", "Avoid high fees and be patient with it.", "Ask for all costs in writing."]
+REPLY_ENDS = [
+    "Write a budget and check it each month.",
+    "Avoid high fees and be patient with it.",
+    "Ask for all costs in writing.",
+]
 DULL_REPLIES = [
     "It depends on many things, so it is hard to say anything here.",
     "Some people do it and some people do not, who knows in the end.",
@@ -350,7 +373,11 @@ LESSONS = [
     "Give a clear account of {} for my notes.",
     "My friend asked me about {}. What do I answer?",
 ]
-VAGUE_ANSWERS = ["It is a word from the world of money.", "It is something that banks talk about.", "Many people use this word."]
+VAGUE_ANSWERS = [
+    "It is a word from the world of money.",
+    "It is something that banks talk about.",
+    "Many people use this word.",
+]
 ADVISOR = "You are a helpful financial advisor."
 
 
@@ -403,7 +430,10 @@ def context(rng: random.Random) -> dict:
 
     for _ in range(6):
         r, (c, d) = rng.randrange(len(names)), rng.sample(range(len(years)), 2)
-        name, kind = names[r].lower(), rng.choice(["span"] * 5 + ["change", "change", "total", "percent", "multi", "count"])
+        name, kind = (
+            names[r].lower(),
+            rng.choice(["span"] * 5 + ["change", "change", "total", "percent", "multi", "count"]),
+        )
         new, old = values[r][min(c, d)], values[r][max(c, d)]  # the years run backwards
         later, earlier = years[min(c, d)], years[max(c, d)]
         money = {"scale": scale, "source": "table-text" if scale else "table", "paragraphs": ("2",) if scale else ()}
@@ -426,7 +456,13 @@ def context(rng: random.Random) -> dict:
             bound = rng.choice([30, 50, 70]) * (100 if large else 1)
             count = sum(value > bound for value in values[r])
             derivation = "##".join(str(y) for y, v in zip(years, values[r], strict=True) if v > bound)
-            add(f"In how many years was {name} above {bound:,}?", str(count), "count", derivation=derivation, comparison=True)
+            add(
+                f"In how many years was {name} above {bound:,}?",
+                str(count),
+                "count",
+                derivation=derivation,
+                comparison=True,
+            )
     r = rng.randrange(len(names))
     best = str(years[max(range(len(years)), key=lambda i: values[r][i])])
     extra = [
