@@ -49,7 +49,6 @@ DEMO = dict(
     tatqa_dir=str(mtbench_eval.DEMO_DIR / "tatqa"),
     mtbench_file=str(mtbench_eval.DEMO_DIR / "mt_bench_en.jsonl"),
     output_dir="demo_dpo",
-    use_chat_template=True,
     limit_pairs=400,
     batch=4,
     grad_acc=2,
@@ -472,22 +471,22 @@ def _wrong_answers(context: dict, question: dict, rng: random.Random) -> Iterato
 
 def _cells_near(context: dict, text: str, rng: random.Random) -> list[str]:
     """The table's other cells: first those of the text's row or column, among them first those that look like it."""
+    target = _normalise(text)
     cells = [
-        (row, column, cell.strip())
+        (row, column, cell.strip(), _normalise(cell.strip()))
         for row, line in enumerate(context["table"]["table"])
         for column, cell in enumerate(line)
-        if cell.strip()
     ]
-    own = [(row, column) for row, column, cell in cells if _normalise(cell) == _normalise(text)]
-    others = [cell for cell in cells if _normalise(cell[2]) not in ("", _normalise(text))]
+    own = [(row, column) for row, column, _, normalised in cells if normalised == target]
+    others = [cell for cell in cells if cell[3] not in ("", target)]
     rng.shuffle(others)
 
-    def distance(cell: tuple[int, int, str]) -> tuple[bool, bool, bool]:
+    def distance(cell: tuple[int, int, str, str]) -> tuple[bool, bool, bool]:
         is_near = any(cell[0] == row or cell[1] == column for row, column in own)
         has_shape = re.sub(r"\d", "0", cell[2]) == re.sub(r"\d", "0", text)  # a year for a year
         return not is_near, _is_number(cell[2]) != _is_number(text), not has_shape
 
-    return [cell for _, _, cell in sorted(others, key=distance)]
+    return [cell[2] for cell in sorted(others, key=distance)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -766,11 +765,7 @@ def answer_tatqa(
     done = {row["question_id"] for row in results.rows}
     missing = [question for question in questions if question["question_id"] not in done]
 
-    newline = None
-    if one_line and missing:
-        pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-        newline = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool, device=model.device)
-        newline[[token for token, piece in enumerate(pieces) if "\n" in piece]] = True
+    newline = newline_tokens(model, tokenizer) if one_line and missing else None
 
     def run(batch: list[int]) -> None:
         chosen = [missing[index] for index in batch]
@@ -801,6 +796,16 @@ def answer_tatqa(
     return [by_id[question["question_id"]] for question in questions]
 
 
+def newline_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """A bool for every token id of the model: whether its text holds a line break."""
+    import torch
+
+    pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    newline = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool, device=model.device)
+    newline[[token for token, piece in enumerate(pieces) if "\n" in piece]] = True
+    return newline
+
+
 def complete(
     model: PreTrainedModel | PeftModel,
     prompts: list[list[int]],
@@ -812,7 +817,7 @@ def complete(
     """Continues token lists in one batch; what they begin with in common is read once.
 
     Returns the new tokens of each, up to the end token, and how many prompt tokens went through the model. With
-    `newline`, a bool for every token id, an answer also ends with a line that is not empty.
+    `newline` (see `newline_tokens`) an answer also ends with a line that is not empty.
     """
     import torch
     from transformers import DynamicCache

@@ -1,0 +1,630 @@
+"""DPO on TAT-QA: reading, the official metric, pairs, the shared-prefix trainer against TRL's, evaluation, whole runs."""
+
+import copy
+import json
+import math
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import dpo_train
+import mtbench_eval
+from dpo_train import tatqa_em_f1, tatqa_em_like, tatqa_pairs, tatqa_parse, tatqa_prompt
+from mtbench_eval import InputError, SkippedRows
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "experiments" / "demo"
+REAL = ROOT.parent / "shared" / "data" / "tatqa"
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real TAT-QA files are not here")
+
+
+def question(kind="span", answer=("revenue",), scale="", uid="q1", **more):
+    answer = list(answer) if isinstance(answer, tuple) else answer
+    return {"uid": uid, "question": "What?", "answer_type": kind, "answer": answer, "scale": scale, **more}
+
+
+def context(*questions):
+    table = [["", "2019", "2018"], ["Sales", "$1,496.5", "(59.9)"], ["Costs", "1,202.9", "1,107.7"]]
+    paragraphs = [{"order": 2, "text": "Second passage."}, {"order": 1, "text": "First passage of words."}]
+    return {"table": {"uid": "t", "table": table}, "paragraphs": paragraphs, "questions": list(questions)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The official metric, each rule worked by hand
+
+
+@pytest.mark.parametrize(
+    "gold, prediction, scale, expected",
+    [
+        # an empty prediction scores 0, 0
+        (question(), "", "", (0, 0)),
+        (question(), [], "", (0, 0)),
+        # a number: its value rounded to two decimals times its scale
+        (question("arithmetic", 172, "million"), "172", "million", (1, 1)),
+        (question("arithmetic", 172, "million"), "172,000,000", "", (1, 1)),
+        (question("arithmetic", 172, "million"), "172", "thousand", (0, 0)),
+        (question("arithmetic", 2.934, ""), "2.93", "", (1, 1)),
+        (question("arithmetic", 1.234, "thousand"), "1230", "", (1, 1)),
+        # percent: 26.82 percent is 0.2682, written as a share, with "%" or with its scale
+        (question("arithmetic", 26.82, "percent"), "0.2682", "", (1, 1)),
+        (question("arithmetic", 26.82, "percent"), "26.82%", "", (1, 1)),
+        (question("arithmetic", 26.82, "percent"), "26.82%", "million", (1, 1)),
+        (question("arithmetic", 26.82, "percent"), "26.82", "percent", (1, 1)),
+        (question("arithmetic", 26.82, "percent"), "26.82", "", (0, 0)),
+        # the bare form is for a single number without scale alone
+        (question("arithmetic", 26.82, "percent"), ["0.2682", "1"], "", (0, 0)),
+        # signs and parentheses: a bare parenthesised number is negative, one with a comma is not
+        (question("arithmetic", -59.9, ""), "(59.9)", "", (1, 1)),
+        (question("arithmetic", -1234, ""), "(1,234)", "", (0, 0)),
+        (question("arithmetic", 1234, ""), "(1,234)", "", (1, 1)),
+        # characters dropped from numbers; a scale word of its own
+        (question("span", ("$1,496.5",), "million"), "1496.5", "million", (1, 1)),
+        (question("span", ("$1.5 million",)), "1500000", "", (1, 1)),
+        (question("span", ("1.5 million",)), "\u20ac1.5", "million", (1, 1)),
+        # a second word that is no scale word: not a number
+        (question("span", ("5 apples",)), "5 apples", "", (1, 1)),
+        (question("span", ("5 apples",)), "5", "", (0, 0)),  # "5.0" is not the word "5"
+        # texts get the scale's name
+        (question("span", ("Net sales",), "percent"), "net sales", "percent", (1, 1)),
+        (question("span", ("Net sales",), "percent"), "net sales", "", (0, 0.8)),
+        # normalisation: case, punctuation, articles, spaces
+        (question("span", ("The modified, retrospective method",)), "modified  retrospective Method.", "", (1, 1)),
+        # bag-of-words F1 rounded to two decimals
+        (question("span", ("lower cost of sales",)), "cost of materials", "", (0, 0.57)),
+        # several spans: sorted, so their order does not matter
+        (question("multi-span", ("2019", "2018")), ["2018", "2019"], "", (1, 1)),
+        (question("multi-span", ("2019", "2018")), ["2018"], "", (0, 0.67)),
+        (question("multi-span", ("73,260", "57,768"), "thousand"), ["57,768", "73,260"], "thousand", (1, 1)),
+        # count, whose F1 equals its EM
+        (question("count", "3"), "3", "", (1, 1)),
+        (question("count", "3"), "3 items", "", (0, 0)),
+    ],
+)
+def test_official_metric(gold, prediction, scale, expected):
+    assert tatqa_em_f1(gold, prediction, scale) == expected
+
+
+@pytest.mark.parametrize(
+    "gold, text, expected",
+    [
+        (question("arithmetic", 100.0), "It rose by 104.9 million", True),
+        (question("arithmetic", 100.0), "105.1", False),
+        (question("arithmetic", 2.0), "2.5", True),
+        (question("arithmetic", 2.0), "2.6", False),
+        (question("arithmetic", -59.9), "(59.9)", True),
+        (question("arithmetic", -59.9), "\u221259.9", True),
+        (question("arithmetic", -59.9), "59.9", False),
+        (question("arithmetic", 1496.5), "$1,496.5 then 3", True),
+        (question("arithmetic", 3), "first 7, then 3", False),
+        (question("arithmetic", 3), "no number", False),
+        (question("count", "3"), "3", True),
+        (question("span", ("the Net sales",)), "These are net sales, mostly.", True),
+        (question("span", ("net sales",)), "costs", False),
+        (question("multi-span", ("2019", "2018")), "2018", True),
+        (question("multi-span", ("2019", "")), "anything", False),
+    ],
+)
+def test_metric_of_the_published_runs(gold, text, expected):
+    assert tatqa_em_like(gold, text) is expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("172 million", (["172"], "million")),
+        ("\nAnswer: 26.82 percent\nQuestion: next?", (["26.82"], "percent")),
+        ("73,260; 57,768 thousand", (["73,260", "57,768"], "thousand")),
+        ("5 million; 6 million", (["5 million", "6 million"], "")),
+        ("The answer is 12%.", (["12%"], "")),
+        ("net sales.", (["net sales."], "")),
+        ("", ([], "")),
+    ],
+)
+def test_parse(text, expected):
+    assert tatqa_parse(text) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs
+
+
+@pytest.mark.parametrize(
+    "kind, answer, scale, derivation",
+    [
+        ("arithmetic", 172, "million", "302-130"),
+        ("arithmetic", 0, "", ""),
+        ("arithmetic", -12.5, "percent", "(44.1-56.7)/56.7"),
+        ("count", "0", "", ""),
+        ("span", ("$1,496.5",), "million", ""),
+        ("span", ("Some passage of the text",), "", ""),
+        ("multi-span", ("2019", "2018"), "", ""),
+        ("multi-span", ("2019",), "", ""),
+        ("multi-span", ("2019", "2018", ""), "", ""),
+    ],
+)
+def test_rejected_is_wrong_and_chosen_is_right(kind, answer, scale, derivation):
+    gold = question(kind, answer, scale, derivation=derivation)
+    for seed in range(30):
+        (pair,) = tatqa_pairs([context(gold)], seed=seed)
+        assert set(pair) == {"prompt", "chosen", "rejected", "uid"}
+        assert tatqa_em_f1(gold, *tatqa_parse(pair["chosen"]))[0] == 1
+        assert tatqa_em_f1(gold, *tatqa_parse(pair["rejected"]))[0] == 0
+
+
+def test_wrong_span_is_a_neighbour_of_the_same_look():
+    rejected = {tatqa_pairs([context(question("span", ("2019",)))], seed=seed)[0]["rejected"] for seed in range(20)}
+    assert rejected == {"2018"}
+
+
+def test_pairs_do_not_depend_on_the_order_of_the_file():
+    one = context(question(uid="a"), question("count", "2", uid="b"))
+    two = context(question("arithmetic", 5.5, uid="c"), question("multi-span", ("2019", "Sales"), uid="d"))
+    pairs = tatqa_pairs([one, two], seed=42)
+    two["questions"].reverse()
+    assert tatqa_pairs([two, one], seed=42) == pairs
+    assert tatqa_pairs([two, one], seed=43) != pairs
+
+
+def test_a_question_without_a_wrong_answer_is_counted():
+    lonely = context(question("span", ("Sales",)))
+    lonely["table"]["table"] = [["Sales"]]
+    skipped = SkippedRows()
+    assert tatqa_pairs([lonely], seed=42, skipped=skipped) == []
+    assert skipped.count == 1
+
+
+@needs_real
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_real_questions(split):
+    skipped = SkippedRows()
+    contexts = dpo_train.read_tatqa(REAL / dpo_train.TATQA_FILES[split], skipped)
+    golds = {gold["uid"]: gold for context in contexts for gold in context["questions"]}
+    assert len(golds) + skipped.count == {"train": 1663, "validation": 1668}[split]
+    pairs = tatqa_pairs(contexts, seed=42, skipped=skipped)
+    assert len(pairs) + skipped.count == {"train": 1663, "validation": 1668}[split]
+    assert len(pairs) >= 0.98 * len(golds)
+    for gold in golds.values():
+        parts = [str(part) for part in (gold["answer"] if isinstance(gold["answer"], list) else [gold["answer"]])]
+        assert tatqa_em_f1(gold, parts, gold["scale"]) == (1, 1)
+    for pair in pairs:
+        assert not tatqa_em_f1(golds[pair["uid"]], *tatqa_parse(pair["rejected"]))[0]
+    right = [tatqa_em_f1(golds[pair["uid"]], *tatqa_parse(pair["chosen"]))[0] for pair in pairs]
+    assert sum(right) >= 0.995 * len(right)  # a few spans hold the sign that separates answers
+    random.Random(0).shuffle(contexts)
+    assert tatqa_pairs(contexts, seed=42) == pairs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and prompts
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ('[{"table": ', ["not valid JSON", "line 1"]),
+        ("{}", ["not a list"]),
+        ('[{"table": {"table": [[1]]}, "paragraphs": [], "questions": []}]', ["context 1"]),
+        ('[{"paragraphs": []}]', ["context 1"]),
+        ("[]", ["no usable question"]),
+        (json.dumps([context(question(answer=None))]), ["context 1, question q1", "no answer"]),
+        (json.dumps([context(question("essay"))]), ["question q1", "'essay'"]),
+        (json.dumps([{**context(question()), "table": {"table": [["", " "]]}}]), ["the table is empty"]),
+        (json.dumps([context(question("count", "many"))]), ["'many' is not a number"]),
+        (json.dumps([context(question(scale="dozen"))]), ["'dozen'"]),
+    ],
+)
+def test_bad_files_are_named_with_the_place(tmp_path, content, words):
+    path = tmp_path / "tatqa_dataset_train.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        dpo_train.read_tatqa(path, SkippedRows())
+    assert all(word in str(error.value) for word in [str(path), *words])
+    assert "\n" not in str(error.value)
+
+
+def test_bad_questions_are_left_out_and_counted(tmp_path):
+    path = tmp_path / "tatqa_dataset_dev.json"
+    path.write_text(json.dumps([context(question(answer=[], uid="bad"), question(uid="good"))]), encoding="utf-8")
+    skipped = SkippedRows()
+    (kept,) = dpo_train.read_tatqa(path, skipped)
+    assert [q["uid"] for q in kept["questions"]] == ["good"]
+    assert skipped.count == 1 and "question bad" in skipped.places[0]
+
+
+def test_prompt_shows_table_and_passages_within_the_limits():
+    gold = question(rel_paragraphs=["1"])
+    text = tatqa_prompt(context(gold), gold)
+    assert "|  | 2019 | 2018 |\n| --- | --- | --- |\n| Sales | $1,496.5 | (59.9) |" in text
+    assert "First passage" in text and "Second" not in text and text.endswith("Question: What?\nAnswer:")
+    text = tatqa_prompt(context(gold), gold, table_rows=2, table_cols=2, para_chars=15, only_rel_paras=False)
+    assert "| Sales | $1,496.5 |\n\n" in text and "Costs" not in text
+    assert "Text:\nFirst passage\n" in text  # in order, cut at a word
+
+
+@pytest.fixture(scope="module")
+def demo_args():
+    return dpo_train.build_parser().parse_args(["--model", str(DEMO / "model"), "--no_4bit"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_args):
+    return mtbench_eval.load_tokenizer(demo_args)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_long_prompt_keeps_its_question(demo_args, tokenizer, chat):
+    args = copy.copy(demo_args)
+    args.use_chat_template = chat
+    gold = question(rel_paragraphs=["1", "2"])
+    prompt = tatqa_prompt(context(gold), gold)
+    whole, is_cut = dpo_train.fit_prompt(prompt, tokenizer, args)
+    assert not is_cut and prompt in whole
+    args.max_prompt_length = len(tokenizer(whole)["input_ids"]) - 40
+    text, is_cut = dpo_train.fit_prompt(prompt, tokenizer, args)
+    assert is_cut and "Question: What?\nAnswer:" in text and "You are a financial analyst" in text
+    assert args.max_prompt_length - 5 <= len(tokenizer(text)["input_ids"]) <= args.max_prompt_length
+    args.max_prompt_length = 5
+    with pytest.raises(InputError, match="--max_prompt_length 5"):
+        dpo_train.fit_prompt(prompt, tokenizer, args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trainer against TRL's own
+
+
+def demo_trainer(args, tokenizer, rows, build, adapter=None):
+    """A trainer over the demo model, by TRL alone (`build` None) or by `build_trainer`; with `adapter` it goes on."""
+    import datasets
+    import torch
+    from trl import DPOConfig, DPOTrainer
+
+    torch.manual_seed(0)
+    model = mtbench_eval.load_model(args)
+    if adapter:
+        model = mtbench_eval.load_adapter(model, adapter, trainable=True)
+    if build:
+        return build(args, model, tokenizer, rows)
+    config = DPOConfig(
+        **mtbench_eval.training_arguments(args, weight_decay=0.0, warmup_ratio=0.05, logging_steps=5), beta=args.beta
+    )
+    return DPOTrainer(
+        model=model,
+        args=config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=None if adapter else mtbench_eval.lora_config(args),
+    )
+
+
+def loss_and_gradients(trainer, shift):
+    """Loss, adapter gradients and TRL's metrics on the first batch; `shift` moves the policy off its reference."""
+    import torch
+
+    parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    torch.manual_seed(1)
+    for parameter in parameters.values():
+        parameter.data += shift * torch.randn_like(parameter)
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    return loss.item(), {name: p.grad for name, p in parameters.items()}, metrics
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = random.Random(3)
+
+    def text(low, high):
+        return "".join(
+            f" {rng.choice(['net', 'sales', '12', 'percent', 'of', 'dividends'])}"
+            for _ in range(rng.randint(low, high))
+        )
+
+    return [{"prompt": "Q:" + text(3, 40), "chosen": text(1, 9), "rejected": text(1, 9)} for _ in range(12)]
+
+
+@pytest.fixture(scope="module")
+def saved_adapter(demo_args, tokenizer, rows, tmp_path_factory):
+    import torch
+    from peft import get_peft_model
+
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(7)
+    model = get_peft_model(mtbench_eval.load_model(demo_args), mtbench_eval.lora_config(demo_args))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("shift", [0, 0.05])
+@pytest.mark.parametrize("continued", [False, True])
+def test_equals_trl(demo_args, tokenizer, rows, saved_adapter, tmp_path, continued, shift):
+    args = copy.copy(demo_args)
+    args.batch, args.beta, args.output_dir = 4, 0.3, str(tmp_path)
+    adapter = saved_adapter if continued else None
+    expected = loss_and_gradients(demo_trainer(args, tokenizer, rows, None, adapter), shift)
+    if not shift:
+        assert expected[0] == pytest.approx(math.log(2), abs=1e-4)
+    else:
+        assert abs(expected[0] - math.log(2)) > 1e-2  # the comparison is not one of zeros
+    for args.no_prefix_sharing in (False, True):
+        loss, gradients, metrics = loss_and_gradients(
+            demo_trainer(args, tokenizer, rows, dpo_train.build_trainer, adapter), shift
+        )
+        assert loss == pytest.approx(expected[0], rel=1e-5)
+        assert gradients.keys() == expected[1].keys()
+        for name, gradient in expected[1].items():
+            assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        assert metrics == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in expected[2].items()}
+
+
+def test_prefix_sharing_puts_the_prompt_through_once(demo_args, tokenizer, rows, tmp_path):
+    args = copy.copy(demo_args)
+    args.batch, args.output_dir = 4, str(tmp_path)
+    sizes = {}
+    for args.no_prefix_sharing in (False, True):
+        trainer = demo_trainer(args, tokenizer, rows, dpo_train.build_trainer)
+        base = trainer.model.get_base_model()
+        seen = []
+        base.model.layers[0].register_forward_hook(
+            lambda module, inputs, output, seen=seen: seen.append(inputs[0].shape)
+        )
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.compute_loss(trainer.model, batch)
+        sizes[args.no_prefix_sharing] = seen
+    assert all(shape[0] == 4 for shape in sizes[False])
+    assert all(shape[0] == 8 for shape in sizes[True])
+
+
+def test_steps_back_with_a_reason():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    size = dict(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, head_dim=8
+    )
+    model = Qwen3ForCausalLM(Qwen3Config(**size, num_key_value_heads=1))
+    assert dpo_train.no_sharing_reason(model) is None
+    model.config._attn_implementation = "flash_attention_2"
+    assert "flash_attention_2" in dpo_train.no_sharing_reason(model)
+    windowed = Qwen3Config(
+        **size, num_key_value_heads=1, use_sliding_window=True, sliding_window=4, max_window_layers=1
+    )
+    assert "full attention" in dpo_train.no_sharing_reason(Qwen3ForCausalLM(windowed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@pytest.fixture(scope="module")
+def questions(demo_args, tokenizer):
+    contexts = dpo_train.read_tatqa(DEMO / "tatqa" / "tatqa_dataset_dev.json", SkippedRows())
+    chosen = dpo_train.tatqa_questions(contexts, limit=20, seed=1)
+    assert dpo_train.tatqa_questions(contexts[::-1], limit=20, seed=1) == chosen
+    return chosen
+
+
+def test_reading_a_table_once_changes_no_answer(demo_args, tokenizer, questions, tmp_path):
+    model = mtbench_eval.load_model(demo_args)
+    answers, prefilled = {}, {}
+    for share in (True, False):
+        for one_line in (True, False):
+            rows = dpo_train.answer_tatqa(
+                model, tokenizer, questions, path=tmp_path / f"{share}_{one_line}.jsonl", fingerprint={},
+                max_new_tokens=12, one_line=one_line, share_prefix=share,
+            )  # fmt: skip
+            assert [row["question_id"] for row in rows] == [question["question_id"] for question in questions]
+            answers[share, one_line] = [row["answer"] for row in rows]
+            prefilled[share] = sum(row["prefilled"] for row in rows)
+    assert answers[True, True] == answers[False, True] and answers[True, False] == answers[False, False]
+    assert all("\n" not in answer for answer in answers[True, True])
+    assert prefilled[True] < 0.7 * prefilled[False]
+
+
+def test_an_evaluation_goes_on_where_it_stopped(demo_args, tokenizer, questions, tmp_path, monkeypatch):
+    model = mtbench_eval.load_model(demo_args)
+    settings = dict(fingerprint={"model": "demo"}, max_new_tokens=8)
+    whole = dpo_train.answer_tatqa(model, tokenizer, questions, path=tmp_path / "whole.jsonl", **settings)
+    lines = (tmp_path / "whole.jsonl").read_bytes().split(b"\n")
+    torn = tmp_path / "torn.jsonl"
+    torn.write_bytes(b"\n".join(lines[:9]) + b"\n" + lines[9][:20])  # killed in the middle of a context and of a line
+    assert dpo_train.answer_tatqa(model, tokenizer, questions, path=torn, **settings) == [
+        {**row, "prefilled": pytest.approx(row["prefilled"], rel=1)} for row in whole
+    ]
+    ids = [json.loads(line)["question_id"] for line in torn.read_text("utf-8").split("\n")[1:] if line]
+    assert sorted(ids) == sorted(question["question_id"] for question in questions)
+    with pytest.raises(InputError, match="max_new_tokens"):
+        dpo_train.answer_tatqa(model, tokenizer, questions, path=torn, **{**settings, "max_new_tokens": 9})
+
+
+def test_summary_and_comparison_by_answer_type():
+    def row(kind, like, em, f1):
+        return {"answer_type": kind, "em_like": like, "em": em, "f1": f1}
+
+    before = [row("span", True, 1.0, 1.0), row("span", False, 0.0, 0.5), row("count", False, 0.0, 0.0)]
+    after = [row("span", True, 1.0, 1.0), row("span", True, 1.0, 1.0), row("count", True, 0.0, 0.0)]
+    summary = dpo_train.summarise_tatqa(before)
+    assert summary["em_like"] == pytest.approx(100 / 3) and summary["f1"] == pytest.approx(50)
+    assert summary["by_type"]["span"] == {"em_like": 50, "em": 50, "f1": 75, "n": 2}
+    deltas = dpo_train.compare_tatqa(before, after)
+    assert deltas["tatqa"]["mean"] == pytest.approx(200 / 3)
+    assert deltas["tatqa"]["p"] == 0.5  # two changed, both gained: exact McNemar
+    assert deltas["tatqa_em"]["by_type"]["span"]["mean"] == pytest.approx(50)
+    assert deltas["tatqa_em"]["by_type"]["count"]["n"] == 1
+
+
+GOOD_ANSWERS = [
+    "1. Cook at home\n2. Cancel subscriptions\n3. Walk\n4. Insulate\n5. Compare prices",
+    "Wednesday\nThursday\nFriday\nSaturday\nSunday\nMonday\nTuesday",
+    "red, yellow, blue",
+    "Advantages\n- time\n- quiet\n- comfort\n\nDisadvantages\n- isolation\n- cost\n- distraction",
+    '```json\n{"name": "Ada", "age": 36, "city": "London"}\n```',
+    '["Paris", "Rome", "Oslo", "Bern"]',
+    "| Asset | Risk |\n| --- | --- |\n| Cash | low |\n| Bonds | medium |\n| Shares | high |",
+    "[gain; earnings]",
+    "Japan: yen\nPoland: zloty\nBrazil: real",
+    "Inflation is a rise in the general level of prices. It lowers what money buys.",
+    "Compound interest is interest that is paid on earlier interest too, so that savings grow faster and faster.",
+    " ".join(["Autumn"] + ["leaf"] * 69),
+    "Waves fold into foam\na gull writes upon the wind\nsalt on every stone",
+    "Yes.",
+    "After the storm the ship reached the harbour.",
+    "A bank keeps savings and grants credit.",
+    "A share is ownership of a company, a bond is a loan to it. Which would you choose?",
+    "In short, losses of one holding are offset by gains of another.",
+    "Dear Sir or Madam,\nplease send me a new card.\nKind regards",
+    "Cash is king. Cash is king. Cash is king.",
+    "3, 7, 19, 42, 88",
+    "apple, cherry, mango, pear",
+    "10 9 8 7 6 5 4 3 2 1",
+    "36",
+    "$55",
+]
+
+
+def test_every_check_tells_a_good_answer_from_a_poor_one():
+    assert len(dpo_train.INSTRUCTIONS) == len(GOOD_ANSWERS) == 25
+    poor = "I am not sure. It depends, doesn't it? Money comes and goes! See 1 or 2."
+    for (_, instruction, checks), good in zip(dpo_train.INSTRUCTIONS, GOOD_ANSWERS, strict=True):
+        assert all(check(good) for check in checks), instruction
+        assert not all(check(poor) for check in checks), instruction
+        assert not all(check("") for check in checks), instruction
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+SMALL = """--demo --limit_pairs 12 --batch 2 --grad_acc 1 --save_steps 2 --eval_limit 8 --eval_max_new_tokens 6
+    --mtbench_limit 2 --mtbench_max_tokens 4 --instruct_limit 2 --instruct_max_tokens 4""".split()
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_run_from_start_to_finish(tmp_path, capsys):
+    argv = [*SMALL, "--output_dir", "out", "--exp_log", "log.jsonl", "--eval_save_json", "answers.json"]
+    record = dpo_train.main(argv)
+    out = tmp_path / "out"
+    assert record["status"] == "completed" and record["kept_step"] == 6
+    assert record["baseline"].keys() == record["final"].keys() == {"tatqa", "mtbench", "instruct"}
+    assert {"tatqa", "tatqa_em", "mtbench", "mtbench_raw", "instruct"} <= record["delta"].keys()
+    assert set(json.loads((tmp_path / "log.jsonl").read_text("utf-8"))) == set(record)
+    names = {"adapter_model.safetensors", "adapter_config.json", "README.md", "run.json", "train_log.jsonl"}
+    names |= {"metrics.json", "loss.png", "rewards.png", "mtbench.png", "run.log", "tatqa_final.jsonl"}
+    assert names <= {path.name for path in out.iterdir()}
+    assert len(json.loads((tmp_path / "answers.json").read_text("utf-8"))["final"]) == 8
+    log = [json.loads(line) for line in (out / "train_log.jsonl").read_text("utf-8").split("\n") if line]
+    assert "rewards/margins" in log[0] and log[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
+    assert "TAT-QA, official EM" in capsys.readouterr().out
+
+    # the same base again: the baseline comes from the cache; then the adapter of that run is trained on, and measured
+    capsys.readouterr()
+    more = ["--output_dir", "more", "--exp_log", "log.jsonl", "--load_adapter", "out"]
+    measured = dpo_train.main([*SMALL, *more, "--no_train"])
+    assert "taken from the baseline cache" in capsys.readouterr().out
+    assert measured["final"]["tatqa"] == record["final"]["tatqa"]
+    more[1] = "on"
+    trained_on = dpo_train.main([*SMALL, *more, "--adapter_trainable"])
+    assert trained_on["baseline"]["tatqa"] == record["final"]["tatqa"]
+    log = [json.loads(line) for line in Path("on/train_log.jsonl").read_text("utf-8").split("\n") if line]
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
+    assert not (tmp_path / "on" / "ref").exists()
+
+
+def test_a_killed_run_ends_with_the_same_adapter(tmp_path):
+    argv = [*SMALL, "--exp_log", "log.jsonl", "--do_eval", "--no-do_mtbench", "--no-do_instruct"]
+    dpo_train.main([*argv, "--output_dir", "whole"])
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "dpo_train.py"), *argv, "--output_dir", "killed"], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while not (tmp_path / "killed" / "checkpoint-2" / "complete.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "adapter_model.safetensors").exists()
+    dpo_train.main([*argv, "--output_dir", "killed", "--resume_from_checkpoint", "auto"])
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+    with pytest.raises(SystemExit) as error:  # a flag that changes the training
+        dpo_train.main([*argv, "--output_dir", "killed", "--resume_from_checkpoint", "auto", "--beta", "0.5"])
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--tatqa_dir", "nowhere"], "nowhere"),
+        (["--max_prompt_length", "512", "--max_length", "512"], "--max_length"),
+        (["--adapter_trainable"], "--load_adapter"),
+        (["--load_adapter", "x"], "--adapter_trainable"),
+        (["--load_adapter", "other", "--adapter_trainable"], "does not fit"),
+        (["--tatqa_dir", "broken"], "no pairs left"),
+    ],
+)
+def test_bad_input_ends_before_anything_is_written(tmp_path, capsys, flags, words):
+    if "other" in flags:
+        from peft import LoraConfig, get_peft_model
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8)
+        other = Qwen3ForCausalLM(Qwen3Config(vocab_size=8, num_key_value_heads=1, **size))
+        get_peft_model(other, LoraConfig(target_modules=["q_proj", "v_proj"])).save_pretrained("other")
+    if "broken" in flags:
+        lonely = context(question("span", ("Sales",)))
+        lonely["table"]["table"] = [["Sales"]]
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / "tatqa_dataset_train.json").write_text(json.dumps([lonely]), encoding="utf-8")
+    with pytest.raises(SystemExit) as error:
+        dpo_train.main([*SMALL, "--output_dir", "out", "--exp_log", "log.jsonl", *flags])
+    stderr = capsys.readouterr().err.strip().split("\n")
+    assert error.value.code == 2
+    assert stderr[-1].startswith("error: ") and words in stderr[-1]
+    assert not (tmp_path / "out").exists() and not (tmp_path / "log.jsonl").exists()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    dpo_train.main([*SMALL, "--dry_run", "--output_dir", "out", "--exp_log", "log.jsonl"])
+    out = capsys.readouterr().out
+    assert "pairs: 12" in out and "steps: 6" in out and "tatqa: 8 questions" in out and "memory" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_published_commands_parse():
+    runs = [
+        json.loads(line)
+        for line in (ROOT / "experiments" / "logged_runs.jsonl").read_text("utf-8").split("\n")
+        if line
+    ]
+    commands = [run["command"] for run in runs if run["script"] == "dpo_train.py"]
+    readme = ROOT / "README.md"
+    if readme.exists():
+        commands += re.findall(r"^(poetry run python dpo_train\.py .*)$", readme.read_text("utf-8"), re.MULTILINE)
+    assert len(commands) >= 7
+    for command in commands:
+        args = dpo_train.build_parser().parse_args(shlex.split(command)[4:])
+        dpo_train.check_flags(args)
+
+
+def test_help_is_quick():
+    start = time.perf_counter()
+    subprocess.run([sys.executable, str(ROOT / "dpo_train.py"), "--help"], check=True, stdout=subprocess.DEVNULL)
+    assert time.perf_counter() - start < 0.5 * float(os.environ.get("SLOW_MACHINE", "3"))
+    code = "import sys, dpo_train; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
