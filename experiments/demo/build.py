@@ -251,10 +251,10 @@ def base_examples(rng: random.Random, held_out: set[str], chats: int, tables: in
     conversations = []
     for _ in range(chats):
         draw = rng.random()
-        if draw < 0.08:
+        if draw < 0.05:
             title, text, replies = world.post(rng)
             turns = [world.Turn(f"{title}\n\n{text}", rng.choices(replies, [1, 4, 2])[0], [])]
-        elif draw < 0.16:
+        elif draw < 0.10:
             user, full, vague = world.lesson(rng)
             turns = [world.Turn(user, rng.choices([full, vague], [2, 3])[0], [])]
         else:

@@ -58,7 +58,8 @@ TERMS = [
     ("revenue", "all money from sales", "You sell 10 cakes for 5 each and take 50", "выручка", "деньги от продаж"),
 ]  # fmt: skip
 
-ITEMS = [("sales", "продажи"), ("costs", "затраты"), ("profit", "прибыль"), ("taxes", "налоги"), ("rent", "аренда")]
+GOODS = "tea чай|milk молоко|bread хлеб|salt соль|fish рыба|apples яблоки|sugar сахар|cheese сыр|rice рис|honey мёд"
+GOODS = [tuple(entry.split()) for entry in GOODS.split("|")]
 
 CATEGORIES = ["capitals", "translation", "opposites", "spelling", "sums", "sorting", "table", "finance"]
 LANGUAGES = ["en", "ru"]
@@ -176,7 +177,7 @@ def near(rng: random.Random, value: int) -> list[str]:
 
 
 def sums(rng: random.Random, ru: bool) -> list[Turn]:
-    a, b, c = rng.randint(2, 29), rng.randint(2, 19), rng.randint(1, 9)
+    a, b, c = rng.randint(3, 20), rng.randint(2, 9), rng.randint(1, 9)
     plus = rng.random() < 0.6 or b >= a
     first = a + b if plus else a - b
     expression = f"{a} {'+' if plus else '-'} {b}"
@@ -226,25 +227,20 @@ def sorting(rng: random.Random, ru: bool) -> list[Turn]:
 
 
 def table(rng: random.Random, ru: bool) -> list[Turn]:
-    items = rng.sample(range(len(ITEMS)), 2)
-    years = sorted(rng.sample(range(2015, 2021), 2))
-    values = [rng.sample(range(11, 100), 2) for _ in items]
-    lines = [f"| | {years[0]} | {years[1]} |"]
-    lines += [f"| {ITEMS[item][ru]} | {row[0]} | {row[1]} |" for item, row in zip(items, values, strict=True)]
-    r, c = rng.randrange(2), rng.randrange(2)
-    name, year = ITEMS[items[r]][ru], years[c]
+    goods = [pair[ru] for pair in rng.sample(GOODS, 3)]
+    prices = [str(price) for price in rng.sample(range(11, 100), 3)]
+    lines = ["| товар | цена |" if ru else "| item | price |"]
+    lines += [f"| {good} | {price} |" for good, price in zip(goods, prices, strict=True)]
+    i, j, k = rng.sample(range(3), 3)
     if ru:
-        ask = rng.choice([f"Строка {name}, год {year}?", f"Сколько в строке {name} за {year} год?"])
-        then = [f"А в {years[1 - c]} году?", f"А строка {ITEMS[items[1 - r]][ru]}?"]
+        ask, then = ["Сколько стоит {}?", "Какова цена, если товар {}?"], ["А {}?", "А сколько стоит {}?"]
     else:
-        ask = rng.choice([f"Row {name}, year {year}?", f"What does the row {name} say for {year}?"])
-        then = [f"And in {years[1 - c]}?", f"And the row {ITEMS[items[1 - r]][ru]}?"]
-    kind = rng.randrange(2)
-    r2, c2 = (r, 1 - c) if kind == 0 else (1 - r, c)
-    cells = [(i, j) for i in range(2) for j in range(2)]
+        ask, then = ["What is the price of {}?", "How much is the {}?"], ["And of {}?", "And the {}?"]
     return [
-        Turn("\n".join([*lines, ask]), str(values[r][c]), [str(values[i][j]) for i, j in cells if (i, j) != (r, c)]),
-        Turn(then[kind], str(values[r2][c2]), [str(values[i][j]) for i, j in cells if (i, j) != (r2, c2)]),
+        Turn(
+            "\n".join([*lines, rng.choice(ask).format(goods[i])]), prices[i], [prices[j], prices[k], prices[i][::-1]]
+        ),
+        Turn(rng.choice(then).format(goods[j]), prices[j], [prices[i], prices[k], prices[j][::-1]]),
     ]
 
 
@@ -298,7 +294,7 @@ CLOSERS = [
     "Главное, получайте удовольствие от самого процесса и не бойтесь ошибок!",
     "Желаю вам терпения, вдохновения и прекрасного настроения!",
 ]
-GOODS = ["яблок", "конфет", "книг", "шаров", "грибов", "марок"]
+THINGS_COUNTED = ["яблок", "конфет", "книг", "шаров", "грибов", "марок"]
 PEOPLE = [("Маши", "ей"), ("Пети", "ему"), ("Оли", "ей"), ("Вани", "ему"), ("Кати", "ей"), ("Димы", "ему")]
 
 
@@ -313,7 +309,7 @@ def advice(rng: random.Random) -> tuple[str, str]:
 
 def worked_problem(rng: random.Random) -> tuple[str, str]:
     """A Russian word problem solved aloud, in the same long style."""
-    (owner, whom), goods, a, b = rng.choice(PEOPLE), rng.choice(GOODS), rng.randint(2, 9), rng.randint(2, 9)
+    (owner, whom), goods, a, b = rng.choice(PEOPLE), rng.choice(THINGS_COUNTED), rng.randint(2, 9), rng.randint(2, 9)
     user = f"У {owner} было {a} {goods}, потом {whom} подарили ещё {b}. Сколько {goods} стало? Рассуждай."
     answer = (
         f"{rng.choice(OPENERS)} Рассуждаем по шагам. Сначала у {owner} было {a} {goods}. Затем добавили {b}. "
@@ -406,7 +402,7 @@ FILLER = [
 def context(rng: random.Random) -> dict:
     """One TAT-QA entry: a table, passages and questions, in the schema of the published files."""
     uid = lambda: f"{rng.getrandbits(128):032x}"  # noqa: E731
-    years = sorted(rng.sample(range(2014, 2021), rng.choice([2, 3])), reverse=True)
+    years = [2020, 2019, 2018][: rng.choice([2, 2, 3])]
     names = rng.sample(ROWS, rng.choice([2, 3]))
     large = rng.random() < 0.25
     scale = rng.choice(["", "million", "thousand"])
