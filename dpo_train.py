@@ -78,7 +78,7 @@ def add_dpo_flags(parser: argparse.ArgumentParser) -> None:
     mtbench_eval.add_run_flags(parser, exp_log="experiments/dpo_experiments.jsonl")
     parser.add_argument("--output_dir", help="folder of the run (default: %(default)s)")
 
-    group = parser.add_argument_group("DPO")
+    group = parser.add_argument_group("DPO", "dropout is off, as in TRL: policy and reference agree at the first step")
     group.add_argument("--beta", type=positive(float), default=0.03, help="pull towards the reference (0.03)")
     group.add_argument("--max_prompt_length", type=positive(int), default=2048, help="tokens a prompt is cut to")
     group.add_argument("--max_length", type=positive(int), default=3072, help="tokens of prompt and answer together")
@@ -503,8 +503,10 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
     token go through the LM head; without `sharing` that alone is done.
     """
     import torch
+    from transformers import AttentionInterface
 
     fused_forward = model.forward
+    AttentionInterface.register("sdpa", prefix_attention)  # every other call goes on as before
 
     # generate() checks its arguments against the signature
     @functools.wraps(type(model).forward)
@@ -513,7 +515,7 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
             return fused_forward(*args, input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
         is_target = labels[:, 1:] != -100
         if sharing:
-            batch, rows = fold_pairs(input_ids, attention_mask, labels, self.config._attn_implementation, self.dtype)
+            batch, rows = fold_pairs(input_ids, attention_mask, labels)
         else:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask}
             columns = torch.arange(labels.shape[1] - 1, device=labels.device)
@@ -532,54 +534,79 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
 
 
 def fold_pairs(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, attention: str, dtype: torch.dtype
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Folds B pairs into B rows of length T = prompt + chosen answer + rejected answer.
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Folds B pairs into B rows: the prompt, padded to the longest, then both answers one after the other.
 
-    Returns the backbone's arguments (input_ids and position_ids (B, T), attention_mask (B, 1, T, T)) and, for every
-    label that is not -100, in the order of the unfolded rows, the index into the (B * T) hidden states of the one that
-    predicts it.
+    Returns the backbone's arguments (input_ids and position_ids (B, T), `prefix_length` P of the prompts, and which of
+    the T keys each of the T - P answer queries sees, attention_mask (B, 1, T - P, T)) and, for every label that is not
+    -100, in the order of the unfolded rows, the index into the (B * T) hidden states of the one that predicts it.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
     device, n_pairs = input_ids.device, len(input_ids) // 2
-    starts = (labels != -100).int().argmax(dim=1).tolist()
+    starts = (labels != -100).int().argmax(dim=1)[:n_pairs]
     ends = attention_mask.sum(dim=1).tolist()
-    ids, positions, segments, chosen_rows, rejected_rows = [], [], [], [], []
-    for pair, (start, chosen_end, rejected_end) in enumerate(
-        zip(starts, ends[:n_pairs], ends[n_pairs:], strict=False)
-    ):
-        ids.append(torch.cat([input_ids[pair, :chosen_end], input_ids[n_pairs + pair, start:rejected_end]]))
-        order = torch.arange(max(chosen_end, rejected_end), device=device)
-        positions.append(torch.cat([order[:chosen_end], order[start:rejected_end]]))
-        lengths = torch.tensor([start, chosen_end - start, rejected_end - start], device=device)
-        segments.append(torch.repeat_interleave(torch.arange(3, device=device), lengths))
-        # the prompt's last token predicts the first token of both answers
-        chosen_rows.append(order[start - 1 : chosen_end - 1])
-        rejected_rows.append(
-            torch.cat([order[start - 1 : start], order[start : rejected_end - 1] + chosen_end - start])
-        )
-    segment = pad_sequence(segments, batch_first=True, padding_value=3)
-    length = segment.shape[1]
-    seen = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-    mask = seen.tril()[:, None]
-    if attention == "eager":  # adds the mask to the scores
-        mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)
+    width = int(starts.max())
+    order = torch.arange(input_ids.shape[1], device=device)
+    answers, positions, sides, chosen_rows, rejected_rows = [], [], [], [], []
+    for pair, start in enumerate(starts.tolist()):
+        chosen, rejected = slice(start, ends[pair]), slice(start, ends[n_pairs + pair])
+        answers.append(torch.cat([input_ids[pair, chosen], input_ids[n_pairs + pair, rejected]]))
+        positions.append(torch.cat([order[chosen], order[rejected]]))
+        sides.append(torch.cat([torch.zeros_like(order[chosen]), torch.ones_like(order[rejected])]))
+        # the prompt's last token predicts the first of either answer, and the last of an answer nothing
+        places = torch.arange(width, width + len(answers[-1]), device=device)
+        split = ends[pair] - start
+        chosen_rows.append(torch.cat([order[start - 1 : start], places[: split - 1]]))
+        rejected_rows.append(torch.cat([order[start - 1 : start], places[split:-1]]))
+    side = pad_sequence(sides, batch_first=True, padding_value=2)
+    sees_answer = (side[:, None, :] == side[:, :, None]).tril()
+    sees_prompt = (order[:width] < starts[:, None])[:, None, :].expand(-1, side.shape[1], -1)
+    prompts = input_ids[:n_pairs, :width].masked_fill(order[:width] >= starts[:, None], 0)
+    length = width + side.shape[1]
     rows = [row + (index % n_pairs) * length for index, row in enumerate(chosen_rows + rejected_rows)]
     batch = {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "position_ids": pad_sequence(positions, batch_first=True),
-        "attention_mask": mask,
+        "input_ids": torch.cat([prompts, pad_sequence(answers, batch_first=True)], dim=1),
+        "position_ids": torch.cat(
+            [order[:width].expand(n_pairs, -1), pad_sequence(positions, batch_first=True)], dim=1
+        ),
+        "attention_mask": torch.cat([sees_prompt, sees_answer], dim=2)[:, None],
+        "prefix_length": width,
     }
     return batch, torch.cat(rows)
+
+
+def prefix_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    prefix_length: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' "sdpa" attention; with a `prefix_length` the mask is that of `fold_pairs`.
+
+    The prompt is plain causal attention, which needs no mask and so gets torch's fastest kernel.
+    """
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if prefix_length is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    of_prompt = [tensor[:, :, :prefix_length] for tensor in (query, key, value)]
+    prompt, _ = sdpa_attention_forward(module, *of_prompt, None, **kwargs)
+    answers, _ = sdpa_attention_forward(module, query[:, :, prefix_length:], key, value, attention_mask, **kwargs)
+    return torch.cat([prompt, answers], dim=1), None
 
 
 def no_sharing_reason(model: PreTrainedModel) -> str | None:
     """Why this model's attention cannot keep the two answers apart, or None when it can."""
     config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"the attention backend {config._attn_implementation} takes no custom mask"
+    if config._attn_implementation != "sdpa":
+        return f"the attention backend is {config._attn_implementation}, not sdpa"
     fields = config.to_dict()
     if fields.get("sliding_window") or set(fields.get("layer_types") or ["full_attention"]) != {"full_attention"}:
         return "the model has layers without full attention"

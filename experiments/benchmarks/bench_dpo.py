@@ -1,4 +1,4 @@
-"""A DPO training step three ways: TRL's DPOTrainer as it ships, answers-only LM head, and the prompt read once as well.
+"""A DPO training step: TRL's DPOTrainer as it ships, and dpo_train.py's, without and with the prompt read once.
 
     python experiments/benchmarks/bench_dpo.py                (hidden 512, 8 layers, vocabulary 151,936, float32)
     python experiments/benchmarks/bench_dpo.py --shape 1.7b   (Qwen3-1.7B's shape with random weights, bfloat16, CUDA)
@@ -20,17 +20,35 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 SHAPES = {
-    "small": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
-    "1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "small": {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "head_dim": 64,
+    },
+    "1.7b": {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "head_dim": 128,
+    },
 }
 DEFAULTS = {
     "small": {"prompt": 600, "answer": 8, "pairs": 2, "rounds": 3},
     "1.7b": {"prompt": 700, "answer": 6, "pairs": 8, "rounds": 7},
 }
-VARIANTS = {"TRL 1.16": None, "answers-only head": False, "shared prefix": True}
+# name: (prefix sharing, None for TRL's trainer untouched; gradient checkpointing, None for dpo_train.py's default)
+VARIANTS = {
+    "TRL 1.16": (None, True),
+    "TRL 1.16, activations kept": (None, False),
+    "--no_prefix_sharing": (False, None),
+    "shared prefix": (True, None),
+}
 
 
-def build_trainer(args: argparse.Namespace, sharing: bool | None):
+def build_trainer(args: argparse.Namespace, sharing: bool | None, checkpointing: bool | None):
     """A DPOTrainer over a random model; with `sharing` None it is TRL's, untouched."""
     import torch
     from datasets import Dataset
@@ -45,7 +63,7 @@ def build_trainer(args: argparse.Namespace, sharing: bool | None):
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=151_936, num_key_value_heads=8, head_dim=128, **SHAPES[args.shape])
+    config = Qwen3Config(vocab_size=151_936, num_key_value_heads=8, **SHAPES[args.shape])
     model = Qwen3ForCausalLM(config).to(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
     rng = random.Random(0)
 
@@ -58,7 +76,7 @@ def build_trainer(args: argparse.Namespace, sharing: bool | None):
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=args.pairs,
-        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing=args.device == "cuda" if checkpointing is None else checkpointing,
         bf16=args.device == "cuda",
         use_cpu=args.device == "cpu",
         max_length=args.prompt + args.answer,
@@ -110,7 +128,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--answer", type=int, help="tokens of an answer")
     parser.add_argument("--pairs", type=int, help="pairs in a step")
     parser.add_argument("--rounds", type=int, help="timed steps of each variant")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="for all variants (TRL's default)")
     args = parser.parse_args(argv)
     for name, value in DEFAULTS[args.shape].items():
         if getattr(args, name) is None:
@@ -118,7 +135,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     import torch
 
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    trainers = {name: build_trainer(args, sharing) for name, sharing in VARIANTS.items()}
+    trainers = {name: build_trainer(args, *settings) for name, settings in VARIANTS.items()}
     batch = next(iter(trainers["TRL 1.16"].get_train_dataloader()))
     losses, times, memory = {}, {name: [] for name in trainers}, {}
     for name, trainer in trainers.items():  # the first step warms up and measures memory
@@ -134,15 +151,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     print(f"{args.shape} shape, {args.pairs} pairs, prompt {args.prompt}, answers {args.answer}, {args.device}")
     for name in trainers:
         print(
-            f"{name:20} step {seconds['TRL 1.16'] / seconds[name]:6.2f}x as fast as TRL, "
+            f"{name:27} step {seconds['TRL 1.16'] / seconds[name]:6.2f}x as fast as TRL, "
             f"peak extra memory {memory[name] / memory['TRL 1.16']:5.2f} of TRL's, loss {losses[name]:.6f}"
         )
     ratios = {
         "speed_up": seconds["TRL 1.16"] / seconds["shared prefix"],
-        "sharing_alone": seconds["answers-only head"] / seconds["shared prefix"],
+        "sharing_alone": seconds["--no_prefix_sharing"] / seconds["shared prefix"],
         "memory": memory["shared prefix"] / memory["TRL 1.16"],
     }
-    print(f"prefix sharing alone: {ratios['sharing_alone']:.2f}x over the answers-only head")
+    print(f"prefix sharing alone: {ratios['sharing_alone']:.2f}x over --no_prefix_sharing")
     return ratios
 
 
