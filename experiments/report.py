@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING
 
 from rerun import HERE, LOGGED_RUNS, command_line, find_run, flatten, load_records, record_files, run_arguments
 
-from mtbench_eval import InputError, compare_rows, mcnemar, paired_delta, print_table, read_records, write_atomic
+import dpo_train
+from mtbench_eval import InputError, compare_rows, print_table, read_records, summarise, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -277,8 +278,12 @@ def mix(run: Run) -> str:
 
 
 def pairs(run: Run) -> str:
+    """How many pairs a DPO run was trained on, by source where there are several."""
     if run.is_new:
-        return number((run.source["data"] or {}).get("pairs"))
+        rows = (run.source["data"] or {"rows": {}})["rows"]
+        counts = {key.removesuffix("_pairs"): number(n) for key, n in rows.items() if key != "skipped"}
+        texts = [f"{name} {n}" for name, n in counts.items()] if len(counts) > 1 else [*counts.values()]
+        return " + ".join(texts) or "-"
     if "stage1.pairs" in run.params:
         return " + ".join(number(value) for key, value in run.params.items() if key.endswith(".pairs"))
     return number(run.facts.get("pairs"))
@@ -381,25 +386,30 @@ DELTAS = {
 }
 
 
+def delta_cells(delta: dict) -> list[str]:
+    return [
+        signed(delta["mean"]),
+        f"{signed(delta['low'])} to {signed(delta['high'])}",
+        p_value(delta["p"]),
+        number(delta["n"]),
+        "no detectable change" if delta["low"] <= 0 <= delta["high"] else "changed",
+    ]
+
+
 def deltas_table(runs: list[Run]) -> str:
     """Every difference of the new runs with its interval and p."""
     rows = []
     for run in runs:
         for key, delta in run.source["delta"].items():
-            if not delta["n"]:
-                continue
             title, keys = DELTAS[key]
-            verdict = "no detectable change" if delta["low"] <= 0 <= delta["high"] else "changed"
-            rows.append([
-                run.name,
-                title,
-                f"{number(dig(run.source['baseline'], keys))} -> {number(dig(run.source['final'], keys))}",
-                signed(delta["mean"]),
-                f"{signed(delta['low'])} to {signed(delta['high'])}",
-                p_value(delta["p"]),
-                number(delta["n"]),
-                verdict,
-            ])
+            before, after = (dig(run.source[phase], keys[:1]) for phase in ("baseline", "final"))
+            parts = [(title, before, after, delta)]
+            for kind, of_kind in delta.get("by_type", {}).items():
+                parts.append((f"{title}: {kind}", before["by_type"][kind], after["by_type"][kind], of_kind))
+            for name, old, new, change in parts:
+                if change["n"]:
+                    figures = [number(dig(measured, keys[1:])) for measured in (old, new)]
+                    rows.append([run.name, name, " -> ".join(figures), *delta_cells(change)])
     header = ["Run", "Metric", "Before -> after", "Difference", "95 % interval", "p", "n", "Reading"]
     return markdown_table(header, rows) if rows else ""
 
@@ -821,50 +831,41 @@ def comparison_table(key: str, pairs: list[tuple[dict, dict]]) -> list[tuple[str
     """Rows for `print_table`: (metric, mean of A, mean of B, difference with interval and p)."""
     rows_a, rows_b = [a for a, _ in pairs], [b for _, b in pairs]
     if key == "tatqa":
-        return [
-            (f"{title}, %", 100 * statistics.fmean(a), 100 * statistics.fmean(b), in_per_cent(test(a, b)))
-            for title, field, test in (
-                ("as published", "em_like", mcnemar),
-                ("EM", "em", mcnemar),
-                ("F1", "f1", paired_delta),
-            )
-            for a, b in [([row[field] for row in rows_a], [row[field] for row in rows_b])]
-        ]
-    deltas = compare_rows(rows_a, rows_b)
-    return [
-        (
-            title,
-            *(statistics.fmean(question_mean(row, field) for row in rows) for rows in (rows_a, rows_b)),
-            deltas[name],
+        summaries = [dpo_train.summarise_tatqa(rows) for rows in (rows_a, rows_b)]
+        deltas = dpo_train.compare_tatqa(rows_a, rows_b)
+        lines = (
+            ("as published, %", "em_like", "tatqa"),
+            ("official EM, %", "em", "tatqa_em"),
+            ("official F1, %", "f1", "tatqa_f1"),
         )
-        for title, field, name in (("score, 1-10", "scores", "score"), ("raw reward", "rewards", "raw"))
-    ]
+    else:
+        summaries = [summarise(rows) for rows in (rows_a, rows_b)]
+        deltas = compare_rows(rows_a, rows_b)
+        lines = (("score, 1-10", "avg", "score"), ("raw reward", "raw_mean", "raw"))
+    return [(title, *(summary[field] for summary in summaries), deltas[delta]) for title, field, delta in lines]
 
 
-def in_per_cent(delta: dict) -> dict:
-    return delta | {key: 100 * delta[key] for key in ("mean", "low", "high")}
-
-
-def question_mean(row: dict, field: str = "scores") -> float:
-    """A question's score: the mean over its turns."""
-    return statistics.fmean(row[field])
+def question_score(key: str, row: dict) -> float:
+    """1-10, the mean over the turns; for TAT-QA 100 or 0, so that means are per cent."""
+    return 100.0 * row["em_like"] if key == "tatqa" else statistics.fmean(row["scores"])
 
 
 def html_section(key: str, pairs: list[tuple[dict, dict]], table: list[tuple], unlike: list[str]) -> str:
     """One evaluation of the page: its table, then every question, the ones that changed most first and open."""
-    lines = [
-        f"<tr><th>{html.escape(metric)}</th><td>{number(a)}</td><td>{number(b)}</td><td>{signed(delta['mean'])}</td>"
-        f"<td>{signed(delta['low'])} to {signed(delta['high'])}</td><td>{html.escape(p_value(delta['p']))}</td></tr>"
-        for metric, a, b, delta in table
-    ]
+    lines = []
+    for metric, a_mean, b_mean, delta in table:
+        cells = [number(a_mean), number(b_mean), *delta_cells(delta)]
+        lines.append(f"<tr><th>{metric}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
     warning = f"<p class=warning>Measured under other settings: {html.escape('; '.join(unlike))}</p>" if unlike else ""
     shown = [(html_question(key, a), html_question(key, b)) for a, b in pairs]
     shown.sort(key=lambda pair: -abs(pair[1].score - pair[0].score))
     changed = sum(a.score != b.score for a, b in shown)
-    articles = "".join(question_html(a, b, is_open=place < 10) for place, (a, b) in enumerate(shown))
+    articles = "".join(
+        question_html(a, b, is_open=place < 10 and a.score != b.score) for place, (a, b) in enumerate(shown)
+    )
     return (
         f"<h2>{html.escape(EVALUATIONS[key])}</h2>{warning}<div class=scroll><table><tr><th></th><th>A</th><th>B</th>"
-        f"<th>Difference</th><th>95 % interval</th><th>p</th></tr>{''.join(lines)}</table></div>"
+        f"<th>Difference</th><th>95 % interval</th><th>p</th><th>n</th><th></th></tr>{''.join(lines)}</table></div>"
         f"<p>{changed} of {len(shown)} questions changed their score; the largest changes come first.</p>{articles}"
     )
 
@@ -883,13 +884,16 @@ class Shown:
 def html_question(key: str, row: dict) -> Shown:
     if key == "tatqa":
         verdict = f"{'right' if row['em_like'] else 'wrong'}, EM {number(row['em'])}, F1 {number(row['f1'])}"
-        title = f"{row['question_id']}: {row['answer_type']}, gold answer {row['gold']}"
-        return Shown(title, [row["question"]], [row["answer"]], [verdict], float(row["em_like"]))
+        gold = "; ".join(row["gold"]) if isinstance(row["gold"], list) else row["gold"]
+        title = f"{row['answer_type']}, gold answer {gold} {row['scale']}"
+        return Shown(title, [row["question"]], [row["answer"]], [verdict], question_score(key, row))
     marks = [
         f"{number(round(score, 2))} (raw {number(round(raw, 2))})"
         for score, raw in zip(row["scores"], row["rewards"], strict=True)
     ]
-    return Shown(f"{row['question_id']}: {row['category']}", row["turns"], row["answers"], marks, question_mean(row))
+    return Shown(
+        f"{row['question_id']}: {row['category']}", row["turns"], row["answers"], marks, question_score(key, row)
+    )
 
 
 def question_html(a: Shown, b: Shown, *, is_open: bool) -> str:
@@ -970,13 +974,17 @@ def print_power(names: list[str], files: list[Path]) -> None:
         if before_path is None or not before_path.is_file():
             raise InputError(f"{names[-1]}: {EVALUATIONS[key]} has nothing to compare with; name a second run")
         before, after = load_answers(before_path)[1], load_answers(after_path)[1]
-        score = (lambda row: 100.0 * row["em_like"]) if key == "tatqa" else question_mean
-        differences = [score(after[question]) - score(before[question]) for question in before if question in after]
+        shared = [(before[question], after[question]) for question in before if question in after]
+        differences = [question_score(key, new) - question_score(key, old) for old, new in shared]
         if len(differences) < 2:
             raise InputError(
                 f"{after_path}: {len(differences)} questions shared with {before_path}; two are the least"
             )
         spread = statistics.stdev(differences)
+        if spread == 0:
+            raise InputError(
+                f"{after_path}: every question changed alike, which says nothing of others; name another run"
+            )
         unit = "percentage points" if key == "tatqa" else "points on the 1-10 scale"
         print(
             f"{EVALUATIONS[key]}: {len(differences)} questions, mean difference {signed(statistics.fmean(differences))}, "

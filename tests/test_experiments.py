@@ -73,7 +73,7 @@ def make_record(tag: str, script: str = "sft_train.py", **changes) -> dict:
         "git": "0123456789ab",
         "versions": {"torch": "2.13.0"},
         "device": {"name": "cpu", "dtype": "float32", "processes": 1, "threads": 2},
-        "data": {"pairs": 1234},
+        "data": {"rows": {"tatqa_pairs": 1234, "skipped": 0}},
         "baseline": {"val_loss": 1.50123456, "ppl": 4.48721, "mtbench": summary(5.5, 2.0625, 0.25)},
         "final": {"val_loss": 1.2504321, "ppl": 3.4918, "mtbench": summary(5.75, 2.375, 0.4)},
         "delta": {
@@ -434,8 +434,8 @@ def test_new_runs_stand_beside_the_logged_ones_and_are_told_apart(tmp_path):
         make_record("S4", status="failed", reason="the loss is nan", final={}, delta={}),
         make_dpo_record("mine"),
     )
-    report.write_report([log], tmp_path)
-    text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    runs = report.load_runs([log])
+    text = report.results(runs, {})
     assert row_of(text, "a\\|b", "Origin") == "new" and row_of(text, "S1", "Origin") == "logged"
     assert row_of(text, "a\\|b", "Val loss") == "1.5012 -> 1.2504"
     assert row_of(text, "a\\|b", "MT-Bench avg") == "2.0625 -> 2.375"  # the published scale
@@ -450,7 +450,7 @@ def test_new_runs_stand_beside_the_logged_ones_and_are_told_apart(tmp_path):
     assert score["95 % interval"] == "-0.125 to +0.625" and score["p"] == "0.21"
     assert score["Reading"] == "no detectable change"
     assert changes["mine", "TAT-QA, as published, %"]["p"] == "< 0.0001"
-    log_text = (tmp_path / "sft_experiments_qwen3_1_7b.md").read_text(encoding="utf-8")
+    log_text = report.experiment_log("SFT", [run for run in runs if report.is_sft(run)], report.SFT_COLUMNS)
     assert "poetry run python sft_train.py --demo --exp_tag 'a|b'" in log_text and tables(log_text)
 
 
