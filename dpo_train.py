@@ -181,8 +181,8 @@ def read_tatqa(path: Path, skipped: SkippedRows) -> list[dict]:
     """
     try:
         contexts = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; --tatqa_dir takes the folder that holds {path.name}") from error
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; --tatqa_dir takes the folder that holds {path.name}") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
         raise InputError(f"{path}: not valid JSON ({error}); fetch the file again") from error
     if not isinstance(contexts, list):
@@ -190,12 +190,14 @@ def read_tatqa(path: Path, skipped: SkippedRows) -> list[dict]:
     found = 0
     for number, context in enumerate(contexts, 1):
         try:
-            table_is_text = all(isinstance(cell, str) for row in context["table"]["table"] for cell in row)
-            passages_are_text = all(isinstance(passage["text"], str) for passage in context["paragraphs"])
-            questions_are_whole = all(question.keys() >= {"uid", "question"} for question in context["questions"])
-        except (TypeError, KeyError, AttributeError):
-            table_is_text = False
-        if not (table_is_text and passages_are_text and questions_are_whole):
+            cells = [cell for row in context["table"]["table"] for cell in row]
+            texts = [passage["text"] for passage in context["paragraphs"]]
+            texts += [question[key] for question in context["questions"] for key in ("uid", "question")]
+            orders = [str(passage["order"]) for passage in context["paragraphs"]]
+            is_whole = all(isinstance(text, str) for text in cells + texts) and all(map(str.isdigit, orders))
+        except (TypeError, KeyError):
+            is_whole = False
+        if not is_whole:
             raise InputError(f"{path}: context {number} is not a table of strings, passages and questions as TAT-QA's")
         usable = []
         for question in context["questions"]:
@@ -216,7 +218,7 @@ def question_problem(context: dict, question: dict) -> str | None:
     kind, answer = question.get("answer_type"), question.get("answer")
     if kind not in ANSWER_TYPES:
         return f"answer type {kind!r} is not one of {', '.join(ANSWER_TYPES)}"
-    if question.get("scale") not in SCALES:
+    if question.get("scale") not in list(SCALES):
         return f"scale {question.get('scale')!r} is not one of {', '.join(filter(None, SCALES))} or empty"
     if not any(cell.strip() for row in context["table"]["table"] for cell in row):
         return "the table is empty"
