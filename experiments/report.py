@@ -67,6 +67,7 @@ METRICS = {
     "finance_instruct": ("Finance-Instruct avg", ("finance_instruct", "avg_logged")),
     "reddit": ("Reddit avg", ("reddit", "avg_logged")),
 }
+PAIR_SOURCES = ("tatqa_pairs", "reddit", "finance", "general")  # where a record's `data` counts pairs
 SCORED = ("mtbench", "instruct", "finance_instruct", "reddit")  # by the reward model, so on two scales
 
 # where a published run's figures hold a metric: as [before, after], or as the difference alone
@@ -171,7 +172,10 @@ def from_record(record: dict) -> Run:
 
 def published_figures(measured: dict) -> dict[str, float]:
     """A record's `baseline` or `final` as {metric: figure on the published scale}."""
-    return {metric: dig(measured, keys) for metric, (_, keys) in METRICS.items() if keys[0] in measured}
+    figures = {metric: dig(measured, keys) for metric, (_, keys) in METRICS.items() if keys[0] in measured}
+    if "finance_instruct" in measured:  # the multi-task runs' instructions are those of Finance-Instruct
+        figures["instruct_success"] = measured["finance_instruct"]["success_rate"]
+    return figures
 
 
 def dig(values: dict, keys: tuple[str, ...]) -> float:
@@ -190,10 +194,6 @@ def load_runs(files: list[Path]) -> list[Run]:
                 run.name = f"{run.name} ({record['place']})"
             runs.append(run)
     return runs
-
-
-def output_folder(run: Run) -> Path:
-    return Path(run.source["output_dir"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,8 +280,8 @@ def mix(run: Run) -> str:
 def pairs(run: Run) -> str:
     """How many pairs a DPO run was trained on, by source where there are several."""
     if run.is_new:
-        rows = (run.source["data"] or {"rows": {}})["rows"]
-        counts = {key.removesuffix("_pairs"): number(n) for key, n in rows.items() if key != "skipped"}
+        rows = (run.source["data"] or {}).get("rows", {})
+        counts = {key.removesuffix("_pairs"): number(rows[key]) for key in PAIR_SOURCES if key in rows}
         texts = [f"{name} {n}" for name, n in counts.items()] if len(counts) > 1 else [*counts.values()]
         return " + ".join(texts) or "-"
     if "stage1.pairs" in run.params:
@@ -721,15 +721,17 @@ CURVES = {"loss": "loss", "nll": "NLL", "kl": "KL to the base", "rewards/margins
 
 def plot_curves(title: str, runs: list[Run]) -> Figure | None:
     """Training curves from the train_log.jsonl of the runs' output folders."""
-    logs = {run.name: read_records(path) for run in runs if (path := output_folder(run) / "train_log.jsonl").is_file()}
+    paths = {run.label: Path(run.source["output_dir"]) / "train_log.jsonl" for run in runs}
+    logs = {label: read_records(path) for label, path in paths.items() if path.is_file()}
     keys = [key for key in CURVES if any(key in line for lines in logs.values() for line in lines)]
     if not keys:
         return None
     figure, axes = new_figure(max(9, 6.5 * len(keys)), 6, len(keys))
     for axis, key in zip(axes, keys, strict=True):
-        for name, lines in logs.items():
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name) if points else None
+        for label, lines in logs.items():
+            points = [line for line in lines if key in line]
+            steps, values = [line["step"] for line in points], [line[key] for line in points]
+            axis.plot(steps, values, marker="o", markersize=4, label=label)
         axis.set_title(CURVES[key])
         axis.set_xlabel("optimiser step")
         axis.grid(color="#dddddd")
@@ -1041,7 +1043,7 @@ def write_report(files: list[Path], output_dir: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    files = [*record_files(), *args.exp_log]
+    files = list(dict.fromkeys([*record_files(), *(path.resolve() for path in args.exp_log)]))
     try:
         if args.compare:
             print(f"wrote {compare(*args.compare, files, args.output_dir)}")

@@ -376,9 +376,8 @@ def logged_report(tmp_path_factory) -> Path:
 def test_the_committed_report_is_what_the_committed_records_give(logged_report):
     for path in logged_report.rglob("*.*"):
         if path.suffix == ".md":
-            assert path.read_bytes() == (EXPERIMENTS / path.name).read_bytes(), (
-                f"run experiments/report.py: {path.name}"
-            )
+            committed = (EXPERIMENTS / path.name).read_text(encoding="utf-8")
+            assert path.read_text(encoding="utf-8") == committed, f"run experiments/report.py: {path.name}"
         else:
             assert (EXPERIMENTS / "plots" / path.name).exists()
 
