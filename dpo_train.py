@@ -1363,6 +1363,7 @@ def align(
     trainer = None if args.no_train else build_trainer(args, model, tokenizer, rows)
     if trainer is not None:
         model = trainer.model
+        trainer.accelerator.wait_for_everyone()  # all have looked for a checkpoint before the folder changes
     folder = mtbench_eval.begin(record, data)
     before = after = {}
     if args.eval_baseline:
