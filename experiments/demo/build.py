@@ -114,8 +114,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--only", choices=["data", "base", "reward", "check"], help="one part; the others must be there"
     )
-    parser.add_argument("--base_steps", type=int, default=1800, help="optimizer steps of the base model")
-    parser.add_argument("--reward_steps", type=int, default=1200, help="optimizer steps of the reward model")
+    parser.add_argument("--base_steps", type=int, default=1500, help="optimizer steps of the base model")
+    parser.add_argument("--reward_steps", type=int, default=1000, help="optimizer steps of the reward model")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
