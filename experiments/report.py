@@ -663,7 +663,8 @@ def plot_trade_off(runs: list[Run]) -> Figure | None:
         return None
     scored = [run for run in runs if run.is_new and "mtbench" in run.source["delta"]]
     figure, axes = new_figure(16 if scored else 11, 7.5, 2 if scored else 1)
-    points = [(run, run.changes["mtbench"], None) for run in runs]
+    # the demo's miniature changes by whole points of loss: beside it the real models would be one spot
+    points = [(run, run.changes["mtbench"], None) for run in runs if run.model != DEMO]
     draw_trade_off(axes[0], points, "MT-Bench difference, published scale")
     if scored:
         points = [(run, (d := run.source["delta"]["mtbench"])["mean"], (d["low"], d["high"])) for run in scored]
@@ -681,13 +682,20 @@ def draw_trade_off(axis, points: list[tuple[Run, float, tuple[float, float] | No
             axis.plot([gain, gain], interval, color=colour(run), linewidth=2)
         axis.scatter([gain], [change], s=80, color=colour(run), zorder=2)
         labels.setdefault((gain, change), []).append(run.label)
-    for place, names in labels.items():
-        axis.annotate(",\n".join(names), place, (8, 5), textcoords="offset points")
+    axis.margins(x=0.2, y=0.12)
+    axis.autoscale_view()
+    taken: list[tuple[float, float]] = []
+    for place, names in sorted(labels.items(), key=lambda item: item[0][1]):
+        x, y = axis.transData.transform(place)
+        rise = 6
+        while any(abs(x - other_x) < 110 and abs(y + rise - other_y) < 18 for other_x, other_y in taken):
+            rise += 6
+        taken.append((x, y + rise))
+        axis.annotate(", ".join(names), place, (9, rise), textcoords="offset pixels")
     axis.set_xlabel("validation loss difference (further left is better)")
     axis.set_ylabel(label)
     axis.grid(color="#dddddd")
     axis.set_axisbelow(True)
-    axis.margins(x=0.2, y=0.12)
 
 
 def plot_categories(run: Run) -> Figure | None:
