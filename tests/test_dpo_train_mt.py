@@ -6,6 +6,8 @@ import argparse
 import json
 import random
 import shlex
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from fractions import Fraction
 from pathlib import Path
@@ -427,3 +429,100 @@ def test_what_is_asked_and_trained_on_does_not_depend_on_the_order_of_rows(tmp_p
     assert first.reddit != other.reddit and {pair["uid"] for pair in first.reddit} == {
         pair["uid"] for pair in other.reddit
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The base model's own answers, and whole runs
+
+
+GENERATE_AND_DIE = """
+import os, sys
+sys.path.insert(0, {root!r})
+import dpo_train_mt, mtbench_eval
+append, written = mtbench_eval.ResultFile.append, []
+def append_and_die(self, row):
+    append(self, row)
+    written.append(row)
+    if len(written) == 7:
+        os._exit(9)
+mtbench_eval.ResultFile.append = append_and_die
+args = dpo_train_mt.parse({argv!r})
+lessons = dpo_train_mt.load_material(args, {{"finance"}}).finance
+dpo_train_mt.answered_by_base(args, mtbench_eval.load_tokenizer(args), lessons, 24)
+"""
+
+
+def test_a_killed_generation_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    argv = ["--demo", "--no_4bit", "--instruct_max_tokens", "12", "--output_dir", str(tmp_path / "run")]
+    args = parse(argv)
+    lessons = dpo_train_mt.load_material(args, {"finance"}).finance
+    tokenizer = mtbench_eval.load_tokenizer(args)
+    generate, asked = mtbench_eval.generate, []
+
+    def counting(model, tokenizer, conversations, **settings):
+        asked.extend(conversation[0]["content"] for conversation in conversations)
+        return generate(model, tokenizer, conversations, **settings)
+
+    monkeypatch.setattr(mtbench_eval, "generate", counting)
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "whole"))
+    whole = dpo_train_mt.answered_by_base(args, tokenizer, lessons, 24)
+    assert len(whole) == 24 and len(asked) == len(set(asked))
+    assert all(pair["rejected"] not in {"", pair["chosen"]} for pair in whole)
+
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "killed"))
+    killed = subprocess.run([sys.executable, "-c", GENERATE_AND_DIE.format(root=str(ROOT), argv=argv)], check=False)
+    assert killed.returncode == 9
+    [stored] = (tmp_path / "killed").rglob("*.jsonl")
+    before = [json.loads(line)["prompt"] for line in stored.read_text("utf-8").split("\n")[1:] if line]
+    assert len(before) == 7
+    first_time, asked[:] = list(asked), []
+    assert dpo_train_mt.answered_by_base(args, tokenizer, lessons, 24) == whole
+    assert sorted(asked + before) == sorted(first_time)
+
+    asked.clear()  # another run on this base, with fewer pairs and another seed
+    args.beta = 0.5
+    assert dpo_train_mt.answered_by_base(args, tokenizer, lessons, 10) == whole[:10] and asked == []
+
+
+SMALL = [
+    "--no_4bit", "--limit_pairs", "24", "--eval_limit", "12", "--mtbench_limit", "4", "--instruct_limit", "6",
+    "--reddit_limit", "6", "--instruct_max_tokens", "12", "--reddit_max_tokens", "12", "--mtbench_max_tokens", "12",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def test_a_three_way_run_from_start_to_finish(tmp_path, capsys, cache):
+    argv = ["--demo", "--use_3way_hybrid", "--output_dir", str(tmp_path / "run"), *SMALL]
+    argv += ["--exp_log", str(tmp_path / "log.jsonl"), "--mix_policy", "exact"]
+    argv += ["--finance_instruct_pairs", "12", "--general_pairs", "40"]
+    record = main(argv)
+    folder = tmp_path / "run_3way_hybrid"
+    assert record["status"] == "completed" and record["output_dir"] == str(folder)
+    for name in ("tatqa", "mtbench", "finance_instruct", "reddit"):
+        assert record["baseline"][name]["n"] == record["final"][name]["n"] == record["delta"][name]["n"] > 0
+        assert (folder / f"{name}_baseline.jsonl").exists() and (folder / f"{name}_final.jsonl").exists()
+    pairs = [json.loads(line) for line in (folder / "train_pairs.jsonl").read_text("utf-8").split("\n") if line]
+    assert len(pairs) == 24 and {pair["uid"].split(":")[0] for pair in pairs} == {"reddit", "finance", "general"}
+    assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"] == 8
+    out = capsys.readouterr().out
+    assert "asked 40-30-30, reached 40-30-30: 16 reddit, 12 finance, 12 general" in out
+    for title in ("TAT-QA", "MT-Bench", "Finance-Instruct", "Reddit replies"):
+        assert title in out
+
+    error = run_error(capsys, *argv)
+    assert "holds another run" in error
+    error = run_error(capsys, *argv, "--resume_from_checkpoint", "auto", "--instruct_limit", "7")
+    assert "instruct_limit: 6 -> 7" in error
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    main(["--demo", "--use_hybrid", "--dry_run", "--output_dir", str(tmp_path / "run"), *SMALL])
+    out = capsys.readouterr().out
+    assert "mix (fill): asked 70-30" in out and "steps: 3 of 8 pairs" in out and "reddit: 6 questions" in out
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,372 @@
+"""Progressive DPO: general pairs, then Finance-Instruct, then Reddit with Finance-Instruct, each stage upon the last.
+
+    L = -log sigmoid(beta * (log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)))
+
+A stage starts from the policy that the last one ended with, and that policy is its reference. The adapter's rank grows
+(8, 12, 16): the new dimensions have no effect at first, so the larger adapter computes exactly what the smaller one
+did. All four domains are measured after every stage, against the stage before, and a stage that misses its gate ends
+the run. (The progressive figures published earlier were constants, the same at every stage, and not measurements.)
+
+    poetry run python dpo_train_mt_v2.py --progressive --output_dir qwen3_3stage_progressive_experiment
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dpo_train
+import dpo_train_mt
+import mtbench_eval
+from dpo_train import Evaluation
+from mtbench_eval import InputError, log
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+BY_STAGE = ("epochs", "beta", "learning_rate", "lora_r", "lora_alpha")  # flags of their own: --stage1_epochs ...
+DEMO = {
+    **{name: value for name, value in dpo_train_mt.DEMO.items() if name not in BY_STAGE},
+    "output_dir": "demo_progressive",
+    "force_continue": True,
+    "stage1_epochs": 1.0,
+    "stage1_learning_rate": 1e-3,
+    "stage1_general_pairs": 120,
+    "stage2_epochs": 1.0,
+    "stage2_learning_rate": 1e-3,
+    "stage3_learning_rate": 1e-3,
+}
+SOURCES = {1: {"general"}, 2: {"finance"}, 3: {"reddit", "finance"}}
+# Flags that shape the training pairs of one source alone: a stage without it does not depend on them.
+SOURCE_FLAGS = {
+    "general": {"general_dataset"},
+    "finance": {"finance_instruct_pairs"},
+    "reddit": {
+        "reddit_sample_rate", "reddit_score_margin", "reddit_length_tol", "reddit_max_pairs_per_post",
+        "reddit_min_comment_chars", "hybrid_ratio", "mix_policy",
+    },
+}  # fmt: skip
+# The least change of each domain that lets a stage pass: points on the 1-10 scale, for TAT-QA percentage points.
+GATES = {
+    1: {"mtbench": 0.01},
+    2: {"finance_instruct": 0.05, "mtbench": -0.02},
+    3: {"tatqa": -1.0, "mtbench": -0.01, "finance_instruct": -0.01, "reddit": -0.01},
+}
+FLAG_OF = {"tatqa": "do_eval", "mtbench": "do_mtbench", "finance_instruct": "do_instruct", "reddit": "do_reddit"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. Defaults are those of the published runs where they had one."""
+    parser = mtbench_eval.new_parser("dpo_train_mt_v2.py", __doc__)
+    dpo_train.add_dpo_flags(parser)
+    dpo_train_mt.add_data_flags(parser)
+    positive, choices = mtbench_eval.positive, argparse.BooleanOptionalAction
+    group = parser.add_argument_group("stages")
+    group.add_argument("--progressive", action="store_true", help="train in stages, which this script always does")
+    group.add_argument("--stage", type=int, choices=[0, 1, 2, 3], default=0, help="run this stage alone; 0 = all (0)")
+    group.add_argument(
+        "--resume_from_stage", type=int, choices=[1, 2, 3], default=None, help="do this stage and the later ones anew"
+    )
+    group.add_argument("--force_continue", action=choices, default=False, help="go on after a missed gate")
+    for number, values in {
+        1: (0.25, 0.01, 2e-6, 8, 16),
+        2: (0.75, 0.018, 3.5e-6, 12, 24),
+        3: (1.0, 0.025, 4e-6, 16, 32),
+    }.items():
+        for name, value in zip(BY_STAGE, values, strict=True):
+            group.add_argument(f"--stage{number}_{name}", type=positive(type(value)), default=value, help=f"({value})")
+    group.add_argument("--stage1_general_pairs", type=positive(int), default=800, help="pairs of stage 1 (800)")
+    parser.set_defaults(
+        output_dir="qwen3_progressive_dpo",
+        exp_log="experiments/dpo_experiments_3stage.jsonl",
+        batch=1,
+        grad_acc=64,
+        finance_instruct_pairs=1600,
+        hybrid_ratio=0.6,
+        reddit_sample_rate=0.25,
+        eval_limit=250,
+        instruct_limit=50,
+        **dict.fromkeys(BY_STAGE),
+    )
+    return parser
+
+
+def check_flags(args: argparse.Namespace, stages: list[int]) -> None:
+    """Raises InputError for flags that do not go together."""
+    dpo_train.check_flags(args)
+    for name in BY_STAGE:
+        if getattr(args, name) is not None:
+            raise InputError(
+                f"--{name}: every stage has its own; give --stage1_{name}, --stage2_{name}, --stage3_{name}"
+            )
+    for name in ("no_train", "load_adapter"):
+        if getattr(args, name):
+            raise InputError(f"--{name} has no meaning in stages; dpo_train_mt.py takes it")
+    if args.stage and args.resume_from_stage:
+        raise InputError(
+            "--stage and --resume_from_stage: the one runs a stage alone, the other all from it; give one"
+        )
+    if args.resume_from_checkpoint not in {None, "auto"}:
+        raise InputError("--resume_from_checkpoint takes auto here: the stages know their checkpoints")
+    if not args.stage1_lora_r <= args.stage2_lora_r <= args.stage3_lora_r:
+        raise InputError("--stage1_lora_r, --stage2_lora_r, --stage3_lora_r: an adapter can only grow")
+    judged = {name for stage in stages for name in GATES[stage]}
+    missing = sorted(FLAG_OF[name] for name in judged if not getattr(args, FLAG_OF[name]))
+    if not args.eval_baseline and 1 in stages:
+        missing.append("eval_baseline")
+    if missing and not args.force_continue:
+        raise InputError(f"--no-{missing[0]}: the gates are judged by it; leave it on, or add --force_continue")
+
+
+def stage_arguments(args: argparse.Namespace, stage: int) -> argparse.Namespace:
+    """What a stage is trained with, under the names that the other scripts know."""
+    common = {name: value for name, value in vars(args).items() if not name.startswith("stage")}
+    own = {name: getattr(args, f"stage{stage}_{name}") for name in BY_STAGE}
+    others = set().union(*(SOURCE_FLAGS[source] for source in SOURCE_FLAGS.keys() - SOURCES[stage]))
+    for name in {"resume_from_stage", "force_continue", "progressive"} | others:
+        del common[name]
+    if stage == 1:
+        own["general_pairs"] = args.stage1_general_pairs
+    return argparse.Namespace(**{**common, **own, "output_dir": str(stage_folder(args, stage))})
+
+
+def stage_folder(args: argparse.Namespace, stage: int) -> Path:
+    return Path(args.output_dir) / f"stage{stage}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+
+
+def finished_stage(args: argparse.Namespace, stage: int) -> dict:
+    """The record of a stage that ended earlier.
+
+    Raises InputError when it did not end, when a file of it is damaged, when it had other flags, or when it missed its
+    gate and --force_continue is not given.
+    """
+    folder = stage_folder(args, stage)
+    problem = mtbench_eval.checkpoint_problem(folder)
+    if problem:
+        raise InputError(
+            f"{folder}: stage {stage} cannot be built on, {problem}; --resume_from_stage {stage} does it anew"
+        )
+    before = json.loads((folder / "run.json").read_text("utf-8"))["args"]
+    now = json.loads(json.dumps(vars(stage_arguments(args, stage))))
+    neutral = mtbench_eval.NEUTRAL_FLAGS
+    if {name: before[name] for name in before if name not in neutral} != {n: now[n] for n in now if n not in neutral}:
+        raise InputError(f"{folder}: stage {stage} had other flags ({mtbench_eval.differing(before, now)})")
+    record = json.loads((folder / "stage.json").read_text("utf-8"))
+    if record["gate"] and not args.force_continue:
+        raise InputError(f"{folder}: stage {stage} missed its gate ({record['gate']}); --force_continue goes on")
+    return record
+
+
+def grown_adapter(model: PreTrainedModel, former: Path, args: argparse.Namespace) -> PeftModel:
+    """An adapter of the rank and alpha in `args` over the base `model` that computes what the one in `former` does.
+
+    With A (r, in), B (out, r) and s = alpha / r: the larger A' begins with A and goes on with freshly initialised
+    rows, the larger B' begins with B * s / s' and goes on with columns of zeros, so s' B' A' = s B A.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import set_seed
+
+    set_seed(args.seed)
+    model = get_peft_model(model, mtbench_eval.lora_config(args))
+    config = json.loads((former / "adapter_config.json").read_text("utf-8"))
+    rank, scale = config["r"], config["lora_alpha"] / config["r"]
+    state = get_peft_model_state_dict(model)
+    for name, tensor in load_file(former / "adapter_model.safetensors").items():
+        if ".lora_A." in name:
+            state[name][:rank] = tensor
+        else:
+            state[name][:, :rank] = tensor * (scale / (args.lora_alpha / args.lora_r))
+    set_peft_model_state_dict(model, state)
+    return model
+
+
+def missed_gate(stage: int, delta: dict[str, dict], evaluations: list[Evaluation]) -> str:
+    """By how much a stage misses its gate; "" when it passes."""
+    missed = []
+    for evaluation in evaluations:
+        title, _, key = evaluation.lines[0]
+        least = GATES[stage].get(evaluation.name)
+        if least is not None and key in delta and delta[key]["mean"] < least:
+            mean = delta[key]["mean"]
+            missed.append(f"{title} {mean:+.3f} where {least:+.2f} is the least, {least - mean:.3f} short")
+    return "; ".join(missed)
+
+
+def run_stage(
+    args: argparse.Namespace,
+    stage: int,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[dict],
+    evaluations: list[Evaluation],
+    checkpoint: Path | None,
+) -> dict:
+    """Trains a stage in its folder, measures it against the stage before, or the base, and returns its record.
+
+    `args` are those of `stage_arguments`. The folder is sealed last of all, so that later stages can rely on it.
+    """
+    folder = Path(args.output_dir)
+    former = folder.with_name(f"stage{stage - 1}")
+    log.info("stage %d: %d pairs, rank %d, beta %g", stage, len(pairs), args.lora_r, args.beta)
+    rows = dpo_train_mt.fit_chats(pairs, tokenizer, args)
+    model = mtbench_eval.load_model(args)
+    if stage > 1:
+        model = grown_adapter(model, former, args)
+    trainer = dpo_train.build_trainer(args, model, tokenizer, rows)
+    if mtbench_eval.main_process():
+        folder.mkdir(exist_ok=True)
+        mtbench_eval.write_json(folder / "run.json", {"args": vars(args)})
+    entry = {"stage": stage, "pairs": len(pairs), "baseline": {}, "final": {}, "delta": {}, "runtime_s": {}}
+
+    def measure(where: Path, name: str, *, with_adapter: bool) -> None:
+        with mtbench_eval.timed(entry, name):
+            dpo_train.measure(args, trainer.model, tokenizer, evaluations, where, name, with_adapter=with_adapter)
+
+    if stage == 1 and args.eval_baseline:
+        measure(folder.parent, "baseline", with_adapter=False)
+    with mtbench_eval.timed(entry, "train"):
+        dpo_train.train(trainer, checkpoint, folder)
+    measure(folder, "final", with_adapter=True)
+    entry["kept_step"] = trainer.state.global_step
+    if mtbench_eval.main_process():
+        before = stored_rows(*((former, "final") if stage > 1 else (folder.parent, "baseline")), evaluations)
+        dpo_train.report(entry, folder, evaluations, before, stored_rows(folder, "final", evaluations))
+        entry["gate"] = missed_gate(stage, entry["delta"], evaluations)
+        mtbench_eval.write_json(folder / "stage.json", entry)
+        mtbench_eval.seal_checkpoint(folder)
+    return mtbench_eval.on_main_process(lambda: entry)
+
+
+def stored_rows(folder: Path, name: str, evaluations: list[Evaluation]) -> dict[str, list[dict]]:
+    """The rows that a measurement left in `folder`, by evaluation, sorted by id."""
+    rows = {}
+    for evaluation in evaluations:
+        path = folder / f"{evaluation.name}_{name}.jsonl"
+        if path.exists():
+            stored = [json.loads(line) for _, line in mtbench_eval.read_jsonl(path)][1:]
+            rows[evaluation.name] = sorted(stored, key=lambda row: str(row["question_id"]))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Runs the script; returns the run record. Bad input ends in SystemExit(2), a missed gate in SystemExit(1)."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = mtbench_eval.parse_arguments(build_parser(), argv, DEMO)
+    with mtbench_eval.recorded_run(args, argv, "dpo_train_mt_v2.py") as record:
+        run(args, record)
+    return record
+
+
+def run(args: argparse.Namespace, record: dict) -> None:
+    """Stage after stage. What can be wrong with the input is found before anything is written."""
+    stages = stages_to_run(args)
+    check_flags(args, stages)
+    record["stages"] = [finished_stage(args, stage) for stage in range(1, stages[0])]
+    by_stage = {stage: stage_arguments(args, stage) for stage in stages}
+    neutral = mtbench_eval.NEUTRAL_FLAGS | dpo_train_mt.MEASURING_FLAGS
+    checkpoints = dict.fromkeys(stages)
+    if not args.resume_from_stage:
+        checkpoints = {stage: mtbench_eval.find_checkpoint(by_stage[stage], neutral) for stage in stages}
+    tokenizer = mtbench_eval.load_tokenizer(args)
+    material = dpo_train_mt.load_material(args, set().union(*(SOURCES[stage] for stage in stages)))
+    evaluations = dpo_train_mt.load_evaluations(args, tokenizer, material)
+    pairs = stage_pairs(args, record, tokenizer, material, stages)
+    if args.dry_run:
+        for stage in stages:
+            log.info("stage %d: %s", stage, " and ".join(sorted(SOURCES[stage])))
+            rows = dpo_train_mt.fit_chats(pairs[stage], tokenizer, by_stage[stage])
+            dpo_train.print_plan(by_stage[stage], tokenizer, rows, evaluations)
+        return
+    everything = [pair for stage in stages for pair in pairs[stage]]
+    folder = mtbench_eval.begin(record, dpo_train_mt.data_fingerprint(material, everything))
+    if args.resume_from_stage and mtbench_eval.main_process():
+        for stage in stages:
+            shutil.rmtree(stage_folder(args, stage), ignore_errors=True)
+    for stage in stages:
+        entry = run_stage(by_stage[stage], stage, tokenizer, pairs[stage], evaluations, checkpoints[stage])
+        record["stages"].append(entry)
+        record["runtime_s"][f"stage{stage}"] = sum(entry["runtime_s"].values())
+        record["kept_step"] = entry["kept_step"]
+        if entry["gate"]:
+            message = f"stage {stage} missed its gate: {entry['gate']}"
+            if not args.force_continue:
+                record["reason"] = message
+                print(f"error: {message}; --resume_from_stage {stage + 1} --force_continue goes on", file=sys.stderr)
+                raise SystemExit(1)
+            log.warning("%s; going on, as --force_continue asks", message)
+    if mtbench_eval.main_process():
+        finish(record, folder, stage_folder(args, stages[-1]), evaluations)
+
+
+def stages_to_run(args: argparse.Namespace) -> list[int]:
+    """The stages that the flags ask for; with --resume_from_checkpoint auto, those that have not ended."""
+    if args.stage:
+        return [args.stage]
+    first = args.resume_from_stage or 1
+    if args.resume_from_checkpoint:
+        while first < 3 and mtbench_eval.checkpoint_problem(stage_folder(args, first)) is None:
+            first += 1
+    return list(range(first, 4))
+
+
+def stage_pairs(
+    args: argparse.Namespace,
+    record: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    material: dpo_train_mt.Material,
+    stages: list[int],
+) -> dict[int, list[dict]]:
+    """The training pairs of each stage; the base answers the Finance-Instruct prompts once, for both their stages."""
+    finance = []
+    if any("finance" in SOURCES[stage] for stage in stages):
+        wanted = args.finance_instruct_pairs
+        finance = dpo_train_mt.finance_pairs(args, record, tokenizer, material.finance, wanted)
+    mix = dpo_train_mt.two_way_shares(args)
+    pairs = {}
+    for stage in stages:
+        if stage == 1:
+            pairs[stage] = material.general[: args.stage1_general_pairs]
+        elif stage == 2:
+            pairs[stage] = finance
+        else:
+            pairs[stage] = dpo_train_mt.mixed_pairs(
+                material, mix, {"finance": len(finance)}, args.mix_policy, lambda _, wanted: finance[:wanted]
+            )
+        pairs[stage] = dpo_train_mt.sample(pairs[stage], args.limit_pairs or len(pairs[stage]), args.seed)
+    return pairs
+
+
+def finish(record: dict, folder: Path, last: Path, evaluations: list[Evaluation]) -> None:
+    """The last adapter and its difference from the base go to the run's own folder; prints the domains by stage."""
+    for path in [*last.glob("adapter_*"), *last.glob("*token*"), *last.glob("chat_template*"), last / "README.md"]:
+        mtbench_eval.write_atomic(folder / path.name, path.read_bytes())
+    before, after = (stored_rows(*where, evaluations) for where in ((folder, "baseline"), (last, "final")))
+    dpo_train.report(record, folder, evaluations, before, after)
+    table = []
+    for evaluation in evaluations:
+        title, value, key = evaluation.lines[0]
+        for entry in record["stages"]:
+            summaries = [entry[when].get(evaluation.name) for when in ("baseline", "final")]
+            values = [summary and value(summary) for summary in summaries]
+            table.append((f"{entry['stage']}: {title}", *values, entry["delta"].get(key)))
+    mtbench_eval.print_table(f"{folder}, by stage, each against the one before", table)
+
+
+if __name__ == "__main__":
+    main()

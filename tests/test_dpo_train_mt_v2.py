@@ -1,0 +1,276 @@
+"""Progressive DPO: growing the adapter, building on the stage before, gates, going on after a crash."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dpo_train
+import dpo_train_mt
+import dpo_train_mt_v2
+import mtbench_eval
+from dpo_train_mt_v2 import build_parser, grown_adapter, main, stage_arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+LOGGED = ROOT / "experiments" / "logged_runs.jsonl"
+SMALL = [
+    "--demo", "--no_4bit", "--eval_limit", "8", "--mtbench_limit", "3", "--instruct_limit", "4", "--reddit_limit", "4",
+    "--eval_max_new_tokens", "6", "--instruct_max_tokens", "8", "--reddit_max_tokens", "8",
+    "--mtbench_max_tokens", "8", "--limit_pairs", "16", "--finance_instruct_pairs", "16", "--batch", "2",
+    "--grad_acc", "2", "--save_steps", "2",
+]  # fmt: skip
+
+
+def arguments(folder: Path, *argv: str) -> list[str]:
+    return [*SMALL, "--output_dir", str(folder), "--exp_log", str(folder.parent / "log.jsonl"), *argv]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """An uninterrupted run of all stages: (its folder, its record)."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, main(arguments(folder))
+
+
+def stopped_after(whole, stage: int, folder: Path) -> Path:
+    """A run that has done the stages up to `stage`."""
+    shutil.copytree(whole[0], folder)
+    for later in range(stage + 1, 4):
+        shutil.rmtree(folder / f"stage{later}")
+    return folder
+
+
+def judge(folder: Path, gate: str) -> None:
+    """Makes a finished stage one that missed its gate, or with "" one that passed."""
+    stage = json.loads((folder / "stage.json").read_text("utf-8"))
+    mtbench_eval.write_json(folder / "stage.json", {**stage, "gate": gate})
+    mtbench_eval.seal_checkpoint(folder)
+
+
+def run_error(capsys, argv: list[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def test_logged_command_parses_with_the_published_defaults():
+    runs = [json.loads(line) for line in LOGGED.read_text("utf-8").split("\n") if line]
+    [run] = [run for run in runs if run["id"] == "progressive_3stage"]
+    args = build_parser().parse_args(shlex.split(run["command"])[4:])
+    assert args.output_dir == "qwen3_3stage_progressive_experiment"
+    stages = [stage_arguments(args, stage) for stage in (1, 2, 3)]
+    assert [stage.lora_r for stage in stages] == [8, 12, 16]
+    assert [stage.lora_alpha for stage in stages] == [16, 24, 32]
+    assert [stage.beta for stage in stages] == [0.01, 0.018, 0.025]
+    assert [stage.learning_rate for stage in stages] == [2e-6, 3.5e-6, 4e-6]
+    assert [stage.epochs for stage in stages] == [0.25, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora_r", "8"], "give --stage1_lora_r"),
+        (["--no_train"], "--no_train has no meaning"),
+        (["--stage", "2", "--resume_from_stage", "2"], "give one"),
+        (["--stage2_lora_r", "4"], "can only grow"),
+        (["--no-do_mtbench", "--no-force_continue"], "--no-do_mtbench: the gates are judged by it"),
+        (["--resume_from_stage", "2"], "stage 1 cannot be built on, it was not finished"),
+        (["--stage", "3"], "stage 1 cannot be built on, it was not finished"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message, tmp_path, capsys):
+    assert message in run_error(capsys, arguments(tmp_path / "run", *flags))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+
+
+def test_a_grown_adapter_computes_what_the_smaller_one_did(tmp_path):
+    """In float64, where sums in another order do not blur the comparison."""
+    import torch
+    from peft import get_peft_model
+
+    args = dpo_train_mt.parse(["--demo", "--no_4bit", "--lora_r", "8", "--lora_alpha", "16"])
+    model = get_peft_model(mtbench_eval.load_model(args), mtbench_eval.lora_config(args))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(40).reshape(2, 20)
+    before = model.double().eval()(ids).logits
+    with model.disable_adapter():
+        assert (before - model(ids).logits).abs().max() > 0.1
+    for args.lora_r, args.lora_alpha in [(12, 24), (16, 8), (8, 16)]:
+        grown = grown_adapter(mtbench_eval.load_model(args), tmp_path, args)
+        assert grown.peft_config["default"].r == args.lora_r
+        assert (grown.double().eval()(ids).logits - before).abs().max() < 1e-12 * before.abs().max()
+        fresh = [p[8:] for name, p in grown.named_parameters() if "lora_A" in name and args.lora_r > 8]
+        assert all((row != 0).any() for row in fresh)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_stage_begins_as_the_policy_that_the_last_one_ended_with(whole, stage):
+    """The answers' log-probabilities are the same in float32, and the reference is that policy: the loss is ln 2."""
+    import torch
+
+    folder, _ = whole
+    args = stage_arguments(dpo_train_mt_v2_args(folder), stage)
+    tokenizer = mtbench_eval.load_tokenizer(args)
+    lines = (mtbench_eval.DEMO_DIR / "orca_pairs.jsonl").read_text("utf-8").split("\n")[:4]
+    rows = dpo_train_mt.fit_chats(dpo_train_mt.general_pairs([json.loads(line) for line in lines]), tokenizer, args)
+    former = folder / f"stage{stage - 1}"
+
+    def first_step(model) -> tuple[float, torch.Tensor]:
+        trainer = dpo_train.build_trainer(args, model, tokenizer, rows)
+        batch = next(iter(trainer.get_train_dataloader()))
+        inputs = {name: tensor for name, tensor in batch.items() if torch.is_tensor(tensor)}
+        loss = trainer.compute_loss(trainer.model, dict(batch)).item()
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        with torch.no_grad():
+            output = trainer.model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels,
+                fused_lm_head=True,
+            )  # fmt: skip
+        return loss, output.log_probs
+
+    _, ended = first_step(mtbench_eval.load_adapter(mtbench_eval.load_model(args), str(former), trainable=True))
+    loss, begins = first_step(grown_adapter(mtbench_eval.load_model(args), former, args))
+    assert (begins - ended).abs().mean() < 1e-6
+    assert (begins - ended).abs().max() < 4e-6  # two units in the last place of the logits, which are about 20
+    assert abs(loss - math.log(2)) < 1e-4
+    _, base = first_step(mtbench_eval.load_model(args))
+    assert (begins - base).abs().max() > 1e-4  # the stages before did change the policy
+
+
+def dpo_train_mt_v2_args(folder: Path):
+    return mtbench_eval.parse_arguments(build_parser(), arguments(folder), dpo_train_mt_v2.DEMO)
+
+
+def test_the_record_holds_every_domain_at_every_stage(whole, capsys):
+    folder, record = whole
+    assert record["status"] == "completed" and [entry["stage"] for entry in record["stages"]] == [1, 2, 3]
+    names = {"tatqa", "mtbench", "finance_instruct", "reddit"}
+    for entry in record["stages"]:
+        assert set(entry["baseline"]) == set(entry["final"]) == names and names <= set(entry["delta"])
+    for before, after in zip(record["stages"][:-1], record["stages"][1:], strict=True):
+        assert after["baseline"] == before["final"]
+    assert record["baseline"] == record["stages"][0]["baseline"]
+    assert record["final"] == record["stages"][-1]["final"]
+    lines = [json.loads(line) for line in (folder.parent / "log.jsonl").read_text("utf-8").split("\n") if line]
+    assert [line["stages"] for line in lines] == [json.loads(json.dumps(record["stages"]))]
+
+
+def test_the_final_adapter_is_a_plain_one_of_rank_16(whole):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = whole
+    assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"] == 16
+    models = [
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(mtbench_eval.DEMO_DIR / "model"), path)
+        for path in (folder, folder / "stage3")
+    ]
+    ids = torch.arange(40).reshape(2, 20)
+    assert torch.equal(*(model.eval()(ids).logits for model in models))
+    assert list(models[0].peft_config) == ["default"] and not (folder / "ref").exists()
+
+
+DIE_IN_STAGE_2 = """
+import os, sys
+sys.path.insert(0, {root!r})
+import dpo_train_mt_v2, mtbench_eval
+seal = mtbench_eval.seal_checkpoint
+def seal_and_die(folder):
+    seal(folder)
+    if folder.parent.name == "stage2":
+        os._exit(9)
+mtbench_eval.seal_checkpoint = seal_and_die
+dpo_train_mt_v2.main({argv!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(whole, tmp_path_factory):
+    """The folder of a run that was killed in its second stage, after a checkpoint."""
+    folder = stopped_after(whole, 1, tmp_path_factory.mktemp("killed") / "run")
+    argv = arguments(folder, "--resume_from_stage", "2")
+    dead = subprocess.run([sys.executable, "-c", DIE_IN_STAGE_2.format(root=str(ROOT), argv=argv)], check=False)
+    assert dead.returncode == 9
+    assert (folder / "stage2" / "checkpoint-2").exists() and not (folder / "stage2" / "complete.json").exists()
+    return folder
+
+
+@pytest.mark.parametrize("way", [["--resume_from_stage", "2"], ["--resume_from_checkpoint", "auto"]])
+def test_killed_in_stage_2_it_ends_with_the_same_adapter(way, whole, killed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    record = main(arguments(folder, *way))
+    assert [entry["stage"] for entry in record["stages"]] == [1, 2, 3]
+    for name in ("adapter_model.safetensors", "stage2/adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (whole[0] / name).read_bytes()
+    assert record["final"] == whole[1]["final"]
+
+
+def test_a_missed_gate_ends_the_run_unless_forced(whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(dpo_train_mt_v2.GATES, 2, {"mtbench": 9.5})
+    folder = stopped_after(whole, 1, tmp_path / "run")
+    judge(folder / "stage1", "")
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(folder, "--resume_from_stage", "2", "--no-force_continue"))
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    gain = json.loads((folder / "stage2" / "stage.json").read_text("utf-8"))["delta"]["mtbench"]["mean"]
+    assert f"{9.5 - gain:.3f} short" in error and not (folder / "stage3").exists()
+    [record] = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text("utf-8").split("\n") if line]
+    assert record["status"] == "failed" and "missed its gate" in record["reason"]
+
+
+def test_a_stage_that_cannot_be_built_on(whole, tmp_path, capsys):
+    folder = stopped_after(whole, 1, tmp_path / "run")
+    adapter = folder / "stage1" / "adapter_model.safetensors"
+    kept = adapter.read_bytes()
+    adapter.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    error = run_error(capsys, arguments(folder, "--resume_from_stage", "2"))
+    assert "adapter_model.safetensors is damaged" in error and "--resume_from_stage 1 does it anew" in error
+    adapter.write_bytes(kept)
+    error = run_error(capsys, arguments(folder, "--resume_from_stage", "2", "--seed", "7"))
+    assert "seed: 42 -> 7" in error
+    error = run_error(capsys, arguments(folder, "--resume_from_stage", "3"))
+    assert "stage 2 cannot be built on, it was not finished" in error
+    error = run_error(capsys, arguments(folder))
+    assert "holds another run" in error
+    judge(folder / "stage1", "MT-Bench -1")
+    error = run_error(capsys, arguments(folder, "--resume_from_stage", "2", "--no-force_continue"))
+    assert "stage 1 missed its gate (MT-Bench -1)" in error
+
+
+def test_a_dry_run_prints_every_stage(tmp_path, capsys):
+    main(arguments(tmp_path / "run", "--dry_run"))
+    out = capsys.readouterr().out
+    assert all(f"stage {stage}: " in out for stage in (1, 2, 3)) and out.count("steps: 4 of 4 pairs") == 3
+    assert list(tmp_path.iterdir()) == []
