@@ -1,0 +1,499 @@
+"""sft_train.py from end to end on the demo's files: data, runs, bad input, and runs that are killed and go on."""
+
+import argparse
+import json
+import logging
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+import mtbench_eval
+import sft_train
+from mtbench_eval import SkippedRows
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "experiments" / "demo"
+
+
+def chat(prompt, answer, subset="general", system=None):
+    turns = [{"role": "system", "content": system}] if system else []
+    turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, "subset": subset}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+TWIX = [row for _, row in mtbench_eval.read_rows(DEMO / "twix.jsonl", SkippedRows())]
+FOLDER = tempfile.TemporaryDirectory()
+DISTINCT = {str(sft_train.prompt_of(row)): row for row in TWIX if row["subset"] == "general"}
+DATASET = write_rows(Path(FOLDER.name) / "twix.jsonl", list(DISTINCT.values())[:130])  # 128 to train on, 2 held out
+
+
+def flags(folder, *more):
+    """A small run on some of the demo's rows: 16 steps, no MT-Bench, full precision."""
+    return [
+        "--demo", "--output_dir", str(folder), "--exp_log", str(folder.parent / "log.jsonl"), "--dataset", str(DATASET),
+        "--sample_ratio", "1", "--val_split", "0.0154",
+        "--epochs", "1", "--batch", "4", "--grad_acc", "2", "--max_seq_length", "48", "--learning_rate", "1e-3",
+        "--kl_coef", "0.2", "--kl_start_step", "2", "--kl_warmup_steps", "4", "--kl_limit_seq", "16",
+        "--kl_log_interval", "4", "--save_steps", "4", "--mtbench_ru", "none", "--no_4bit", "--skip_baseline_eval", *more,
+    ]  # fmt: skip
+
+
+def adapter(folder):
+    return mtbench_eval.file_sha256(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def logged(caplog, monkeypatch):
+    monkeypatch.setattr(mtbench_eval.log, "propagate", True)
+    caplog.set_level(logging.INFO, logger="llm_alignment")
+    return caplog
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return sft_train.main(flags(folder)), folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def select(rows, **changes):
+    arguments = dict(
+        dataset="rows", subset="both", sample_ratio=1.0, sample_seed=42, val_split=0.1, mix_reasoning_ratio=None
+    )
+    args = argparse.Namespace(**(arguments | changes))
+    return sft_train.select_rows(lambda skipped: ((f"row {n}", row) for n, row in enumerate(rows)), args)
+
+
+MANY = [chat(f"question {n % 150}", f"answer {n}", "reasoning" if n % 10 == 0 else "general") for n in range(600)]
+
+
+def sides(selection, rows=MANY):
+    return {json.dumps(row): selection.side(row) for row in rows}
+
+
+def test_no_prompt_is_on_both_sides():
+    chosen = sides(select(MANY))
+    prompts = {
+        side: {json.loads(row)["messages"][0]["content"] for row in chosen if chosen[row] == side}
+        for side in ("train", "validation")
+    }
+    assert not prompts["train"] & prompts["validation"]
+    assert len(prompts["validation"]) == 15  # 10 % of the 150 prompts
+
+
+def test_the_sample_does_not_depend_on_order_and_samples_are_nested():
+    small, large = select(MANY, sample_ratio=0.1), select(MANY, sample_ratio=0.25)
+    assert small.rows("train") + small.rows("validation") == 60
+    shuffled = random.Random(0).sample(MANY, len(MANY))
+    assert sides(select(shuffled, sample_ratio=0.1)) == sides(small) and select(shuffled).sha256 == select(MANY).sha256
+    inside = {row for row, side in sides(small).items() if side}
+    assert inside < {row for row, side in sides(large).items() if side}
+    assert sides(select(MANY, sample_ratio=0.1, sample_seed=1)) != sides(small)
+
+
+def test_the_counts_are_the_rows_that_are_used():
+    selection = select(MANY, sample_ratio=0.3)
+    used = [(row["subset"], selection.side(row)) for row in MANY if selection.side(row)]
+    assert {key: used.count(key) for key in set(used)} == dict(selection.counts)
+
+
+def test_the_reasoning_share_is_what_was_asked_for(logged):
+    selection = select(MANY, sample_ratio=0.25, mix_reasoning_ratio=0.2)
+    reasoning = sum(count for (subset, _), count in selection.counts.items() if subset == "reasoning")
+    assert reasoning == 30 and sum(selection.counts.values()) == 150
+    selection = select(MANY, sample_ratio=0.5, mix_reasoning_ratio=0.4)  # only 60 of the 120 asked for are there
+    assert "reached 20.0 %" in logged.text and "too few reasoning rows (60)" in logged.text
+    assert sum(selection.counts.values()) == 300
+
+
+def test_rows_that_cannot_be_used_are_named(tmp_path, logged):
+    good = [json.dumps(chat(f"q{n}", "line\u2028separator")).encode() for n in range(3)]
+    bad = [
+        b'{"subset": "general"}',
+        b'{"messages": [{"role": "tool", "content": "x"}], "subset": "general"}',
+        json.dumps(chat("q", "  ")).encode(),
+        b'{"messages": [{"role": "user", "content": "\xff"}]}',
+        b"{not json",
+        json.dumps({"messages": [{"role": "user", "content": "no answer"}]}).encode(),
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(good + bad) + b"\n")
+    args = sft_train.build_parser().parse_args(["--dataset", str(path), "--sample_ratio", "1"])
+    selection, examples = sft_train.load_data(args)
+    assert selection.rows("train") + selection.rows("validation") == 3
+    text = logged.text
+    assert "skipped 6 rows" in text and "; ..." in text
+    assert "rows.jsonl:4 (no messages)" in text and "rows.jsonl:5 (unknown role 'tool')" in text
+    assert "rows.jsonl:6 (empty assistant turn)" in text and "rows.jsonl:7 (not UTF-8)" in text
+    assert "rows.jsonl:8 (not valid JSON)" in text
+
+
+def test_all_turns_are_kept_and_thinking_is_off(tmp_path):
+    rows = [chat(f"q{n}", "a", system="Be brief.") for n in range(3)]
+    rows[0]["messages"] += [{"role": "user", "content": "more"}, {"role": "assistant", "content": "b"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    args = sft_train.build_parser().parse_args(["--dataset", str(path), "--sample_ratio", "1"])
+    _, examples = sft_train.load_data(args)
+    found = {len(example["messages"]): example for side in ("train", "validation") for example in examples(side)}
+    assert found[5]["messages"] == rows[0]["messages"]
+    assert found[3]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_streaming_reads_the_rows_that_loading_reads(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", MANY)
+    common = ["--dataset", str(path), "--subset", "both", "--mix_reasoning_ratio", "0.2", "--sample_ratio", "0.25"]
+
+    def rows(*more):
+        args = sft_train.build_parser().parse_args([*common, *more])
+        selection, examples = sft_train.load_data(args)
+        return [json.dumps(row["messages"]) for row in sft_train.training_set(args, selection, examples)]
+
+    loaded, streamed = rows(), rows("--streaming")
+    assert sorted(loaded) == sorted(streamed) and loaded != streamed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+def test_a_run_measures_trains_and_leaves_everything(tmp_path, capsys):
+    """4-bit base, KL, MT-Bench with both turns, early stopping: what a user gets."""
+    folder = tmp_path / "run"
+    argv = flags(folder, "--mtbench_ru", str(DEMO / "mt_bench_ru.jsonl"), "--mtbench_questions_limit", "5")
+    argv += ["--mtbench_max_tokens", "12", "--early_stop_patience", "3", "--eval_steps", "6", "--exp_tag", "whole"]
+    argv = [flag for flag in argv if flag not in {"--no_4bit", "--skip_baseline_eval"}]
+    record = sft_train.main(argv)
+    printed = capsys.readouterr().out
+    for name in (
+        "adapter_model.safetensors adapter_config.json README.md run.json train_log.jsonl metrics.json run.log loss.png "
+        "kl.png mtbench.png mtbench_baseline.jsonl mtbench_final.jsonl"
+    ).split():
+        assert (folder / name).stat().st_size > 0, name
+    assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"].endswith("model")
+    logged = mtbench_eval.read_records(tmp_path / "log.jsonl")
+    assert logged == [json.loads(json.dumps(record))] and record["status"] == "completed"
+    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+    assert metrics == {key: json.loads(json.dumps(record[key])) for key in ("baseline", "final", "delta")}
+    assert metrics["delta"]["val_loss"]["mean"] == pytest.approx(
+        metrics["final"]["val_loss"] - metrics["baseline"]["val_loss"]
+    )
+    assert metrics["final"]["val_loss"] < metrics["baseline"]["val_loss"]
+    assert metrics["delta"]["mtbench"]["n"] == 5
+    for word in ("validation loss", "perplexity", "MT-Bench", "95 % interval", "held-out rows", "seconds: baseline"):
+        assert word in printed, word
+    history = [json.loads(line) for line in (folder / "train_log.jsonl").read_text("utf-8").split("\n") if line]
+    scores = {entry["step"]: entry["eval_mtbench"] for entry in history if "eval_mtbench" in entry}
+    assert list(scores) == [6, 12, 16]  # every --eval_steps and after the last step
+    assert record["kept_step"] == max(scores, key=scores.get)
+    assert metrics["final"]["mtbench"]["avg"] == scores[record["kept_step"]]
+    steps = [entry for entry in history if "kl_coef" in entry]
+    assert [entry["kl_coef"] for entry in steps] == pytest.approx([0.05, 0.2, 0.2, 0.2])
+    assert steps[-1]["kl"] > 0 and steps[-1]["loss"] == pytest.approx(
+        steps[-1]["nll"] + 0.2 * steps[-1]["kl"], rel=1e-4
+    )
+
+
+def test_the_anchor_starts_from_no_divergence(whole_run):
+    """The reference is the base: before the first KL step moves the adapter far, the KL is near 0, and it grows."""
+    _, folder = whole_run
+    history = [json.loads(line) for line in (folder / "train_log.jsonl").read_text("utf-8").split("\n") if line]
+    kl = [entry["kl"] for entry in history if "kl" in entry]
+    assert 0 < kl[0] < kl[-1]
+
+
+def test_the_adapter_loads_with_peft_alone(whole_run):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    record, folder = whole_run
+    base = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype="float32")
+    model = PeftModel.from_pretrained(base, folder)
+    moved = [p for name, p in model.named_parameters() if "lora_B" in name and p.abs().max() > 0]
+    assert len(moved) == 2 * base.config.num_hidden_layers and moved[0].dtype.is_floating_point
+    assert record["kept_step"] == 16
+
+
+def test_accumulation_does_not_change_the_step(tmp_path, whole_run):
+    """4 x 2 examples and 8 x 1 examples a step are one and the same step, with the KL on."""
+    import safetensors.torch
+
+    _, folder = whole_run
+    other = tmp_path / "other"
+    sft_train.main(flags(other, "--batch", "8", "--grad_acc", "1", "--lora_dropout", "0"))
+    one = tmp_path / "one"
+    sft_train.main(flags(one, "--lora_dropout", "0"))
+    a, b = (safetensors.torch.load_file(f / "adapter_model.safetensors") for f in (other, one))
+    for name in a:
+        assert (a[name] - b[name]).norm() < 1e-4 * a[name].norm(), name
+
+
+def test_packed_examples_do_not_see_one_another(tmp_path):
+    """The NLL and KL of packed examples are those of the same examples alone."""
+    import datasets
+    import torch
+
+    args = sft_train.build_parser().parse_args(
+        ["--model", str(DEMO / "model"), "--no_4bit", "--packing", "--batch", "2", "--kl_warmup_steps", "0"]
+        + ["--max_seq_length", "64", "--kl_limit_seq", "5", "--output_dir", str(tmp_path), "--lora_dropout", "0"]
+    )
+    tokenizer = mtbench_eval.load_tokenizer(args)
+    rows = datasets.Dataset.from_list([
+        {"messages": chat(f"Привет, {n}", "ответ " * (n + 3))["messages"]} for n in range(9)
+    ])
+    selection = select(MANY)
+    losses = []
+    for packing in (True, False):
+        args.packing = packing
+        trainer = sft_train.build_trainer(args, mtbench_eval.load_model(args), tokenizer, rows, rows, selection, None)
+        torch.manual_seed(0)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        trainer.state.global_step = 1  # the coefficient is 0 at step 0
+        batches, items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 99, "cpu")
+        # an example's first token has no target; packed, the token that begins the next example has none either
+        assert items == sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+        parts = [trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).item() for batch in batches]
+        losses.append((sum(parts), trainer.kl_since_log, int(items), int(trainer.kl_items)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][3] == 9 * 5
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    record = sft_train.main(flags(tmp_path / "run", "--dry_run"))
+    printed = capsys.readouterr().out
+    for word in ("train", "validation", "steps: 16 of 8 sequences", "tokens:", "memory:", "MT-Bench"):
+        assert word in printed
+    assert record["status"] == "completed"
+    assert not (tmp_path / "run").exists() and not (tmp_path / "log.jsonl").exists()
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
+    import safetensors.torch
+
+    both, one = tmp_path / "both", tmp_path / "one"
+    script = [
+        str(ROOT / "sft_train.py"),
+        *flags(both, "--grad_acc", "1", "--lora_dropout", "0", "--kl_log_interval", "1"),
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        launch, env=environment, capture_output=True, encoding="utf-8", errors="replace", timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    sft_train.main(flags(one, "--lora_dropout", "0", "--kl_log_interval", "1"))
+    a, b = (safetensors.torch.load_file(f / "adapter_model.safetensors") for f in (both, one))
+    for name in a:
+        assert (a[name] - b[name]).norm() < 1e-4 * a[name].norm(), name
+    curves = [
+        [json.loads(line) for line in (f / "train_log.jsonl").read_text("utf-8").split("\n") if line]
+        for f in (both, one)
+    ]
+    assert len(curves[0]) == len(curves[1]) == 17
+    for x, y in zip(*curves, strict=True):
+        for key in {"loss", "nll", "kl"} & x.keys():
+            assert x[key] == pytest.approx(y[key], rel=1e-4, abs=1e-7), key
+    assert len(mtbench_eval.read_records(tmp_path / "log.jsonl")) == 2  # one record a run, not one a process
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs that end early
+
+
+def start(folder, *more):
+    """The script in a process of its own."""
+    command = [sys.executable, str(ROOT / "sft_train.py"), *flags(folder, *more)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    )
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_killed_while_it_saves_a_checkpoint_and_resumed(tmp_path, whole_run, capsys):
+    _, whole = whole_run
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for(folder / "checkpoint-8", process)  # the folder is there, its files are being written
+    process.kill()
+    process.wait()
+    assert not (folder / "adapter_model.safetensors").exists()
+    record = sft_train.main(flags(folder, "--resume_from_checkpoint", "auto"))
+    assert record["status"] == "completed" and adapter(folder) == adapter(whole)
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, whole_run, capsys):
+    _, whole = whole_run
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for path in folder.glob("adapter*"):
+        path.unlink()
+    newest = folder / "checkpoint-16" / "optimizer.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    sft_train.main(flags(folder, "--resume_from_checkpoint", "auto"))
+    printed = capsys.readouterr().out
+    assert "passed over" in printed and "checkpoint-16: optimizer.pt is damaged" in printed
+    assert "checkpoint-12" in printed and adapter(folder) == adapter(whole)
+
+
+def test_ctrl_c_saves_a_checkpoint_and_is_recorded(tmp_path, whole_run):
+    _, whole = whole_run
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for(folder / "checkpoint-4" / "complete.json", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    (record,) = mtbench_eval.read_records(tmp_path / "log.jsonl")
+    assert record["status"] == "interrupted" and record["reason"] == "Ctrl-C"
+    assert not (folder / "adapter_model.safetensors").exists()
+    sft_train.main(flags(folder, "--resume_from_checkpoint", "auto"))
+    assert adapter(folder) == adapter(whole)
+
+
+def test_a_resume_with_other_flags_names_them(tmp_path, whole_run, capsys):
+    _, whole = whole_run
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        sft_train.main(flags(whole, "--resume_from_checkpoint", "auto", "--learning_rate", "2e-3", "--lora_r", "4"))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "learning_rate: 0.001 -> 0.002" in error and "lora_r: 8 -> 4" in error and "kl_coef" not in error
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys):
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        sft_train.main(flags(folder, "--learning_rate", "1e30", "--save_steps", "1", "--warmup_ratio", "0"))
+    assert stop.value.code == 1
+    assert re.search(r"error: (the loss is|a gradient is not finite).* at step \d+", capsys.readouterr().err)
+    (record,) = mtbench_eval.read_records(tmp_path / "log.jsonl")
+    assert record["status"] == "failed" and "step" in record["reason"]
+    checkpoints = list(folder.glob("checkpoint-*"))
+    assert checkpoints and all(mtbench_eval.checkpoint_problem(path) is None for path in checkpoints)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2, nothing written
+
+
+def bad_inputs(tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_bytes(b"")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_bytes(b'{"messages": 3}\n{oops\n')
+    truncated = tmp_path / "questions.json"
+    truncated.write_text('[{"question_id": 1, "turns": ["a"', encoding="utf-8")
+    no_turns = write_rows(tmp_path / "no_turns.jsonl", [{"question_id": 1, "category": "x"}])
+    hollow = tmp_path / "hollow"
+    hollow.mkdir()
+    (hollow / "config.json").write_bytes((DEMO / "model" / "config.json").read_bytes())
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (hollow / name).write_bytes((DEMO / "model" / name).read_bytes())
+    parquet = tmp_path / "rows.parquet"
+    parquet.write_bytes(b"PAR1 and then nothing")
+    return {
+        "no such dataset": (["--dataset", str(tmp_path / "nowhere.jsonl")], "nowhere.jsonl"),
+        "an empty dataset": (["--dataset", str(empty)], "no usable row"),
+        "no usable row": (["--dataset", str(broken)], "broken.jsonl:1 (no messages); broken.jsonl:2 (not valid JSON)"),
+        "a broken Parquet file": (["--dataset", str(parquet)], "not a readable Parquet file"),
+        "a subset without rows": (["--subset", "reasoning", "--dataset", str(few(tmp_path))], "'general': 3"),
+        "a ratio above 1": (["--sample_ratio", "1.5"], "not within 0..1"),
+        "a negative ratio": (["--mix_reasoning_ratio", "-0.1"], "not within 0..1"),
+        "a sample of nothing": (["--sample_ratio", "0"], "0 prompts left"),
+        "an empty question file": (["--mtbench_ru", str(empty)], "no questions"),
+        "a truncated question file": (["--mtbench_ru", str(truncated)], "questions.json"),
+        "questions without turns": (["--mtbench_ru", str(no_turns)], "no_turns.jsonl:1"),
+        "a model without weights": (["--model", str(hollow)], "no .safetensors"),
+        "no such model": (["--model", str(tmp_path / "nowhere")], "--model"),
+        "no such reward model": (
+            ["--reward_model", str(tmp_path / "nowhere"), "--mtbench_ru", str(DEMO / "mt_bench_ru.jsonl")],
+            "--reward_model",
+        ),
+        "early stopping without MT-Bench": (["--early_stop_patience", "2"], "--early_stop_patience"),
+        "packing a stream": (["--packing", "--streaming"], "--packing"),
+        "a checkpoint that is none": (["--resume_from_checkpoint", str(tmp_path)], "it was not finished"),
+    }
+
+
+def few(folder):
+    return write_rows(folder / "few.jsonl", [chat(f"q{n}", "a") for n in range(3)])
+
+
+@pytest.mark.parametrize("case", [
+    "no such dataset", "an empty dataset", "no usable row", "a broken Parquet file", "a subset without rows",
+    "a ratio above 1", "a negative ratio", "a sample of nothing", "an empty question file",
+    "a truncated question file", "questions without turns", "a model without weights", "no such model",
+    "no such reward model", "early stopping without MT-Bench", "packing a stream", "a checkpoint that is none",
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, capsys):
+    changes, expected = bad_inputs(tmp_path)[case]
+    with pytest.raises(SystemExit) as stop:
+        sft_train.main(flags(tmp_path / "run", *changes))
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.strip().split("\n") if "error:" in line]
+    assert len(lines) == 1 and expected in lines[0]
+    assert not (tmp_path / "run").exists() and not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(whole_run, capsys):
+    _, folder = whole_run
+    with pytest.raises(SystemExit) as stop:
+        sft_train.main(flags(folder))
+    assert stop.value.code == 2 and "holds another run" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_logged_commands_parse():
+    for _, row in mtbench_eval.read_rows(ROOT / "experiments" / "logged_runs.jsonl", SkippedRows()):
+        if row["script"] == "sft_train.py" and row["command"]:
+            words = shlex.split(row["command"])
+            assert words[:4] == ["poetry", "run", "python", "sft_train.py"]
+            args = sft_train.build_parser().parse_args(words[4:])
+            assert args.output_dir.startswith("qwen3_") and args.no_4bit is False
+
+
+@pytest.mark.parametrize("words, code", [(["--help"], 0), (["--smaple_ratio", "1"], 2), (["--sample", "1"], 2)])
+def test_help_and_misspelt_flags_answer_at_once(words, code):
+    """Without torch, which alone takes seconds to import."""
+    program = (
+        "import sys, sft_train\ntry:\n sft_train.main(sys.argv[1:])\nfinally:\n assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == code, done.stderr
