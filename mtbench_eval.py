@@ -1058,12 +1058,7 @@ def generate(
         with torch.random.fork_rng([device] if device.type == "cuda" else []), progress:
             if backend == "auto" and device.type == "cuda":
                 torch.manual_seed(seed)
-                settings.max_new_tokens = max_new_tokens
-                outputs = list(model.generate_batch(prompts, generation_config=settings, progress_bar=False).values())
-                if len(outputs) < len(prompts) or any(output.error for output in outputs):
-                    raise RuntimeError("continuous batching lost answers; use the simple backend")
-                for index, output in enumerate(outputs):
-                    take(index, output.generated_tokens)
+                continuous_answers(model, prompts, settings, max_new_tokens, take)
             else:
                 order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
                 longest = len(prompts[order[-1]]) + max_new_tokens
@@ -1135,6 +1130,16 @@ def batched_answers(model, prompts, settings, max_new_tokens: int, take: Callabl
             mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[going]
             ids = ids[going]
             cache.batch_select_indices(going)
+
+
+def continuous_answers(model, prompts, settings, max_new_tokens: int, take: Callable[[int, list[int]], None]) -> None:
+    """As `batched_answers`, by transformers' continuous batching: a row that ends makes room for the next prompt."""
+    settings.max_new_tokens = max_new_tokens
+    outputs = list(model.generate_batch(prompts, generation_config=settings).values())
+    if len(outputs) < len(prompts) or any(output.error for output in outputs):
+        raise RuntimeError("continuous batching lost answers; take --mtbench_backend simple")
+    for row, output in enumerate(outputs):
+        take(row, output.generated_tokens)
 
 
 def in_batches(order: list[int], size: int, run: Callable[[list[int]], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -295,6 +296,19 @@ def test_out_of_memory_halves_the_batch(model, tokenizer, monkeypatch):
     )
     with pytest.raises(torch.cuda.OutOfMemoryError):
         me.generate(model, tokenizer, conversations, max_new_tokens=6)
+
+
+def test_continuous_batching_gives_the_same_tokens(model, tokenizer):
+    from peft import LoraConfig, get_peft_model
+    from transformers import GenerationConfig
+
+    conversations = chats(5)
+    prompts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
+    settings = GenerationConfig(do_sample=False, eos_token_id=[2], pad_token_id=0, return_dict_in_generate=True)
+    answers: dict[int, list[int]] = {}
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
+    me.continuous_answers(adapted, prompts, settings, 10, lambda row, tokens: answers.update({row: tokens}))
+    assert list(answers.values()) == plain_answers(model, tokenizer, conversations, [2], 10)
 
 
 def test_a_prompt_beyond_the_context_loses_its_beginning(model, tokenizer, caplog):
