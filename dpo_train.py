@@ -767,7 +767,7 @@ def answer_tatqa(
     share_prefix: bool = True,
     use_cache: bool = False,
 ) -> list[dict]:
-    """Answers and grades TAT-QA questions, those on one context together; returns a row per question.
+    """Answers and grades TAT-QA questions, reading what those on one context share once; returns a row per question.
 
     A row: {"question_id", "answer_type", "question", "gold", "answer", "em_like", "em", "f1", "prefilled"}, written to
     `path` (a ResultFile) as soon as it exists; a restart goes on with the questions that are missing. `questions` are
@@ -796,9 +796,9 @@ def answer_tatqa(
 
     newline = newline_tokens(model, tokenizer) if one_line and missing else None
 
-    def run(batch: list[int]) -> None:
-        chosen = [missing[index] for index in batch]
-        prompts = [tokenizer(question["prompt"])["input_ids"] for question in chosen]
+    def run(batch: list[list[dict]]) -> None:
+        chosen = [question for group in batch for question in group]
+        prompts = [[tokens_of[question["question_id"]] for question in group] for group in batch]
         torch.manual_seed(seed ^ zlib.crc32(chosen[0]["question_id"].encode()))
         answers, prefilled = complete(model, prompts, settings, newline, share_prefix=share_prefix)
         for question, tokens in zip(chosen, answers, strict=True):
@@ -810,13 +810,17 @@ def answer_tatqa(
             results.append({**kept, **graded, "prefilled": prefilled / len(chosen)})
             progress.update()
 
+    tokens_of = {question["question_id"]: tokenizer(question["prompt"])["input_ids"] for question in missing}
+    by_context = itertools.groupby(missing, key=lambda question: question["context"])
+    groups = sorted(([*group] for _, group in by_context), key=lambda group: len(tokens_of[group[0]["question_id"]]))
+    longest = max(map(len, tokens_of.values()), default=0) + max_new_tokens
+    size = batch_size or mtbench_eval.free_batch_size(model, longest)
+    contexts_at_once = math.ceil(size / max(map(len, groups), default=1))
     was_training = model.training
     model.eval()
     progress = tqdm(total=len(questions), initial=len(done), desc=path.stem, unit="answer", disable=not missing)
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), progress:
-        for _, group in itertools.groupby(range(len(missing)), key=lambda index: missing[index]["context"]):
-            order = list(group)
-            mtbench_eval.in_batches(order, batch_size or len(order), run)
+        mtbench_eval.in_batches(groups, contexts_at_once, run)
     model.train(was_training)
     if use_cache and not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -837,13 +841,13 @@ def newline_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
 
 def complete(
     model: PreTrainedModel | PeftModel,
-    prompts: list[list[int]],
+    groups: list[list[list[int]]],
     settings: GenerationConfig,
     newline: torch.Tensor | None = None,
     *,
     share_prefix: bool = True,
 ) -> tuple[list[list[int]], int]:
-    """Continues token lists in one batch; what they begin with in common is read once.
+    """Continues the token lists of all groups in one batch; what a group begins with in common is read once.
 
     Returns the new tokens of each, up to the end token, and how many prompt tokens went through the model. With
     `newline` (see `newline_tokens`) an answer also ends with a line that is not empty.
@@ -851,21 +855,32 @@ def complete(
     import torch
     from transformers import DynamicCache
 
-    shared = 0
-    if share_prefix and len(prompts) > 1:
+    def left_padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(map(len, rows))
+        ids = [[settings.pad_token_id] * (width - len(row)) + row for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        return torch.tensor([ids, mask], dtype=torch.long, device=model.device).unbind()
+
+    prefixes, rests, prefix_of = [], [], []
+    for prompts in groups:
         columns = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
         shared = min(sum(1 for _ in columns), min(map(len, prompts)) - 1)  # generate() needs a token of each
-    width = max(map(len, prompts))
-    # the padding stands behind the shared beginning
-    ids = [p[:shared] + [settings.pad_token_id] * (width - len(p)) + p[shared:] for p in prompts]
-    mask = [[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in prompts]
-    ids, mask = torch.tensor([ids, mask], device=model.device)
+        shared = shared if share_prefix else 0
+        prefix_of += [len(prefixes)] * len(prompts)
+        prefixes.append(prompts[0][:shared])
+        rests += [prompt[shared:] for prompt in prompts]
+    (prefix, prefix_mask), (rest, rest_mask) = left_padded(prefixes), left_padded(rests)
+    rows = torch.tensor(prefix_of, device=model.device)
     cache = None
-    if shared:
+    if share_prefix:
         cache = DynamicCache(config=model.config)
+        positions = (prefix_mask.cumsum(1) - 1).clamp(min=0)
+        read = dict(attention_mask=prefix_mask, position_ids=positions, past_key_values=cache, use_cache=True)
         with torch.no_grad():
-            model(ids[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.batch_repeat_interleave(len(prompts))
+            model(prefix, logits_to_keep=1, **read)
+        cache.batch_select_indices(rows)
+    ids = torch.cat([prefix[rows], rest], dim=1)
+    width = ids.shape[1]
 
     def line_ended(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         breaks = newline[input_ids[:, width:]]
@@ -873,7 +888,7 @@ def complete(
 
     output = model.generate(
         ids,
-        attention_mask=mask,
+        attention_mask=torch.cat([prefix_mask[rows], rest_mask], dim=1),
         past_key_values=cache,
         generation_config=settings,
         stopping_criteria=None if newline is None else [line_ended],
@@ -882,7 +897,7 @@ def complete(
     for tokens in output.sequences[:, width:].tolist():
         end = next((place for place, token in enumerate(tokens) if token in settings.eos_token_id), None)
         answers.append(tokens[:end])
-    return answers, shared + len(prompts) * (width - shared)
+    return answers, prefix.numel() + rest.numel()
 
 
 def summarise_tatqa(rows: list[dict]) -> dict:
