@@ -937,18 +937,21 @@ MT_BENCH = {
 }
 
 
-def load_questions(source: str, *, language: str = "ru", limit: int = 0, seed: int = 42) -> list[dict]:
+def load_questions(
+    source: str, *, language: str = "ru", limit: int = 0, seed: int = 42, flag: str = "--questions"
+) -> list[dict]:
     """Reads questions: [{"question_id", "category", "turns": [str, ...]}, ...] in the file's order.
 
     `source` is a JSONL file, a JSON list, or "auto": mt_bench_ru.json or mt_bench_en.json in the working folder,
     fetched from the hub when it is not there. A row holds `turns`, or one turn in `prompt`, `question` or `text`.
     `limit` > 0 takes a sample by `seed` that does not depend on the order of the file. Raises InputError naming file
-    and line for a file that is empty, damaged, or has a row without turns or an id that came before.
+    and line for a file that is empty, damaged, or has a row without turns or an id that came before, and naming
+    `flag` when the hub cannot be reached.
     """
     path = Path(f"mt_bench_{language}.json" if source == "auto" else source)
     for known in MT_BENCH:
         if str(path) == f"mt_bench_{known}.json" and not path.exists():
-            fetch_questions(known, path)
+            fetch_questions(known, path, flag)
     skipped, questions, seen = SkippedRows(), [], {}
     for number, (place, row) in enumerate(read_rows(path, skipped), 1):
         turns = next((row[key] for key in ("turns", "prompt", "question", "text") if key in row), None)
@@ -973,12 +976,14 @@ def load_questions(source: str, *, language: str = "ru", limit: int = 0, seed: i
     return questions
 
 
-def fetch_questions(language: str, path: Path) -> None:
+def fetch_questions(language: str, path: Path, flag: str) -> None:
     """Downloads an MT-Bench set and writes it to `path` as a JSON list."""
     import huggingface_hub
 
     repository, kind, name = MT_BENCH[language]
-    with hub_errors(repository, "the question file"):
+    with hub_errors(repository, flag):
+        # asked once and briefly: the download itself would retry an unreachable hub for half a minute
+        huggingface_hub.HfApi().repo_info(repository, repo_type=kind, timeout=10)
         fetched = huggingface_hub.hf_hub_download(repository, name, repo_type=kind)
     write_json(path, [json.loads(line) for _, line in read_jsonl(Path(fetched))])
     log.info("%s: the questions of %s, fetched", path, repository)

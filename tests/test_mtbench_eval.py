@@ -184,12 +184,26 @@ def test_the_limit_is_a_seeded_sample_in_file_order(tmp_path):
     assert other != first
 
 
+def test_an_unreachable_hub_is_told_at_once(tmp_path, monkeypatch):
+    from huggingface_hub.errors import HTTPError
+
+    def unreachable(*args, **kw):
+        raise HTTPError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", unreachable)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(me.InputError, match="--mtbench_file"):
+        me.load_questions("auto", flag="--mtbench_file")
+    assert not list(tmp_path.iterdir())
+
+
 def test_auto_fetches_once_and_writes_the_working_folder(tmp_path, monkeypatch):
     hub = write_lines(
         tmp_path / "question.jsonl", {"question_id": 81, "category": "writing", "turns": ["Эссе", "Ещё"]}
     )
     asked = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **kw: asked.append((args, kw)) or str(hub))
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *args, **kw: None)
     monkeypatch.chdir(tmp_path)
     fetched = me.load_questions("auto", language="ru")
     assert fetched[0]["turns"] == ["Эссе", "Ещё"]
