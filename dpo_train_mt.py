@@ -692,6 +692,17 @@ def fit_chats(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, args: argpa
     return dpo_train.fit_pairs(pairs, tokenizer, chat, mark="\0")
 
 
+def stored_rows(folder: Path, name: str, evaluations: list[Evaluation]) -> dict[str, list[dict]]:
+    """The rows that a measurement left in `folder`, by evaluation, sorted by id."""
+    rows = {}
+    for evaluation in evaluations:
+        path = folder / f"{evaluation.name}_{name}.jsonl"
+        if path.exists():
+            stored = [json.loads(line) for _, line in mtbench_eval.read_jsonl(path)][1:]
+            rows[evaluation.name] = sorted(stored, key=lambda row: str(row["question_id"]))
+    return rows
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
@@ -721,9 +732,14 @@ def run(args: argparse.Namespace, record: dict) -> None:
         dpo_train.print_plan(args, tokenizer, rows, evaluations)
         return
     dpo_train.align(args, record, tokenizer, rows, evaluations, data_fingerprint(material, pairs), checkpoint)
-    if pairs and mtbench_eval.main_process():
+    if mtbench_eval.main_process():
+        folder = Path(args.output_dir)
         lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
-        mtbench_eval.write_atomic(Path(args.output_dir) / "train_pairs.jsonl", "".join(lines))
+        mtbench_eval.write_atomic(folder / "train_pairs.jsonl", "".join(lines))
+        if args.eval_save_json:
+            stages = ("baseline", "final")
+            answers = {stage: stored_rows(folder, stage, evaluations).get("tatqa", []) for stage in stages}
+            mtbench_eval.write_json(Path(args.eval_save_json), answers)
 
 
 def data_fingerprint(material: Material, pairs: list[dict]) -> dict:

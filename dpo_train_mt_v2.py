@@ -38,11 +38,14 @@ DEMO = {
     "output_dir": "demo_progressive",
     "force_continue": True,
     "stage1_epochs": 1.0,
+    "stage1_beta": 0.1,
     "stage1_learning_rate": 1e-3,
-    "stage1_general_pairs": 120,
+    "stage1_general_pairs": 400,
     "stage2_epochs": 1.0,
+    "stage2_beta": 0.1,
     "stage2_learning_rate": 1e-3,
-    "stage3_learning_rate": 1e-3,
+    "stage3_beta": 0.1,
+    "stage3_learning_rate": 5e-4,
 }
 SOURCES = {1: {"general"}, 2: {"finance"}, 3: {"reddit", "finance"}}
 # Flags that shape the training pairs of one source alone: a stage without it does not depend on them.
@@ -107,7 +110,7 @@ def check_flags(args: argparse.Namespace, stages: list[int]) -> None:
             raise InputError(
                 f"--{name}: every stage has its own; give --stage1_{name}, --stage2_{name}, --stage3_{name}"
             )
-    for name in ("no_train", "load_adapter"):
+    for name in ("no_train", "load_adapter", "eval_save_json"):
         if getattr(args, name):
             raise InputError(f"--{name} has no meaning in stages; dpo_train_mt.py takes it")
     if args.stage and args.resume_from_stage:
@@ -241,23 +244,14 @@ def run_stage(
     measure(folder, "final", with_adapter=True)
     entry["kept_step"] = trainer.state.global_step
     if mtbench_eval.main_process():
-        before = stored_rows(*((former, "final") if stage > 1 else (folder.parent, "baseline")), evaluations)
-        dpo_train.report(entry, folder, evaluations, before, stored_rows(folder, "final", evaluations))
+        before = dpo_train_mt.stored_rows(
+            *((former, "final") if stage > 1 else (folder.parent, "baseline")), evaluations
+        )
+        dpo_train.report(entry, folder, evaluations, before, dpo_train_mt.stored_rows(folder, "final", evaluations))
         entry["gate"] = missed_gate(stage, entry["delta"], evaluations)
         mtbench_eval.write_json(folder / "stage.json", entry)
         mtbench_eval.seal_checkpoint(folder)
     return mtbench_eval.on_main_process(lambda: entry)
-
-
-def stored_rows(folder: Path, name: str, evaluations: list[Evaluation]) -> dict[str, list[dict]]:
-    """The rows that a measurement left in `folder`, by evaluation, sorted by id."""
-    rows = {}
-    for evaluation in evaluations:
-        path = folder / f"{evaluation.name}_{name}.jsonl"
-        if path.exists():
-            stored = [json.loads(line) for _, line in mtbench_eval.read_jsonl(path)][1:]
-            rows[evaluation.name] = sorted(stored, key=lambda row: str(row["question_id"]))
-    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,6 +269,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(args: argparse.Namespace, record: dict) -> None:
     """Stage after stage. What can be wrong with the input is found before anything is written."""
+    from accelerate import PartialState
+
     stages = stages_to_run(args)
     check_flags(args, stages)
     record["stages"] = [finished_stage(args, stage) for stage in range(1, stages[0])]
@@ -293,6 +289,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
             rows = dpo_train_mt.fit_chats(pairs[stage], tokenizer, by_stage[stage])
             dpo_train.print_plan(by_stage[stage], tokenizer, rows, evaluations)
         return
+    PartialState().wait_for_everyone()  # all have looked for checkpoints before the folder changes
     everything = [pair for stage in stages for pair in pairs[stage]]
     folder = mtbench_eval.begin(record, dpo_train_mt.data_fingerprint(material, everything))
     if args.resume_from_stage and mtbench_eval.main_process():
@@ -356,7 +353,9 @@ def finish(record: dict, folder: Path, last: Path, evaluations: list[Evaluation]
     """The last adapter and its difference from the base go to the run's own folder; prints the domains by stage."""
     for path in [*last.glob("adapter_*"), *last.glob("*token*"), *last.glob("chat_template*"), last / "README.md"]:
         mtbench_eval.write_atomic(folder / path.name, path.read_bytes())
-    before, after = (stored_rows(*where, evaluations) for where in ((folder, "baseline"), (last, "final")))
+    before, after = (
+        dpo_train_mt.stored_rows(*where, evaluations) for where in ((folder, "baseline"), (last, "final"))
+    )
     dpo_train.report(record, folder, evaluations, before, after)
     table = []
     for evaluation in evaluations:

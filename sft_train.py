@@ -44,6 +44,21 @@ DEMO = dict(
     dataset=str(mtbench_eval.DEMO_DIR / "twix.jsonl"),
     mtbench_ru=str(mtbench_eval.DEMO_DIR / "mt_bench_ru.jsonl"),
     output_dir="demo_sft",
+    # enough to forget without the anchor: rerun with --kl_coef 0 and compare
+    batch=16,
+    grad_acc=1,
+    sample_ratio=1.0,
+    epochs=0.8,
+    val_split=0.03,
+    max_seq_length=256,
+    learning_rate=5e-3,
+    warmup_ratio=0.05,
+    lora_dropout=0.0,
+    target_modules="all-linear",
+    kl_coef=0.5,
+    kl_warmup_steps=0,
+    kl_log_interval=5,
+    mtbench_max_tokens=24,
 )
 
 
@@ -288,7 +303,7 @@ def fused_nll_kl(
     *,
     kl_coef: float = 0.0,
     num_items: torch.Tensor | int | None = None,
-    rows_per_chunk: int = 128,
+    rows_per_chunk: int = 256,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """NLL + kl_coef * KL(p_student || p_reference) from hidden states, without full-size logits.
 
@@ -296,8 +311,9 @@ def fused_nll_kl(
     backward only scales it. The NLL is its sum over target rows / `num_items`; the KL is its mean over KL rows.
 
     Args:
-        hidden: (rows, H) the student's last hidden states, any float type; half types compute in float32.
-        weight: (V, H) the LM head, frozen, shared by student and reference.
+        hidden: (rows, H) the student's last hidden states, any float type.
+        weight: (V, H) the LM head, frozen, shared by student and reference; its type is that of the matrix products,
+            the rest of a half type computes in float32.
         labels: (rows,) int64 next tokens, already shifted; -100 is no target.
         ref_hidden: (rows, H) the reference's last hidden states; None leaves the KL out (it is 0).
         kl_mask: (rows,) bool, the rows that the KL acts on, as far as they are targets; None means all of them.
@@ -316,45 +332,51 @@ def fused_nll_kl(
 
     if weight.requires_grad:
         raise ValueError("fused_nll_kl computes no gradient for the LM head: freeze it")
-    dtype = torch.float32 if hidden.dtype in {torch.float16, torch.bfloat16} else hidden.dtype
+    dtype = torch.float32 if weight.dtype in {torch.float16, torch.bfloat16} else weight.dtype
     targets = labels != -100
-    in_kl = torch.zeros_like(targets)
+    anchored = torch.zeros_like(targets)
     if ref_hidden is not None:
-        in_kl = targets if kl_mask is None else targets & kl_mask
-    a = 1 / torch.as_tensor(targets.sum() if num_items is None else num_items, device=hidden.device).clamp(min=1).to(
-        dtype
-    )
-    c = kl_coef / in_kl.sum().clamp(min=1).to(dtype)
+        anchored = targets if kl_mask is None else targets & kl_mask
+    num_items = torch.as_tensor(targets.sum() if num_items is None else num_items, device=hidden.device)
+    a = 1 / num_items.clamp(min=1).to(dtype)
+    c = kl_coef / anchored.sum().clamp(min=1).to(dtype)
     nll, kl = torch.zeros((2,), dtype=dtype, device=hidden.device)
     needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
     gradient = torch.zeros_like(hidden) if needs_gradient else None
+    # Used again for every chunk: the system hands out pages of this size slower than they are computed on.
+    buffers = hidden.new_empty((2, min(rows_per_chunk, len(labels)), len(weight)), dtype=dtype)
+
+    def project(states: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if out.dtype == weight.dtype:
+            return torch.mm(states.to(weight.dtype), weight.T, out=out[: len(states)])
+        return out[: len(states)].copy_(states.to(weight.dtype) @ weight.T)
+
     with torch.no_grad():
-        for rows in _chunks(targets & ~in_kl, rows_per_chunk):
-            logits = (hidden[rows] @ weight.T).to(dtype)
+        for rows, with_kl in [
+            *((rows, False) for rows in _chunks(targets & ~anchored, rows_per_chunk)),
+            *((rows, True) for rows in _chunks(anchored, rows_per_chunk)),
+        ]:
             label = labels[rows]
+            logits = project(hidden[rows], buffers[0])
             at_label = logits.gather(1, label[:, None])
             top = logits.amax(1, keepdim=True)
-            exp = logits.sub_(top).exp_()  # in place: the chunk's logits are the only large buffer
+            logits.sub_(top)
+            if with_kl:
+                ref_logits = project(ref_hidden[rows], buffers[1])
+                ref_logits.sub_(ref_logits.amax(1, keepdim=True))
+                ref_total = sum(part.exp().sum(1, keepdim=True) for part in ref_logits.split(8192, dim=1))
+                gap = ref_logits.neg_().add_(logits)  # log p_s - log p_r, but for a constant of the row
+            exp = logits.exp_()
             total = exp.sum(1, keepdim=True)
             nll += (total.log() + top - at_label).sum()
-            if needs_gradient:
-                mean_row = (exp.to(weight.dtype) @ weight) / total
-                gradient[rows] = (a * (mean_row - weight[label])).to(gradient.dtype)
-        for rows in _chunks(in_kl, rows_per_chunk):
-            logits = (hidden[rows] @ weight.T).to(dtype)
-            ref_logits = (ref_hidden[rows] @ weight.T).to(dtype)
-            label = labels[rows]
-            at_label = logits.gather(1, label[:, None])
-            lse, ref_lse = logits.logsumexp(1, keepdim=True), ref_logits.logsumexp(1, keepdim=True)
-            gap = ref_logits.neg_().add_(logits)  # log p_s - log p_r, but for the row's constant lse - ref_lse
-            p = logits.sub_(lse).exp_()
-            mean_gap = torch.einsum("rv,rv->r", p, gap)[:, None]
-            nll += (lse - at_label).sum()
-            kl += (mean_gap - lse + ref_lse).sum()
-            if needs_gradient:
-                g = gap.sub_(mean_gap).mul_(c).add_(a).mul_(p)  # gap - mean_gap = log p_s/p_r - KL_row
-                gradient[rows] = (g.to(weight.dtype) @ weight - a * weight[label]).to(gradient.dtype)
-    nll, kl = nll * a, kl / in_kl.sum().clamp(min=1)
+            if with_kl:
+                mean_gap = torch.einsum("rv,rv->r", exp, gap)[:, None] / total
+                kl += (mean_gap - total.log() + ref_total.log()).sum()
+                if needs_gradient:  # gap - mean_gap = log p_s - log p_r - KL_row: the constant drops out
+                    exp.mul_(gap.sub_(mean_gap).mul_(c / a).add_(1))
+            if needs_gradient:  # a and total come last, for the range of half types
+                gradient[rows] = (a * (exp.to(weight.dtype) @ weight / total - weight[label])).to(gradient.dtype)
+    nll, kl = nll * a, kl / anchored.sum().clamp(min=1)
     loss = nll + kl_coef * kl
     return (_with_gradient(loss, hidden, gradient) if needs_gradient else loss), nll, kl
 

@@ -51,7 +51,7 @@ def demo_args(tmp_path: Path, *argv: str) -> argparse.Namespace:
     return parse(["--demo", "--output_dir", str(tmp_path / "run"), "--exp_log", str(tmp_path / "log.jsonl"), *argv])
 
 
-def run_error(capsys, *argv: str) -> str:
+def run_error(capsys, *argv: str, main=main) -> str:
     """The one line that a run with bad input ends in."""
     with pytest.raises(SystemExit) as stop:
         main(list(argv))
@@ -500,7 +500,14 @@ def cache(tmp_path_factory):
 def test_a_three_way_run_from_start_to_finish(tmp_path, capsys, cache):
     argv = ["--demo", "--use_3way_hybrid", "--output_dir", str(tmp_path / "run"), *SMALL]
     argv += ["--exp_log", str(tmp_path / "log.jsonl"), "--mix_policy", "exact"]
-    argv += ["--finance_instruct_pairs", "12", "--general_pairs", "40"]
+    argv += [
+        "--finance_instruct_pairs",
+        "12",
+        "--general_pairs",
+        "40",
+        "--eval_save_json",
+        str(tmp_path / "tatqa.json"),
+    ]
     record = main(argv)
     folder = tmp_path / "run_3way_hybrid"
     assert record["status"] == "completed" and record["output_dir"] == str(folder)
@@ -510,6 +517,8 @@ def test_a_three_way_run_from_start_to_finish(tmp_path, capsys, cache):
     pairs = [json.loads(line) for line in (folder / "train_pairs.jsonl").read_text("utf-8").split("\n") if line]
     assert len(pairs) == 24 and {pair["uid"].split(":")[0] for pair in pairs} == {"reddit", "finance", "general"}
     assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"] == 8
+    saved = json.loads((tmp_path / "tatqa.json").read_text("utf-8"))
+    assert len(saved["baseline"]) == len(saved["final"]) == 12
     out = capsys.readouterr().out
     assert "asked 40-30-30, reached 40-30-30: 16 reddit, 12 finance, 12 general" in out
     for title in ("TAT-QA", "MT-Bench", "Finance-Instruct", "Reddit replies"):

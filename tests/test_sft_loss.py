@@ -93,6 +93,21 @@ def test_large_logits_do_not_overflow():
     assert hidden.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_head_under_mixed_precision(half):
+    """On a GPU the LM head is bf16 or fp16, and hidden states come back from autocast in float32."""
+    hidden, weight, labels, ref_hidden, kl_mask = case(1, 40, 16, 500, 0.2, 0.5, torch.float32)
+    weight = (weight / 4).to(half).float()
+    results = []
+    for head in (weight, weight.to(half)):
+        states = hidden.clone().requires_grad_()
+        loss, _, _ = fused_nll_kl(states, head, labels, ref_hidden, kl_mask, kl_coef=0.5, num_items=4000)
+        loss.backward()
+        results.append((loss.item(), states.grad))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-2)
+    assert (results[1][1] - results[0][1]).norm() < 2e-2 * results[0][1].norm()
+
+
 def test_a_head_that_wants_a_gradient_is_refused():
     with pytest.raises(ValueError, match="freeze"):
         fused_nll_kl(torch.zeros(1, 2), torch.zeros(3, 2, requires_grad=True), torch.zeros(1, dtype=torch.long))
