@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_dpo_train_mt import run_error
 
 import dpo_train
 import dpo_train_mt
@@ -61,15 +62,6 @@ def judge(folder: Path, gate: str) -> None:
     mtbench_eval.seal_checkpoint(folder)
 
 
-def run_error(capsys, argv: list[str]) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
@@ -100,7 +92,7 @@ def test_logged_command_parses_with_the_published_defaults():
     ],
 )
 def test_flags_that_do_not_go_together(flags, message, tmp_path, capsys):
-    assert message in run_error(capsys, arguments(tmp_path / "run", *flags))
+    assert message in run_error(capsys, *arguments(tmp_path / "run", *flags), main=main)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -160,7 +152,8 @@ def test_a_stage_begins_as_the_policy_that_the_last_one_ended_with(whole, stage)
     _, ended = first_step(mtbench_eval.load_adapter(mtbench_eval.load_model(args), str(former), trainable=True))
     loss, begins = first_step(grown_adapter(mtbench_eval.load_model(args), former, args))
     assert (begins - ended).abs().mean() < 1e-6
-    assert (begins - ended).abs().max() < 4e-6  # two units in the last place of the logits, which are about 20
+    # a product with 12 columns adds up in another order than one with 8: last places of logits of 20 and more
+    assert torch.allclose(begins, ended, rtol=1e-6, atol=1e-5)
     assert abs(loss - math.log(2)) < 1e-4
     _, base = first_step(mtbench_eval.load_model(args))
     assert (begins - base).abs().max() > 1e-4  # the stages before did change the policy
@@ -255,17 +248,17 @@ def test_a_stage_that_cannot_be_built_on(whole, tmp_path, capsys):
     adapter = folder / "stage1" / "adapter_model.safetensors"
     kept = adapter.read_bytes()
     adapter.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    error = run_error(capsys, arguments(folder, "--resume_from_stage", "2"))
+    error = run_error(capsys, *arguments(folder, "--resume_from_stage", "2"), main=main)
     assert "adapter_model.safetensors is damaged" in error and "--resume_from_stage 1 does it anew" in error
     adapter.write_bytes(kept)
-    error = run_error(capsys, arguments(folder, "--resume_from_stage", "2", "--seed", "7"))
+    error = run_error(capsys, *arguments(folder, "--resume_from_stage", "2", "--seed", "7"), main=main)
     assert "seed: 42 -> 7" in error
-    error = run_error(capsys, arguments(folder, "--resume_from_stage", "3"))
+    error = run_error(capsys, *arguments(folder, "--resume_from_stage", "3"), main=main)
     assert "stage 2 cannot be built on, it was not finished" in error
-    error = run_error(capsys, arguments(folder))
+    error = run_error(capsys, *arguments(folder), main=main)
     assert "holds another run" in error
     judge(folder / "stage1", "MT-Bench -1")
-    error = run_error(capsys, arguments(folder, "--resume_from_stage", "2", "--no-force_continue"))
+    error = run_error(capsys, *arguments(folder, "--resume_from_stage", "2", "--no-force_continue"), main=main)
     assert "stage 1 missed its gate (MT-Bench -1)" in error
 
 
