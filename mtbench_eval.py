@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import logging
@@ -554,6 +555,8 @@ def training_arguments(
     args: argparse.Namespace, *, weight_decay: float, warmup_ratio: float, logging_steps: int
 ) -> dict:
     """The keyword arguments that SFTConfig and DPOConfig share here."""
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise InputError(f"--report_to {args.report_to}: it is not installed; python -m pip install {args.report_to}")
     device, dtype = device_and_dtype()
     checkpointing = device.type == "cuda" if args.gradient_checkpointing is None else args.gradient_checkpointing
     import torch
@@ -1526,7 +1529,7 @@ def compare_rows(before_rows: list[dict], after_rows: list[dict]) -> dict:
 
 
 def print_table(title: str, rows: list[tuple[str, float | None, float | None, dict | None]]) -> None:
-    """Prints (metric, baseline, final, delta) rows; `delta` as from `paired_delta`. Plain ASCII, 100 columns."""
+    """Prints (metric, baseline, final, delta) rows; `delta` as from `paired_delta`. Plain ASCII, at most 120 columns."""
     from rich.box import Box
     from rich.console import Console
     from rich.table import Table
@@ -1536,7 +1539,7 @@ def print_table(title: str, rows: list[tuple[str, float | None, float | None, di
 
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
     table = Table(title=title, title_style="", title_justify="left", box=rules, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in ("baseline", "final", "difference [95 % interval]", "p"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -1547,7 +1550,7 @@ def print_table(title: str, rows: list[tuple[str, float | None, float | None, di
             cells.append(f"{delta['p']:.2g}")
             cells.append("no detectable change" if delta["low"] <= 0 <= delta["high"] else "")
         table.add_row(*cells)
-    Console(width=100, color_system=None, legacy_windows=False, markup=False, highlight=False).print(table)
+    Console(width=120, color_system=None, legacy_windows=False, markup=False, highlight=False).print(table)
 
 
 def plot_categories(before_summary: dict, after_summary: dict, path: Path) -> None:

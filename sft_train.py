@@ -774,7 +774,7 @@ def report(record: dict, folder: Path, history: list[dict]) -> None:
         table += [
             ("MT-Bench, 1-10", before and before["avg"], after["avg"], delta.get("mtbench")),
             ("MT-Bench, raw reward", before and before["raw_mean"], after["raw_mean"], delta.get("mtbench_raw")),
-            ("MT-Bench, published scale", before and before["avg_logged"], after["avg_logged"], None),
+            ("MT-Bench, as published", before and before["avg_logged"], after["avg_logged"], None),
         ]
     mtbench_eval.print_table(f"{record['output_dir']}, step {record['kept_step']}", table)
     log.info("validation loss on all %d held-out rows: %.4f", final["val_rows_full"], final["val_loss_full"])

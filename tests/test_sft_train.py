@@ -444,6 +444,7 @@ def bad_inputs(tmp_path):
             "--reward_model",
         ),
         "early stopping without MT-Bench": (["--early_stop_patience", "2"], "--early_stop_patience"),
+        "a tracker that is not installed": (["--report_to", "trackio"], "python -m pip install trackio"),
         "packing a stream": (["--packing", "--streaming"], "--packing"),
         "a checkpoint that is none": (["--resume_from_checkpoint", str(tmp_path)], "it was not finished"),
     }
@@ -457,7 +458,7 @@ def few(folder):
     "no such dataset", "an empty dataset", "no usable row", "a broken Parquet file", "a subset without rows",
     "a ratio above 1", "a negative ratio", "a sample of nothing", "an empty question file",
     "a truncated question file", "questions without turns", "a model without weights", "no such model",
-    "no such reward model", "early stopping without MT-Bench", "packing a stream", "a checkpoint that is none",
+    "no such reward model", "early stopping without MT-Bench", "a tracker that is not installed", "packing a stream", "a checkpoint that is none",
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, capsys):
     changes, expected = bad_inputs(tmp_path)[case]
