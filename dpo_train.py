@@ -49,7 +49,8 @@ DEMO = dict(
     tatqa_dir=str(mtbench_eval.DEMO_DIR / "tatqa"),
     mtbench_file=str(mtbench_eval.DEMO_DIR / "mt_bench_en.jsonl"),
     output_dir="demo_dpo",
-    limit_pairs=400,
+    limit_pairs=480,
+    beta=0.5,
     batch=4,
     grad_acc=2,
     learning_rate=1e-3,
@@ -1224,7 +1225,9 @@ def common_evaluations(
         questions = tatqa_questions(contexts, limit=args.eval_limit, seed=args.seed, **prompt_options(args))
         evaluations.append(tatqa_evaluation(args, tokenizer, questions))
     if args.do_mtbench:
-        questions = mtbench_eval.load_questions(args.mtbench_file, limit=args.mtbench_limit, seed=args.seed)
+        questions = mtbench_eval.load_questions(
+            args.mtbench_file, limit=args.mtbench_limit, seed=args.seed, flag="--mtbench_file"
+        )
         tokens = args.mtbench_max_tokens
         evaluations.append(scored_evaluation(args, "mtbench", "MT-Bench", questions, reward_model, tokens))
     return evaluations

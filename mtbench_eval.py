@@ -831,7 +831,9 @@ def recorded_run(args: argparse.Namespace, argv: list[str], script: str) -> Iter
             raise SystemExit(1) from error
         except KeyboardInterrupt as error:
             record |= {"status": "interrupted", "reason": "Ctrl-C"}
-            print("interrupted: go on with --resume_from_checkpoint auto", file=sys.stderr)
+            print(
+                "interrupted: the same command goes on, training with --resume_from_checkpoint auto", file=sys.stderr
+            )
             raise SystemExit(130) from error
         except Exception as error:
             record["reason"] = f"{type(error).__name__}: {error}"

@@ -641,7 +641,11 @@ def run(args: argparse.Namespace, record: dict) -> None:
     questions = []
     if args.mtbench_ru != "none":
         questions = mtbench_eval.load_questions(
-            args.mtbench_ru, language="ru", limit=args.mtbench_questions_limit, seed=args.mtbench_questions_seed
+            args.mtbench_ru,
+            language="ru",
+            limit=args.mtbench_questions_limit,
+            seed=args.mtbench_questions_seed,
+            flag="--mtbench_ru",
         )
     elif args.early_stop_patience is not None:
         raise InputError("--early_stop_patience decides by MT-Bench: leave out --mtbench_ru none or the patience")

@@ -49,7 +49,8 @@ def flags(folder, *more):
         "--sample_ratio", "1", "--val_split", "0.0154",
         "--epochs", "1", "--batch", "4", "--grad_acc", "2", "--max_seq_length", "48", "--learning_rate", "1e-3",
         "--kl_coef", "0.2", "--kl_start_step", "2", "--kl_warmup_steps", "4", "--kl_limit_seq", "16",
-        "--kl_log_interval", "4", "--save_steps", "4", "--mtbench_ru", "none", "--no_4bit", "--skip_baseline_eval", *more,
+        "--kl_log_interval", "4", "--save_steps", "4", "--mtbench_ru", "none", "--no_4bit", "--skip_baseline_eval",
+        "--target_modules", "q_proj,v_proj", *more,
     ]  # fmt: skip
 
 
