@@ -59,41 +59,6 @@ REWARD_TEMPLATE = r"""
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-# Qwen3's template in small: a <think> block opens the last answer and is left out of the earlier ones.
-CHAT_TEMPLATE = r"""
-{%- set last = namespace(user=-1) -%}
-{%- for message in messages -%}
-  {%- if message.role == 'user' -%}{%- set last.user = loop.index0 -%}{%- endif -%}
-{%- endfor -%}
-{%- for message in messages -%}
-  {{- '<|im_start|>' + message.role + '\n' -}}
-  {%- if message.role == 'assistant' -%}
-    {%- set answer = message.content.split('</think>')[-1].lstrip('\n') -%}
-    {%- set thought = '' -%}
-    {%- if '</think>' in message.content -%}
-      {%- set thought = message.content.split('</think>')[0].split('<think>')[-1].strip('\n') -%}
-    {%- endif -%}
-    {%- generation -%}
-    {%- if loop.index0 > last.user -%}{{- '<think>\n' + thought + '\n</think>\n\n' -}}{%- endif -%}
-    {{- answer + '<|im_end|>' -}}
-    {%- endgeneration -%}
-    {{- '\n' -}}
-  {%- else -%}
-    {{- message.content + '<|im_end|>\n' -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- '<|im_start|>assistant\n' -}}
-  {%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}
-{%- endif -%}
-"""
-REWARD_TEMPLATE = r"""
-{%- for message in messages -%}
-  {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
-"""
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 ROLE_LINES = [
     "You are a financial analyst. Answer the question using the table and the text.",
     "You are a financial analyst. Use the table and the text to answer the question.",
