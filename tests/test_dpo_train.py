@@ -563,7 +563,7 @@ def test_a_killed_run_ends_with_the_same_adapter(tmp_path):
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
     with pytest.raises(SystemExit) as error:  # a flag that changes the training
-        dpo_train.main([*argv, "--output_dir", "killed", "--resume_from_checkpoint", "auto", "--beta", "0.5"])
+        dpo_train.main([*argv, "--output_dir", "killed", "--resume_from_checkpoint", "auto", "--beta", "0.7"])
     assert error.value.code == 2
 
 
