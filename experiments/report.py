@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import html
 import io
+import json
 import math
 import re
 import statistics
@@ -728,9 +729,12 @@ CURVES = {"loss": "loss", "nll": "NLL", "kl": "KL to the base", "rewards/margins
 
 
 def plot_curves(title: str, runs: list[Run]) -> Figure | None:
-    """Training curves from the train_log.jsonl of the runs' output folders."""
-    paths = {run.label: Path(run.source["output_dir"]) / "train_log.jsonl" for run in runs}
-    logs = {label: read_records(path) for label, path in paths.items() if path.is_file()}
+    """Training curves from the train_log.jsonl of the runs' output folders, as far as they still hold those runs."""
+    logs = {}
+    for run in runs:
+        log_file, run_file = (Path(run.source["output_dir"]) / name for name in ("train_log.jsonl", "run.json"))
+        if log_file.is_file() and json.loads(run_file.read_text("utf-8"))["ts"] == run.source["ts"]:
+            logs[run.label] = read_records(log_file)
     keys = [key for key in CURVES if any(key in line for lines in logs.values() for line in lines)]
     if not keys:
         return None

@@ -465,6 +465,7 @@ def test_the_same_records_give_the_same_files_and_no_plot_is_blank(tmp_path):
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / run["tag"] / "train_log.jsonl").write_text(text, encoding="utf-8")
+        (tmp_path / run["tag"] / "run.json").write_text(json.dumps({"ts": run["ts"]}), encoding="utf-8")
     log = write_log(tmp_path / "log.jsonl", *runs)
     first, second = (report.write_report([log], tmp_path / name) for name in ("first", "second"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
