@@ -37,7 +37,7 @@ from mtbench_eval import InputError, ResultFile, SkippedRows, log
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl import DPOTrainer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -780,7 +780,6 @@ def answer_tatqa(
     from tqdm import tqdm
 
     settings = mtbench_eval.decoding_settings(model, tokenizer, temperature=temperature, top_p=top_p)
-    settings.max_new_tokens = max_new_tokens
     asked = zlib.crc32(json.dumps(questions, ensure_ascii=False).encode("utf-8"))
     generation = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, one_line=one_line
@@ -795,13 +794,13 @@ def answer_tatqa(
     done = {row["question_id"] for row in results.rows}
     missing = [question for question in questions if question["question_id"] not in done]
 
-    newline = newline_tokens(model, tokenizer) if one_line and missing else None
+    line_break = line_break_tokens(model, tokenizer) if one_line and missing else None
 
     def run(batch: list[list[dict]]) -> None:
         chosen = [question for group in batch for question in group]
         prompts = [[tokens_of[question["question_id"]] for question in group] for group in batch]
         torch.manual_seed(seed ^ zlib.crc32(chosen[0]["question_id"].encode()))
-        answers, prefilled = complete(model, prompts, settings, newline, share_prefix=share_prefix)
+        answers, prefilled = complete(model, prompts, settings, max_new_tokens, line_break, share_prefix=share_prefix)
         for question, tokens in zip(chosen, answers, strict=True):
             text = mtbench_eval.strip_thinking(tokenizer.decode(tokens, skip_special_tokens=True))
             gold = {"answer": question["gold"], "answer_type": question["answer_type"], "scale": question["scale"]}
@@ -830,75 +829,89 @@ def answer_tatqa(
     return [by_id[question["question_id"]] for question in questions]
 
 
-def newline_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+def line_break_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """A bool for every token id of the model: whether its text holds a line break."""
     import torch
 
     pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    newline = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool, device=model.device)
-    newline[[token for token, piece in enumerate(pieces) if "\n" in piece]] = True
-    return newline
+    line_break = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool, device=model.device)
+    line_break[[token for token, piece in enumerate(pieces) if "\n" in piece]] = True
+    return line_break
 
 
 def complete(
     model: PreTrainedModel | PeftModel,
     groups: list[list[list[int]]],
     settings: GenerationConfig,
-    newline: torch.Tensor | None = None,
+    max_new_tokens: int,
+    line_break: torch.Tensor | None = None,
     *,
     share_prefix: bool = True,
 ) -> tuple[list[list[int]], int]:
     """Continues the token lists of all groups in one batch; what a group begins with in common is read once.
 
-    Returns the new tokens of each, up to the end token, and how many prompt tokens went through the model. With
-    `newline` (see `newline_tokens`) an answer also ends with a line that is not empty.
+    Returns the new tokens of each, its end token included, and how many prompt tokens went through the model. With
+    `line_break` (see `line_break_tokens`) an answer also ends with its first line that is not empty.
+    """
+    prompts = [prompt for group in groups for prompt in group]
+    if share_prefix:
+        cache, prefilled = read_prompts(model, groups, settings.pad_token_id)
+        prefilled += len(prompts)
+    else:
+        cache, prefilled = None, len(prompts) * max(map(len, prompts))
+    answers = [[]] * len(prompts)
+    mtbench_eval.batched_answers(
+        model, prompts, settings, max_new_tokens, answers.__setitem__, cache=cache, line_break=line_break
+    )
+    return answers, prefilled
+
+
+def read_prompts(
+    model: PreTrainedModel | PeftModel, groups: list[list[list[int]]], pad_token_id: int, rows_at_once: int = 4
+) -> tuple[DynamicCache, int]:
+    """The key-value cache of all prompts but for their last tokens, padded on the left, and how many tokens were read.
+
+    A group's common beginning is read once, as one row. What follows it is read for a few prompts of like length at
+    once, padded on the right, where causal attention needs no mask: the lengths differ much, by the passages.
     """
     import torch
     from transformers import DynamicCache
 
-    def left_padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        width = max(map(len, rows))
-        ids = [[settings.pad_token_id] * (width - len(row)) + row for row in rows]
-        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        return torch.tensor([ids, mask], dtype=torch.long, device=model.device).unbind()
+    def read(tokens: list[list[int]], cache: DynamicCache) -> int:
+        ids = torch.tensor(tokens, dtype=torch.long, device=model.device)
+        if ids.numel():
+            with torch.no_grad():
+                model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return ids.numel()
 
-    prefixes, rests, prefix_of = [], [], []
+    n_tokens, rows = 0, []  # a row: (keys, values) of each layer, (heads, tokens, head size)
     for prompts in groups:
         columns = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
         shared = min(sum(1 for _ in columns), min(map(len, prompts)) - 1)  # generate() needs a token of each
-        shared = shared if share_prefix else 0
-        prefix_of += [len(prefixes)] * len(prompts)
-        prefixes.append(prompts[0][:shared])
-        rests += [prompt[shared:] for prompt in prompts]
-    (prefix, prefix_mask), (rest, rest_mask) = left_padded(prefixes), left_padded(rests)
-    rows = torch.tensor(prefix_of, device=model.device)
-    cache = None
-    if share_prefix:
-        cache = DynamicCache(config=model.config)
-        positions = (prefix_mask.cumsum(1) - 1).clamp(min=0)
-        read = dict(attention_mask=prefix_mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        with torch.no_grad():
-            model(prefix, logits_to_keep=1, **read)
-        cache.batch_select_indices(rows)
-    ids = torch.cat([prefix[rows], rest], dim=1)
-    width = ids.shape[1]
+        prefix = DynamicCache()
+        n_tokens += read([prompts[0][:shared]], prefix)
+        first_row = len(rows)
+        rows += [None] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        for start in range(0, len(order), rows_at_once):
+            some = order[start : start + rows_at_once]
+            rests = [prompts[index][shared:-1] for index in some]
+            longest = max(map(len, rests))
+            cache = DynamicCache([
+                [states.expand(len(some), -1, -1, -1) for states in (la.keys, la.values)] for la in prefix.layers
+            ])
+            n_tokens += read([rest + [pad_token_id] * (longest - len(rest)) for rest in rests], cache)
+            for place, index in enumerate(some):
+                end = len(prompts[index]) - 1
+                rows[first_row + index] = [(la.keys[place, :, :end], la.values[place, :, :end]) for la in cache.layers]
 
-    def line_ended(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        breaks = newline[input_ids[:, width:]]
-        return breaks[:, -1] & ~breaks.all(dim=1)
+    width = max(keys.shape[1] for (keys, _), *_ in rows)
 
-    output = model.generate(
-        ids,
-        attention_mask=torch.cat([prefix_mask[rows], rest_mask], dim=1),
-        past_key_values=cache,
-        generation_config=settings,
-        stopping_criteria=None if newline is None else [line_ended],
-    )
-    answers = []
-    for tokens in output.sequences[:, width:].tolist():
-        end = next((place for place, token in enumerate(tokens) if token in settings.eos_token_id), None)
-        answers.append(tokens[:end])
-    return answers, prefix.numel() + rest.numel()
+    def left_padded(states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return torch.stack([torch.nn.functional.pad(s, (0, 0, width - s.shape[1], 0)) for s in states])
+
+    layers = [[left_padded(states) for states in zip(*layer, strict=True)] for layer in zip(*rows, strict=True)]
+    return DynamicCache(layers), n_tokens
 
 
 def summarise_tatqa(rows: list[dict]) -> dict:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
     from peft import LoraConfig, PeftModel
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 log = logging.getLogger("llm_alignment")
 
@@ -1101,11 +1101,21 @@ def decoding_settings(
     )
 
 
-def batched_answers(model, prompts, settings, max_new_tokens: int, take: Callable[[int, list[int]], None]) -> None:
-    """Generates from left-padded token lists; `take(row, new tokens)` gets each answer.
+def batched_answers(
+    model: PreTrainedModel | PeftModel,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    max_new_tokens: int,
+    take: Callable[[int, list[int]], None],
+    *,
+    cache: DynamicCache | None = None,
+    line_break: torch.Tensor | None = None,
+) -> None:
+    """Generates from left-padded token lists; `take(row, new tokens)` gets each answer, its end token included.
 
     `model.generate` pauses whenever a quarter of its rows has ended: they leave, and the others go on from their
-    part of the key-value cache.
+    part of the key-value cache. `cache` may hold the prompts, left-padded, but for their last tokens. With
+    `line_break`, a bool for each token id, an answer also ends with its first line that is not empty.
     """
     import torch
 
@@ -1113,12 +1123,18 @@ def batched_answers(model, prompts, settings, max_new_tokens: int, take: Callabl
     ids = torch.tensor([[settings.pad_token_id] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     eos = torch.tensor(settings.eos_token_id, device=device)
-    rows, cache = list(range(len(prompts))), None
+    rows = list(range(len(prompts)))
     while rows:
         ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        ends = torch.full((len(rows),), width + max_new_tokens, device=device)
 
-        def pause(input_ids, scores, ended=ended, **_):
-            ended |= torch.isin(input_ids[:, -1], eos)
+        def pause(input_ids, scores, ended=ended, ends=ends, **_):
+            ending = torch.isin(input_ids[:, -1], eos)
+            if line_break is not None:
+                breaks = line_break[input_ids[:, width:]]
+                ending |= breaks[:, -1] & ~breaks.all(dim=1)
+            ends[ending & ~ended] = input_ids.shape[1]
+            ended |= ending
             return torch.full_like(ended, bool(ended.sum() * 4 >= len(ended)))
 
         settings.max_new_tokens = width + max_new_tokens - ids.shape[1]
@@ -1133,7 +1149,7 @@ def batched_answers(model, prompts, settings, max_new_tokens: int, take: Callabl
         if ids.shape[1] == width + max_new_tokens:
             ended[:] = True
         for place in ended.nonzero().flatten().tolist():
-            take(rows[place], ids[place, width:].tolist())
+            take(rows[place], ids[place, width : ends[place]].tolist())
         going = (~ended).nonzero().flatten()
         rows = [rows[place] for place in going.tolist()]
         if rows:

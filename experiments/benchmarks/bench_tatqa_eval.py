@@ -2,13 +2,14 @@
 
     python experiments/benchmarks/bench_tatqa_eval.py --model DIR --tatqa_dir DIR
 
-One process, the same batches of three contexts both ways, float32 on CPU; the ratio of the total times is the result.
+One process, the same batches both ways, each of as many tables as the evaluation takes, float32 on CPU; the ratio of the total times is the result.
 The answers must be identical; the prompt tokens that went through the model are counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -31,21 +32,24 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     questions = dpo_train.tatqa_questions(contexts, limit=0, seed=args.seed, **options)
     tokenizer, model = mtbench_eval.load_tokenizer(args), mtbench_eval.load_model(args).eval()
     settings = mtbench_eval.decoding_settings(model, tokenizer, temperature=0.0, top_p=1.0)
-    settings.max_new_tokens = args.eval_max_new_tokens
-    newline = None if args.use_chat_template else dpo_train.newline_tokens(model, tokenizer)
+    line_break = None if args.use_chat_template else dpo_train.line_break_tokens(model, tokenizer)
     groups: dict[str, list[list[int]]] = {}
     for question in questions:
         prompt, _ = dpo_train.fit_prompt(question["prompt"], tokenizer, args)
         groups.setdefault(question["context"], []).append(tokenizer(prompt)["input_ids"])
     seconds, tokens, differing = {False: 0.0, True: 0.0}, {False: 0, True: 0}, 0
     chosen = sorted(list(groups.values())[: args.contexts], key=lambda prompts: len(prompts[0]))
-    batches = [chosen[start : start + 3] for start in range(0, len(chosen), 3)]  # 18 answers at once
-    dpo_train.complete(model, chosen[:1], settings, newline)  # warms up
+    rows = args.eval_batch_size or mtbench_eval.free_batch_size(model, args.max_length)
+    size = math.ceil(rows / max(map(len, chosen)))
+    batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    dpo_train.complete(model, chosen[:1], settings, args.eval_max_new_tokens, line_break)  # warms up
     for number, batch in enumerate(batches):
         answers = {}
         for share in (False, True) if number % 2 else (True, False):
             start = time.perf_counter()
-            answers[share], prefilled = dpo_train.complete(model, batch, settings, newline, share_prefix=share)
+            answers[share], prefilled = dpo_train.complete(
+                model, batch, settings, args.eval_max_new_tokens, line_break, share_prefix=share
+            )
             seconds[share] += time.perf_counter() - start
             tokens[share] += prefilled
         differing += sum(a != b for a, b in zip(answers[False], answers[True], strict=True))
