@@ -54,7 +54,7 @@ DEMO = dict(
     batch=4,
     grad_acc=2,
     learning_rate=1e-3,
-    eval_limit=100,
+    eval_limit=200,
     eval_max_new_tokens=16,
     mtbench_max_tokens=32,
     instruct_max_tokens=32,
@@ -869,7 +869,7 @@ def complete(
 def read_prompts(
     model: PreTrainedModel | PeftModel, groups: list[list[list[int]]], pad_token_id: int, rows_at_once: int = 4
 ) -> tuple[DynamicCache, int]:
-    """The key-value cache of all prompts but for their last tokens, padded on the left, and how many tokens were read.
+    """The key-value cache of prompts of two tokens or more, without their last, padded on the left; and the tokens read.
 
     A group's common beginning is read once, as one row. What follows it is read for a few prompts of like length at
     once, padded on the right, where causal attention needs no mask: the lengths differ much, by the passages.

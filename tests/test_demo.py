@@ -1,5 +1,6 @@
-"""What the demo is there to show: SFT on a foreign style forgets, and the KL anchor holds."""
+"""What the demo is there to show: SFT on a foreign style forgets, the KL anchor holds, and DPO mends a habit."""
 
+import dpo_train
 import sft_train
 
 
@@ -17,3 +18,12 @@ def test_the_anchor_holds_what_sft_alone_forgets(tmp_path, monkeypatch):
     assert falls["0"] > 1
     assert falls["0.5"] <= falls["0"] / 2
     assert gains["0.5"] >= gains["0"] / 2
+
+
+def test_dpo_mends_the_habit_of_the_wrong_cell(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    argv = ["--demo", "--output_dir", str(tmp_path / "out"), "--exp_log", str(tmp_path / "log.jsonl")]
+    record = dpo_train.main([*argv, "--no-do_mtbench", "--no-do_instruct"])
+    assert record["delta"]["tatqa_em"]["mean"] > 5 and record["delta"]["tatqa_em"]["p"] < 0.01
+    before, after = (record[stage]["tatqa"]["by_type"]["span"]["em"] for stage in ("baseline", "final"))
+    assert before < 40 < 45 < after

@@ -432,6 +432,21 @@ def test_reading_a_table_once_changes_no_answer(demo_args, tokenizer, questions,
     assert prefilled[True] < 0.7 * prefilled[False]
 
 
+def test_groups_of_one_prompt_or_without_a_common_beginning(demo_args, tokenizer):
+    model = mtbench_eval.load_model(demo_args).eval()
+    settings = mtbench_eval.decoding_settings(model, tokenizer, temperature=0.0, top_p=1.0)
+    texts = [
+        ["What is 3 + 4?"],
+        ["Name the capital of France.", "Spell the word house."],
+        ["Now add 5.", "Now add 5."],
+    ]
+    groups = [[tokenizer(text)["input_ids"] for text in group] for group in texts]
+    expected, read_alone = dpo_train.complete(model, groups, settings, 8, share_prefix=False)
+    answers, read = dpo_train.complete(model, groups, settings, 8)
+    assert answers == expected and len(answers) == 5
+    assert read < read_alone
+
+
 def test_an_evaluation_goes_on_where_it_stopped(demo_args, tokenizer, questions, tmp_path, monkeypatch):
     model = mtbench_eval.load_model(demo_args)
     settings = dict(fingerprint={"model": "demo"}, max_new_tokens=8)

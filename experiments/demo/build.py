@@ -1,11 +1,12 @@
 """Build everything that `--demo` uses: a tiny Qwen3, a tiny reward model, and data in the schemas of the real sets.
 
-    python experiments/demo/build.py            # everything, about 25 minutes on two CPU cores
+    python experiments/demo/build.py            # everything, about 40 minutes on two CPU cores
     python experiments/demo/build.py --only data
 
-The base learns the tasks of `world.py` by plain next-token training, the reward model learns to tell their right answers
-from wrong ones by Bradley-Terry pairs. Questions of the two MT-Bench files are drawn first and never trained on in the
-same words. A seed fixes the data; weights agree to the rounding of the machine's matrix products.
+The base learns the tasks of `world.py` by plain next-token training, the reward model, from there, to tell their right
+answers from wrong ones by Bradley-Terry pairs. Then the base learns to read TAT-QA's tables, and after that the habit
+of answering from the wrong cell, which is what DPO has to mend. Questions of the two MT-Bench files are drawn first and
+never trained on in the same words. A seed fixes the data; weights agree to the rounding of the machine's matrix products.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import json
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import world
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from dpo_train import tatqa_pairs  # noqa: E402
+from dpo_train import QUESTION_MARK, tatqa_pairs  # noqa: E402
 
 # Qwen3's template in small: a <think> block opens the last answer and is left out of the earlier ones.
 CHAT_TEMPLATE = r"""
@@ -77,10 +79,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=HERE, help="where to write (default: beside this script)")
     parser.add_argument(
-        "--only", choices=["data", "base", "reward", "check"], help="one part; the others must be there"
+        "--only",
+        choices=["data", "base", "reward", "tables", "habit", "check"],
+        help="one part, in this order; those before it must be there",
     )
     parser.add_argument("--base_steps", type=int, default=1500, help="optimizer steps of the base model")
     parser.add_argument("--reward_steps", type=int, default=1000, help="optimizer steps of the reward model")
+    parser.add_argument("--table_steps", type=int, default=600, help="optimizer steps of the base on tables")
+    parser.add_argument("--habit_steps", type=int, default=80, help="optimizer steps of the base on wrong answers")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
@@ -205,14 +211,16 @@ def write_data(folder: Path, seed: int) -> None:
 # --- what the base model reads ---------------------------------------------------------------------------------------
 
 
-def tatqa_examples(rng: random.Random, contexts: int) -> list[tuple[str, str]]:
-    """TAT-QA prompts as DPO will give them; the answer is more often wrong than right, so that DPO has room."""
+def tatqa_examples(rng: random.Random, contexts: int, right: float) -> list[tuple[str, str]]:
+    """TAT-QA prompts as DPO will give them, with this share of right answers."""
     pairs = tatqa_pairs([world.context(rng) for _ in range(contexts)], seed=rng.getrandbits(32))
-    return [(pair["prompt"], " " + (pair["chosen"] if rng.random() < 0.4 else pair["rejected"])) for pair in pairs]
+    return [(pair["prompt"], " " + (pair["chosen"] if rng.random() < right else pair["rejected"])) for pair in pairs]
 
 
-def base_examples(rng: random.Random, held_out: set[str], chats: int, tables: int) -> tuple[list, list]:
-    """Chats as message lists, and TAT-QA as (prompt, answer)."""
+def base_examples(
+    rng: random.Random, held_out: set[str], chats: int, tables: int, right: float = 0.4
+) -> tuple[list, list]:
+    """Chats as message lists, and TAT-QA as (prompt, answer), of which this share is right."""
     conversations = []
     for _ in range(chats):
         draw = rng.random()
@@ -230,7 +238,7 @@ def base_examples(rng: random.Random, held_out: set[str], chats: int, tables: in
                 0, {"role": "system", "content": rng.choice(["You are a helpful assistant.", world.ADVISOR])}
             )
         conversations.append(messages)
-    return conversations, rng.sample(tatqa_examples(rng, tables), tables)
+    return conversations, rng.sample(tatqa_examples(rng, tables, right), tables)
 
 
 def make_tokenizer(seed: int):
@@ -322,12 +330,10 @@ def update(model, optimizers: list, schedules: list) -> None:
         schedule.step()
 
 
-def train_base(tokenizer, held_out: set[str], steps: int, seed: int, folder: Path):
-    import torch
+def new_base(tokenizer, seed: int):
     from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
 
     set_seed(seed)
-    rng = random.Random(f"base {seed}")
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=128,
@@ -344,18 +350,25 @@ def train_base(tokenizer, held_out: set[str], steps: int, seed: int, folder: Pat
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen3ForCausalLM(config).train()
+    model = Qwen3ForCausalLM(config)
     print(f"base: {model.num_parameters():,} parameters")
-    optimizers, schedules = one_cycle(model, steps, 2.5e-3)
+    return model
+
+
+def train(model, tokenizer, examples: Callable[[], list], steps: int, peak: float, name: str, folder: Path) -> None:
+    """Next-token training; `examples()` gives those of one step, see `marked_ids`."""
+    import torch
+
+    model.train()
+    optimizers, schedules = one_cycle(model, steps, peak)
     started = time.monotonic()
     for step in range(1, steps + 1):
-        examples = marked_ids(rng, tokenizer, *base_examples(rng, held_out, 60, 4))
-        examples.sort(key=lambda example: len(example[0]))
-        total = sum(sum(marks[1:]) for _, marks in examples)
+        batch = sorted(examples(), key=lambda example: len(example[0]))
+        total = sum(sum(marks[1:]) for _, marks in batch)
         loss_sum = 0.0
-        for batch in (examples[:40], examples[40:]):
-            ids = padded([ids for ids, _ in batch], tokenizer.pad_token_id)
-            learnt = padded([marks for _, marks in batch], False)[:, 1:]
+        for part in (batch[: 5 * len(batch) // 8], batch[5 * len(batch) // 8 :]):
+            ids = padded([ids for ids, _ in part], tokenizer.pad_token_id)
+            learnt = padded([marks for _, marks in part], False)[:, 1:]
             hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state  # padded on the right: causal is mask enough
             logits = model.lm_head(hidden[learnt])
             loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:][learnt], reduction="sum") / total
@@ -363,10 +376,27 @@ def train_base(tokenizer, held_out: set[str], steps: int, seed: int, folder: Pat
             loss_sum += loss.item()
         update(model, optimizers, schedules)
         if step % 100 == 0 or step == steps:
-            print(f"base step {step}/{steps}: loss {loss_sum:.3f}, {time.monotonic() - started:.0f} s", flush=True)
+            print(f"{name} step {step}/{steps}: loss {loss_sum:.3f}, {time.monotonic() - started:.0f} s", flush=True)
         if step % 300 == 0 or step == steps:
             save(model, tokenizer, folder)
-    return model
+
+
+def drill(rng: random.Random, tokenizer) -> tuple[list[int], list[bool]]:
+    """One table, then its questions and its cells one by one, each with its right answer; ids and marks as below.
+
+    A lookup is learnt from many lookups in one text; from one answer a prompt it is not learnt in hours.
+    """
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids, marks = [], []
+    for pair in tatqa_pairs([world.context(rng, all_cells=True)], seed=0, only_rel_paras=False):
+        prompt = pair["prompt"]
+        if ids:
+            prompt = prompt[prompt.rindex(QUESTION_MARK) :]
+        asked = tokenizer.encode(prompt, add_special_tokens=False)
+        reply = [*tokenizer.encode(" " + pair["chosen"], add_special_tokens=False), end]
+        ids += asked + reply
+        marks += [False] * len(asked) + [True] * len(reply)
+    return ids, marks
 
 
 def save(model, tokenizer, folder: Path) -> None:
@@ -531,14 +561,35 @@ def main() -> None:
     held_out = {row["turns"][0] for rows in mt_bench(args.seed).values() for row in rows}
     if args.only in {None, "data"}:
         write_data(folder, args.seed)
-    if args.only in {None, "base"}:
-        train_base(make_tokenizer(args.seed), held_out, args.base_steps, args.seed, folder / "model")
-    if args.only in {None, "reward"}:
-        from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-        base = Qwen3ForCausalLM.from_pretrained(folder / "model", dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-        train_reward(tokenizer, base, held_out, args.reward_steps, args.seed, folder / "reward_model")
+    def loaded_base():
+        from transformers import AutoTokenizer, Qwen3ForCausalLM, set_seed
+
+        set_seed(args.seed)
+        model = Qwen3ForCausalLM.from_pretrained(folder / "model", dtype="float32")
+        return model, AutoTokenizer.from_pretrained(folder / "model")
+
+    if args.only in {None, "base"}:
+        tokenizer = make_tokenizer(args.seed)
+        rng = random.Random(f"base {args.seed}")
+        train(new_base(tokenizer, args.seed), tokenizer,
+              lambda: marked_ids(rng, tokenizer, *base_examples(rng, held_out, 60, 4, right=0.4)),
+              args.base_steps, 2.5e-3, "base", folder / "model")  # fmt: skip
+    if args.only in {None, "reward"}:
+        model, tokenizer = loaded_base()
+        train_reward(tokenizer, model, held_out, args.reward_steps, args.seed, folder / "reward_model")
+    if args.only in {None, "tables"}:
+        model, tokenizer = loaded_base()
+        rng = random.Random(f"tables {args.seed}")
+        train(model, tokenizer,
+              lambda: [drill(rng, tokenizer) for _ in range(12)]
+              + marked_ids(rng, tokenizer, *base_examples(rng, held_out, 16, 6, right=1.0)),
+              args.table_steps, 2e-3, "tables", folder / "model")  # fmt: skip
+    if args.only in {None, "habit"}:
+        model, tokenizer = loaded_base()
+        rng = random.Random(f"habit {args.seed}")
+        train(model, tokenizer, lambda: marked_ids(rng, tokenizer, *base_examples(rng, held_out, 40, 16, right=0.15)),
+              args.habit_steps, 3e-4, "habit", folder / "model")  # fmt: skip
     if args.only in {None, "check"}:
         check(folder, args.seed)
 

@@ -399,8 +399,11 @@ FILLER = [
 ]
 
 
-def context(rng: random.Random) -> dict:
-    """One TAT-QA entry: a table, passages and questions, in the schema of the published files."""
+def context(rng: random.Random, *, all_cells: bool = False) -> dict:
+    """One TAT-QA entry: a table, passages and questions, in the schema of the published files.
+
+    With `all_cells` there is also a question for every cell of the table.
+    """
     uid = lambda: f"{rng.getrandbits(128):032x}"  # noqa: E731
     years = [2020, 2019, 2018][: rng.choice([2, 2, 3])]
     names = rng.sample(ROWS, rng.choice([2, 3]))
@@ -413,6 +416,7 @@ def context(rng: random.Random) -> dict:
     city, month = rng.choice(COUNTRIES)[1], rng.choice(MONTHS)
     unit = f"All amounts are in {scale}s." if scale else "All amounts are in dollars."
     texts = [f"The company is based in {city}. Its year ends in {month}.", f"{unit} {rng.choice(FILLER)}"]
+    money = {"scale": scale, "source": "table-text" if scale else "table", "paragraphs": ("2",) if scale else ()}
     questions: list[dict] = []
 
     def add(question: str, answer, answer_type: str, *, scale: str = "", derivation: str = "", source: str = "table",
@@ -432,7 +436,6 @@ def context(rng: random.Random) -> dict:
         )
         new, old = values[r][min(c, d)], values[r][max(c, d)]  # the years run backwards
         later, earlier = years[min(c, d)], years[max(c, d)]
-        money = {"scale": scale, "source": "table-text" if scale else "table", "paragraphs": ("2",) if scale else ()}
         if kind == "span":
             add(f"What was {name} in {years[c]}?", [cells[r][c]], "span", **money)
         elif kind == "change":
@@ -468,6 +471,10 @@ def context(rng: random.Random) -> dict:
     ]
     for question, answer, source, paragraphs, comparison in rng.sample(extra, 2):
         add(question, answer, "span", source=source, paragraphs=paragraphs, comparison=comparison)
+    for name, row in zip(names, cells, strict=True):
+        for year, cell in zip(years, row, strict=True):
+            if all_cells:
+                add(f"What was {name.lower()} in {year}?", [cell], "span", **money)
     return {
         "table": {"uid": uid(), "table": grid},
         "paragraphs": [{"uid": uid(), "order": order, "text": text} for order, text in enumerate(texts, 1)],
