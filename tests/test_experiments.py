@@ -293,7 +293,10 @@ def test_ctrl_c_lets_the_script_save_and_gives_back_130(laboratory):
     log = write_log(laboratory / "log.jsonl", make_record("mine"))
     code = f"import sys; sys.path.insert(0, {str(EXPERIMENTS)!r}); import pathlib, rerun\n"
     code += f"rerun.HERE = pathlib.Path({str(laboratory / 'experiments')!r}); sys.exit(rerun.main([{f'{log}:1'!r}]))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
+    )  # fmt: skip
     while "ready" not in process.stdout.readline():
         pass
     time.sleep(0.2)
