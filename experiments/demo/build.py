@@ -1,6 +1,6 @@
 """Build everything that `--demo` uses: a tiny Qwen3, a tiny reward model, and data in the schemas of the real sets.
 
-    python experiments/demo/build.py            # everything, about 40 minutes on two CPU cores
+    python experiments/demo/build.py            # everything, about 45 minutes on two CPU cores
     python experiments/demo/build.py --only data
 
 The base learns the tasks of `world.py` by plain next-token training, the reward model, from there, to tell their right
@@ -382,7 +382,7 @@ def train(model, tokenizer, examples: Callable[[], list], steps: int, peak: floa
 
 
 def drill(rng: random.Random, tokenizer) -> tuple[list[int], list[bool]]:
-    """One table, then its questions and its cells one by one, each with its right answer; ids and marks as below.
+    """One table, then its questions and its cells one by one, each with its right answer; ids and marks as in `marked_ids`.
 
     A lookup is learnt from many lookups in one text; from one answer a prompt it is not learnt in hours.
     """

@@ -471,9 +471,9 @@ def context(rng: random.Random, *, all_cells: bool = False) -> dict:
     ]
     for question, answer, source, paragraphs, comparison in rng.sample(extra, 2):
         add(question, answer, "span", source=source, paragraphs=paragraphs, comparison=comparison)
-    for name, row in zip(names, cells, strict=True):
-        for year, cell in zip(years, row, strict=True):
-            if all_cells:
+    if all_cells:
+        for name, row in zip(names, cells, strict=True):
+            for year, cell in zip(years, row, strict=True):
                 add(f"What was {name.lower()} in {year}?", [cell], "span", **money)
     return {
         "table": {"uid": uid(), "table": grid},
