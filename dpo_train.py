@@ -4,8 +4,8 @@
 
 The reference is the same 4-bit base with the adapter switched off. Chosen and rejected share the prompt, so each pair
 goes through the model as one sequence: prompt, chosen answer, rejected answer, with the answers hidden from each
-other; only the answers go through the LM head. TAT-QA, MT-Bench and instruction following are measured before and
-after.
+other; only the answers go through the LM head. TAT-QA, MT-Bench, instruction following and, with --eval_pairs, the
+rewards of held-out pairs are measured before and after.
 
     poetry run python dpo_train.py --model Qwen/Qwen3-1.7B --output_dir qwen3_tatqa_dpo_base --beta 0.02 --epochs 1
 """
@@ -26,7 +26,7 @@ import string
 import sys
 import types
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,7 @@ DEMO = dict(
     learning_rate=1e-3,
     eval_limit=200,
     eval_max_new_tokens=16,
+    eval_pairs=200,
     mtbench_max_tokens=32,
     instruct_max_tokens=32,
 )
@@ -65,6 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line. Defaults are those of the published runs where they had one."""
     parser = mtbench_eval.new_parser("dpo_train.py", __doc__)
     add_dpo_flags(parser)
+    parser.add_argument(
+        "--eval_pairs",
+        type=mtbench_eval.not_negative(int),
+        default=0,
+        help="pairs of --eval_split, none of them trained on, whose reward accuracy is measured; 0 (default) = none",
+    )
     parser.set_defaults(output_dir="qwen3_tatqa_dpo_base")
     return parser
 
@@ -796,13 +803,16 @@ def answer_tatqa(
 
     line_break = line_break_tokens(model, tokenizer) if one_line and missing else None
 
+    def tokens_of(group: list[dict]) -> list[list[int]]:
+        return [tokens[question["question_id"]] for question in group]
+
     def run(batch: list[list[dict]]) -> None:
         chosen = [question for group in batch for question in group]
-        prompts = [[tokens_of[question["question_id"]] for question in group] for group in batch]
+        prompts = list(map(tokens_of, batch))
         torch.manual_seed(seed ^ zlib.crc32(chosen[0]["question_id"].encode()))
         answers, prefilled = complete(model, prompts, settings, max_new_tokens, line_break, share_prefix=share_prefix)
-        for question, tokens in zip(chosen, answers, strict=True):
-            text = mtbench_eval.strip_thinking(tokenizer.decode(tokens, skip_special_tokens=True))
+        for question, answer in zip(chosen, answers, strict=True):
+            text = mtbench_eval.strip_thinking(tokenizer.decode(answer, skip_special_tokens=True))
             gold = {"answer": question["gold"], "answer_type": question["answer_type"], "scale": question["scale"]}
             em, f1 = tatqa_em_f1(gold, *tatqa_parse(text))
             graded = {"answer": text, "em_like": tatqa_em_like(gold, text), "em": em, "f1": f1}
@@ -810,12 +820,10 @@ def answer_tatqa(
             results.append({**kept, **graded, "prefilled": prefilled / len(chosen)})
             progress.update()
 
-    tokens_of = {question["question_id"]: tokenizer(question["prompt"])["input_ids"] for question in missing}
+    tokens = {question["question_id"]: tokenizer(question["prompt"])["input_ids"] for question in missing}
     by_context = itertools.groupby(missing, key=lambda question: question["context"])
-    groups = sorted(([*group] for _, group in by_context), key=lambda group: len(tokens_of[group[0]["question_id"]]))
-    longest = max(map(len, tokens_of.values()), default=0) + max_new_tokens
-    size = batch_size or mtbench_eval.free_batch_size(model, longest)
-    contexts_at_once = math.ceil(size / max(map(len, groups), default=1))
+    groups = sorted(([*group] for _, group in by_context), key=lambda group: len(tokens[group[0]["question_id"]]))
+    contexts_at_once = groups_at_once(model, list(map(tokens_of, groups)), max_new_tokens, batch_size)
     was_training = model.training
     model.eval()
     progress = tqdm(total=len(questions), initial=len(done), desc=path.stem, unit="answer", disable=not missing)
@@ -827,6 +835,15 @@ def answer_tatqa(
         mtbench_eval.write_atomic(cached, path.read_bytes())
     by_id = {row["question_id"]: row for row in results.rows}
     return [by_id[question["question_id"]] for question in questions]
+
+
+def groups_at_once(
+    model: PreTrainedModel | PeftModel, groups: list[list[list[int]]], max_new_tokens: int, batch_size: int = 0
+) -> int:
+    """How many groups of token lists `complete` takes at once: enough for `batch_size` rows; 0 = by free memory."""
+    longest = max((len(prompt) for group in groups for prompt in group), default=0) + max_new_tokens
+    rows = batch_size or mtbench_eval.free_batch_size(model, longest)
+    return math.ceil(rows / max(map(len, groups), default=1))
 
 
 def line_break_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -944,6 +961,104 @@ def compare_tatqa(before: list[dict], after: list[dict]) -> dict[str, dict]:
 
 def in_per_cent(delta: dict) -> dict:
     return {**delta, **{key: 100 * delta[key] for key in ("mean", "low", "high")}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring: the rewards of held-out pairs
+
+
+def reward_pairs(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[dict],
+    *,
+    path: Path,
+    fingerprint: dict,
+    beta: float,
+    max_length: int,
+    use_cache: bool = False,
+) -> list[dict]:
+    """DPO's implicit rewards of both answers of every pair: beta * log(p(answer) / p_base(answer)), as TRL logs them.
+
+    Returns and writes to `path` (a ResultFile) a row per pair: {"question_id", "chosen", "rejected", "chosen_reward",
+    "rejected_reward"}. The base is the model with its adapter off, also for a run that trains an adapter on. `pairs`
+    are the rows of `fit_pairs` with a "question_id". There is nothing to cache (`use_cache`): nothing is generated.
+    Source: section 4 of Rafailov et al., https://arxiv.org/abs/2305.18290.
+    """
+    from tqdm import tqdm
+
+    asked = zlib.crc32(json.dumps(pairs, ensure_ascii=False).encode("utf-8"))
+    results = ResultFile(path, {**fingerprint, "pairs": asked, "beta": beta, "max_length": max_length})
+    done = {row["question_id"] for row in results.rows}
+    was_training = model.training
+    model.eval()
+    for pair in tqdm([pair for pair in pairs if pair["question_id"] not in done], desc=path.stem, unit="pair"):
+        policy = answer_log_probs(model, tokenizer, pair, max_length)
+        with adapter_off(model):
+            base = answer_log_probs(model, tokenizer, pair, max_length)
+        chosen, rejected = (beta * (now - then) for now, then in zip(policy, base, strict=True))
+        kept = {key: pair[key] for key in ("question_id", "chosen", "rejected")}
+        results.append({**kept, "chosen_reward": chosen, "rejected_reward": rejected})
+    model.train(was_training)
+    by_id = {row["question_id"]: row for row in results.rows}
+    return [by_id[pair["question_id"]] for pair in pairs]
+
+
+def answer_log_probs(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, pair: dict, max_length: int
+) -> list[float]:
+    """Log-probabilities, in nats, of the chosen and the rejected answer; the prompt is read once.
+
+    An answer is what TRL trains on: it begins where the tokens part from the prompt's, has the end token, and is cut
+    at `max_length` tokens of prompt and answer.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import DynamicCache
+    from trl.data_utils import common_prefix_length
+
+    prompt = tokenizer(pair["prompt"])["input_ids"]
+    texts = [pair["prompt"] + pair[side] + tokenizer.eos_token for side in ("chosen", "rejected")]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    start = min(common_prefix_length(prompt, row) for row in rows)
+    ids = pad_sequence([torch.tensor(row[:max_length], device=model.device) for row in rows], batch_first=True)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids[:1, : start - 1], past_key_values=cache, logits_to_keep=1)
+        cache.batch_repeat_interleave(2)
+        logits = model(ids[:, start - 1 :], past_key_values=cache).logits[:, :-1].float()
+    log_probs = logits.log_softmax(dim=-1).gather(2, ids[:, start:, None])[..., 0]
+    lengths = [min(len(row), max_length) - start for row in rows]
+    return [log_probs[row, :length].sum().item() for row, length in enumerate(lengths)]
+
+
+def summarise_rewards(rows: list[dict]) -> dict:
+    """{"accuracy": pairs whose chosen answer has the higher reward, in per cent, a tie being one half, "margin", "n"}."""
+    return {
+        "accuracy": 100 * statistics.fmean(map(_reward_accuracy, rows)),
+        "margin": statistics.fmean(map(_reward_margin, rows)),
+        "n": len(rows),
+    }
+
+
+def compare_rewards(before: list[dict], after: list[dict]) -> dict[str, dict]:
+    """Differences in reward accuracy, in percentage points, by the exact McNemar test, and in the reward margin."""
+    accuracies, margins = (
+        [list(map(measure, rows)) for rows in (before, after)] for measure in (_reward_accuracy, _reward_margin)
+    )
+    return {
+        "reward_accuracy": in_per_cent(mtbench_eval.mcnemar(*accuracies)),
+        "reward_margin": mtbench_eval.paired_delta(*margins),
+    }
+
+
+def _reward_margin(row: dict) -> float:
+    return row["chosen_reward"] - row["rejected_reward"]
+
+
+def _reward_accuracy(row: dict) -> float:
+    margin = _reward_margin(row)
+    return 0.5 if margin == 0 else float(margin > 0)  # before training policy and base are one, and every pair ties
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1194,6 +1309,19 @@ def tatqa_evaluation(
     return Evaluation("tatqa", len(fitted), answer, summarise_tatqa, compare_tatqa, lines)
 
 
+def reward_evaluation(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, pairs: list[dict]) -> Evaluation:
+    """The rewards of held-out pairs; `pairs` are those of `tatqa_pairs`."""
+    rows = [
+        {**row, "question_id": pair["uid"]} for row, pair in zip(fit_pairs(pairs, tokenizer, args), pairs, strict=True)
+    ]
+    answer = functools.partial(reward_pairs, pairs=rows, beta=args.beta, max_length=args.max_length)
+    lines = [
+        ("held-out pairs, reward accuracy, %", lambda s: s["accuracy"], "reward_accuracy"),
+        ("held-out pairs, reward margin", lambda s: s["margin"], "reward_margin"),
+    ]
+    return Evaluation("held_out", len(rows), answer, summarise_rewards, compare_rewards, lines)
+
+
 def scored_evaluation(
     args: argparse.Namespace,
     name: str,
@@ -1260,10 +1388,7 @@ def measure(
 
     Baselines are shared with other runs by the cache. Under several processes the main one answers.
     """
-    off = (
-        contextlib.nullcontext() if with_adapter or not hasattr(model, "disable_adapter") else model.disable_adapter()
-    )
-    with off:
+    with contextlib.nullcontext() if with_adapter else adapter_off(model):
         fingerprint = mtbench_eval.model_fingerprint(
             args, mtbench_eval.adapter_sha256(model) if with_adapter else "none"
         )
@@ -1279,6 +1404,13 @@ def measure(
                 for evaluation in evaluations
             }
         )
+
+
+def adapter_off(model: PreTrainedModel | PeftModel) -> contextlib.AbstractContextManager[None]:
+    """A context in which the model answers as its base does."""
+    from peft import PeftModel
+
+    return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
 
 
 def report(
@@ -1299,7 +1431,7 @@ def report(
             final[name] = evaluation.summarise(after[name])
         if name in before and name in after:
             delta |= evaluation.compare(before[name], after[name])
-            if name != "tatqa":
+            if "by_category" in final[name]:
                 mtbench_eval.plot_categories(baseline[name], final[name], folder / f"{name}.png")
         for title, value, key in evaluation.lines:
             values = [value(summaries[name]) if name in summaries else None for summaries in (baseline, final)]
@@ -1332,10 +1464,14 @@ def run(args: argparse.Namespace, record: dict) -> None:
     tokenizer = mtbench_eval.load_tokenizer(args)
     pairs, data = [], {"source": args.tatqa_dir or "next-tat/TAT-QA"}
     if not args.no_train:
-        pairs, data = load_pairs(args)
+        pairs, data = load_pairs(args, args.tatqa_split, args.limit_pairs)
     needs_reward = (args.do_mtbench or args.do_instruct) and not args.dry_run and mtbench_eval.main_process()
     reward_model = mtbench_eval.RewardModel(args.reward_model) if needs_reward else None
     evaluations = common_evaluations(args, tokenizer, reward_model)
+    if args.eval_pairs:
+        trained_on = {pair["uid"] for pair in pairs}
+        held_out, _ = load_pairs(args, args.eval_split, args.eval_pairs, without=trained_on)
+        evaluations.insert(0, reward_evaluation(args, tokenizer, held_out))
     if args.do_instruct:
         title, questions = "instructions", instruct_questions(args.instruct_limit, args.seed)
         tokens = args.instruct_max_tokens
@@ -1358,16 +1494,23 @@ def run(args: argparse.Namespace, record: dict) -> None:
         mtbench_eval.write_json(Path(args.eval_save_json), answers)
 
 
-def load_pairs(args: argparse.Namespace) -> tuple[list[dict], dict]:
-    """The TAT-QA training pairs, and the fingerprint of what they are made from."""
-    path = tatqa_file(args, args.tatqa_split)
+def load_pairs(
+    args: argparse.Namespace, split: str, limit: int, without: Collection[str] = ()
+) -> tuple[list[dict], dict]:
+    """The TAT-QA pairs of a split but those of the uids in `without`, and the fingerprint of what they are made from.
+
+    `limit` > 0 takes a sample by --seed.
+    """
+    path = tatqa_file(args, split)
     skipped = SkippedRows()
     pairs = tatqa_pairs(read_tatqa(path, skipped), seed=args.seed, skipped=skipped, **prompt_options(args))
-    skipped.report("TAT-QA training questions")
+    skipped.report(f"TAT-QA {split} questions for pairs")
+    pairs = [pair for pair in pairs if pair["uid"] not in without]
     if not pairs:
-        raise InputError(f"{path}: no pairs left ({'; '.join(skipped.places)}); name another --tatqa_split")
-    if 0 < args.limit_pairs < len(pairs):
-        pairs = random.Random(args.seed).sample(pairs, args.limit_pairs)
+        reasons = "; ".join(skipped.places) or "all of them are trained on"
+        raise InputError(f"{path}: no pairs left ({reasons}); name another split")
+    if 0 < limit < len(pairs):
+        pairs = random.Random(args.seed).sample(pairs, limit)
     return pairs, {
         "source": args.tatqa_dir or "next-tat/TAT-QA",
         "rows": {"tatqa_pairs": len(pairs), "skipped": skipped.count},

@@ -1501,8 +1501,11 @@ def paired_delta(before: list[float], after: list[float], *, seed: int = 42) -> 
     return {"mean": float(differences.mean()), "low": low, "high": high, "p": p, "n": len(differences)}
 
 
-def mcnemar(before: list[bool], after: list[bool], *, seed: int = 42) -> dict:
-    """The difference in the share of right answers, its 95 % bootstrap interval, and the exact McNemar p."""
+def mcnemar(before: list[float], after: list[float], *, seed: int = 42) -> dict:
+    """The difference in the share of right answers, its 95 % bootstrap interval, and the exact McNemar p.
+
+    An answer is right (1 or True), wrong (0 or False) or neither (0.5).
+    """
     import numpy as np
     from scipy import stats
 

@@ -376,6 +376,8 @@ DELTAS = {
     "tatqa": ("TAT-QA, as published, %", ("tatqa", "em_like")),
     "tatqa_em": ("TAT-QA, official EM, %", ("tatqa", "em")),
     "tatqa_f1": ("TAT-QA, official F1, %", ("tatqa", "f1")),
+    "reward_accuracy": ("held-out pairs, reward accuracy, %", ("held_out", "accuracy")),
+    "reward_margin": ("held-out pairs, reward margin", ("held_out", "margin")),
     "mtbench": ("MT-Bench, 1-10", ("mtbench", "avg")),
     "mtbench_raw": ("MT-Bench, raw reward", ("mtbench", "raw_mean")),
     "instruct": ("instruction following, 1-10", ("instruct", "avg")),

@@ -463,6 +463,48 @@ def test_an_evaluation_goes_on_where_it_stopped(demo_args, tokenizer, questions,
         dpo_train.answer_tatqa(model, tokenizer, questions, path=torn, **{**settings, "max_new_tokens": 9})
 
 
+@pytest.mark.parametrize("room", [2, 300])  # for the answer to the longest prompt, so the first cuts answers
+def test_held_out_rewards_are_those_of_training(demo_args, tokenizer, rows, tmp_path, room):
+    import torch
+
+    args = copy.copy(demo_args)
+    args.batch, args.beta, args.output_dir = 1, 0.3, str(tmp_path)
+    args.max_length = room + max(len(tokenizer(row["prompt"])["input_ids"]) for row in rows)
+    trainer = demo_trainer(args, tokenizer, rows, dpo_train.build_trainer)
+    loss_and_gradients(trainer, shift=0.05)
+    trainer.model.eval()
+    expected = []
+    for batch in trainer.get_train_dataloader():
+        with torch.no_grad():
+            trainer.compute_loss(trainer.model, batch)
+        expected += [trainer._metrics["eval"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")]
+    pairs = [{**row, "question_id": str(number)} for number, row in enumerate(rows)]
+    measured = dpo_train.reward_pairs(
+        trainer.model,
+        tokenizer,
+        pairs,
+        path=tmp_path / "rewards.jsonl",
+        fingerprint={},
+        beta=args.beta,
+        max_length=args.max_length,
+    )
+    rewards = [row[f"{side}_reward"] for row in measured for side in ("chosen", "rejected")]
+    assert sorted(rewards) == pytest.approx(sorted(expected), rel=1e-4, abs=1e-5)  # the loader shuffles
+    assert max(map(abs, rewards)) > 0.1
+
+
+def test_reward_accuracy_by_hand():
+    def rows(*rewards):
+        return [{"chosen_reward": chosen, "rejected_reward": rejected} for chosen, rejected in rewards]
+
+    before, after = rows((0, 0), (0, 0), (0, 0), (0, 0)), rows((1, 0), (-1, -3), (0, 0.5), (2, 0))
+    assert dpo_train.summarise_rewards(before) == {"accuracy": 50, "margin": 0, "n": 4}
+    assert dpo_train.summarise_rewards(after) == {"accuracy": 75, "margin": 1.125, "n": 4}
+    deltas = dpo_train.compare_rewards(before, after)
+    assert deltas["reward_accuracy"]["mean"] == 25 and deltas["reward_margin"]["mean"] == 1.125
+    assert deltas["reward_accuracy"]["p"] == pytest.approx(10 / 16)  # 3 of 4 coins, both sides
+
+
 def test_summary_and_comparison_by_answer_type():
     def row(kind, like, em, f1):
         return {"answer_type": kind, "em_like": like, "em": em, "f1": f1}
@@ -522,7 +564,7 @@ def test_every_check_tells_a_good_answer_from_a_poor_one():
 
 
 SMALL = """--demo --limit_pairs 12 --batch 2 --grad_acc 1 --save_steps 2 --eval_limit 8 --eval_max_new_tokens 6
-    --mtbench_limit 2 --mtbench_max_tokens 4 --instruct_limit 2 --instruct_max_tokens 4""".split()
+    --eval_pairs 7 --mtbench_limit 2 --mtbench_max_tokens 4 --instruct_limit 2 --instruct_max_tokens 4""".split()
 
 
 @pytest.fixture(autouse=True)
@@ -536,8 +578,10 @@ def test_a_run_from_start_to_finish(tmp_path, capsys):
     record = dpo_train.main(argv)
     out = tmp_path / "out"
     assert record["status"] == "completed" and record["kept_step"] == 6
-    assert record["baseline"].keys() == record["final"].keys() == {"tatqa", "mtbench", "instruct"}
+    assert record["baseline"].keys() == record["final"].keys() == {"held_out", "tatqa", "mtbench", "instruct"}
     assert {"tatqa", "tatqa_em", "mtbench", "mtbench_raw", "instruct"} <= record["delta"].keys()
+    assert record["baseline"]["held_out"] == {"accuracy": 50, "margin": 0, "n": 7}
+    assert record["final"]["held_out"]["margin"] != 0
     assert set(json.loads((tmp_path / "log.jsonl").read_text("utf-8"))) == set(record)
     names = {"adapter_model.safetensors", "adapter_config.json", "README.md", "run.json", "train_log.jsonl"}
     names |= {"metrics.json", "loss.png", "rewards.png", "mtbench.png", "run.log", "tatqa_final.jsonl"}
@@ -591,6 +635,7 @@ def test_a_killed_run_ends_with_the_same_adapter(tmp_path):
         (["--load_adapter", "x"], "--adapter_trainable"),
         (["--load_adapter", "other", "--adapter_trainable"], "does not fit"),
         (["--tatqa_dir", "broken"], "no pairs left"),
+        (["--eval_split", "train", "--limit_pairs", "0"], "all of them are trained on"),
     ],
 )
 def test_bad_input_ends_before_anything_is_written(tmp_path, capsys, flags, words):

@@ -9,7 +9,6 @@ the total times is the result. The answers must be identical; the prompt tokens 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from pathlib import Path
@@ -39,8 +38,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         groups.setdefault(question["context"], []).append(tokenizer(prompt)["input_ids"])
     seconds, tokens, differing = {False: 0.0, True: 0.0}, {False: 0, True: 0}, 0
     chosen = sorted(list(groups.values())[: args.contexts], key=lambda prompts: len(prompts[0]))
-    rows = args.eval_batch_size or mtbench_eval.free_batch_size(model, args.max_length)
-    size = math.ceil(rows / max(map(len, chosen)))
+    size = dpo_train.groups_at_once(model, chosen, args.eval_max_new_tokens, args.eval_batch_size)
     batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     dpo_train.complete(model, chosen[:1], settings, args.eval_max_new_tokens, line_break)  # warms up
     for number, batch in enumerate(batches):
