@@ -139,6 +139,8 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--max_prompt_length {args.max_prompt_length} leaves no room for an answer within --max_length "
             f"{args.max_length}; raise --max_length"
         )
+    if args.eval_save_json and Path(args.eval_save_json).is_dir():
+        raise InputError(f"--eval_save_json {args.eval_save_json} is a folder; name a file")
     if args.adapter_trainable and not args.load_adapter:
         raise InputError("--adapter_trainable needs --load_adapter DIR: which adapter is to be trained on")
     if args.load_adapter and not args.adapter_trainable and not args.no_train:
@@ -188,7 +190,7 @@ def read_tatqa(path: Path, skipped: SkippedRows) -> list[dict]:
     question is left.
     """
     try:
-        contexts = json.loads(path.read_text(encoding="utf-8"))
+        contexts = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; --tatqa_dir takes the folder that holds {path.name}") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
@@ -657,7 +659,7 @@ def fit_prompt(
         if excess >= len(places):
             kept = ""
         else:
-            kept = kept[: places[-excess][0]] if found else kept[places[excess][0] :]
+            kept = kept[: places[-excess][0]] if found else kept[places[excess - 1][1] :]
 
 
 def fit_pairs(
@@ -693,14 +695,14 @@ def build_trainer(
     the first step. `rows` are those of `fit_pairs`.
     """
     import datasets
-    from peft import PeftModel, get_peft_model
+    from peft import PeftModel
     from transformers import set_seed
     from trl import DPOConfig, DPOTrainer
 
     set_seed(args.seed)
     is_fresh = not isinstance(model, PeftModel)
     if is_fresh:
-        model = get_peft_model(model, mtbench_eval.lora_config(args))
+        model = mtbench_eval.new_adapter(model, args)
     config = DPOConfig(
         **mtbench_eval.training_arguments(args, weight_decay=0.0, warmup_ratio=0.05, logging_steps=5),
         beta=args.beta,
@@ -774,6 +776,7 @@ def answer_tatqa(
     one_line: bool = True,
     share_prefix: bool = True,
     use_cache: bool = False,
+    renew: bool = False,
 ) -> list[dict]:
     """Answers and grades TAT-QA questions, reading what those on one context share once; returns a row per question.
 
@@ -781,7 +784,7 @@ def answer_tatqa(
     `path` (a ResultFile) as soon as it exists; a restart goes on with the questions that are missing. `questions` are
     those of `tatqa_questions` with fitted prompts. With `one_line` an answer ends with its first line. `prefilled` is
     the row's share of the prompt tokens that its batch put through the model. `use_cache` takes a greedy result from
-    the user's cache folder and puts it there.
+    the user's cache folder and puts it there. `renew`: see ResultFile.
     """
     import torch
     from tqdm import tqdm
@@ -797,7 +800,7 @@ def answer_tatqa(
     if use_cache and cached.exists() and not path.exists():
         mtbench_eval.write_atomic(path, cached.read_bytes())
         log.info("%s: taken from the baseline cache (%s); --no_baseline_cache answers anew", path.name, cached)
-    results = ResultFile(path, fingerprint)
+    results = ResultFile(path, fingerprint, renew=renew)
     done = {row["question_id"] for row in results.rows}
     missing = [question for question in questions if question["question_id"] not in done]
 
@@ -977,18 +980,19 @@ def reward_pairs(
     beta: float,
     max_length: int,
     use_cache: bool = False,
+    renew: bool = False,
 ) -> list[dict]:
     """DPO's implicit rewards of both answers of every pair: beta * log(p(answer) / p_base(answer)), as TRL logs them.
 
     Returns and writes to `path` (a ResultFile) a row per pair: {"question_id", "chosen", "rejected", "chosen_reward",
     "rejected_reward"}. The base is the model with its adapter off, also for a run that trains an adapter on. `pairs`
-    are the rows of `fit_pairs` with a "question_id". There is nothing to cache (`use_cache`): nothing is generated.
+    are the rows of `fit_pairs` with a "question_id". `renew`: see ResultFile. There is nothing to cache (`use_cache`).
     Source: section 4 of Rafailov et al., https://arxiv.org/abs/2305.18290.
     """
     from tqdm import tqdm
 
     asked = zlib.crc32(json.dumps(pairs, ensure_ascii=False).encode("utf-8"))
-    results = ResultFile(path, {**fingerprint, "pairs": asked, "beta": beta, "max_length": max_length})
+    results = ResultFile(path, {**fingerprint, "pairs": asked, "beta": beta, "max_length": max_length}, renew=renew)
     done = {row["question_id"] for row in results.rows}
     was_training = model.training
     model.eval()
@@ -1013,6 +1017,7 @@ def answer_log_probs(
     at `max_length` tokens of prompt and answer.
     """
     import torch
+    from peft import PeftModel
     from torch.nn.utils.rnn import pad_sequence
     from transformers import DynamicCache
     from trl.data_utils import common_prefix_length
@@ -1023,11 +1028,14 @@ def answer_log_probs(
     start = min(common_prefix_length(prompt, row) for row in rows)
     ids = pad_sequence([torch.tensor(row[:max_length], device=model.device) for row in rows], batch_first=True)
     cache = DynamicCache()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     with torch.no_grad():
-        model(ids[:1, : start - 1], past_key_values=cache, logits_to_keep=1)
+        base.base_model(ids[:1, : start - 1], past_key_values=cache)
         cache.batch_repeat_interleave(2)
-        logits = model(ids[:, start - 1 :], past_key_values=cache).logits[:, :-1].float()
-    log_probs = logits.log_softmax(dim=-1).gather(2, ids[:, start:, None])[..., 0]
+        hidden = base.base_model(ids[:, start - 1 :], past_key_values=cache).last_hidden_state[:, :-1]
+        # in float32: rounded to bf16, the logits of two answers that are about as likely tell little
+        logits = mtbench_eval.matmul_float32(hidden.flatten(0, 1), base.get_output_embeddings().weight.T)
+    log_probs = logits.log_softmax(dim=-1).unflatten(0, hidden.shape[:2]).gather(2, ids[:, start:, None])[..., 0]
     lengths = [min(len(row), max_length) - start for row in rows]
     return [log_probs[row, :length].sum().item() for row, length in enumerate(lengths)]
 
@@ -1274,7 +1282,7 @@ def summarise_instruct(rows: list[dict]) -> dict:
 class Evaluation:
     """One thing measured before and after training; `name` is its key in the record and the stem of its files.
 
-    `answer(model, tokenizer, path=, fingerprint=, use_cache=)` gives a row per question, `compare(before, after)` the
+    `answer(model, tokenizer, path=, fingerprint=, use_cache=, renew=)` gives a row per question, `compare(before, after)` the
     record's deltas by key. `lines` are those of the table: (title, value of a summary, key of the delta or None).
     """
 
@@ -1389,9 +1397,8 @@ def measure(
     Baselines are shared with other runs by the cache. Under several processes the main one answers.
     """
     with contextlib.nullcontext() if with_adapter else adapter_off(model):
-        fingerprint = mtbench_eval.model_fingerprint(
-            args, mtbench_eval.adapter_sha256(model) if with_adapter else "none"
-        )
+        adapter = mtbench_eval.adapter_sha256(model) if with_adapter else "none"
+        fingerprint = mtbench_eval.model_fingerprint(args, adapter)
         return mtbench_eval.on_main_process(
             lambda: {
                 evaluation.name: evaluation.answer(
@@ -1400,6 +1407,7 @@ def measure(
                     path=folder / f"{evaluation.name}_{stage}.jsonl",
                     fingerprint=fingerprint,
                     use_cache=stage == "baseline" and not args.no_baseline_cache,
+                    renew=True,
                 )
                 for evaluation in evaluations
             }
@@ -1491,7 +1499,14 @@ def run(args: argparse.Namespace, record: dict) -> None:
             for stage, path in stages.items()
             if path.exists()
         }
-        mtbench_eval.write_json(Path(args.eval_save_json), answers)
+        save_answers(args, answers)
+
+
+def save_answers(args: argparse.Namespace, answers: dict[str, list[dict]]) -> None:
+    """Writes --eval_save_json: TAT-QA's rows by stage."""
+    path = Path(args.eval_save_json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mtbench_eval.write_json(path, answers)
 
 
 def load_pairs(

@@ -454,7 +454,9 @@ def load_material(args: argparse.Namespace, sources: set[str]) -> Material:
         contexts = dpo_train.read_tatqa(dpo_train.tatqa_file(args, args.eval_split), SkippedRows())
         forbidden["TAT-QA question"] = [question["question"] for c in contexts for question in c["questions"]]
     if args.do_mtbench:
-        forbidden["MT-Bench question"] = [q["turns"][0] for q in mtbench_eval.load_questions(args.mtbench_file)]
+        forbidden["MT-Bench question"] = [
+            q["turns"][0] for q in mtbench_eval.load_questions(args.mtbench_file, flag="--mtbench_file")
+        ]
 
     comments, lessons = [], []
     chars = {"min_chars": args.reddit_min_post_chars, "max_chars": args.reddit_max_post_chars}
@@ -739,7 +741,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         if args.eval_save_json:
             stages = ("baseline", "final")
             answers = {stage: stored_rows(folder, stage, evaluations).get("tatqa", []) for stage in stages}
-            mtbench_eval.write_json(Path(args.eval_save_json), answers)
+            dpo_train.save_answers(args, answers)
 
 
 def data_fingerprint(material: Material, pairs: list[dict]) -> dict:

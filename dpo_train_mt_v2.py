@@ -178,12 +178,12 @@ def grown_adapter(model: PreTrainedModel, former: Path, args: argparse.Namespace
     With A (r, in), B (out, r) and s = alpha / r: the larger A' begins with A and goes on with freshly initialised
     rows, the larger B' begins with B * s / s' and goes on with columns of zeros, so s' B' A' = s B A.
     """
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
     from transformers import set_seed
 
     set_seed(args.seed)
-    model = get_peft_model(model, mtbench_eval.lora_config(args))
+    model = mtbench_eval.new_adapter(model, args)
     config = json.loads((former / "adapter_config.json").read_text("utf-8"))
     rank, scale = config["r"], config["lora_alpha"] / config["r"]
     state = get_peft_model_state_dict(model)
@@ -269,15 +269,14 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(args: argparse.Namespace, record: dict) -> None:
     """Stage after stage. What can be wrong with the input is found before anything is written."""
-    from accelerate import PartialState
-
     stages = stages_to_run(args)
     check_flags(args, stages)
     record["stages"] = [finished_stage(args, stage) for stage in range(1, stages[0])]
     by_stage = {stage: stage_arguments(args, stage) for stage in stages}
     neutral = mtbench_eval.NEUTRAL_FLAGS | dpo_train_mt.MEASURING_FLAGS
     checkpoints = dict.fromkeys(stages)
-    if not args.resume_from_stage:
+    do_anew = args.resume_from_stage and not args.resume_from_checkpoint  # with both, that command was interrupted
+    if not do_anew:
         checkpoints = {stage: mtbench_eval.find_checkpoint(by_stage[stage], neutral) for stage in stages}
     tokenizer = mtbench_eval.load_tokenizer(args)
     material = dpo_train_mt.load_material(args, set().union(*(SOURCES[stage] for stage in stages)))
@@ -289,10 +288,10 @@ def run(args: argparse.Namespace, record: dict) -> None:
             rows = dpo_train_mt.fit_chats(pairs[stage], tokenizer, by_stage[stage])
             dpo_train.print_plan(by_stage[stage], tokenizer, rows, evaluations)
         return
-    PartialState().wait_for_everyone()  # all have looked for checkpoints before the folder changes
+    mtbench_eval.all_processes().wait_for_everyone()  # all have looked for checkpoints before the folder changes
     everything = [pair for stage in stages for pair in pairs[stage]]
     folder = mtbench_eval.begin(record, dpo_train_mt.data_fingerprint(material, everything))
-    if args.resume_from_stage and mtbench_eval.main_process():
+    if do_anew and mtbench_eval.main_process():
         for stage in stages:
             shutil.rmtree(stage_folder(args, stage), ignore_errors=True)
     for stage in stages:

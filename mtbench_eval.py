@@ -14,7 +14,9 @@ statistics, tables, plots, command line).
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
+import datetime
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -41,6 +43,7 @@ from typing import TYPE_CHECKING, Any
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
     from matplotlib.figure import Figure
     from peft import LoraConfig, PeftModel
     from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -114,31 +117,43 @@ def read_rows(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
             raise InputError(f"{path}: not a readable Parquet file ({error}); fetch it again") from error
         return
     with path.open("rb") as file:
-        is_list = file.read(64).lstrip().startswith(b"[")
+        is_list = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     if is_list:
         try:
             rows = json.loads(path.read_bytes())
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
             raise InputError(f"{path}: not valid JSON ({error}); repair the file or fetch it again") from error
         for number, row in enumerate(rows, 1):
-            if isinstance(row, dict):
-                yield f"{path.name}: row {number}", row
+            place = f"{path.name}: row {number}"
+            if isinstance(row, dict) and is_unicode(row):
+                yield place, row
             else:
-                skipped.add(f"{path.name}: row {number}", "not a JSON object")
+                skipped.add(place, "a text with half a character" if isinstance(row, dict) else "not a JSON object")
         return
     for number, line in read_jsonl(path):
         place = f"{path.name}:{number}"
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8-sig"))  # Windows tools begin a file with a byte order mark
         except UnicodeDecodeError:
             skipped.add(place, "not UTF-8")
         except ValueError:
             skipped.add(place, "not valid JSON")
         else:
-            if isinstance(row, dict):
-                yield place, row
-            else:
+            if not isinstance(row, dict):
                 skipped.add(place, "not a JSON object")
+            elif b"\\ud" in line.lower() and not is_unicode(row):
+                skipped.add(place, "a text with half a character")
+            else:
+                yield place, row
+
+
+def is_unicode(row: dict) -> bool:
+    """False when a text holds a lone surrogate, half of a character, which JSON can spell and UTF-8 cannot."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def open_dataset(source: str, flag: str, *, split: str = "train", streaming: bool = False) -> Callable[..., Iterator]:
@@ -182,7 +197,10 @@ def hub_errors(source: str, flag: str) -> Iterator[None]:
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Writes to a temporary name beside `path` and renames it, so that nobody ever reads half a file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    with temporary.open("wb") as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())  # before the name, so that a power cut leaves the old file or the new one
     os.replace(temporary, path)
 
 
@@ -223,25 +241,31 @@ class ResultFile:
     """One JSON line per evaluated item, written as soon as it exists, so that a killed evaluation goes on.
 
     The first line is {"fingerprint": {...}}: what the results depend on. Opening a file cuts a torn last line and
-    keeps the whole ones in `rows`. Raises InputError naming the keys that differ when the stored fingerprint is not
-    this one.
+    keeps the whole ones in `rows`. When the stored fingerprint is not this one, raises InputError naming the keys that
+    differ; with `renew` the file becomes NAME.former and a new one is begun: a resumed run measures its own adapter,
+    which on a GPU is not the interrupted one to the bit, with the flags that it has now.
     """
 
-    def __init__(self, path: Path, fingerprint: dict) -> None:
+    def __init__(self, path: Path, fingerprint: dict, *, renew: bool = False) -> None:
         self.path = path
         self.rows: list[dict] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        if not whole:
+        header, *rows = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line] or [None]
+        if header and header["fingerprint"] != fingerprint:
+            other = differing(header["fingerprint"], fingerprint)
+            if not renew:
+                raise InputError(
+                    f"{path} holds results of another evaluation ({other}); name another --output_dir or delete the "
+                    "file"
+                )
+            log.warning("%s.former: results of another evaluation (%s), measured anew", path, other)
+            os.replace(path, f"{path}.former")
+            header = None
+        if header is None:
             write_atomic(path, json.dumps({"fingerprint": fingerprint}, ensure_ascii=False) + "\n")
             return
-        header, *rows = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
-        if header["fingerprint"] != fingerprint:
-            raise InputError(
-                f"{path} holds results of another evaluation ({differing(header['fingerprint'], fingerprint)}); "
-                "name another --output_dir or delete the file"
-            )
         if whole != content:
             write_atomic(path, whole)
         self.rows = rows
@@ -359,7 +383,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_run_flags(parser: argparse.ArgumentParser, exp_log: str) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=int, default=42, help="seed of everything random (default: 42)")
+    group.add_argument("--seed", type=not_negative(int), default=42, help="seed of everything random (default: 42)")
     group.add_argument("--dry_run", action="store_true", help="load and check the data, print the plan, and exit")
     group.add_argument("--demo", action="store_true", help="a miniature of the experiment: CPU, minutes, no downloads")
     group.add_argument("--report_to", choices=["none", "trackio", "tensorboard", "wandb"], default="none")
@@ -420,6 +444,18 @@ def device_and_dtype() -> tuple[torch.device, torch.dtype]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def matmul_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """a (m, k) @ b (k, n) with `a` in the type of `b`; half types are summed, and returned, in float32."""
+    import torch
+
+    a = a.to(b.dtype)
+    if b.dtype not in {torch.float16, torch.bfloat16}:
+        return torch.mm(a, b, out=out)
+    if b.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
 
 
 def fetch_model(name: str, revision: str | None, flag: str) -> Path:
@@ -498,6 +534,8 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
         raise InputError(f"{folder}: no adapter_config.json in this folder; name the output folder of a training run")
     try:
         return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{folder}: adapter_config.json is no JSON ({error}); train or copy it again") from error
     except (RuntimeError, ValueError) as error:  # sizes or layers that this base does not have
         base = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
         reason = str(error).strip().split("\n")[-1].strip()
@@ -584,7 +622,7 @@ def training_arguments(
         report_to=args.report_to,
         run_name=args.exp_tag or Path(args.output_dir).name,
         disable_tqdm=not main_process(),
-        ddp_timeout=24 * 3600,  # the other ranks wait while one evaluates
+        ddp_timeout=24 * 3600,  # as `all_processes`
     )
 
 
@@ -613,6 +651,16 @@ def log_memory_plan(args: argparse.Namespace, tokens: int) -> None:
     log.info("memory: about %.1f GiB of weights, %.1f GiB of activations and logits", weights / 2**30, (activations + logits) / 2**30)  # fmt: skip
 
 
+def new_adapter(model: PreTrainedModel, args: argparse.Namespace) -> PeftModel:
+    """Puts the fresh LoRA adapter on `model` that the flags ask for. Raises InputError for layers it does not have."""
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, lora_config(args))
+    except ValueError as error:
+        raise InputError(f"--target_modules {args.target_modules}: {str(error).splitlines()[0]}") from error
+
+
 def lora_config(args: argparse.Namespace) -> LoraConfig:
     """The LoRA adapter that the flags ask for."""
     from peft import LoraConfig
@@ -638,10 +686,18 @@ def adapter_kept_in_float32(model: PreTrainedModel) -> Iterator[None]:
             parameter.data = kept[name].to(torch.float32)
 
 
+def all_processes() -> PartialState:
+    """accelerate's state; the processes wait a day for one another, since one may generate or evaluate for hours."""
+    from accelerate import PartialState
+
+    return PartialState(timeout=datetime.timedelta(days=1))  # counts for the first caller, before TRL's own
+
+
 def on_main_process(compute: Callable[[], Any]) -> Any:
     """Runs `compute` in the main process alone; every process gets its result."""
     from accelerate.utils import broadcast_object_list
 
+    all_processes()
     return broadcast_object_list([compute() if main_process() else None])[0]
 
 
@@ -719,7 +775,11 @@ def checkpoint_problem(folder: Path) -> str | None:
     """Why a checkpoint cannot be resumed from; None when every file is what its manifest says."""
     if not (folder / MANIFEST).is_file():
         return "it was not finished"
-    for name, digest in json.loads((folder / MANIFEST).read_text("utf-8")).items():
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())
+    except ValueError:
+        return f"{MANIFEST} is damaged"
+    for name, digest in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if file_sha256(folder / name) != digest:
@@ -742,7 +802,8 @@ def find_checkpoint(args: argparse.Namespace, neutral: set[str]) -> Path | None:
             )
         return None
     if args.resume_from_checkpoint == "auto":
-        candidates = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+        steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+        candidates = sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
     else:
         candidates = [Path(args.resume_from_checkpoint)]
         problem = checkpoint_problem(candidates[0])
@@ -797,6 +858,8 @@ def recorded_run(args: argparse.Namespace, argv: list[str], script: str) -> Iter
     log.handlers = [console, held] if main_process() else []
     log.setLevel(logging.INFO)
     log.propagate = False
+    if "WORLD_SIZE" not in os.environ:  # one process drives one device, and transformers would use all that it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     started = time.time()
     record = {
         "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
@@ -819,6 +882,10 @@ def recorded_run(args: argparse.Namespace, argv: list[str], script: str) -> Iter
     }
     try:
         try:
+            if Path(args.output_dir).is_file():
+                raise InputError(f"--output_dir {args.output_dir} is a file; name a folder")
+            if Path(args.exp_log).is_dir():
+                raise InputError(f"--exp_log {args.exp_log} is a folder; name a file")
             yield record
             record["status"] = "completed"
         except InputError as error:
@@ -1045,7 +1112,7 @@ def generate(
         for number, token in tokenizer.added_tokens_decoder.items()
         if token.special and token.content not in {"<think>", "</think>"}
     }
-    texts = [""] * len(prompts)
+    texts: list[str | None] = [None] * len(prompts)
     progress = tqdm(total=len(prompts), desc=description, unit="answer", disable=not description)
 
     def take(index: int, tokens: list[int]) -> None:
@@ -1058,6 +1125,9 @@ def generate(
             on_answer(index, texts[index], len(tokens[:end]), end is not None)
 
     def run(batch: list[int]) -> None:
+        batch = [index for index in batch if texts[index] is None]  # memory may run out after a part has answered
+        if not batch:
+            return
         chosen = [prompts[index] for index in batch]
         torch.manual_seed(seed ^ zlib.crc32(str(chosen).encode()))
         batched_answers(model, chosen, settings, max_new_tokens, lambda row, tokens: take(batch[row], tokens))
@@ -1292,7 +1362,7 @@ class RewardModel:
             offsets = self.tokenizer(
                 oldest["content"], add_special_tokens=False, return_offsets_mapping=True
             ).offset_mapping
-            oldest["content"] = oldest["content"][offsets[excess][0] :] if excess < len(offsets) else ""
+            oldest["content"] = oldest["content"][offsets[excess - 1][1] :] if excess < len(offsets) else ""
 
 
 def default_system_turn(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -1359,6 +1429,7 @@ def score_questions(
     thinking: bool = False,
     seed: int = 42,
     use_cache: bool = False,
+    renew: bool = False,
 ) -> list[dict]:
     """Answers every turn of every question, scores each answer with its history, and returns a row per question.
 
@@ -1366,7 +1437,7 @@ def score_questions(
     "finished"}, the last six with one entry per turn. Questions are worked off in waves; the rows of a wave are
     written to `path` (a ResultFile) as soon as they exist, and a restart goes on with the first wave that is not
     complete. `fingerprint` describes the model; questions, reward model and generation settings are added to it.
-    `use_cache` takes a greedy result from the user's cache folder and puts it there.
+    `use_cache` takes a greedy result from the user's cache folder and puts it there. `renew`: see ResultFile.
     """
     from tqdm import tqdm
 
@@ -1374,7 +1445,7 @@ def score_questions(
         max_new_tokens=max_new_tokens, temperature=temperature, backend=backend, thinking=thinking, seed=seed
     )
     fingerprint = evaluation_fingerprint(fingerprint, questions, reward_model, **settings)
-    results = ResultFile(path, fingerprint)
+    results = ResultFile(path, fingerprint, renew=renew)
     done = {row["question_id"] for row in results.rows}
     cached = baseline_cache(fingerprint)
     use_cache = use_cache and temperature == 0
@@ -1574,8 +1645,8 @@ def print_table(title: str, rows: list[tuple[str, float | None, float | None, di
     Console(width=120, color_system=None, legacy_windows=False, markup=False, highlight=False).print(table)
 
 
-def plot_categories(before_summary: dict, after_summary: dict, path: Path) -> None:
-    """Draws the 1-10 score by category before and after as a PNG."""
+def plot_categories(before_summary: dict | None, after_summary: dict, path: Path) -> None:
+    """Draws the 1-10 score by category, before (if it was measured) and after, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1583,14 +1654,15 @@ def plot_categories(before_summary: dict, after_summary: dict, path: Path) -> No
 
     categories = sorted(after_summary["by_category"])
     figure, axes = pyplot.subplots(figsize=(max(6, 1.1 * len(categories) + 2), 4), layout="constrained")
-    for shift, label, summary in ((-0.2, "before", before_summary), (0.2, "after", after_summary)):
+    summaries = {"before": before_summary, "after": after_summary} if before_summary else {"after": after_summary}
+    for shift, (label, summary) in zip((-0.2, 0.2), summaries.items(), strict=False):
         heights = [summary["by_category"].get(category, 0) for category in categories]
         bars = axes.bar([place + shift for place in range(len(categories))], heights, 0.4, label=label)
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
     axes.set_xticks(range(len(categories)), categories)
     axes.set_ylim(1, 10.5)
     axes.set_ylabel("reward-model score, 1-10")
-    axes.set_title(f"before {before_summary['avg']:.2f}, after {after_summary['avg']:.2f}")
+    axes.set_title(", ".join(f"{label} {summary['avg']:.2f}" for label, summary in summaries.items()))
     axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
@@ -1644,14 +1716,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_results(path: str) -> list[dict]:
-    """The rows of a per-question file. Raises InputError when it holds none."""
+def read_results(path: str) -> tuple[dict, list[dict]]:
+    """The fingerprint and the rows of a per-question file. Raises InputError when it holds none."""
     skipped = SkippedRows()
-    rows = [row for _, row in read_rows(Path(path), skipped) if "rewards" in row]
-    if not rows:
+    header, *rows = [row for _, row in read_rows(Path(path), skipped)] or [{}]
+    if "fingerprint" not in header or not rows or not all("rewards" in row for row in rows):
         raise InputError(f"--compare {path}: no per-question results; name an mtbench_*.jsonl of an output folder")
     skipped.report(f"broken lines of {path}")
-    return rows
+    return header["fingerprint"], rows
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -1665,7 +1737,7 @@ def main(argv: list[str] | None = None) -> dict:
             limit=args.mtbench_questions_limit,
             seed=args.mtbench_questions_seed,
         )
-        earlier = read_results(args.compare) if args.compare else None
+        measured, earlier = read_results(args.compare) if args.compare else ({}, [])
         tokenizer = load_tokenizer(args)
         if args.dry_run:
             turns = sum(len(question["turns"]) for question in questions)
@@ -1687,6 +1759,16 @@ def main(argv: list[str] | None = None) -> dict:
         model_settings = model_fingerprint(args, adapter_sha256(model))
         path = Path(args.output_dir) / "mtbench.jsonl"
         fingerprint = evaluation_fingerprint(model_settings, questions, reward_model, **settings)
+        if earlier and measured["reward_model"] != fingerprint["reward_model"]:
+            other = differing(measured["reward_model"], fingerprint["reward_model"])
+            raise InputError(
+                f"--compare {args.compare} was scored by another reward model ({other}); score it by this one"
+            )
+        if earlier and measured["generation"] != fingerprint["generation"]:
+            other = differing(measured["generation"], fingerprint["generation"])
+            log.warning(
+                "--compare %s was answered otherwise (%s): part of the difference comes from that", args.compare, other
+            )
         ResultFile(path, fingerprint)  # refuses the folder of another evaluation before anything in it changes
         folder = begin(record, {"questions": args.questions, "n": len(questions), "sha256": fingerprint["questions"]})
         with timed(record, "final"):
@@ -1704,8 +1786,14 @@ def main(argv: list[str] | None = None) -> dict:
         final = record["final"]["mtbench"] = summarise(rows)
         baseline, delta = {}, {}
         if earlier:
-            baseline = record["baseline"]["mtbench"] = summarise(earlier)
             delta = compare_rows(earlier, rows)
+            earlier, rows = (
+                [row for row in one if row["question_id"] in {row["question_id"] for row in other}]
+                for one, other in ((earlier, rows), (rows, earlier))
+            )
+            log.info("compared on the %d questions that both answered", len(rows))
+            final, baseline = summarise(rows), summarise(earlier)
+            record["baseline"]["mtbench"], record["final"]["mtbench"] = baseline, final
             record["delta"] = {"mtbench": delta["score"], "mtbench_raw": delta["raw"]}
             plot_categories(baseline, final, folder / "mtbench_categories.png")
         write_json(folder / "metrics.json", {key: record[key] for key in ("baseline", "final", "delta")})

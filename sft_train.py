@@ -149,12 +149,14 @@ def row_problem(row: dict) -> str | None:
     if not isinstance(messages, list) or not messages:
         return "no messages"
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in {"system", "user", "assistant"}:
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
             return f"unknown role {message.get('role')!r}" if isinstance(message, dict) else "a message is no object"
         if not isinstance(message.get("content"), str) or not message["content"].strip():
             return f"empty {message['role']} turn"
     if messages[-1]["role"] != "assistant":
         return "no answer at the end"
+    if not isinstance(row.get("subset", "general"), str):
+        return "the subset is no text"
     return None
 
 
@@ -204,6 +206,8 @@ def select_rows(rows: Callable[[SkippedRows], Iterator[tuple[str, dict]]], args:
 
     Raises InputError when the data holds no usable row, none of the subset, or none to train on after the split.
     """
+    if args.mix_reasoning_ratio is not None and args.subset != "both":
+        raise InputError(f"--mix_reasoning_ratio mixes two subsets and --subset is {args.subset}; add --subset both")
     wanted = {"general", "reasoning"} if args.subset == "both" else {args.subset}
     hashes: dict[str, list[tuple[float, float]]] = {subset: [] for subset in sorted(wanted)}
     others = Counter()
@@ -228,7 +232,7 @@ def select_rows(rows: Callable[[SkippedRows], Iterator[tuple[str, dict]]], args:
 
     total = round(args.sample_ratio * sum(found.values()))
     take = {subset: round(args.sample_ratio * count) for subset, count in found.items()}
-    if args.subset == "both" and args.mix_reasoning_ratio is not None:
+    if args.mix_reasoning_ratio is not None:
         take["reasoning"] = min(round(args.mix_reasoning_ratio * total), found["reasoning"])
         take["general"] = min(total - take["reasoning"], found["general"])
         reached = take["reasoning"] / max(1, sum(take.values()))
@@ -346,23 +350,18 @@ def fused_nll_kl(
     # Used again for every chunk: the system hands out pages of this size slower than they are computed on.
     buffers = hidden.new_empty((2, min(rows_per_chunk, len(labels)), len(weight)), dtype=dtype)
 
-    def project(states: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        if out.dtype == weight.dtype:
-            return torch.mm(states.to(weight.dtype), weight.T, out=out[: len(states)])
-        return out[: len(states)].copy_(states.to(weight.dtype) @ weight.T)
-
     with torch.no_grad():
         for rows, with_kl in [
             *((rows, False) for rows in _chunks(targets & ~anchored, rows_per_chunk)),
             *((rows, True) for rows in _chunks(anchored, rows_per_chunk)),
         ]:
             label = labels[rows]
-            logits = project(hidden[rows], buffers[0])
+            logits = mtbench_eval.matmul_float32(hidden[rows], weight.T, out=buffers[0][: len(rows)])
             at_label = logits.gather(1, label[:, None])
             top = logits.amax(1, keepdim=True)
             logits.sub_(top)
             if with_kl:
-                ref_logits = project(ref_hidden[rows], buffers[1])
+                ref_logits = mtbench_eval.matmul_float32(ref_hidden[rows], weight.T, out=buffers[1][: len(rows)])
                 ref_logits.sub_(ref_logits.amax(1, keepdim=True))
                 ref_total = sum(part.exp().sum(1, keepdim=True) for part in ref_logits.split(8192, dim=1))
                 gap = ref_logits.neg_().add_(logits)  # log p_s - log p_r, but for a constant of the row
@@ -372,10 +371,18 @@ def fused_nll_kl(
             if with_kl:
                 mean_gap = torch.einsum("rv,rv->r", exp, gap)[:, None] / total
                 kl += (mean_gap - total.log() + ref_total.log()).sum()
-                if needs_gradient:  # gap - mean_gap = log p_s - log p_r - KL_row: the constant drops out
-                    exp.mul_(gap.sub_(mean_gap).mul_(c / a).add_(1))
-            if needs_gradient:  # a and total come last, for the range of half types
-                gradient[rows] = (a * (exp.to(weight.dtype) @ weight / total - weight[label])).to(gradient.dtype)
+            if needs_gradient:
+                pull = 0
+                if with_kl:
+                    gap.sub_(mean_gap)  # log p_s - log p_r - KL_row: the constant drops out
+                    if weight.dtype == dtype:  # both parts in one product
+                        exp.mul_(gap.mul_(c / a).add_(1))
+                    else:  # beside 1, a half type would round c / a * gap away
+                        pull = c * (mtbench_eval.matmul_float32(gap.mul_(exp), weight) / total)
+                # a, c and total come last, for the range of half types
+                gradient[rows] = (a * (mtbench_eval.matmul_float32(exp, weight) / total - weight[label]) + pull).to(
+                    gradient.dtype
+                )
     nll, kl = nll * a, kl / anchored.sum().clamp(min=1)
     loss = nll + kl_coef * kl
     return (_with_gradient(loss, hidden, gradient) if needs_gradient else loss), nll, kl
@@ -448,7 +455,6 @@ def without_head(model: PeftModel) -> Iterator[None]:
 def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection, measure) -> SFTTrainer:
     """TRL's SFTTrainer with the fused loss. `measure(step) -> dict` gives what evaluation at a step returns."""
     import torch
-    from peft import get_peft_model
     from transformers import TrainerCallback, set_seed
     from trl import SFTConfig, SFTTrainer
 
@@ -499,12 +505,15 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             self.control.should_save = True
+            self.control.should_training_stop |= self.has_stopped_early()
+            return metrics
+
+        def has_stopped_early(self) -> bool:
             scores = [entry["eval_mtbench"] for entry in self.state.log_history if "eval_mtbench" in entry]
-            reason = early_stop_reason(self.baseline_score, scores, args.early_stop_patience)
+            reason = early_stop_reason(self.baseline_score, scores, args.early_stop_patience) if scores else None
             if reason:
                 log.info("early stop at step %d: %s", self.state.global_step, reason)
-                self.control.should_training_stop = True
-            return metrics
+            return reason is not None
 
         def log(self, logs, start_time=None):
             if "loss" in logs:
@@ -520,7 +529,7 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
 
     early = args.early_stop_patience is not None
     set_seed(args.seed)
-    model = get_peft_model(model, mtbench_eval.lora_config(args))
+    model = mtbench_eval.new_adapter(model, args)
     config = SFTConfig(
         **mtbench_eval.training_arguments(
             args, weight_decay=0.01, warmup_ratio=args.warmup_ratio, logging_steps=args.kl_log_interval
@@ -545,6 +554,10 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
             processing_class=tokenizer,
             callbacks=[EvaluateLastStep()] if early else [],
         )
+    for name, rows in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
+        # TRL leaves out rows without a target token, and says so
+        if not args.streaming and not len(rows):
+            raise InputError(f"no {name} row has an answer within --max_seq_length {args.max_seq_length}; raise it")
     trainer.nll_since_log = trainer.kl_since_log = trainer.steps_since_log = 0
     trainer.baseline_score = None
     return trainer
@@ -658,6 +671,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         return
     train_dataset = training_set(args, selection, examples)
     import datasets
+    from transformers import TrainerState
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     validation = datasets.Dataset.from_list(list(examples("validation")))
@@ -679,6 +693,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
             thinking=args.thinking,
             seed=args.seed,
             use_cache=use_cache,
+            renew=True,
         )
 
     def measure(step: int) -> dict:
@@ -719,7 +734,10 @@ def run(args: argparse.Namespace, record: dict) -> None:
         trainer.baseline_score = baseline["mtbench"]["avg"] if questions else None
 
     with mtbench_eval.timed(record, "train"):
-        mtbench_eval.run_training(trainer, checkpoint)
+        if checkpoint and args.early_stop_patience is not None:
+            trainer.state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        if not trainer.has_stopped_early():
+            mtbench_eval.run_training(trainer, checkpoint)
     record["kept_step"] = trainer.state.global_step
     best = trainer.state.best_model_checkpoint
     if best is not None:

@@ -275,6 +275,15 @@ def test_a_long_prompt_keeps_its_question(demo_args, tokenizer, chat):
         dpo_train.fit_prompt(prompt, tokenizer, args)
 
 
+def test_a_first_character_of_several_tokens_is_cut_too(demo_args, tokenizer):
+    args = copy.copy(demo_args)
+    prompt = "\U0001f98a what did it cost"
+    whole = len(tokenizer(prompt)["input_ids"])
+    for args.max_prompt_length in range(whole - 5, whole):
+        text, is_cut = dpo_train.fit_prompt(prompt, tokenizer, args, mark="\0")
+        assert is_cut and len(tokenizer(text)["input_ids"]) <= args.max_prompt_length and text.endswith("cost")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The trainer against TRL's own
 
@@ -574,7 +583,7 @@ def own_folders(tmp_path, monkeypatch):
 
 
 def test_a_run_from_start_to_finish(tmp_path, capsys):
-    argv = [*SMALL, "--output_dir", "out", "--exp_log", "log.jsonl", "--eval_save_json", "answers.json"]
+    argv = [*SMALL, "--output_dir", "out", "--exp_log", "log.jsonl", "--eval_save_json", "new/answers.json"]
     record = dpo_train.main(argv)
     out = tmp_path / "out"
     assert record["status"] == "completed" and record["kept_step"] == 6
@@ -586,7 +595,7 @@ def test_a_run_from_start_to_finish(tmp_path, capsys):
     names = {"adapter_model.safetensors", "adapter_config.json", "README.md", "run.json", "train_log.jsonl"}
     names |= {"metrics.json", "loss.png", "rewards.png", "mtbench.png", "run.log", "tatqa_final.jsonl"}
     assert names <= {path.name for path in out.iterdir()}
-    assert len(json.loads((tmp_path / "answers.json").read_text("utf-8"))["final"]) == 8
+    assert len(json.loads((tmp_path / "new" / "answers.json").read_text("utf-8"))["final"]) == 8
     log = [json.loads(line) for line in (out / "train_log.jsonl").read_text("utf-8").split("\n") if line]
     assert "rewards/margins" in log[0] and log[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
     assert "TAT-QA, official EM" in capsys.readouterr().out
@@ -621,6 +630,9 @@ def test_a_killed_run_ends_with_the_same_adapter(tmp_path):
     dpo_train.main([*argv, "--output_dir", "killed", "--resume_from_checkpoint", "auto"])
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
+    # a flag that changes what is measured: measured anew, the former answers kept
+    record = dpo_train.main([*argv, "--output_dir", "killed", "--resume_from_checkpoint", "auto", "--eval_limit", "5"])
+    assert record["final"]["tatqa"]["n"] == 5 and (tmp_path / "killed" / "tatqa_final.jsonl.former").exists()
     with pytest.raises(SystemExit) as error:  # a flag that changes the training
         dpo_train.main([*argv, "--output_dir", "killed", "--resume_from_checkpoint", "auto", "--beta", "0.7"])
     assert error.value.code == 2
@@ -631,6 +643,8 @@ def test_a_killed_run_ends_with_the_same_adapter(tmp_path):
     [
         (["--tatqa_dir", "nowhere"], "nowhere"),
         (["--max_prompt_length", "512", "--max_length", "512"], "--max_length"),
+        (["--target_modules", "nope"], "--target_modules nope"),
+        (["--eval_save_json", "."], "--eval_save_json"),
         (["--adapter_trainable"], "--load_adapter"),
         (["--load_adapter", "x"], "--adapter_trainable"),
         (["--load_adapter", "other", "--adapter_trainable"], "does not fit"),

@@ -218,11 +218,19 @@ def killed(whole, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("way", [["--resume_from_stage", "2"], ["--resume_from_checkpoint", "auto"]])
-def test_killed_in_stage_2_it_ends_with_the_same_adapter(way, whole, killed, tmp_path):
+@pytest.mark.parametrize(
+    "way, is_resumed",
+    [
+        (["--resume_from_stage", "2"], False),
+        (["--resume_from_checkpoint", "auto"], True),
+        (["--resume_from_stage", "2", "--resume_from_checkpoint", "auto"], True),
+    ],
+)
+def test_killed_in_stage_2_it_ends_with_the_same_adapter(way, is_resumed, whole, killed, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
     record = main(arguments(folder, *way))
+    assert ("resuming from" in capsys.readouterr().out) is is_resumed
     assert [entry["stage"] for entry in record["stages"]] == [1, 2, 3]
     for name in ("adapter_model.safetensors", "stage2/adapter_model.safetensors"):
         assert (folder / name).read_bytes() == (whole[0] / name).read_bytes()

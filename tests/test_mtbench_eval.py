@@ -312,6 +312,32 @@ def test_out_of_memory_halves_the_batch(model, tokenizer, monkeypatch):
         me.generate(model, tokenizer, conversations, max_new_tokens=6)
 
 
+def test_out_of_memory_after_some_rows_have_ended_gives_every_answer_once(model, tokenizer, monkeypatch):
+    conversations = chats(12)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [2, *range(100, 250)])  # answers of different lengths
+    answers = me.generate(model, tokenizer, conversations, max_new_tokens=30)
+    real, taken = model.generate, []
+
+    def full_at_the_second_call(ids, **kwargs):
+        if taken and full_at_the_second_call.left:
+            full_at_the_second_call.left -= 1
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return real(ids, **kwargs)
+
+    full_at_the_second_call.left = 1
+    monkeypatch.setattr(model, "generate", full_at_the_second_call)
+    again = me.generate(
+        model,
+        tokenizer,
+        conversations,
+        max_new_tokens=30,
+        batch_size=12,
+        on_answer=lambda index, *_: taken.append(index),
+    )
+    assert full_at_the_second_call.left == 0 and again == answers
+    assert sorted(taken) == list(range(12))
+
+
 def test_continuous_batching_gives_the_same_tokens(model, tokenizer):
     from peft import LoraConfig, get_peft_model
     from transformers import GenerationConfig
@@ -435,6 +461,14 @@ def test_long_conversations_are_cut_at_the_front_of_the_oldest_turn(tmp_path, to
     assert turns[0]["content"] == " ".join(WORDS * 4), "the caller's turns stay as they are"
 
 
+def test_a_first_character_of_several_tokens_is_cut_too(tmp_path, tokenizer):
+    small = me.RewardModel(save_reward_model(tmp_path / "small", tokenizer, max_position_embeddings=64))
+    for words in range(20, 30):
+        question = {"role": "user", "content": "\U0001f98a " + " ".join((WORDS * 3)[:words])}
+        answer = {"role": "assistant", "content": "the Ob"}
+        assert len(small.encode([question, answer])) <= 64
+
+
 def test_what_is_no_reward_model(tmp_path, tokenizer, model):
     with pytest.raises(me.InputError, match="one label"):
         me.RewardModel(save_reward_model(tmp_path / "two", tokenizer, num_labels=2))
@@ -531,6 +565,18 @@ def test_another_fingerprint_is_refused_by_name(evaluate, questions, tmp_path):
         with pytest.raises(me.InputError, match=key):
             evaluate(**change)
     assert (tmp_path / "results.jsonl").read_bytes() == content
+
+
+def test_a_resumed_run_measures_anew_and_keeps_what_it_had(evaluate, tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    evaluate(path=path)
+    former = path.read_bytes()
+    with pytest.raises(me.InputError, match="adapter"):
+        evaluate(path=path, fingerprint={"model": "m", "adapter": "other"})
+    assert path.read_bytes() == former
+    evaluate(path=path, fingerprint={"model": "m", "adapter": "other"}, renew=True)
+    assert path.with_name("rows.jsonl.former").read_bytes() == former
+    assert path.read_bytes().count(b"\n") == former.count(b"\n") and b"other" in path.read_bytes()
 
 
 def test_the_baseline_cache(evaluate, tmp_path, caplog, monkeypatch):
@@ -708,11 +754,17 @@ def test_the_command_line(cli_folder, reward_folder, tmp_path, monkeypatch, caps
 
 def test_bad_input_is_one_line_and_exit_code_2(cli_folder, reward_folder, tmp_path, capsys):
     good = flags(cli_folder, reward_folder, tmp_path / "out")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "adapter_config.json").write_text('{"peft_type": "LO', encoding="utf-8")
     for change in (
         ["--questions", str(tmp_path / "missing.jsonl")],
         ["--model", str(cli_folder)],
         ["--reward_model", str(cli_folder / "model")],
         ["--adapter", str(cli_folder)],
+        ["--adapter", str(damaged)],
+        ["--output_dir", str(cli_folder / "questions.jsonl")],
+        ["--exp_log", str(cli_folder)],
         ["--compare", str(cli_folder / "questions.jsonl")],
     ):
         with pytest.raises(SystemExit) as stop:
@@ -720,6 +772,35 @@ def test_bad_input_is_one_line_and_exit_code_2(cli_folder, reward_folder, tmp_pa
         told = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]
         assert stop.value.code == 2 and len(told) == 1, change
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_is_over_the_questions_that_both_answered(cli_folder, reward_folder, tmp_path, tokenizer, capsys):
+    me.main(flags(cli_folder, reward_folder, tmp_path / "few", "--limit", "6"))
+    earlier = ["--compare", str(tmp_path / "few" / "mtbench.jsonl")]
+    record = me.main(flags(cli_folder, reward_folder, tmp_path / "many", "--mtbench_max_tokens", "4", *earlier))
+    assert "compared on the 6 questions" in (out := capsys.readouterr().out) and "max_new_tokens: 12 -> 4" in out
+    means = [record[stage]["mtbench"]["avg"] for stage in ("baseline", "final")]
+    assert record["final"]["mtbench"]["n"] == 6
+    assert record["delta"]["mtbench"]["mean"] == pytest.approx(means[1] - means[0])
+    other = save_reward_model(tmp_path / "other", tokenizer, initializer_range=0.3)
+    with pytest.raises(SystemExit) as stop:
+        me.main(flags(cli_folder, other, tmp_path / "third", *earlier))
+    assert stop.value.code == 2 and "another reward model" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_error_and_half_a_character_is(tmp_path):
+    rows = [{"question_id": 1, "turns": ["a"]}, {"question_id": 2, "turns": ["\u0444"]}]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "bom.jsonl").write_text(lines, encoding="utf-8-sig")
+    (tmp_path / "bom.json").write_text(json.dumps(rows), encoding="utf-8-sig")
+    for name in ("bom.jsonl", "bom.json"):
+        assert [question["turns"] for question in me.load_questions(str(tmp_path / name))] == [["a"], ["\u0444"]]
+    write_lines(tmp_path / "half.jsonl", {"text": "whole"})
+    with (tmp_path / "half.jsonl").open("ab") as file:
+        file.write(b'{"text": "\\ud83e\\udd8a"}\n{"text": "\\ud83e"}\n')
+    skipped = me.SkippedRows()
+    assert [row["text"] for _, row in me.read_rows(tmp_path / "half.jsonl", skipped)] == ["whole", "\U0001f98a"]
+    assert skipped.places == ["half.jsonl:3 (a text with half a character)"]
 
 
 def test_a_dry_run_asks_nothing(cli_folder, reward_folder, tmp_path, capsys):

@@ -108,6 +108,25 @@ def test_half_precision_head_under_mixed_precision(half):
     assert (results[1][1] - results[0][1]).norm() < 2e-2 * results[0][1].norm()
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_weak_anchor_is_not_rounded_away(half):
+    """Folded into the product of the NLL, c / a * (log p/r - KL) of 1e-3 would be less than half a step of bf16."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 64, generator=generator) / 4
+    ref_hidden = hidden + 0.01 * torch.randn(64, 64, generator=generator)
+    weight = (torch.randn(4000, 64, generator=generator)).to(half)
+    labels = torch.randint(4000, (64,), generator=generator)
+
+    def gradient(head, kl_coef):
+        states = hidden.clone().requires_grad_()
+        fused_nll_kl(states, head, labels, ref_hidden, kl_coef=kl_coef)[0].backward()
+        return states.grad
+
+    pulls = [gradient(head, 0.02) - gradient(head, 0.0) for head in (weight.float(), weight)]
+    cosine = torch.nn.functional.cosine_similarity(*(pull.flatten() for pull in pulls), dim=0)
+    assert cosine > 0.95
+
+
 def test_a_head_that_wants_a_gradient_is_refused():
     with pytest.raises(ValueError, match="freeze"):
         fused_nll_kl(torch.zeros(1, 2), torch.zeros(3, 2, requires_grad=True), torch.zeros(1, dtype=torch.long))

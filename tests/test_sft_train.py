@@ -140,6 +140,8 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, logged):
         b'{"messages": [{"role": "user", "content": "\xff"}]}',
         b"{not json",
         json.dumps({"messages": [{"role": "user", "content": "no answer"}]}).encode(),
+        b'{"messages": [{"role": ["user"], "content": "x"}], "subset": "general"}',
+        json.dumps(chat("q", "a", subset=["general"])).encode(),
     ]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(good + bad) + b"\n")
@@ -147,7 +149,7 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, logged):
     selection, examples = sft_train.load_data(args)
     assert selection.rows("train") + selection.rows("validation") == 3
     text = logged.text
-    assert "skipped 6 rows" in text and "; ..." in text
+    assert "skipped 8 rows" in text and "; ..." in text
     assert "rows.jsonl:4 (no messages)" in text and "rows.jsonl:5 (unknown role 'tool')" in text
     assert "rows.jsonl:6 (empty assistant turn)" in text and "rows.jsonl:7 (not UTF-8)" in text
     assert "rows.jsonl:8 (not valid JSON)" in text
@@ -369,6 +371,39 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, whole_run, caps
     assert "checkpoint-12" in printed and adapter(folder) == adapter(whole)
 
 
+def test_other_damage_is_passed_over_too(tmp_path, whole_run, capsys):
+    _, whole = whole_run
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "checkpoint-16").rename(folder / "checkpoint-16 - Copy")  # what Windows names a copy
+    manifest = folder / "checkpoint-12" / "complete.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    sft_train.main(flags(folder, "--resume_from_checkpoint", "auto"))
+    assert "checkpoint-12: complete.json is damaged" in capsys.readouterr().out and adapter(folder) == adapter(whole)
+
+
+def test_a_run_that_stopped_early_is_not_trained_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sft_train, "early_stop_reason", lambda *scores: "enough" if len(scores[1]) == 2 else None)
+    early = [
+        "--early_stop_patience",
+        "1",
+        "--eval_steps",
+        "4",
+        "--mtbench_questions_limit",
+        "2",
+        "--mtbench_max_tokens",
+        "4",
+    ]
+    early += ["--mtbench_ru", str(DEMO / "mt_bench_ru.jsonl"), "--reward_model", str(DEMO / "reward_model")]
+    record = sft_train.main(flags(tmp_path / "run", *early))
+    for path in [*(tmp_path / "run").glob("adapter_*"), tmp_path / "run" / "mtbench_final.jsonl"]:
+        path.unlink()  # as if killed after the stop
+    resumed = sft_train.main(flags(tmp_path / "run", *early, "--resume_from_checkpoint", "auto"))
+    assert "early stop at step 8: enough" in capsys.readouterr().out
+    assert resumed["kept_step"] == record["kept_step"] <= 8 and resumed["final"] == record["final"]
+    assert not (tmp_path / "run" / "checkpoint-12").exists()
+
+
 def test_ctrl_c_saves_a_checkpoint_and_is_recorded(tmp_path, whole_run):
     _, whole = whole_run
     folder = tmp_path / "run"
@@ -434,6 +469,12 @@ def bad_inputs(tmp_path):
         "a subset without rows": (["--subset", "reasoning", "--dataset", str(few(tmp_path))], "'general': 3"),
         "a ratio above 1": (["--sample_ratio", "1.5"], "not within 0..1"),
         "a negative ratio": (["--mix_reasoning_ratio", "-0.1"], "not within 0..1"),
+        "a mix of one subset": (["--subset", "general", "--mix_reasoning_ratio", "0.2"], "--subset both"),
+        "layers that the model lacks": (["--target_modules", "nope"], "--target_modules nope"),
+        "answers beyond the length": (
+            ["--assistant_only_loss", "--max_seq_length", "2"],
+            "no training row has an answer within --max_seq_length 2",
+        ),
         "a sample of nothing": (["--sample_ratio", "0"], "0 prompts left"),
         "an empty question file": (["--mtbench_ru", str(empty)], "no questions"),
         "a truncated question file": (["--mtbench_ru", str(truncated)], "questions.json"),
@@ -458,6 +499,7 @@ def few(folder):
 @pytest.mark.parametrize("case", [
     "no such dataset", "an empty dataset", "no usable row", "a broken Parquet file", "a subset without rows",
     "a ratio above 1", "a negative ratio", "a sample of nothing", "an empty question file",
+    "a mix of one subset", "layers that the model lacks", "answers beyond the length",
     "a truncated question file", "questions without turns", "a model without weights", "no such model",
     "no such reward model", "early stopping without MT-Bench", "a tracker that is not installed", "packing a stream", "a checkpoint that is none",
 ])  # fmt: skip
@@ -468,7 +510,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, capsys):
     assert stop.value.code == 2
     lines = [line for line in capsys.readouterr().err.strip().split("\n") if "error:" in line]
     assert len(lines) == 1 and expected in lines[0]
-    assert not (tmp_path / "run").exists() and not (tmp_path / "log.jsonl").exists()
+    assert not list(tmp_path.glob("run/*")) and not (tmp_path / "log.jsonl").exists()
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(whole_run, capsys):
