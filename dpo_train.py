@@ -836,8 +836,7 @@ def answer_tatqa(
     if use_cache and not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
         mtbench_eval.write_atomic(cached, path.read_bytes())
-    by_id = {row["question_id"]: row for row in results.rows}
-    return [by_id[question["question_id"]] for question in questions]
+    return results.rows_of(questions)
 
 
 def groups_at_once(
@@ -1004,8 +1003,7 @@ def reward_pairs(
         kept = {key: pair[key] for key in ("question_id", "chosen", "rejected")}
         results.append({**kept, "chosen_reward": chosen, "rejected_reward": rejected})
     model.train(was_training)
-    by_id = {row["question_id"]: row for row in results.rows}
-    return [by_id[pair["question_id"]] for pair in pairs]
+    return results.rows_of(pairs)
 
 
 def answer_log_probs(
@@ -1282,8 +1280,8 @@ def summarise_instruct(rows: list[dict]) -> dict:
 class Evaluation:
     """One thing measured before and after training; `name` is its key in the record and the stem of its files.
 
-    `answer(model, tokenizer, path=, fingerprint=, use_cache=, renew=)` gives a row per question, `compare(before, after)` the
-    record's deltas by key. `lines` are those of the table: (title, value of a summary, key of the delta or None).
+    `answer(model, tokenizer, path=, fingerprint=, use_cache=, renew=)` gives a row per question,
+    `compare(before, after)` the record's deltas by key. `lines` are those of the table: (title, value of a summary, key of the delta or None).
     """
 
     name: str
@@ -1523,7 +1521,7 @@ def load_pairs(
     pairs = [pair for pair in pairs if pair["uid"] not in without]
     if not pairs:
         reasons = "; ".join(skipped.places) or "all of them are trained on"
-        raise InputError(f"{path}: no pairs left ({reasons}); name another split")
+        raise InputError(f"{path}: no pairs left ({reasons}); name another --tatqa_split or --eval_split")
     if 0 < limit < len(pairs):
         pairs = random.Random(args.seed).sample(pairs, limit)
     return pairs, {

@@ -119,16 +119,19 @@ def read_rows(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
     with path.open("rb") as file:
         is_list = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     if is_list:
+        content = path.read_bytes()
         try:
-            rows = json.loads(path.read_bytes())
+            rows = json.loads(content)
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
             raise InputError(f"{path}: not valid JSON ({error}); repair the file or fetch it again") from error
+        has_escapes = b"\\ud" in content.lower()
         for number, row in enumerate(rows, 1):
             place = f"{path.name}: row {number}"
-            if isinstance(row, dict) and is_unicode(row):
-                yield place, row
+            problem = object_problem(row, has_escapes)
+            if problem:
+                skipped.add(place, problem)
             else:
-                skipped.add(place, "a text with half a character" if isinstance(row, dict) else "not a JSON object")
+                yield place, row
         return
     for number, line in read_jsonl(path):
         place = f"{path.name}:{number}"
@@ -139,21 +142,26 @@ def read_rows(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
         except ValueError:
             skipped.add(place, "not valid JSON")
         else:
-            if not isinstance(row, dict):
-                skipped.add(place, "not a JSON object")
-            elif b"\\ud" in line.lower() and not is_unicode(row):
-                skipped.add(place, "a text with half a character")
+            problem = object_problem(row, has_escapes=b"\\ud" in line.lower())
+            if problem:
+                skipped.add(place, problem)
             else:
                 yield place, row
 
 
-def is_unicode(row: dict) -> bool:
-    """False when a text holds a lone surrogate, half of a character, which JSON can spell and UTF-8 cannot."""
+def object_problem(row: Any, has_escapes: bool) -> str | None:
+    """Why a JSON value is no row, or None: no object, or a text with a lone surrogate, which UTF-8 cannot spell.
+
+    JSON can, by an escape; `has_escapes` says whether there may be one, for the search takes as long as the parsing.
+    """
+    if not isinstance(row, dict):
+        return "not a JSON object"
     try:
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
+        if has_escapes:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        return False
-    return True
+        return "a text with half a character"
+    return None
 
 
 def open_dataset(source: str, flag: str, *, split: str = "train", streaming: bool = False) -> Callable[..., Iterator]:
@@ -273,6 +281,11 @@ class ResultFile:
     def append(self, row: dict) -> None:
         append_line(self.path, row)
         self.rows.append(row)
+
+    def rows_of(self, questions: list[dict]) -> list[dict]:
+        """The rows of these questions, in their order."""
+        by_id = {row["question_id"]: row for row in self.rows}
+        return [by_id[question["question_id"]] for question in questions]
 
 
 def differing(before: dict, now: dict) -> str:
@@ -622,7 +635,7 @@ def training_arguments(
         report_to=args.report_to,
         run_name=args.exp_tag or Path(args.output_dir).name,
         disable_tqdm=not main_process(),
-        ddp_timeout=24 * 3600,  # as `all_processes`
+        ddp_timeout=int(LONGEST_WAIT.total_seconds()),
     )
 
 
@@ -686,11 +699,14 @@ def adapter_kept_in_float32(model: PreTrainedModel) -> Iterator[None]:
             parameter.data = kept[name].to(torch.float32)
 
 
+LONGEST_WAIT = datetime.timedelta(days=1)  # of processes for one that generates or evaluates
+
+
 def all_processes() -> PartialState:
-    """accelerate's state; the processes wait a day for one another, since one may generate or evaluate for hours."""
+    """accelerate's state, made with `LONGEST_WAIT` also where it is needed before the trainer, which would make it."""
     from accelerate import PartialState
 
-    return PartialState(timeout=datetime.timedelta(days=1))  # counts for the first caller, before TRL's own
+    return PartialState(timeout=LONGEST_WAIT)
 
 
 def on_main_process(compute: Callable[[], Any]) -> Any:
@@ -1477,8 +1493,7 @@ def score_questions(
     if use_cache and not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(cached, path.read_bytes())
-    by_id = {row["question_id"]: row for row in results.rows}
-    return [by_id[question["question_id"]] for question in questions]
+    return results.rows_of(questions)
 
 
 def answer_and_score(model, tokenizer, reward_model, questions, progress, **settings) -> list[dict]:
@@ -1787,10 +1802,8 @@ def main(argv: list[str] | None = None) -> dict:
         baseline, delta = {}, {}
         if earlier:
             delta = compare_rows(earlier, rows)
-            earlier, rows = (
-                [row for row in one if row["question_id"] in {row["question_id"] for row in other}]
-                for one, other in ((earlier, rows), (rows, earlier))
-            )
+            shared = {row["question_id"] for row in earlier} & {row["question_id"] for row in rows}
+            earlier, rows = ([row for row in side if row["question_id"] in shared] for side in (earlier, rows))
             log.info("compared on the %d questions that both answered", len(rows))
             final, baseline = summarise(rows), summarise(earlier)
             record["baseline"]["mtbench"], record["final"]["mtbench"] = baseline, final

@@ -557,6 +557,9 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
     for name, rows in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
         # TRL leaves out rows without a target token, and says so
         if not args.streaming and not len(rows):
+            folder = Path(args.output_dir)
+            if mtbench_eval.main_process() and not any(folder.iterdir()):
+                folder.rmdir()  # the trainer has made it
             raise InputError(f"no {name} row has an answer within --max_seq_length {args.max_seq_length}; raise it")
     trainer.nll_since_log = trainer.kl_since_log = trainer.steps_since_log = 0
     trainer.baseline_score = None
