@@ -14,27 +14,45 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import dpo_train
-import dpo_train_mt
-import mtbench_eval
-from dpo_train import Evaluation
-from mtbench_eval import InputError, log
+from llm_alignment.dpo import add_dpo_flags, build_trainer, check_flags, fit_chats, print_plan, train
+from llm_alignment.evaluation import Evaluation, measure, print_table, report, stored_rows
+from llm_alignment.files import InputError, differing, sample, write_atomic, write_json
+from llm_alignment.finance import (
+    MEASURING_FLAGS,
+    Material,
+    add_data_flags,
+    data_fingerprint,
+    finance_asked,
+    finance_pairs,
+    load_material,
+    mixed_pairs,
+    two_way_shares,
+)
+from llm_alignment.flags import FINANCE_DEMO, new_parser, parse_arguments, positive
+from llm_alignment.models import all_processes, load_model, load_tokenizer, main_process, new_adapter, on_main_process
+from llm_alignment.runs import begin, recorded_run, timed
+from llm_alignment.tatqa import tatqa_evaluation
+from llm_alignment.training import NEUTRAL_FLAGS, checkpoint_problem, find_checkpoint, seal_checkpoint
+from mtbench_eval import load_questions, mtbench_questions, scored_evaluations
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("llm_alignment")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
 BY_STAGE = ("epochs", "beta", "learning_rate", "lora_r", "lora_alpha")  # flags of their own: --stage1_epochs ...
 DEMO = {
-    **{name: value for name, value in dpo_train_mt.DEMO.items() if name not in BY_STAGE},
+    **{name: value for name, value in FINANCE_DEMO.items() if name not in BY_STAGE},
     "output_dir": "demo_progressive",
     "force_continue": True,
     "stage1_epochs": 1.0,
@@ -68,17 +86,18 @@ FLAG_OF = {"tatqa": "do_eval", "mtbench": "do_mtbench", "finance_instruct": "do_
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Defaults are those of the published runs where they had one."""
-    parser = mtbench_eval.new_parser("dpo_train_mt_v2.py", __doc__)
-    dpo_train.add_dpo_flags(parser)
-    dpo_train_mt.add_data_flags(parser)
-    positive, choices = mtbench_eval.positive, argparse.BooleanOptionalAction
+    parser = new_parser("dpo_train_mt_v2.py", __doc__)
+    add_dpo_flags(parser)
+    add_data_flags(parser)
     group = parser.add_argument_group("stages")
     group.add_argument("--progressive", action="store_true", help="train in stages, which this script always does")
     group.add_argument("--stage", type=int, choices=[0, 1, 2, 3], default=0, help="run this stage alone; 0 = all (0)")
     group.add_argument(
         "--resume_from_stage", type=int, choices=[1, 2, 3], default=None, help="do this stage and the later ones anew"
     )
-    group.add_argument("--force_continue", action=choices, default=False, help="go on after a missed gate")
+    group.add_argument(
+        "--force_continue", action=argparse.BooleanOptionalAction, default=False, help="go on after a missed gate"
+    )
     for number, values in {
         1: (0.25, 0.01, 2e-6, 8, 16),
         2: (0.75, 0.018, 3.5e-6, 12, 24),
@@ -102,9 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_flags(args: argparse.Namespace, stages: list[int]) -> None:
+def check_stage_flags(args: argparse.Namespace, stages: list[int]) -> None:
     """Raises InputError for flags that do not go together."""
-    dpo_train.check_flags(args)
+    check_flags(args)
     for name in BY_STAGE:
         if getattr(args, name) is not None:
             raise InputError(
@@ -156,16 +175,16 @@ def finished_stage(args: argparse.Namespace, stage: int) -> dict:
     gate and --force_continue is not given.
     """
     folder = stage_folder(args, stage)
-    problem = mtbench_eval.checkpoint_problem(folder)
+    problem = checkpoint_problem(folder)
     if problem:
         raise InputError(
             f"{folder}: stage {stage} cannot be built on, {problem}; --resume_from_stage {stage} does it anew"
         )
     before = json.loads((folder / "run.json").read_text("utf-8"))["args"]
     now = json.loads(json.dumps(vars(stage_arguments(args, stage))))
-    neutral = mtbench_eval.NEUTRAL_FLAGS
+    neutral = NEUTRAL_FLAGS
     if {name: before[name] for name in before if name not in neutral} != {n: now[n] for n in now if n not in neutral}:
-        raise InputError(f"{folder}: stage {stage} had other flags ({mtbench_eval.differing(before, now)})")
+        raise InputError(f"{folder}: stage {stage} had other flags ({differing(before, now)})")
     record = json.loads((folder / "stage.json").read_text("utf-8"))
     if record["gate"] and not args.force_continue:
         raise InputError(f"{folder}: stage {stage} missed its gate ({record['gate']}); --force_continue goes on")
@@ -183,7 +202,7 @@ def grown_adapter(model: PreTrainedModel, former: Path, args: argparse.Namespace
     from transformers import set_seed
 
     set_seed(args.seed)
-    model = mtbench_eval.new_adapter(model, args)
+    model = new_adapter(model, args)
     config = json.loads((former / "adapter_config.json").read_text("utf-8"))
     rank, scale = config["r"], config["lora_alpha"] / config["r"]
     state = get_peft_model_state_dict(model)
@@ -223,35 +242,33 @@ def run_stage(
     folder = Path(args.output_dir)
     former = folder.with_name(f"stage{stage - 1}")
     log.info("stage %d: %d pairs, rank %d, beta %g", stage, len(pairs), args.lora_r, args.beta)
-    rows = dpo_train_mt.fit_chats(pairs, tokenizer, args)
-    model = mtbench_eval.load_model(args)
+    rows = fit_chats(pairs, tokenizer, args)
+    model = load_model(args)
     if stage > 1:
         model = grown_adapter(model, former, args)
-    trainer = dpo_train.build_trainer(args, model, tokenizer, rows)
-    if mtbench_eval.main_process():
+    trainer = build_trainer(args, model, tokenizer, rows)
+    if main_process():
         folder.mkdir(exist_ok=True)
-        mtbench_eval.write_json(folder / "run.json", {"args": vars(args)})
+        write_json(folder / "run.json", {"args": vars(args)})
     entry = {"stage": stage, "pairs": len(pairs), "baseline": {}, "final": {}, "delta": {}, "runtime_s": {}}
 
-    def measure(where: Path, name: str, *, with_adapter: bool) -> None:
-        with mtbench_eval.timed(entry, name):
-            dpo_train.measure(args, trainer.model, tokenizer, evaluations, where, name, with_adapter=with_adapter)
+    def measure_to(where: Path, name: str, *, with_adapter: bool) -> None:
+        with timed(entry, name):
+            measure(args, trainer.model, tokenizer, evaluations, where, name, with_adapter=with_adapter)
 
     if stage == 1 and args.eval_baseline:
-        measure(folder.parent, "baseline", with_adapter=False)
-    with mtbench_eval.timed(entry, "train"):
-        dpo_train.train(trainer, checkpoint, folder)
-    measure(folder, "final", with_adapter=True)
+        measure_to(folder.parent, "baseline", with_adapter=False)
+    with timed(entry, "train"):
+        train(trainer, checkpoint, folder)
+    measure_to(folder, "final", with_adapter=True)
     entry["kept_step"] = trainer.state.global_step
-    if mtbench_eval.main_process():
-        before = dpo_train_mt.stored_rows(
-            *((former, "final") if stage > 1 else (folder.parent, "baseline")), evaluations
-        )
-        dpo_train.report(entry, folder, evaluations, before, dpo_train_mt.stored_rows(folder, "final", evaluations))
+    if main_process():
+        before = stored_rows(*((former, "final") if stage > 1 else (folder.parent, "baseline")), evaluations)
+        report(entry, folder, evaluations, before, stored_rows(folder, "final", evaluations))
         entry["gate"] = missed_gate(stage, entry["delta"], evaluations)
-        mtbench_eval.write_json(folder / "stage.json", entry)
-        mtbench_eval.seal_checkpoint(folder)
-    return mtbench_eval.on_main_process(lambda: entry)
+        write_json(folder / "stage.json", entry)
+        seal_checkpoint(folder)
+    return on_main_process(lambda: entry)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,8 +278,8 @@ def run_stage(
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2), a missed gate in SystemExit(1)."""
     argv = sys.argv[1:] if argv is None else argv
-    args = mtbench_eval.parse_arguments(build_parser(), argv, DEMO)
-    with mtbench_eval.recorded_run(args, argv, "dpo_train_mt_v2.py") as record:
+    args = parse_arguments(build_parser(), argv, DEMO)
+    with recorded_run(args, argv, "dpo_train_mt_v2.py") as record:
         run(args, record)
     return record
 
@@ -270,28 +287,31 @@ def main(argv: list[str] | None = None) -> dict:
 def run(args: argparse.Namespace, record: dict) -> None:
     """Stage after stage. What can be wrong with the input is found before anything is written."""
     stages = stages_to_run(args)
-    check_flags(args, stages)
+    check_stage_flags(args, stages)
     record["stages"] = [finished_stage(args, stage) for stage in range(1, stages[0])]
     by_stage = {stage: stage_arguments(args, stage) for stage in stages}
-    neutral = mtbench_eval.NEUTRAL_FLAGS | dpo_train_mt.MEASURING_FLAGS
+    neutral = NEUTRAL_FLAGS | MEASURING_FLAGS
     checkpoints = dict.fromkeys(stages)
     do_anew = args.resume_from_stage and not args.resume_from_checkpoint  # with both, that command was interrupted
     if not do_anew:
-        checkpoints = {stage: mtbench_eval.find_checkpoint(by_stage[stage], neutral) for stage in stages}
-    tokenizer = mtbench_eval.load_tokenizer(args)
-    material = dpo_train_mt.load_material(args, set().union(*(SOURCES[stage] for stage in stages)))
-    evaluations = dpo_train_mt.load_evaluations(args, tokenizer, material)
+        checkpoints = {stage: find_checkpoint(by_stage[stage], neutral) for stage in stages}
+    tokenizer = load_tokenizer(args)
+    asked = {"mtbench": (mtbench_questions(args), args.mtbench_max_tokens)} if args.do_mtbench else {}
+    all_asked = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
+    material = load_material(args, set().union(*(SOURCES[stage] for stage in stages)), all_asked)
+    evaluations = [tatqa_evaluation(args, tokenizer)] if args.do_eval else []
+    evaluations += scored_evaluations(args, asked | finance_asked(args, material))
     pairs = stage_pairs(args, record, tokenizer, material, stages)
     if args.dry_run:
         for stage in stages:
             log.info("stage %d: %s", stage, " and ".join(sorted(SOURCES[stage])))
-            rows = dpo_train_mt.fit_chats(pairs[stage], tokenizer, by_stage[stage])
-            dpo_train.print_plan(by_stage[stage], tokenizer, rows, evaluations)
+            rows = fit_chats(pairs[stage], tokenizer, by_stage[stage])
+            print_plan(by_stage[stage], tokenizer, rows, evaluations)
         return
-    mtbench_eval.all_processes().wait_for_everyone()  # all have looked for checkpoints before the folder changes
+    all_processes().wait_for_everyone()  # all have looked for checkpoints before the folder changes
     everything = [pair for stage in stages for pair in pairs[stage]]
-    folder = mtbench_eval.begin(record, dpo_train_mt.data_fingerprint(material, everything))
-    if do_anew and mtbench_eval.main_process():
+    folder = begin(record, data_fingerprint(material, everything))
+    if do_anew and main_process():
         for stage in stages:
             shutil.rmtree(stage_folder(args, stage), ignore_errors=True)
     for stage in stages:
@@ -306,7 +326,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
                 print(f"error: {message}; --resume_from_stage {stage + 1} --force_continue goes on", file=sys.stderr)
                 raise SystemExit(1)
             log.warning("%s; going on, as --force_continue asks", message)
-    if mtbench_eval.main_process():
+    if main_process():
         finish(record, folder, stage_folder(args, stages[-1]), evaluations)
 
 
@@ -316,7 +336,7 @@ def stages_to_run(args: argparse.Namespace) -> list[int]:
         return [args.stage]
     first = args.resume_from_stage or 1
     if args.resume_from_checkpoint:
-        while first < 3 and mtbench_eval.checkpoint_problem(stage_folder(args, first)) is None:
+        while first < 3 and checkpoint_problem(stage_folder(args, first)) is None:
             first += 1
     return list(range(first, 4))
 
@@ -325,15 +345,15 @@ def stage_pairs(
     args: argparse.Namespace,
     record: dict,
     tokenizer: PreTrainedTokenizerBase,
-    material: dpo_train_mt.Material,
+    material: Material,
     stages: list[int],
 ) -> dict[int, list[dict]]:
     """The training pairs of each stage; the base answers the Finance-Instruct prompts once, for both their stages."""
     finance = []
     if any("finance" in SOURCES[stage] for stage in stages):
         wanted = args.finance_instruct_pairs
-        finance = dpo_train_mt.finance_pairs(args, record, tokenizer, material.finance, wanted)
-    mix = dpo_train_mt.two_way_shares(args)
+        finance = finance_pairs(args, record, tokenizer, material.finance, wanted)
+    mix = two_way_shares(args)
     pairs = {}
     for stage in stages:
         if stage == 1:
@@ -341,21 +361,19 @@ def stage_pairs(
         elif stage == 2:
             pairs[stage] = finance
         else:
-            pairs[stage] = dpo_train_mt.mixed_pairs(
+            pairs[stage] = mixed_pairs(
                 material, mix, {"finance": len(finance)}, args.mix_policy, lambda _, wanted: finance[:wanted]
             )
-        pairs[stage] = dpo_train_mt.sample(pairs[stage], args.limit_pairs or len(pairs[stage]), args.seed)
+        pairs[stage] = sample(pairs[stage], args.limit_pairs or len(pairs[stage]), args.seed)
     return pairs
 
 
 def finish(record: dict, folder: Path, last: Path, evaluations: list[Evaluation]) -> None:
     """The last adapter and its difference from the base go to the run's own folder; prints the domains by stage."""
     for path in [*last.glob("adapter_*"), *last.glob("*token*"), *last.glob("chat_template*"), last / "README.md"]:
-        mtbench_eval.write_atomic(folder / path.name, path.read_bytes())
-    before, after = (
-        dpo_train_mt.stored_rows(*where, evaluations) for where in ((folder, "baseline"), (last, "final"))
-    )
-    dpo_train.report(record, folder, evaluations, before, after)
+        write_atomic(folder / path.name, path.read_bytes())
+    before, after = (stored_rows(*where, evaluations) for where in ((folder, "baseline"), (last, "final")))
+    report(record, folder, evaluations, before, after)
     table = []
     for evaluation in evaluations:
         title, value, key = evaluation.lines[0]
@@ -363,7 +381,7 @@ def finish(record: dict, folder: Path, last: Path, evaluations: list[Evaluation]
             summaries = [entry[when].get(evaluation.name) for when in ("baseline", "final")]
             values = [summary and value(summary) for summary in summaries]
             table.append((f"{entry['stage']}: {title}", *values, entry["delta"].get(key)))
-    mtbench_eval.print_table(f"{folder}, by stage, each against the one before", table)
+    print_table(f"{folder}, by stage, each against the one before", table)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import math
 import shutil
 import sys
@@ -25,24 +26,64 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import mtbench_eval
-from mtbench_eval import InputError, NotFiniteError, SkippedRows, log
+from llm_alignment.evaluation import plot_categories, plot_curves, print_table
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
+from llm_alignment.files import InputError, SkippedRows, open_dataset, write_json
+from llm_alignment.flags import (
+    DEMO_DIR,
+    add_lora_flags,
+    add_model_flags,
+    add_run_flags,
+    add_training_flags,
+    new_parser,
+    not_negative,
+    parse_arguments,
+    positive,
+    ratio,
+)
+from llm_alignment.models import (
+    adapter_kept_in_float32,
+    adapter_sha256,
+    load_model,
+    load_tokenizer,
+    main_process,
+    matmul_float32,
+    model_fingerprint,
+    new_adapter,
+    on_main_process,
+    processes,
+)
+from llm_alignment.rewards import RewardModel
+from llm_alignment.runs import NotFiniteError, begin, recorded_run, timed
+from llm_alignment.stats import paired_delta
+from llm_alignment.training import (
+    NEUTRAL_FLAGS,
+    find_checkpoint,
+    log_memory_plan,
+    optimiser_steps,
+    run_training,
+    save_adapter,
+    training_arguments,
+)
+from mtbench_eval import compare_rows, load_questions, score_questions, summarise
+
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
     from trl import SFTTrainer
 
+log = logging.getLogger("llm_alignment")
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
 DEMO = dict(
-    model=str(mtbench_eval.DEMO_DIR / "model"),
-    reward_model=str(mtbench_eval.DEMO_DIR / "reward_model"),
-    dataset=str(mtbench_eval.DEMO_DIR / "twix.jsonl"),
-    mtbench_ru=str(mtbench_eval.DEMO_DIR / "mt_bench_ru.jsonl"),
+    model=str(DEMO_DIR / "model"),
+    reward_model=str(DEMO_DIR / "reward_model"),
+    dataset=str(DEMO_DIR / "twix.jsonl"),
+    mtbench_ru=str(DEMO_DIR / "mt_bench_ru.jsonl"),
     output_dir="demo_sft",
     # enough to forget without the anchor: rerun with --kl_coef 0 and compare
     batch=16,
@@ -64,12 +105,11 @@ DEMO = dict(
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Defaults are those of the published runs where they had one."""
-    parser = mtbench_eval.new_parser("sft_train.py", __doc__)
-    ratio, positive, not_negative = mtbench_eval.ratio, mtbench_eval.positive, mtbench_eval.not_negative
-    mtbench_eval.add_model_flags(parser)
-    mtbench_eval.add_lora_flags(parser)
-    mtbench_eval.add_training_flags(parser)
-    mtbench_eval.add_run_flags(parser, exp_log="experiments/sft_experiments.jsonl")
+    parser = new_parser("sft_train.py", __doc__)
+    add_model_flags(parser)
+    add_lora_flags(parser)
+    add_training_flags(parser)
+    add_run_flags(parser, exp_log="experiments/sft_experiments.jsonl")
     parser.add_argument(
         "--output_dir", default="qwen3_twix_lora_sft_ru", help="folder of the run (default: %(default)s)"
     )
@@ -136,7 +176,7 @@ def neutral_flags(args: argparse.Namespace) -> set[str]:
     measuring = {"skip_baseline_eval", "baseline_eval_samples"}
     if args.early_stop_patience is None:
         measuring |= {"reward_model", "eval_steps"} | {name for name in vars(args) if name.startswith("mtbench_")}
-    return mtbench_eval.NEUTRAL_FLAGS | measuring | {"kl_log_interval"}
+    return NEUTRAL_FLAGS | measuring | {"kl_log_interval"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +299,7 @@ def select_rows(rows: Callable[[SkippedRows], Iterator[tuple[str, dict]]], args:
 
 def load_data(args: argparse.Namespace) -> tuple[Selection, Callable[[str, str | None], Iterator[dict]]]:
     """The selection, and `examples(side, subset=None)`, which yields its rows as TRL takes them, read anew each time."""
-    rows = mtbench_eval.open_dataset(args.dataset, "--dataset", streaming=args.streaming)
+    rows = open_dataset(args.dataset, "--dataset", streaming=args.streaming)
     selection = select_rows(rows, args)
 
     def examples(side: str, subset: str | None = None) -> Iterator[dict]:
@@ -356,12 +396,12 @@ def fused_nll_kl(
             *((rows, True) for rows in _chunks(anchored, rows_per_chunk)),
         ]:
             label = labels[rows]
-            logits = mtbench_eval.matmul_float32(hidden[rows], weight.T, out=buffers[0][: len(rows)])
+            logits = matmul_float32(hidden[rows], weight.T, out=buffers[0][: len(rows)])
             at_label = logits.gather(1, label[:, None])
             top = logits.amax(1, keepdim=True)
             logits.sub_(top)
             if with_kl:
-                ref_logits = mtbench_eval.matmul_float32(ref_hidden[rows], weight.T, out=buffers[1][: len(rows)])
+                ref_logits = matmul_float32(ref_hidden[rows], weight.T, out=buffers[1][: len(rows)])
                 ref_logits.sub_(ref_logits.amax(1, keepdim=True))
                 ref_total = sum(part.exp().sum(1, keepdim=True) for part in ref_logits.split(8192, dim=1))
                 gap = ref_logits.neg_().add_(logits)  # log p_s - log p_r, but for a constant of the row
@@ -378,11 +418,9 @@ def fused_nll_kl(
                     if weight.dtype == dtype:  # both parts in one product
                         exp.mul_(gap.mul_(c / a).add_(1))
                     else:  # beside 1, a half type would round c / a * gap away
-                        pull = c * (mtbench_eval.matmul_float32(gap.mul_(exp), weight) / total)
+                        pull = c * (matmul_float32(gap.mul_(exp), weight) / total)
                 # a, c and total come last, for the range of half types
-                gradient[rows] = (a * (mtbench_eval.matmul_float32(exp, weight) / total - weight[label]) + pull).to(
-                    gradient.dtype
-                )
+                gradient[rows] = (a * (matmul_float32(exp, weight) / total - weight[label]) + pull).to(gradient.dtype)
     nll, kl = nll * a, kl / anchored.sum().clamp(min=1)
     loss = nll + kl_coef * kl
     return (_with_gradient(loss, hidden, gradient) if needs_gradient else loss), nll, kl
@@ -529,12 +567,12 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
 
     early = args.early_stop_patience is not None
     set_seed(args.seed)
-    model = mtbench_eval.new_adapter(model, args)
+    model = new_adapter(model, args)
     config = SFTConfig(
-        **mtbench_eval.training_arguments(
+        **training_arguments(
             args, weight_decay=0.01, warmup_ratio=args.warmup_ratio, logging_steps=args.kl_log_interval
         ),
-        max_steps=mtbench_eval.optimiser_steps(args, selection.rows("train")) if args.streaming else -1,
+        max_steps=optimiser_steps(args, selection.rows("train")) if args.streaming else -1,
         max_length=args.max_seq_length,
         packing=args.packing,
         eval_packing=False,
@@ -545,7 +583,7 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
         metric_for_best_model="mtbench" if early else None,
         greater_is_better=True if early else None,
     )
-    with mtbench_eval.adapter_kept_in_float32(model):
+    with adapter_kept_in_float32(model):
         trainer = KLAnchoredTrainer(
             model=model,
             args=config,
@@ -558,7 +596,7 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
         # TRL leaves out rows without a target token, and says so
         if not args.streaming and not len(rows):
             folder = Path(args.output_dir)
-            if mtbench_eval.main_process() and not any(folder.iterdir()):
+            if main_process() and not any(folder.iterdir()):
                 folder.rmdir()  # the trainer has made it
             raise InputError(f"no {name} row has an answer within --max_seq_length {args.max_seq_length}; raise it")
     trainer.nll_since_log = trainer.kl_since_log = trainer.steps_since_log = 0
@@ -609,7 +647,7 @@ def validation_nll(model: PeftModel, rows, collator, batch_size: int) -> tuple[l
 def loss_deltas(before: list[float], after: list[float], tokens: list[int]) -> dict[str, dict]:
     """Paired differences of the token-weighted validation loss and of the perplexity, its exponential."""
     mean_tokens = sum(tokens) / len(tokens)
-    delta = mtbench_eval.paired_delta([x / mean_tokens for x in before], [x / mean_tokens for x in after])
+    delta = paired_delta([x / mean_tokens for x in before], [x / mean_tokens for x in after])
     perplexity = math.exp(sum(before) / sum(tokens))
     ends = {name: perplexity * math.expm1(delta[name]) for name in ("mean", "low", "high")}
     return {"val_loss": delta, "ppl": {**delta, **ends}}
@@ -629,10 +667,10 @@ def print_plan(
     mean = sum(min(length, args.max_seq_length) for length in lengths) / len(lengths)
     cut = sum(length > args.max_seq_length for length in lengths) / len(lengths)
     sequences = math.ceil(selection.rows("train") * (mean / args.max_seq_length if args.packing else 1))
-    steps = mtbench_eval.optimiser_steps(args, sequences)
-    log.info("steps: %d of %d sequences each", steps, args.batch * args.grad_acc * mtbench_eval.processes())
+    steps = optimiser_steps(args, sequences)
+    log.info("steps: %d of %d sequences each", steps, args.batch * args.grad_acc * processes())
     log.info("tokens: about %.0f a row, %.2f M an epoch; %.0f %% of rows are cut", mean, mean * selection.rows("train") / 1e6, 100 * cut)  # fmt: skip
-    mtbench_eval.log_memory_plan(args, args.max_seq_length)
+    log_memory_plan(args, args.max_seq_length)
     during = steps // args.eval_steps if args.early_stop_patience else 0
     log.info("MT-Bench: %d questions before, after, and %d times during training", len(questions), during)
 
@@ -644,19 +682,19 @@ def print_plan(
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
-    args = mtbench_eval.parse_arguments(build_parser(), argv, DEMO)
-    with mtbench_eval.recorded_run(args, argv, "sft_train.py") as record:
+    args = parse_arguments(build_parser(), argv, DEMO)
+    with recorded_run(args, argv, "sft_train.py") as record:
         run(args, record)
     return record
 
 
 def run(args: argparse.Namespace, record: dict) -> None:
     """Load, measure, train, measure again. Everything that can be wrong with the input is found before it writes."""
-    checkpoint = mtbench_eval.find_checkpoint(args, neutral_flags(args))
+    checkpoint = find_checkpoint(args, neutral_flags(args))
     selection, examples = load_data(args)
     questions = []
     if args.mtbench_ru != "none":
-        questions = mtbench_eval.load_questions(
+        questions = load_questions(
             args.mtbench_ru,
             language="ru",
             limit=args.mtbench_questions_limit,
@@ -665,7 +703,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         )
     elif args.early_stop_patience is not None:
         raise InputError("--early_stop_patience decides by MT-Bench: leave out --mtbench_ru none or the patience")
-    tokenizer = mtbench_eval.load_tokenizer(args)
+    tokenizer = load_tokenizer(args)
     if args.assistant_only_loss:
         check_assistant_mask(args, tokenizer)
     if args.dry_run:
@@ -678,17 +716,17 @@ def run(args: argparse.Namespace, record: dict) -> None:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     validation = datasets.Dataset.from_list(list(examples("validation")))
-    model = mtbench_eval.load_model(args)
-    reward_model = mtbench_eval.RewardModel(args.reward_model) if questions and mtbench_eval.main_process() else None
+    model = load_model(args)
+    reward_model = RewardModel(args.reward_model) if questions and main_process() else None
 
     def mtbench(name: str, adapter: str, use_cache: bool = False) -> list[dict]:
-        return mtbench_eval.score_questions(
+        return score_questions(
             model,
             tokenizer,
             reward_model,
             questions,
             path=folder / f"mtbench_{name}.jsonl",
-            fingerprint=mtbench_eval.model_fingerprint(args, adapter),
+            fingerprint=model_fingerprint(args, adapter),
             max_new_tokens=args.mtbench_max_tokens,
             temperature=args.mtbench_temperature,
             batch_size=args.eval_batch_size,
@@ -704,17 +742,17 @@ def run(args: argparse.Namespace, record: dict) -> None:
 
         def compute() -> dict:
             nll, tokens = validation_nll(model, compared, collator, args.batch)
-            rows = mtbench(f"step_{step}", mtbench_eval.adapter_sha256(model))
-            return {"loss": sum(nll) / sum(tokens), "mtbench": mtbench_eval.summarise(rows)["avg"]}
+            rows = mtbench(f"step_{step}", adapter_sha256(model))
+            return {"loss": sum(nll) / sum(tokens), "mtbench": summarise(rows)["avg"]}
 
-        return mtbench_eval.on_main_process(compute)
+        return on_main_process(compute)
 
     trainer = build_trainer(args, model, tokenizer, train_dataset, validation, selection, measure)
     model, collator = trainer.model, DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     compared = trainer.eval_dataset.select(range(min(args.baseline_eval_samples, len(trainer.eval_dataset))))
     trainer.accelerator.wait_for_everyone()
     rows = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
-    folder = mtbench_eval.begin(record, {"source": args.dataset, "rows": rows, "sha256": selection.sha256})
+    folder = begin(record, {"source": args.dataset, "rows": rows, "sha256": selection.sha256})
     log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in rows.items()))
 
     baseline, final, delta = record["baseline"], record["final"], record["delta"]
@@ -726,31 +764,31 @@ def run(args: argparse.Namespace, record: dict) -> None:
             measured |= {"val_loss": sum(nll) / sum(tokens), "ppl": math.exp(sum(nll) / sum(tokens)), "nll": nll}
             if questions:
                 measured["rows"] = mtbench("baseline", "none", use_cache=not args.no_baseline_cache)
-                measured["mtbench"] = mtbench_eval.summarise(measured["rows"])
+                measured["mtbench"] = summarise(measured["rows"])
         return measured
 
     before = {}
     if not args.skip_baseline_eval:
-        with mtbench_eval.timed(record, "baseline"):
-            before = mtbench_eval.on_main_process(measure_baseline)
+        with timed(record, "baseline"):
+            before = on_main_process(measure_baseline)
         baseline |= {name: before[name] for name in ("val_loss", "ppl", "mtbench") if name in before}
         trainer.baseline_score = baseline["mtbench"]["avg"] if questions else None
 
-    with mtbench_eval.timed(record, "train"):
+    with timed(record, "train"):
         if checkpoint and args.early_stop_patience is not None:
             trainer.state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
         if not trainer.has_stopped_early():
-            mtbench_eval.run_training(trainer, checkpoint)
+            run_training(trainer, checkpoint)
     record["kept_step"] = trainer.state.global_step
     best = trainer.state.best_model_checkpoint
     if best is not None:
         trainer._load_from_checkpoint(best)
         record["kept_step"] = trainer.state.best_global_step
         log.info("kept the adapter of step %d, the best by MT-Bench", record["kept_step"])
-    mtbench_eval.save_adapter(trainer, folder)
+    save_adapter(trainer, folder)
 
-    if mtbench_eval.main_process():
-        with mtbench_eval.timed(record, "final"):
+    if main_process():
+        with timed(record, "final"):
             nll, tokens = validation_nll(model, trainer.eval_dataset, collator, args.batch)
             n = len(compared)
             final |= {"val_loss": sum(nll[:n]) / sum(tokens[:n]), "ppl": math.exp(sum(nll[:n]) / sum(tokens[:n]))}
@@ -761,10 +799,10 @@ def run(args: argparse.Namespace, record: dict) -> None:
                 step_file = folder / f"mtbench_step_{record['kept_step']}.jsonl"
                 if step_file.exists() and not (folder / "mtbench_final.jsonl").exists():
                     shutil.copyfile(step_file, folder / "mtbench_final.jsonl")  # the kept adapter is measured already
-                after_rows = mtbench("final", mtbench_eval.adapter_sha256(model))
-                final["mtbench"] = mtbench_eval.summarise(after_rows)
+                after_rows = mtbench("final", adapter_sha256(model))
+                final["mtbench"] = summarise(after_rows)
                 if before:
-                    compared_rows = mtbench_eval.compare_rows(before["rows"], after_rows)
+                    compared_rows = compare_rows(before["rows"], after_rows)
                     delta |= {"mtbench": compared_rows["score"], "mtbench_raw": compared_rows["raw"]}
         report(record, folder, trainer.state.log_history)
 
@@ -786,22 +824,22 @@ def check_assistant_mask(args: argparse.Namespace, tokenizer: PreTrainedTokenize
 def report(record: dict, folder: Path, history: list[dict]) -> None:
     """metrics.json, the plots and the table."""
     baseline, final, delta = record["baseline"], record["final"], record["delta"]
-    mtbench_eval.write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
-    mtbench_eval.plot_curves(history, {"loss": ["loss", "nll", "eval_loss"]}, folder / "loss.png")
-    mtbench_eval.plot_curves(history, {"KL": ["kl"], "KL coefficient": ["kl_coef"]}, folder / "kl.png")
+    write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
+    plot_curves(history, {"loss": ["loss", "nll", "eval_loss"]}, folder / "loss.png")
+    plot_curves(history, {"KL": ["kl"], "KL coefficient": ["kl_coef"]}, folder / "kl.png")
     table = [
         ("validation loss", baseline.get("val_loss"), final["val_loss"], delta.get("val_loss")),
         ("perplexity", baseline.get("ppl"), final["ppl"], delta.get("ppl")),
     ]
     if "mtbench" in final:
         before, after = baseline.get("mtbench"), final["mtbench"]
-        mtbench_eval.plot_categories(before, after, folder / "mtbench.png")
+        plot_categories(before, after, folder / "mtbench.png")
         table += [
             ("MT-Bench, 1-10", before and before["avg"], after["avg"], delta.get("mtbench")),
             ("MT-Bench, raw reward", before and before["raw_mean"], after["raw_mean"], delta.get("mtbench_raw")),
             ("MT-Bench, as published", before and before["avg_logged"], after["avg_logged"], None),
         ]
-    mtbench_eval.print_table(f"{record['output_dir']}, step {record['kept_step']}", table)
+    print_table(f"{record['output_dir']}, step {record['kept_step']}", table)
     log.info("validation loss on all %d held-out rows: %.4f", final["val_rows_full"], final["val_loss_full"])
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
 

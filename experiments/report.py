@@ -29,8 +29,10 @@ from typing import TYPE_CHECKING
 
 from rerun import HERE, LOGGED_RUNS, command_line, find_run, flatten, load_records, record_files, run_arguments
 
-import dpo_train
-from mtbench_eval import InputError, compare_rows, print_table, read_records, summarise, write_atomic
+from llm_alignment import tatqa
+from llm_alignment.evaluation import print_table
+from llm_alignment.files import InputError, read_records, write_atomic
+from mtbench_eval import compare_rows, summarise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -847,8 +849,8 @@ def comparison_table(key: str, pairs: list[tuple[dict, dict]]) -> list[tuple[str
     """Rows for `print_table`: (metric, mean of A, mean of B, difference with interval and p)."""
     rows_a, rows_b = [a for a, _ in pairs], [b for _, b in pairs]
     if key == "tatqa":
-        summaries = [dpo_train.summarise_tatqa(rows) for rows in (rows_a, rows_b)]
-        deltas = dpo_train.compare_tatqa(rows_a, rows_b)
+        summaries = [tatqa.summarise_tatqa(rows) for rows in (rows_a, rows_b)]
+        deltas = tatqa.compare_tatqa(rows_a, rows_b)
         lines = (
             ("as published, %", "em_like", "tatqa"),
             ("official EM, %", "em", "tatqa_em"),

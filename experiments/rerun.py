@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mtbench_eval import InputError, SkippedRows, read_rows
+from llm_alignment.files import InputError, SkippedRows, read_rows
 
 HERE = Path(__file__).resolve().parent
 LOGGED_RUNS = HERE / "logged_runs.jsonl"

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 import dpo_train
-import mtbench_eval
-from dpo_train import tatqa_em_f1, tatqa_em_like, tatqa_pairs, tatqa_parse, tatqa_prompt
-from mtbench_eval import InputError, SkippedRows
+from dpo_train import tatqa_pairs
+from llm_alignment import dpo, generation, instructions, models, tatqa, training
+from llm_alignment.files import InputError, SkippedRows
+from llm_alignment.tatqa import tatqa_em_f1, tatqa_em_like, tatqa_parse, tatqa_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "experiments" / "demo"
@@ -184,7 +185,7 @@ def test_a_question_without_a_wrong_answer_is_counted():
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_real_questions(split):
     skipped = SkippedRows()
-    contexts = dpo_train.read_tatqa(REAL / dpo_train.TATQA_FILES[split], skipped)
+    contexts = tatqa.read_tatqa(REAL / tatqa.TATQA_FILES[split], skipped)
     golds = {gold["uid"]: gold for context in contexts for gold in context["questions"]}
     assert len(golds) + skipped.count == {"train": 1663, "validation": 1668}[split]
     pairs = tatqa_pairs(contexts, seed=42, skipped=skipped)
@@ -224,7 +225,7 @@ def test_bad_files_are_named_with_the_place(tmp_path, content, words):
     path = tmp_path / "tatqa_dataset_train.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(InputError) as error:
-        dpo_train.read_tatqa(path, SkippedRows())
+        tatqa.read_tatqa(path, SkippedRows())
     assert all(word in str(error.value) for word in [str(path), *words])
     assert "\n" not in str(error.value)
 
@@ -233,7 +234,7 @@ def test_bad_questions_are_left_out_and_counted(tmp_path):
     path = tmp_path / "tatqa_dataset_dev.json"
     path.write_text(json.dumps([context(question(answer=[], uid="bad"), question(uid="good"))]), encoding="utf-8")
     skipped = SkippedRows()
-    (kept,) = dpo_train.read_tatqa(path, skipped)
+    (kept,) = tatqa.read_tatqa(path, skipped)
     assert [q["uid"] for q in kept["questions"]] == ["good"]
     assert skipped.count == 1 and "question bad" in skipped.places[0]
 
@@ -255,7 +256,7 @@ def demo_args():
 
 @pytest.fixture(scope="module")
 def tokenizer(demo_args):
-    return mtbench_eval.load_tokenizer(demo_args)
+    return models.load_tokenizer(demo_args)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -264,15 +265,15 @@ def test_a_long_prompt_keeps_its_question(demo_args, tokenizer, chat):
     args.use_chat_template = chat
     gold = question(rel_paragraphs=["1", "2"])
     prompt = tatqa_prompt(context(gold), gold)
-    whole, is_cut = dpo_train.fit_prompt(prompt, tokenizer, args)
+    whole, is_cut = generation.fit_prompt(prompt, tokenizer, args, tatqa.QUESTION_MARK)
     assert not is_cut and prompt in whole
     args.max_prompt_length = len(tokenizer(whole)["input_ids"]) - 40
-    text, is_cut = dpo_train.fit_prompt(prompt, tokenizer, args)
+    text, is_cut = generation.fit_prompt(prompt, tokenizer, args, tatqa.QUESTION_MARK)
     assert is_cut and "Question: What?\nAnswer:" in text and "You are a financial analyst" in text
     assert args.max_prompt_length - 5 <= len(tokenizer(text)["input_ids"]) <= args.max_prompt_length
     args.max_prompt_length = 5
     with pytest.raises(InputError, match="--max_prompt_length 5"):
-        dpo_train.fit_prompt(prompt, tokenizer, args)
+        generation.fit_prompt(prompt, tokenizer, args, tatqa.QUESTION_MARK)
 
 
 def test_a_first_character_of_several_tokens_is_cut_too(demo_args, tokenizer):
@@ -280,7 +281,7 @@ def test_a_first_character_of_several_tokens_is_cut_too(demo_args, tokenizer):
     prompt = "\U0001f98a what did it cost"
     whole = len(tokenizer(prompt)["input_ids"])
     for args.max_prompt_length in range(whole - 5, whole):
-        text, is_cut = dpo_train.fit_prompt(prompt, tokenizer, args, mark="\0")
+        text, is_cut = generation.fit_prompt(prompt, tokenizer, args, mark="\0")
         assert is_cut and len(tokenizer(text)["input_ids"]) <= args.max_prompt_length and text.endswith("cost")
 
 
@@ -295,20 +296,20 @@ def demo_trainer(args, tokenizer, rows, build, adapter=None):
     from trl import DPOConfig, DPOTrainer
 
     torch.manual_seed(0)
-    model = mtbench_eval.load_model(args)
+    model = models.load_model(args)
     if adapter:
-        model = mtbench_eval.load_adapter(model, adapter, trainable=True)
+        model = models.load_adapter(model, adapter, trainable=True)
     if build:
         return build(args, model, tokenizer, rows)
     config = DPOConfig(
-        **mtbench_eval.training_arguments(args, weight_decay=0.0, warmup_ratio=0.05, logging_steps=5), beta=args.beta
+        **training.training_arguments(args, weight_decay=0.0, warmup_ratio=0.05, logging_steps=5), beta=args.beta
     )
     return DPOTrainer(
         model=model,
         args=config,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=None if adapter else mtbench_eval.lora_config(args),
+        peft_config=None if adapter else models.lora_config(args),
     )
 
 
@@ -348,7 +349,7 @@ def saved_adapter(demo_args, tokenizer, rows, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(7)
-    model = get_peft_model(mtbench_eval.load_model(demo_args), mtbench_eval.lora_config(demo_args))
+    model = get_peft_model(models.load_model(demo_args), models.lora_config(demo_args))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = 0.05 * torch.randn_like(parameter)
@@ -369,7 +370,7 @@ def test_equals_trl(demo_args, tokenizer, rows, saved_adapter, tmp_path, continu
         assert abs(expected[0] - math.log(2)) > 1e-2  # the comparison is not one of zeros
     for args.no_prefix_sharing in (False, True):
         loss, gradients, metrics = loss_and_gradients(
-            demo_trainer(args, tokenizer, rows, dpo_train.build_trainer, adapter), shift
+            demo_trainer(args, tokenizer, rows, dpo.build_trainer, adapter), shift
         )
         assert loss == pytest.approx(expected[0], rel=1e-5)
         assert gradients.keys() == expected[1].keys()
@@ -383,7 +384,7 @@ def test_prefix_sharing_puts_the_prompt_through_once(demo_args, tokenizer, rows,
     args.batch, args.output_dir = 4, str(tmp_path)
     sizes = {}
     for args.no_prefix_sharing in (False, True):
-        trainer = demo_trainer(args, tokenizer, rows, dpo_train.build_trainer)
+        trainer = demo_trainer(args, tokenizer, rows, dpo.build_trainer)
         base = trainer.model.get_base_model()
         seen = []
         base.model.layers[0].register_forward_hook(
@@ -403,13 +404,13 @@ def test_steps_back_with_a_reason():
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, head_dim=8
     )
     model = Qwen3ForCausalLM(Qwen3Config(**size, num_key_value_heads=1))
-    assert dpo_train.no_sharing_reason(model) is None
+    assert dpo.no_sharing_reason(model) is None
     model.config._attn_implementation = "flash_attention_2"
-    assert "flash_attention_2" in dpo_train.no_sharing_reason(model)
+    assert "flash_attention_2" in dpo.no_sharing_reason(model)
     windowed = Qwen3Config(
         **size, num_key_value_heads=1, use_sliding_window=True, sliding_window=4, max_window_layers=1
     )
-    assert "full attention" in dpo_train.no_sharing_reason(Qwen3ForCausalLM(windowed))
+    assert "full attention" in dpo.no_sharing_reason(Qwen3ForCausalLM(windowed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,18 +419,18 @@ def test_steps_back_with_a_reason():
 
 @pytest.fixture(scope="module")
 def questions(demo_args, tokenizer):
-    contexts = dpo_train.read_tatqa(DEMO / "tatqa" / "tatqa_dataset_dev.json", SkippedRows())
-    chosen = dpo_train.tatqa_questions(contexts, limit=20, seed=1)
-    assert dpo_train.tatqa_questions(contexts[::-1], limit=20, seed=1) == chosen
+    contexts = tatqa.read_tatqa(DEMO / "tatqa" / "tatqa_dataset_dev.json", SkippedRows())
+    chosen = tatqa.tatqa_questions(contexts, limit=20, seed=1)
+    assert tatqa.tatqa_questions(contexts[::-1], limit=20, seed=1) == chosen
     return chosen
 
 
 def test_reading_a_table_once_changes_no_answer(demo_args, tokenizer, questions, tmp_path):
-    model = mtbench_eval.load_model(demo_args)
+    model = models.load_model(demo_args)
     answers, prefilled = {}, {}
     for share in (True, False):
         for one_line in (True, False):
-            rows = dpo_train.answer_tatqa(
+            rows = tatqa.answer_tatqa(
                 model, tokenizer, questions, path=tmp_path / f"{share}_{one_line}.jsonl", fingerprint={},
                 max_new_tokens=12, one_line=one_line, share_prefix=share,
             )  # fmt: skip
@@ -442,34 +443,34 @@ def test_reading_a_table_once_changes_no_answer(demo_args, tokenizer, questions,
 
 
 def test_groups_of_one_prompt_or_without_a_common_beginning(demo_args, tokenizer):
-    model = mtbench_eval.load_model(demo_args).eval()
-    settings = mtbench_eval.decoding_settings(model, tokenizer, temperature=0.0, top_p=1.0)
+    model = models.load_model(demo_args).eval()
+    settings = generation.decoding_settings(model, tokenizer, temperature=0.0, top_p=1.0)
     texts = [
         ["What is 3 + 4?"],
         ["Name the capital of France.", "Spell the word house."],
         ["Now add 5.", "Now add 5."],
     ]
     groups = [[tokenizer(text)["input_ids"] for text in group] for group in texts]
-    expected, read_alone = dpo_train.complete(model, groups, settings, 8, share_prefix=False)
-    answers, read = dpo_train.complete(model, groups, settings, 8)
+    expected, read_alone = tatqa.complete(model, groups, settings, 8, share_prefix=False)
+    answers, read = tatqa.complete(model, groups, settings, 8)
     assert answers == expected and len(answers) == 5
     assert read < read_alone
 
 
 def test_an_evaluation_goes_on_where_it_stopped(demo_args, tokenizer, questions, tmp_path, monkeypatch):
-    model = mtbench_eval.load_model(demo_args)
+    model = models.load_model(demo_args)
     settings = dict(fingerprint={"model": "demo"}, max_new_tokens=8)
-    whole = dpo_train.answer_tatqa(model, tokenizer, questions, path=tmp_path / "whole.jsonl", **settings)
+    whole = tatqa.answer_tatqa(model, tokenizer, questions, path=tmp_path / "whole.jsonl", **settings)
     lines = (tmp_path / "whole.jsonl").read_bytes().split(b"\n")
     torn = tmp_path / "torn.jsonl"
     torn.write_bytes(b"\n".join(lines[:9]) + b"\n" + lines[9][:20])  # killed in the middle of a context and of a line
-    assert dpo_train.answer_tatqa(model, tokenizer, questions, path=torn, **settings) == [
+    assert tatqa.answer_tatqa(model, tokenizer, questions, path=torn, **settings) == [
         {**row, "prefilled": pytest.approx(row["prefilled"], rel=1)} for row in whole
     ]
     ids = [json.loads(line)["question_id"] for line in torn.read_text("utf-8").split("\n")[1:] if line]
     assert sorted(ids) == sorted(question["question_id"] for question in questions)
     with pytest.raises(InputError, match="max_new_tokens"):
-        dpo_train.answer_tatqa(model, tokenizer, questions, path=torn, **{**settings, "max_new_tokens": 9})
+        tatqa.answer_tatqa(model, tokenizer, questions, path=torn, **{**settings, "max_new_tokens": 9})
 
 
 @pytest.mark.parametrize("room", [2, 300])  # for the answer to the longest prompt, so the first cuts answers
@@ -479,7 +480,7 @@ def test_held_out_rewards_are_those_of_training(demo_args, tokenizer, rows, tmp_
     args = copy.copy(demo_args)
     args.batch, args.beta, args.output_dir = 1, 0.3, str(tmp_path)
     args.max_length = room + max(len(tokenizer(row["prompt"])["input_ids"]) for row in rows)
-    trainer = demo_trainer(args, tokenizer, rows, dpo_train.build_trainer)
+    trainer = demo_trainer(args, tokenizer, rows, dpo.build_trainer)
     loss_and_gradients(trainer, shift=0.05)
     trainer.model.eval()
     expected = []
@@ -488,7 +489,7 @@ def test_held_out_rewards_are_those_of_training(demo_args, tokenizer, rows, tmp_
             trainer.compute_loss(trainer.model, batch)
         expected += [trainer._metrics["eval"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")]
     pairs = [{**row, "question_id": str(number)} for number, row in enumerate(rows)]
-    measured = dpo_train.reward_pairs(
+    measured = dpo.reward_pairs(
         trainer.model,
         tokenizer,
         pairs,
@@ -507,9 +508,9 @@ def test_reward_accuracy_by_hand():
         return [{"chosen_reward": chosen, "rejected_reward": rejected} for chosen, rejected in rewards]
 
     before, after = rows((0, 0), (0, 0), (0, 0), (0, 0)), rows((1, 0), (-1, -3), (0, 0.5), (2, 0))
-    assert dpo_train.summarise_rewards(before) == {"accuracy": 50, "margin": 0, "n": 4}
-    assert dpo_train.summarise_rewards(after) == {"accuracy": 75, "margin": 1.125, "n": 4}
-    deltas = dpo_train.compare_rewards(before, after)
+    assert dpo.summarise_rewards(before) == {"accuracy": 50, "margin": 0, "n": 4}
+    assert dpo.summarise_rewards(after) == {"accuracy": 75, "margin": 1.125, "n": 4}
+    deltas = dpo.compare_rewards(before, after)
     assert deltas["reward_accuracy"]["mean"] == 25 and deltas["reward_margin"]["mean"] == 1.125
     assert deltas["reward_accuracy"]["p"] == pytest.approx(10 / 16)  # 3 of 4 coins, both sides
 
@@ -520,10 +521,10 @@ def test_summary_and_comparison_by_answer_type():
 
     before = [row("span", True, 1.0, 1.0), row("span", False, 0.0, 0.5), row("count", False, 0.0, 0.0)]
     after = [row("span", True, 1.0, 1.0), row("span", True, 1.0, 1.0), row("count", True, 0.0, 0.0)]
-    summary = dpo_train.summarise_tatqa(before)
+    summary = tatqa.summarise_tatqa(before)
     assert summary["em_like"] == pytest.approx(100 / 3) and summary["f1"] == pytest.approx(50)
     assert summary["by_type"]["span"] == {"em_like": 50, "em": 50, "f1": 75, "n": 2}
-    deltas = dpo_train.compare_tatqa(before, after)
+    deltas = tatqa.compare_tatqa(before, after)
     assert deltas["tatqa"]["mean"] == pytest.approx(200 / 3)
     assert deltas["tatqa"]["p"] == 0.5  # two changed, both gained: exact McNemar
     assert deltas["tatqa_em"]["by_type"]["span"]["mean"] == pytest.approx(50)
@@ -560,9 +561,9 @@ GOOD_ANSWERS = [
 
 
 def test_every_check_tells_a_good_answer_from_a_poor_one():
-    assert len(dpo_train.INSTRUCTIONS) == len(GOOD_ANSWERS) == 25
+    assert len(instructions.INSTRUCTIONS) == len(GOOD_ANSWERS) == 25
     poor = "I am not sure. It depends, doesn't it? Money comes and goes! See 1 or 2."
-    for (_, instruction, checks), good in zip(dpo_train.INSTRUCTIONS, GOOD_ANSWERS, strict=True):
+    for (_, instruction, checks), good in zip(instructions.INSTRUCTIONS, GOOD_ANSWERS, strict=True):
         assert all(check(good) for check in checks), instruction
         assert not all(check(poor) for check in checks), instruction
         assert not all(check("") for check in checks), instruction
@@ -693,7 +694,7 @@ def test_published_commands_parse():
     assert len(commands) >= 7
     for command in commands:
         args = dpo_train.build_parser().parse_args(shlex.split(command)[4:])
-        dpo_train.check_flags(args)
+        dpo.check_flags(args)
 
 
 def test_help_is_quick():

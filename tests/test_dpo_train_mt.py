@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import shlex
 import subprocess
@@ -16,21 +17,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dpo_train_mt
-import mtbench_eval
-from dpo_train_mt import (
-    leak_finder,
-    main,
-    mix_counts,
-    parse,
-    plain,
-    reddit_pairs,
-)
-from mtbench_eval import DEMO_DIR, InputError, log
+from dpo_train_mt import main, parse
+from llm_alignment import files, finance, generation, models, preferences, tatqa
+from llm_alignment.files import InputError
+from llm_alignment.finance import mix_counts, reddit_pairs
+from llm_alignment.flags import DEMO_DIR
+from llm_alignment.leaks import leak_finder, plain
+from mtbench_eval import load_questions
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"
 LOGGED = ROOT / "experiments" / "logged_runs.jsonl"
+log = logging.getLogger("llm_alignment")
+
+
+def load_material(args, sources):
+    return finance.load_material(args, sources, load_questions(args.mtbench_file))
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:
@@ -149,7 +150,7 @@ def test_reddit_rows_that_cannot_be_used(tmp_path, capsys):
     path = write_rows(tmp_path / "reddit.jsonl", usable + broken)
     skipped_lines = []
     log.addHandler(handler := ListHandler(skipped_lines))
-    rows = dpo_train_mt.read_usable(path, "--reddit_dataset", dpo_train_mt.reddit_problem, "columns")
+    rows = files.read_usable(path, "--reddit_dataset", finance.reddit_problem, "columns")
     log.removeHandler(handler)
     assert rows == usable
     assert "skipped 7 rows" in skipped_lines[0] and "reddit.jsonl:3 (comment_normalized_score None" in skipped_lines[0]
@@ -168,7 +169,7 @@ def test_reddit_rows_that_cannot_be_used(tmp_path, capsys):
     assert not (tmp_path / "run").exists() and not (tmp_path / "log.jsonl").exists()
 
 
-class ListHandler(mtbench_eval.logging.Handler):
+class ListHandler(logging.Handler):
     def __init__(self, lines: list[str]) -> None:
         super().__init__()
         self.lines = lines
@@ -219,8 +220,8 @@ class ListHandler(mtbench_eval.logging.Handler):
     ],
 )
 def test_general_pairs_of_every_shape(row, prompt):
-    assert dpo_train_mt.general_problem(row) is None
-    [pair] = dpo_train_mt.general_pairs([row, row])
+    assert preferences.general_problem(row) is None
+    [pair] = preferences.general_pairs([row, row])
     assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (prompt, "Because.", "No.")
 
 
@@ -236,11 +237,11 @@ def test_general_pairs_of_every_shape(row, prompt):
     ],
 )
 def test_general_rows_that_cannot_be_used(row, tmp_path):
-    assert dpo_train_mt.general_problem(row)
+    assert preferences.general_problem(row)
     path = write_rows(tmp_path / "pairs.jsonl", [row])
     args = demo_args(tmp_path, "--general_dataset", path, "--no-do_reddit", "--no-do_instruct")
     with pytest.raises(InputError, match="question, chosen, rejected and perhaps system.*prompt, chosen, rejected"):
-        dpo_train_mt.load_material(args, {"general"})
+        load_material(args, {"general"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,14 +269,14 @@ def test_fill_takes_what_the_published_runs_took(available, shares, taken):
 
 def test_fill_and_exact_say_what_they_reach():
     reddit = [{"uid": f"reddit:{number}"} for number in range(15057)]
-    finance = [{"uid": f"finance:{number}"} for number in range(2500)]
-    material = dpo_train_mt.Material(reddit=reddit, finance=finance)
+    instructions = [{"uid": f"finance:{number}"} for number in range(2500)]
+    material = finance.Material(reddit=reddit, finance=instructions)
     shares = {"reddit": Fraction("0.5"), "finance": Fraction("0.5")}
     lines = []
     log.addHandler(handler := ListHandler(lines))
     log.setLevel("INFO")
     for policy in ("fill", "exact"):
-        pairs = dpo_train_mt.mixed_pairs(
+        pairs = finance.mixed_pairs(
             material, shares, {"finance": 1800}, policy, lambda lessons, wanted: lessons[:wanted]
         )
         counts = Counter(pair["uid"].split(":")[0] for pair in pairs)
@@ -306,11 +307,11 @@ def test_exact_reaches_the_shares_to_one_pair(available, percents):
 
 
 def test_when_the_base_leaves_too_few_pairs_exact_takes_fewer_of_all():
-    material = dpo_train_mt.Material(
+    material = finance.Material(
         reddit=[{"uid": f"reddit:{n}"} for n in range(50)], finance=[{"uid": f"finance:{n}"} for n in range(50)]
     )
     shares = {"reddit": Fraction("0.5"), "finance": Fraction("0.5")}
-    pairs = dpo_train_mt.mixed_pairs(material, shares, {}, "exact", lambda lessons, wanted: lessons[:30])
+    pairs = finance.mixed_pairs(material, shares, {}, "exact", lambda lessons, wanted: lessons[:30])
     assert Counter(pair["uid"].split(":")[0] for pair in pairs) == {"reddit": 30, "finance": 30}
 
 
@@ -352,20 +353,14 @@ def test_leaks_are_found_whatever_their_form():
 
 
 def planted(tmp_path: Path) -> tuple[argparse.Namespace, dict[str, int]]:
-    """The demo's data (or the real stand-ins) with leaks planted into each set; how many each got."""
-    real = DATA.exists()
-    finance = DATA / "finance" / "finance_instruct_like.jsonl" if real else DEMO_DIR / "finance_instruct.jsonl"
-    general = DATA / "prefs" / "orca_like_pairs.jsonl" if real else DEMO_DIR / "orca_pairs.jsonl"
-    tatqa = DATA / "tatqa" if real else DEMO_DIR / "tatqa"
-    flags = ["--tatqa_dir", str(tatqa), "--finance_dataset", str(finance), "--general_dataset", str(general)]
-    if real:
-        flags += ["--mtbench_file", str(DATA / "mt_bench_en" / "question.jsonl")]
-    args = demo_args(tmp_path, *flags)
-    clean = dpo_train_mt.load_material(args, {"reddit", "finance", "general"})
-    contexts = json.loads((tatqa / "tatqa_dataset_dev.json").read_text("utf-8"))
+    """The demo's data with leaks planted into each set; how many each got."""
+    instructions, general = DEMO_DIR / "finance_instruct.jsonl", DEMO_DIR / "orca_pairs.jsonl"
+    args = demo_args(tmp_path)
+    clean = load_material(args, {"reddit", "finance", "general"})
+    contexts = json.loads((DEMO_DIR / "tatqa" / "tatqa_dataset_dev.json").read_text("utf-8"))
     asked = [contexts[0]["questions"][0]["question"], contexts[-1]["questions"][-1]["question"]]
     post, lesson = clean.reddit_questions[3]["turns"][0], clean.finance_questions[5]["turns"][0]
-    rows = [json.loads(line) for line in finance.read_text("utf-8").split("\n") if line]
+    rows = [json.loads(line) for line in instructions.read_text("utf-8").split("\n") if line]
     leaks = [
         {"system": "", "user": f"As a table shows: {asked[0].upper()}", "assistant": "nine"},
         {"system": "", "user": "Do the exercise of the book.", "assistant": f"It asks: {asked[1]}"},
@@ -393,18 +388,18 @@ def test_nothing_that_is_asked_is_trained_on(tmp_path):
     lines = []
     log.addHandler(handler := ListHandler(lines))
     log.setLevel("INFO")
-    material = dpo_train_mt.load_material(args, {"reddit", "finance", "general"})
+    material = load_material(args, {"reddit", "finance", "general"})
     log.removeHandler(handler)
     assert {name: material.counts[name] for name in expected} == expected
     assert any(f"finance: {expected['finance_leaks']} of" in line and "TAT-QA question" in line for line in lines)
 
     # the slow way, over every text
-    contexts = json.loads(dpo_train_mt.dpo_train.tatqa_file(args, "validation").read_text("utf-8"))
+    contexts = json.loads(tatqa.tatqa_file(args, "validation").read_text("utf-8"))
     asked = {plain(question["question"]) for context in contexts for question in context["questions"]}
     asked |= {plain(question["turns"][0]) for question in material.reddit_questions}
     lessons = [json.loads(line) for line in Path(args.finance_dataset).read_text("utf-8").split("\n") if line]
     prompts = {question["turns"][0] for question in material.finance_questions}
-    asked |= {plain(row["user"]) for row in lessons if dpo_train_mt.finance_lesson(row)["prompt"] in prompts}
+    asked |= {plain(row["user"]) for row in lessons if finance.finance_lesson(row)["prompt"] in prompts}
     pairs = [*material.reddit, *material.finance, *material.general]
     texts = " | ".join(
         plain(" ".join(pair.get(key, "") for key in ("prompt", "chosen", "rejected"))) for pair in pairs
@@ -414,14 +409,14 @@ def test_nothing_that_is_asked_is_trained_on(tmp_path):
 
 
 def test_what_is_asked_and_trained_on_does_not_depend_on_the_order_of_rows(tmp_path):
-    def load(seed: int, shuffle: int) -> dpo_train_mt.Material:
+    def load(seed: int, shuffle: int) -> finance.Material:
         args = demo_args(tmp_path, "--seed", str(seed))
         for name in ("reddit", "finance", "general"):
             path = Path(getattr(args, f"{name}_dataset"))
             rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
             random.Random(shuffle).shuffle(rows)
             setattr(args, f"{name}_dataset", write_rows(tmp_path / f"{name}.jsonl", rows))
-        return dpo_train_mt.load_material(args, {"reddit", "finance", "general"})
+        return load_material(args, {"reddit", "finance", "general"})
 
     first, again, other = load(1, 1), load(1, 2), load(2, 1)
     assert first == again
@@ -438,34 +433,36 @@ def test_what_is_asked_and_trained_on_does_not_depend_on_the_order_of_rows(tmp_p
 GENERATE_AND_DIE = """
 import os, sys
 sys.path.insert(0, {root!r})
-import dpo_train_mt, mtbench_eval
-append, written = mtbench_eval.ResultFile.append, []
+import dpo_train_mt
+from llm_alignment import files, finance, models
+from mtbench_eval import load_questions
+append, written = files.ResultFile.append, []
 def append_and_die(self, row):
     append(self, row)
     written.append(row)
     if len(written) == 7:
         os._exit(9)
-mtbench_eval.ResultFile.append = append_and_die
+files.ResultFile.append = append_and_die
 args = dpo_train_mt.parse({argv!r})
-lessons = dpo_train_mt.load_material(args, {{"finance"}}).finance
-dpo_train_mt.answered_by_base(args, mtbench_eval.load_tokenizer(args), lessons, 24)
+lessons = finance.load_material(args, {{"finance"}}, load_questions(args.mtbench_file)).finance
+finance.answered_by_base(args, models.load_tokenizer(args), lessons, 24)
 """
 
 
 def test_a_killed_generation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     argv = ["--demo", "--no_4bit", "--instruct_max_tokens", "12", "--output_dir", str(tmp_path / "run")]
     args = parse(argv)
-    lessons = dpo_train_mt.load_material(args, {"finance"}).finance
-    tokenizer = mtbench_eval.load_tokenizer(args)
-    generate, asked = mtbench_eval.generate, []
+    lessons = load_material(args, {"finance"}).finance
+    tokenizer = models.load_tokenizer(args)
+    generate, asked = generation.generate, []
 
     def counting(model, tokenizer, conversations, **settings):
         asked.extend(conversation[0]["content"] for conversation in conversations)
         return generate(model, tokenizer, conversations, **settings)
 
-    monkeypatch.setattr(mtbench_eval, "generate", counting)
+    monkeypatch.setattr(finance, "generate", counting)
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "whole"))
-    whole = dpo_train_mt.answered_by_base(args, tokenizer, lessons, 24)
+    whole = finance.answered_by_base(args, tokenizer, lessons, 24)
     assert len(whole) == 24 and len(asked) == len(set(asked))
     assert all(pair["rejected"] not in {"", pair["chosen"]} for pair in whole)
 
@@ -476,12 +473,12 @@ def test_a_killed_generation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     before = [json.loads(line)["prompt"] for line in stored.read_text("utf-8").split("\n")[1:] if line]
     assert len(before) == 7
     first_time, asked[:] = list(asked), []
-    assert dpo_train_mt.answered_by_base(args, tokenizer, lessons, 24) == whole
+    assert finance.answered_by_base(args, tokenizer, lessons, 24) == whole
     assert sorted(asked + before) == sorted(first_time)
 
     asked.clear()  # another run on this base, with fewer pairs and another seed
     args.beta = 0.5
-    assert dpo_train_mt.answered_by_base(args, tokenizer, lessons, 10) == whole[:10] and asked == []
+    assert finance.answered_by_base(args, tokenizer, lessons, 10) == whole[:10] and asked == []
 
 
 SMALL = [

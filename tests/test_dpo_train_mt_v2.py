@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 from test_dpo_train_mt import run_error
 
-import dpo_train
 import dpo_train_mt
 import dpo_train_mt_v2
-import mtbench_eval
 from dpo_train_mt_v2 import build_parser, grown_adapter, main, stage_arguments
+from llm_alignment import dpo, files, flags, models, preferences, training
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGGED = ROOT / "experiments" / "logged_runs.jsonl"
@@ -58,8 +57,8 @@ def stopped_after(whole, stage: int, folder: Path) -> Path:
 def judge(folder: Path, gate: str) -> None:
     """Makes a finished stage one that missed its gate, or with "" one that passed."""
     stage = json.loads((folder / "stage.json").read_text("utf-8"))
-    mtbench_eval.write_json(folder / "stage.json", {**stage, "gate": gate})
-    mtbench_eval.seal_checkpoint(folder)
+    files.write_json(folder / "stage.json", {**stage, "gate": gate})
+    training.seal_checkpoint(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +105,7 @@ def test_a_grown_adapter_computes_what_the_smaller_one_did(tmp_path):
     from peft import get_peft_model
 
     args = dpo_train_mt.parse(["--demo", "--no_4bit", "--lora_r", "8", "--lora_alpha", "16"])
-    model = get_peft_model(mtbench_eval.load_model(args), mtbench_eval.lora_config(args))
+    model = get_peft_model(models.load_model(args), models.lora_config(args))
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -117,7 +116,7 @@ def test_a_grown_adapter_computes_what_the_smaller_one_did(tmp_path):
     with model.disable_adapter():
         assert (before - model(ids).logits).abs().max() > 0.1
     for args.lora_r, args.lora_alpha in [(12, 24), (16, 8), (8, 16)]:
-        grown = grown_adapter(mtbench_eval.load_model(args), tmp_path, args)
+        grown = grown_adapter(models.load_model(args), tmp_path, args)
         assert grown.peft_config["default"].r == args.lora_r
         assert (grown.double().eval()(ids).logits - before).abs().max() < 1e-12 * before.abs().max()
         fresh = [p[8:] for name, p in grown.named_parameters() if "lora_A" in name and args.lora_r > 8]
@@ -131,13 +130,13 @@ def test_a_stage_begins_as_the_policy_that_the_last_one_ended_with(whole, stage)
 
     folder, _ = whole
     args = stage_arguments(dpo_train_mt_v2_args(folder), stage)
-    tokenizer = mtbench_eval.load_tokenizer(args)
-    lines = (mtbench_eval.DEMO_DIR / "orca_pairs.jsonl").read_text("utf-8").split("\n")[:4]
-    rows = dpo_train_mt.fit_chats(dpo_train_mt.general_pairs([json.loads(line) for line in lines]), tokenizer, args)
+    tokenizer = models.load_tokenizer(args)
+    lines = (flags.DEMO_DIR / "orca_pairs.jsonl").read_text("utf-8").split("\n")[:4]
+    rows = dpo.fit_chats(preferences.general_pairs([json.loads(line) for line in lines]), tokenizer, args)
     former = folder / f"stage{stage - 1}"
 
     def first_step(model) -> tuple[float, torch.Tensor]:
-        trainer = dpo_train.build_trainer(args, model, tokenizer, rows)
+        trainer = dpo.build_trainer(args, model, tokenizer, rows)
         batch = next(iter(trainer.get_train_dataloader()))
         inputs = {name: tensor for name, tensor in batch.items() if torch.is_tensor(tensor)}
         loss = trainer.compute_loss(trainer.model, dict(batch)).item()
@@ -149,18 +148,18 @@ def test_a_stage_begins_as_the_policy_that_the_last_one_ended_with(whole, stage)
             )  # fmt: skip
         return loss, output.log_probs
 
-    _, ended = first_step(mtbench_eval.load_adapter(mtbench_eval.load_model(args), str(former), trainable=True))
-    loss, begins = first_step(grown_adapter(mtbench_eval.load_model(args), former, args))
+    _, ended = first_step(models.load_adapter(models.load_model(args), str(former), trainable=True))
+    loss, begins = first_step(grown_adapter(models.load_model(args), former, args))
     assert (begins - ended).abs().mean() < 1e-6
     # a product with 12 columns adds up in another order than one with 8: last places of logits of 20 and more
     assert torch.allclose(begins, ended, rtol=1e-6, atol=1e-5)
     assert abs(loss - math.log(2)) < 1e-4
-    _, base = first_step(mtbench_eval.load_model(args))
+    _, base = first_step(models.load_model(args))
     assert (begins - base).abs().max() > 1e-4  # the stages before did change the policy
 
 
 def dpo_train_mt_v2_args(folder: Path):
-    return mtbench_eval.parse_arguments(build_parser(), arguments(folder), dpo_train_mt_v2.DEMO)
+    return flags.parse_arguments(build_parser(), arguments(folder), dpo_train_mt_v2.DEMO)
 
 
 def test_the_record_holds_every_domain_at_every_stage(whole, capsys):
@@ -185,7 +184,7 @@ def test_the_final_adapter_is_a_plain_one_of_rank_16(whole):
     folder, _ = whole
     assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"] == 16
     models = [
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(mtbench_eval.DEMO_DIR / "model"), path)
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(flags.DEMO_DIR / "model"), path)
         for path in (folder, folder / "stage3")
     ]
     ids = torch.arange(40).reshape(2, 20)
@@ -196,13 +195,14 @@ def test_the_final_adapter_is_a_plain_one_of_rank_16(whole):
 DIE_IN_STAGE_2 = """
 import os, sys
 sys.path.insert(0, {root!r})
-import dpo_train_mt_v2, mtbench_eval
-seal = mtbench_eval.seal_checkpoint
+import dpo_train_mt_v2
+from llm_alignment import training
+seal = training.seal_checkpoint
 def seal_and_die(folder):
     seal(folder)
     if folder.parent.name == "stage2":
         os._exit(9)
-mtbench_eval.seal_checkpoint = seal_and_die
+training.seal_checkpoint = seal_and_die
 dpo_train_mt_v2.main({argv!r})
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import importlib
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import mtbench_eval
+from llm_alignment import files
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
@@ -118,7 +119,7 @@ def make_dpo_record(tag: str) -> dict:
 
 def write_log(path: Path, *records: dict) -> Path:
     for record in records:
-        mtbench_eval.append_record(path, record)
+        files.append_record(path, record)
     return path
 
 
@@ -187,7 +188,7 @@ def test_a_logged_command_is_printed_to_the_letter_and_both_shells_read_it_alike
 def test_any_argument_reads_the_same_in_both_shells_or_is_refused(words):
     try:
         line = rerun.command_line("sft_train.py", words)
-    except mtbench_eval.InputError:
+    except files.InputError:
         return
     assert "\n" not in line
     assert shlex.split(line)[4:] == words
@@ -307,7 +308,7 @@ def test_ctrl_c_lets_the_script_save_and_gives_back_130(laboratory):
 
 def append_many(path: Path, writer: int, count: int) -> None:
     for number in range(count):
-        mtbench_eval.append_record(path, {"writer": writer, "number": number, "text": "длинная строка " * 40})
+        files.append_record(path, {"writer": writer, "number": number, "text": "длинная строка " * 40})
 
 
 def test_eight_processes_append_whole_lines_to_one_log(tmp_path):
@@ -328,7 +329,7 @@ def test_a_line_torn_by_a_crash_is_skipped_with_a_warning_and_the_rest_is_used(t
     with log.open("ab") as file:
         file.write(json.dumps(make_record("torn")).encode()[:200])
     write_log(log, make_record("two"))
-    mtbench_eval.log.propagate = True
+    logging.getLogger("llm_alignment").propagate = True
     runs = [run.name for run in report.load_runs([log]) if run.is_new]
     assert runs == ["one", "two"]
     assert "log.jsonl:2" in caplog.text

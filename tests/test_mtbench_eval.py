@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import mtbench_eval as me
+from llm_alignment import evaluation, files, generation, rewards, stats
 
 ROOT = Path(__file__).resolve().parent.parent
 CHATML = (
@@ -103,7 +105,7 @@ def reward_folder(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def reward_model(reward_folder):
-    return me.RewardModel(reward_folder)
+    return rewards.RewardModel(reward_folder)
 
 
 def sentences(n: int, seed: int = 0) -> list[str]:
@@ -168,7 +170,7 @@ def test_questions_of_every_shape(tmp_path):
 def test_a_bad_question_file_is_named_with_its_line(tmp_path, content, told):
     path = tmp_path / "q.jsonl"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(me.InputError) as error:
+    with pytest.raises(files.InputError) as error:
         me.load_questions(str(path))
     assert told in str(error.value) and "q.jsonl" in str(error.value) and "\n" not in str(error.value)
 
@@ -192,7 +194,7 @@ def test_an_unreachable_hub_is_told_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi.repo_info", unreachable)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(me.InputError, match="--mtbench_file"):
+    with pytest.raises(files.InputError, match="--mtbench_file"):
         me.load_questions("auto", flag="--mtbench_file")
     assert not list(tmp_path.iterdir())
 
@@ -211,7 +213,7 @@ def test_auto_fetches_once_and_writes_the_working_folder(tmp_path, monkeypatch):
     assert me.load_questions("mt_bench_ru.json") == fetched and len(asked) == 1
     me.load_questions("mt_bench_en.json")
     assert asked[1][0] == ("lmsys/mt-bench", "data/mt_bench/question.jsonl")
-    with pytest.raises(me.InputError):
+    with pytest.raises(files.InputError):
         me.load_questions("elsewhere.json")
 
 
@@ -225,7 +227,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(model, tokenizer):
     assert len({tuple(answer) for answer in expected}) > 5, "the random model must say different things"
     texts = [tokenizer.decode([t for t in answer if t > 3]).strip() for answer in expected]
     for batch_size in (1, 4, 13, 0):
-        assert me.generate(model, tokenizer, conversations, max_new_tokens=24, batch_size=batch_size) == texts
+        assert generation.generate(model, tokenizer, conversations, max_new_tokens=24, batch_size=batch_size) == texts
 
 
 def test_finished_rows_leave_the_batch(model, tokenizer, monkeypatch):
@@ -240,7 +242,7 @@ def test_finished_rows_leave_the_batch(model, tokenizer, monkeypatch):
     monkeypatch.setattr(
         model, "forward", lambda *args, **kw: batches.append(len(kw["input_ids"])) or forward(*args, **kw)
     )
-    me.generate(
+    generation.generate(
         model,
         tokenizer,
         conversations,
@@ -258,7 +260,7 @@ def test_the_shipped_generation_settings_do_not_leak(model, tokenizer, monkeypat
     from transformers import GenerationConfig
 
     conversations = chats(4)
-    plain = me.generate(model, tokenizer, conversations, max_new_tokens=12)
+    plain = generation.generate(model, tokenizer, conversations, max_new_tokens=12)
     shipped = GenerationConfig(
         do_sample=True,
         temperature=0.6,
@@ -272,7 +274,7 @@ def test_the_shipped_generation_settings_do_not_leak(model, tokenizer, monkeypat
     monkeypatch.setattr(model, "generation_config", shipped)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert me.generate(model, tokenizer, conversations, max_new_tokens=12) == plain
+        assert generation.generate(model, tokenizer, conversations, max_new_tokens=12) == plain
     assert shipped.temperature == 0.6
 
 
@@ -283,16 +285,16 @@ def test_sampling_is_seeded_and_leaves_the_random_state_alone(model, tokenizer):
     expected = torch.rand(1)
     torch.manual_seed(5)
     model.train()
-    first = me.generate(model, tokenizer, conversations, seed=1, **sample)
+    first = generation.generate(model, tokenizer, conversations, seed=1, **sample)
     assert model.training and torch.rand(1) == expected
     model.eval()
-    assert me.generate(model, tokenizer, conversations, seed=1, **sample) == first
-    assert me.generate(model, tokenizer, conversations, seed=2, **sample) != first
+    assert generation.generate(model, tokenizer, conversations, seed=1, **sample) == first
+    assert generation.generate(model, tokenizer, conversations, seed=2, **sample) != first
 
 
 def test_out_of_memory_halves_the_batch(model, tokenizer, monkeypatch):
     conversations = chats(7)
-    expected = me.generate(model, tokenizer, conversations, max_new_tokens=6)
+    expected = generation.generate(model, tokenizer, conversations, max_new_tokens=6)
     real = model.generate
     sizes = []
 
@@ -303,19 +305,19 @@ def test_out_of_memory_halves_the_batch(model, tokenizer, monkeypatch):
         return real(ids, **kwargs)
 
     monkeypatch.setattr(model, "generate", small_gpu)
-    assert me.generate(model, tokenizer, conversations, max_new_tokens=6, batch_size=7) == expected
+    assert generation.generate(model, tokenizer, conversations, max_new_tokens=6, batch_size=7) == expected
     assert sizes[:3] == [7, 3, 1] and max(sizes[2:]) <= 2
     monkeypatch.setattr(
         model, "generate", lambda ids, **kw: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("full"))
     )
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        me.generate(model, tokenizer, conversations, max_new_tokens=6)
+        generation.generate(model, tokenizer, conversations, max_new_tokens=6)
 
 
 def test_out_of_memory_after_some_rows_have_ended_gives_every_answer_once(model, tokenizer, monkeypatch):
     conversations = chats(12)
     monkeypatch.setattr(model.generation_config, "eos_token_id", [2, *range(100, 250)])  # answers of different lengths
-    answers = me.generate(model, tokenizer, conversations, max_new_tokens=30)
+    answers = generation.generate(model, tokenizer, conversations, max_new_tokens=30)
     real, taken = model.generate, []
 
     def full_at_the_second_call(ids, **kwargs):
@@ -326,7 +328,7 @@ def test_out_of_memory_after_some_rows_have_ended_gives_every_answer_once(model,
 
     full_at_the_second_call.left = 1
     monkeypatch.setattr(model, "generate", full_at_the_second_call)
-    again = me.generate(
+    again = generation.generate(
         model,
         tokenizer,
         conversations,
@@ -347,7 +349,7 @@ def test_continuous_batching_gives_the_same_tokens(model, tokenizer):
     settings = GenerationConfig(do_sample=False, eos_token_id=[2], pad_token_id=0, return_dict_in_generate=True)
     answers: dict[int, list[int]] = {}
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
-    me.continuous_answers(adapted, prompts, settings, 10, lambda row, tokens: answers.update({row: tokens}))
+    generation.continuous_answers(adapted, prompts, settings, 10, lambda row, tokens: answers.update({row: tokens}))
     assert list(answers.values()) == plain_answers(model, tokenizer, conversations, [2], 10)
 
 
@@ -358,7 +360,9 @@ def test_a_prompt_beyond_the_context_loses_its_beginning(model, tokenizer, caplo
     with torch.no_grad():
         first = int(model(torch.tensor([ids[-(512 - 8) :]])).logits[0, -1].argmax())
     seen = []
-    me.generate(model, tokenizer, [long], max_new_tokens=8, on_answer=lambda i, text, n, done: seen.append((text, n)))
+    generation.generate(
+        model, tokenizer, [long], max_new_tokens=8, on_answer=lambda i, text, n, done: seen.append((text, n))
+    )
     assert seen[0][0].startswith(tokenizer.decode([first]).strip()) or first <= 3
     assert seen[0][1] <= 8
 
@@ -374,13 +378,13 @@ def test_a_prompt_beyond_the_context_loses_its_beginning(model, tokenizer, caplo
     ],
 )
 def test_thinking_is_removed(text, stripped):
-    assert me.strip_thinking(text) == stripped
+    assert generation.strip_thinking(text) == stripped
 
 
 def test_a_block_that_the_template_opens_is_seen(model, tokenizer):
     opening = make_tokenizer(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"))
-    (text,) = me.generate(model, opening, chats(1), max_new_tokens=4)
-    assert text.startswith("<think>") and me.strip_thinking(text) == ""
+    (text,) = generation.generate(model, opening, chats(1), max_new_tokens=4)
+    assert text.startswith("<think>") and generation.strip_thinking(text) == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,7 +409,7 @@ def test_rewards_equal_the_model_alone_and_do_not_depend_on_the_batch(reward_fol
             alone.append(reward_model.model(ids).logits.item())
     assert max(alone) - min(alone) > 0.1
     for batch_size in (1, 4, 9):
-        scores = me.RewardModel(reward_folder, batch_size=batch_size).score(conversations)
+        scores = rewards.RewardModel(reward_folder, batch_size=batch_size).score(conversations)
         assert scores == pytest.approx(alone, abs=1e-4)
 
 
@@ -413,11 +417,11 @@ def test_a_reward_model_without_pad_token(tmp_path, reward_model):
     bare = make_tokenizer(CHATML.replace("<|im_end|>\n{% endfor %}", "<|im_end|>{% endfor %}"), pad_token=None)
     name = save_reward_model(tmp_path, bare)
     conversations = dialogues(6)
-    batched = me.RewardModel(name, batch_size=6).score(conversations)
-    single = [me.RewardModel(name, batch_size=1).score([conversation])[0] for conversation in conversations]
+    batched = rewards.RewardModel(name, batch_size=6).score(conversations)
+    single = [rewards.RewardModel(name, batch_size=1).score([conversation])[0] for conversation in conversations]
     assert batched == pytest.approx(single, abs=1e-4)
     # the answer ends with the end-of-text token, which must be read and not be taken for padding
-    model = me.RewardModel(name)
+    model = rewards.RewardModel(name)
     ids = model.encode(conversations[0])
     assert ids[-1] == 2
     with torch.no_grad():
@@ -426,19 +430,19 @@ def test_a_reward_model_without_pad_token(tmp_path, reward_model):
 
 
 def test_no_system_turn_and_one_bos(tmp_path, reward_model):
-    with_system = me.RewardModel(save_reward_model(tmp_path / "a", make_tokenizer(QWEN25)))
+    with_system = rewards.RewardModel(save_reward_model(tmp_path / "a", make_tokenizer(QWEN25)))
     conversation = dialogues(2)[1]
     assert with_system.encode(conversation) == reward_model.encode(conversation)
     tokenizer = make_tokenizer("{{ bos_token }}" + QWEN25, bos_token="<s>")
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
-    ids = me.RewardModel(save_reward_model(tmp_path / "b", tokenizer)).encode(conversation)
+    ids = rewards.RewardModel(save_reward_model(tmp_path / "b", tokenizer)).encode(conversation)
     assert ids == [3, *reward_model.encode(conversation)]
 
 
 def test_long_conversations_are_cut_at_the_front_of_the_oldest_turn(tmp_path, tokenizer):
-    model = me.RewardModel(save_reward_model(tmp_path, tokenizer, max_position_embeddings=64))
+    model = rewards.RewardModel(save_reward_model(tmp_path, tokenizer, max_position_embeddings=64))
     answer = " ".join(WORDS[:8])
     turns = [
         {"role": "user", "content": " ".join(WORDS * 4)},
@@ -456,13 +460,13 @@ def test_long_conversations_are_cut_at_the_front_of_the_oldest_turn(tmp_path, to
     assert len(model.encode(turns)) <= 64 and text.startswith("<|im_start|>user\n<|im_end|>")
     assert text.endswith(f"assistant\n{answer}<|im_end|>\n") and "and the Ob" in text
     turns[3]["content"] = " ".join(WORDS * 4)
-    with pytest.raises(me.InputError, match="answer"):
+    with pytest.raises(files.InputError, match="answer"):
         model.encode(turns)
     assert turns[0]["content"] == " ".join(WORDS * 4), "the caller's turns stay as they are"
 
 
 def test_a_first_character_of_several_tokens_is_cut_too(tmp_path, tokenizer):
-    small = me.RewardModel(save_reward_model(tmp_path / "small", tokenizer, max_position_embeddings=64))
+    small = rewards.RewardModel(save_reward_model(tmp_path / "small", tokenizer, max_position_embeddings=64))
     for words in range(20, 30):
         question = {"role": "user", "content": "\U0001f98a " + " ".join((WORDS * 3)[:words])}
         answer = {"role": "assistant", "content": "the Ob"}
@@ -470,24 +474,24 @@ def test_a_first_character_of_several_tokens_is_cut_too(tmp_path, tokenizer):
 
 
 def test_what_is_no_reward_model(tmp_path, tokenizer, model):
-    with pytest.raises(me.InputError, match="one label"):
-        me.RewardModel(save_reward_model(tmp_path / "two", tokenizer, num_labels=2))
+    with pytest.raises(files.InputError, match="one label"):
+        rewards.RewardModel(save_reward_model(tmp_path / "two", tokenizer, num_labels=2))
     model.save_pretrained(tmp_path / "causal")
     tokenizer.save_pretrained(tmp_path / "causal")
-    with pytest.raises(me.InputError, match="one label"):
-        me.RewardModel(str(tmp_path / "causal"))
-    with pytest.raises(me.InputError, match="--reward_model"):
-        me.RewardModel(str(tmp_path / "nowhere"))
+    with pytest.raises(files.InputError, match="one label"):
+        rewards.RewardModel(str(tmp_path / "causal"))
+    with pytest.raises(files.InputError, match="--reward_model"):
+        rewards.RewardModel(str(tmp_path / "nowhere"))
 
 
 def test_scales():
     corners = {-5: 1, -9: 1, -2.5: 3.25, -1e-9: 5.5, 0: 1, 0.5: 5.5, 1: 10, 1.01: 2.818, 2.5: 5.5, 5: 10, 8: 10}
     for reward, score in corners.items():
-        assert me.to_logged_scale(reward) == pytest.approx(score, abs=1e-6), reward
-    assert me.to_score(0) == 5.5
-    assert me.to_score(5) == pytest.approx(1 + 9 / (1 + math.exp(-1)))
-    assert me.to_score(-1e6) == pytest.approx(1) and me.to_score(1e6) == pytest.approx(10)
-    scores = [me.to_score(r / 10) for r in range(-300, 300)]
+        assert rewards.to_logged_scale(reward) == pytest.approx(score, abs=1e-6), reward
+    assert rewards.to_score(0) == 5.5
+    assert rewards.to_score(5) == pytest.approx(1 + 9 / (1 + math.exp(-1)))
+    assert rewards.to_score(-1e6) == pytest.approx(1) and rewards.to_score(1e6) == pytest.approx(10)
+    scores = [rewards.to_score(r / 10) for r in range(-300, 300)]
     assert all(a < b for a, b in itertools.pairwise(scores))
 
 
@@ -529,11 +533,14 @@ def test_two_turns_with_their_history(evaluate, model, tokenizer, reward_model, 
         conversation: list[dict] = []
         for turn, (asked, answer) in enumerate(zip(row["turns"], row["answers"], strict=True)):
             conversation.append({"role": "user", "content": asked})
-            assert me.strip_thinking(me.generate(model, tokenizer, [conversation], max_new_tokens=10)[0]) == answer
+            assert (
+                generation.strip_thinking(generation.generate(model, tokenizer, [conversation], max_new_tokens=10)[0])
+                == answer
+            )
             conversation.append({"role": "assistant", "content": answer})
             assert reward_model.score([conversation])[0] == pytest.approx(row["rewards"][turn], abs=1e-4)
-        assert row["scores"] == [me.to_score(r) for r in row["rewards"]]
-        assert row["scores_logged"] == [me.to_logged_scale(r) for r in row["rewards"]]
+        assert row["scores"] == [rewards.to_score(r) for r in row["rewards"]]
+        assert row["scores_logged"] == [rewards.to_logged_scale(r) for r in row["rewards"]]
         assert len(row["finished"]) == len(row["answer_tokens"]) == len(row["turns"])
     summary = me.summarise(rows)
     assert summary["n"] == 9 and set(summary["by_category"]) == {"a", "b"} and len(summary["by_turn"]) == 2
@@ -562,7 +569,7 @@ def test_another_fingerprint_is_refused_by_name(evaluate, questions, tmp_path):
         ({"max_new_tokens": 11}, "generation"),
         ({"questions": questions[1:]}, "questions"),
     ):
-        with pytest.raises(me.InputError, match=key):
+        with pytest.raises(files.InputError, match=key):
             evaluate(**change)
     assert (tmp_path / "results.jsonl").read_bytes() == content
 
@@ -571,7 +578,7 @@ def test_a_resumed_run_measures_anew_and_keeps_what_it_had(evaluate, tmp_path, c
     path = tmp_path / "rows.jsonl"
     evaluate(path=path)
     former = path.read_bytes()
-    with pytest.raises(me.InputError, match="adapter"):
+    with pytest.raises(files.InputError, match="adapter"):
         evaluate(path=path, fingerprint={"model": "m", "adapter": "other"})
     assert path.read_bytes() == former
     evaluate(path=path, fingerprint={"model": "m", "adapter": "other"}, renew=True)
@@ -581,10 +588,10 @@ def test_a_resumed_run_measures_anew_and_keeps_what_it_had(evaluate, tmp_path, c
 
 def test_the_baseline_cache(evaluate, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO", logger="llm_alignment")
-    monkeypatch.setattr(me.log, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("llm_alignment"), "propagate", True)
     first = evaluate("one.jsonl", use_cache=True)
     assert "baseline cache" not in caplog.text
-    generate = me.generate
+    generate = generation.generate
     monkeypatch.setattr(me, "generate", None)
     assert evaluate("two.jsonl", use_cache=True) == first
     assert "taken from the baseline cache" in caplog.text
@@ -625,22 +632,22 @@ def no_warnings_from_scipy():
 
 def test_paired_delta_by_hand():
     before, after = [1.0, 2.0, 3.0, 4.0], [2.0, 2.5, 3.5, 6.0]
-    delta = me.paired_delta(before, after)
+    delta = stats.paired_delta(before, after)
     assert delta["mean"] == pytest.approx(1.0) and delta["n"] == 4
     assert delta["p"] == pytest.approx(2 / 16)  # of the 16 sign patterns only all plus and all minus are as extreme
     assert 0.4 < delta["low"] < 1.0 < delta["high"] < 2.1
-    assert me.paired_delta(after, before)["mean"] == pytest.approx(-1.0)
-    assert me.paired_delta(before, after) == delta, "seeded"
-    mixed = me.paired_delta([0.0, 0.0, 0.0], [1.0, 2.0, -1.0])  # sums over signs: 4 2 2 0 0 -2 -2 -4, observed 2
+    assert stats.paired_delta(after, before)["mean"] == pytest.approx(-1.0)
+    assert stats.paired_delta(before, after) == delta, "seeded"
+    mixed = stats.paired_delta([0.0, 0.0, 0.0], [1.0, 2.0, -1.0])  # sums over signs: 4 2 2 0 0 -2 -2 -4, observed 2
     assert mixed["p"] == pytest.approx(6 / 8)
 
 
 def test_paired_delta_where_resampling_has_nothing_to_resample():
-    assert me.paired_delta([], []) == {"mean": None, "low": None, "high": None, "p": None, "n": 0}
-    assert me.paired_delta([1.0], [3.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0, "p": 1.0, "n": 1}
-    same = me.paired_delta([1.0, 5.0, 7.0], [1.0, 5.0, 7.0])
+    assert stats.paired_delta([], []) == {"mean": None, "low": None, "high": None, "p": None, "n": 0}
+    assert stats.paired_delta([1.0], [3.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0, "p": 1.0, "n": 1}
+    same = stats.paired_delta([1.0, 5.0, 7.0], [1.0, 5.0, 7.0])
     assert same == {"mean": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "n": 3}
-    shifted = me.paired_delta([0.1, 0.2, 0.3], [0.2, 0.3, 0.4])
+    shifted = stats.paired_delta([0.1, 0.2, 0.3], [0.2, 0.3, 0.4])
     assert shifted["low"] == shifted["high"] == pytest.approx(0.1) and shifted["p"] == pytest.approx(0.25)
 
 
@@ -649,7 +656,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     held = 0
     for _ in range(60):
         before = [rng.gauss(5, 2) for _ in range(40)]
-        delta = me.paired_delta(before, [value + rng.gauss(0.5, 1) for value in before])
+        delta = stats.paired_delta(before, [value + rng.gauss(0.5, 1) for value in before])
         held += delta["low"] <= 0.5 <= delta["high"]
     assert 51 <= held <= 60  # 57 expected
 
@@ -657,13 +664,13 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
 def test_mcnemar_by_hand():
     before = [True] * 10 + [False] * 10
     after = [True] * 9 + [False] + [True] * 7 + [False] * 3  # one lost, seven gained
-    delta = me.mcnemar(before, after)
+    delta = stats.mcnemar(before, after)
     assert delta["mean"] == pytest.approx(6 / 20) and delta["n"] == 20
     assert delta["p"] == pytest.approx(2 * (1 + 8) / 2**8)
     assert 0 < delta["low"] < 0.3 < delta["high"]
-    unchanged = me.mcnemar(before, before)
+    unchanged = stats.mcnemar(before, before)
     assert (unchanged["mean"], unchanged["low"], unchanged["high"], unchanged["p"]) == (0, 0, 0, 1)
-    assert me.mcnemar([], [])["n"] == 0
+    assert stats.mcnemar([], [])["n"] == 0
 
 
 def test_compare_rows_pairs_by_question():
@@ -675,16 +682,16 @@ def test_compare_rows_pairs_by_question():
     deltas = me.compare_rows(before, after)
     assert deltas["score"]["mean"] == pytest.approx(2.0) and deltas["score"]["n"] == 2
     assert deltas["raw"]["mean"] == pytest.approx(2.0)
-    with pytest.raises(me.InputError):
+    with pytest.raises(files.InputError):
         me.compare_rows(before, [row(7, 1.0)])
-    with pytest.raises(me.InputError):
+    with pytest.raises(files.InputError):
         me.compare_rows(before, [row(1, 1.0, turns=["another"])])
 
 
 def test_the_table_is_plain_and_says_when_nothing_can_be_seen(capsys):
     clear = {"mean": 0.81234, "low": 0.5, "high": 1.1, "p": 0.0002, "n": 80}
     unclear = {"mean": -0.01, "low": -0.2, "high": 0.15, "p": 0.71, "n": 80}
-    me.print_table(
+    evaluation.print_table(
         "Результат", [("MT-Bench", 4.12345, 4.93579, clear), ("ppl", 3.5, 3.49, unclear), ("n", None, 2, None)]
     )
     out = capsys.readouterr().out
@@ -742,7 +749,7 @@ def test_the_command_line(cli_folder, reward_folder, tmp_path, monkeypatch, caps
     assert metrics["delta"]["mtbench"]["mean"] == pytest.approx(
         second["final"]["mtbench"]["avg"] - first["final"]["mtbench"]["avg"]
     )
-    assert [record["tag"] for record in me.read_records(tmp_path / "log.jsonl")] == ["", "short"]
+    assert [record["tag"] for record in files.read_records(tmp_path / "log.jsonl")] == ["", "short"]
     assert "MT-Bench, 1-10" in capsys.readouterr().out
     # the folder of another evaluation is refused and stays as it was
     before = {path: path.read_bytes() for path in (tmp_path / "two").iterdir()}
@@ -798,8 +805,8 @@ def test_a_byte_order_mark_is_no_error_and_half_a_character_is(tmp_path):
     write_lines(tmp_path / "half.jsonl", {"text": "whole"})
     with (tmp_path / "half.jsonl").open("ab") as file:
         file.write(b'{"text": "\\ud83e\\udd8a"}\n{"text": "\\ud83e"}\n')
-    skipped = me.SkippedRows()
-    assert [row["text"] for _, row in me.read_rows(tmp_path / "half.jsonl", skipped)] == ["whole", "\U0001f98a"]
+    skipped = files.SkippedRows()
+    assert [row["text"] for _, row in files.read_rows(tmp_path / "half.jsonl", skipped)] == ["whole", "\U0001f98a"]
     assert skipped.places == ["half.jsonl:3 (a text with half a character)"]
 
 

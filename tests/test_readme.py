@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import mtbench_eval
+from llm_alignment import files
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -21,7 +21,7 @@ def commands():
 
 
 def logged():
-    rows = mtbench_eval.read_rows(ROOT / "experiments" / "logged_runs.jsonl", mtbench_eval.SkippedRows())
+    rows = files.read_rows(ROOT / "experiments" / "logged_runs.jsonl", files.SkippedRows())
     return [row["command"] for _, row in rows if row["command"]]
 
 

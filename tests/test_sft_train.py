@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-import mtbench_eval
 import sft_train
-from mtbench_eval import SkippedRows
+from llm_alignment import files, models, training
+from llm_alignment.files import SkippedRows
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "experiments" / "demo"
@@ -36,7 +36,7 @@ def write_rows(path, rows):
     return path
 
 
-TWIX = [row for _, row in mtbench_eval.read_rows(DEMO / "twix.jsonl", SkippedRows())]
+TWIX = [row for _, row in files.read_rows(DEMO / "twix.jsonl", SkippedRows())]
 FOLDER = tempfile.TemporaryDirectory()
 DISTINCT = {str(sft_train.prompt_of(row)): row for row in TWIX if row["subset"] == "general"}
 DATASET = write_rows(Path(FOLDER.name) / "twix.jsonl", list(DISTINCT.values())[:130])  # 128 to train on, 2 held out
@@ -55,7 +55,7 @@ def flags(folder, *more):
 
 
 def adapter(folder):
-    return mtbench_eval.file_sha256(folder / "adapter_model.safetensors")
+    return files.file_sha256(folder / "adapter_model.safetensors")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def logged(caplog, monkeypatch):
-    monkeypatch.setattr(mtbench_eval.log, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("llm_alignment"), "propagate", True)
     caplog.set_level(logging.INFO, logger="llm_alignment")
     return caplog
 
@@ -197,7 +197,7 @@ def test_a_run_measures_trains_and_leaves_everything(tmp_path, capsys):
     ).split():
         assert (folder / name).stat().st_size > 0, name
     assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"].endswith("model")
-    logged = mtbench_eval.read_records(tmp_path / "log.jsonl")
+    logged = files.read_records(tmp_path / "log.jsonl")
     assert logged == [json.loads(json.dumps(record))] and record["status"] == "completed"
     metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
     assert metrics == {key: json.loads(json.dumps(record[key])) for key in ("baseline", "final", "delta")}
@@ -263,7 +263,7 @@ def test_packed_examples_do_not_see_one_another(tmp_path):
         ["--model", str(DEMO / "model"), "--no_4bit", "--packing", "--batch", "2", "--kl_warmup_steps", "0"]
         + ["--max_seq_length", "64", "--kl_limit_seq", "5", "--output_dir", str(tmp_path), "--lora_dropout", "0"]
     )
-    tokenizer = mtbench_eval.load_tokenizer(args)
+    tokenizer = models.load_tokenizer(args)
     rows = datasets.Dataset.from_list([
         {"messages": chat(f"Привет, {n}", "ответ " * (n + 3))["messages"]} for n in range(9)
     ])
@@ -271,7 +271,7 @@ def test_packed_examples_do_not_see_one_another(tmp_path):
     losses = []
     for packing in (True, False):
         args.packing = packing
-        trainer = sft_train.build_trainer(args, mtbench_eval.load_model(args), tokenizer, rows, rows, selection, None)
+        trainer = sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows, selection, None)
         torch.manual_seed(0)
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
@@ -321,7 +321,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
     for x, y in zip(*curves, strict=True):
         for key in {"loss", "nll", "kl"} & x.keys():
             assert x[key] == pytest.approx(y[key], rel=1e-4, abs=1e-7), key
-    assert len(mtbench_eval.read_records(tmp_path / "log.jsonl")) == 2  # one record a run, not one a process
+    assert len(files.read_records(tmp_path / "log.jsonl")) == 2  # one record a run, not one a process
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ def test_ctrl_c_saves_a_checkpoint_and_is_recorded(tmp_path, whole_run):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    (record,) = mtbench_eval.read_records(tmp_path / "log.jsonl")
+    (record,) = files.read_records(tmp_path / "log.jsonl")
     assert record["status"] == "interrupted" and record["reason"] == "Ctrl-C"
     assert not (folder / "adapter_model.safetensors").exists()
     sft_train.main(flags(folder, "--resume_from_checkpoint", "auto"))
@@ -436,10 +436,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         sft_train.main(flags(folder, "--learning_rate", "1e30", "--save_steps", "1", "--warmup_ratio", "0"))
     assert stop.value.code == 1
     assert re.search(r"error: (the loss is|a gradient is not finite).* at step \d+", capsys.readouterr().err)
-    (record,) = mtbench_eval.read_records(tmp_path / "log.jsonl")
+    (record,) = files.read_records(tmp_path / "log.jsonl")
     assert record["status"] == "failed" and "step" in record["reason"]
     checkpoints = list(folder.glob("checkpoint-*"))
-    assert checkpoints and all(mtbench_eval.checkpoint_problem(path) is None for path in checkpoints)
+    assert checkpoints and all(training.checkpoint_problem(path) is None for path in checkpoints)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -525,7 +525,7 @@ def test_a_folder_that_holds_another_run_is_left_alone(whole_run, capsys):
 
 
 def test_logged_commands_parse():
-    for _, row in mtbench_eval.read_rows(ROOT / "experiments" / "logged_runs.jsonl", SkippedRows()):
+    for _, row in files.read_rows(ROOT / "experiments" / "logged_runs.jsonl", SkippedRows()):
         if row["script"] == "sft_train.py" and row["command"]:
             words = shlex.split(row["command"])
             assert words[:4] == ["poetry", "run", "python", "sft_train.py"]

@@ -17,7 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from mtbench_eval import device_and_dtype, free_batch_size, generate, load_questions, positive  # noqa: E402
+from llm_alignment.flags import positive  # noqa: E402
+from llm_alignment.generation import free_batch_size, generate  # noqa: E402
+from llm_alignment.models import device_and_dtype  # noqa: E402
+from mtbench_eval import load_questions  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -82,13 +82,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     from trl import SFTTrainer
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    import mtbench_eval
     import sft_train
+    from llm_alignment.models import device_and_dtype, load_model
 
     folder = tempfile.mkdtemp()
     shape = SHAPES[options.shape]
     torch.manual_seed(0)
-    device, dtype = mtbench_eval.device_and_dtype()
+    device, dtype = device_and_dtype()
     config = Qwen3Config(vocab_size=151_936, tie_word_embeddings=True, max_position_embeddings=4096, **shape)
     Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
     flags = [
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     selection = sft_train.Selection(0, {}, 0.0, Counter({("general", "train"): options.batch}), "")
 
     def our_trainer():
-        return sft_train.build_trainer(args, mtbench_eval.load_model(args), tokenizer, rows, rows, selection, None)
+        return sft_train.build_trainer(args, load_model(args), tokenizer, rows, rows, selection, None)
 
     ours = our_trainer()
     with torch.no_grad():  # an adapter that has moved, so that the KL is not 0

@@ -24,7 +24,8 @@ import world
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from dpo_train import QUESTION_MARK, tatqa_pairs  # noqa: E402
+from dpo_train import tatqa_pairs  # noqa: E402
+from llm_alignment.tatqa import QUESTION_MARK  # noqa: E402
 
 # Qwen3's template in small: a <think> block opens the last answer and is left out of the earlier ones.
 CHAT_TEMPLATE = r"""

@@ -1,0 +1,469 @@
+"""The DPO trainer that reads each prompt once, and the rewards of held-out pairs."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import statistics
+import types
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_alignment.evaluation import Evaluation, measure, plot_curves, report
+from llm_alignment.files import InputError, ResultFile
+from llm_alignment.flags import (
+    add_lora_flags,
+    add_model_flags,
+    add_run_flags,
+    add_training_flags,
+    not_negative,
+    positive,
+)
+from llm_alignment.generation import fit_prompt
+from llm_alignment.models import (
+    adapter_kept_in_float32,
+    adapter_off,
+    load_adapter,
+    load_model,
+    main_process,
+    matmul_float32,
+    new_adapter,
+)
+from llm_alignment.runs import begin, timed
+from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
+from llm_alignment.tatqa import add_tatqa_flags
+from llm_alignment.training import (
+    NEUTRAL_FLAGS,
+    log_memory_plan,
+    optimiser_steps,
+    run_training,
+    save_adapter,
+    training_arguments,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import DPOTrainer
+
+
+log = logging.getLogger("llm_alignment")
+
+
+def add_dpo_flags(parser: argparse.ArgumentParser) -> None:
+    """What every DPO script takes; a script sets its own defaults with `parser.set_defaults`."""
+    on_off = argparse.BooleanOptionalAction
+    add_model_flags(parser)
+    add_lora_flags(parser)
+    add_training_flags(parser)
+    add_run_flags(parser, exp_log="experiments/dpo_experiments.jsonl")
+    add_tatqa_flags(parser)
+    parser.add_argument("--output_dir", help="folder of the run (default: %(default)s)")
+
+    group = parser.add_argument_group("DPO", "dropout is off, as in TRL: policy and reference agree at the first step")
+    group.add_argument("--beta", type=positive(float), default=0.03, help="pull towards the reference (0.03)")
+    group.add_argument("--max_prompt_length", type=positive(int), default=2048, help="tokens a prompt is cut to")
+    group.add_argument("--max_length", type=positive(int), default=3072, help="tokens of prompt and answer together")
+    group.add_argument(
+        "--use_chat_template", action="store_true", help="wrap prompts in it (plain text, as published)"
+    )
+    group.add_argument("--no_prefix_sharing", action="store_true", help="read a pair's prompt once for each answer")
+    group.add_argument("--no_train", action="store_true", help="only evaluate")
+    group.add_argument(
+        "--limit_pairs", type=not_negative(int), default=0, help="a sample of N pairs; 0 (default) = all"
+    )
+    group.add_argument("--load_adapter", default="", metavar="DIR", help="start from this adapter")
+    group.add_argument("--adapter_trainable", action="store_true", help="go on training it; it is the reference too")
+
+    group = parser.add_argument_group("measuring")
+    group.add_argument("--eval_baseline", action=on_off, default=True, help="measure before training too")
+    group.add_argument("--do_mtbench", action=on_off, default=True, help="MT-Bench")
+    group.add_argument("--mtbench_file", default="mt_bench_ru.json", help="questions, fetched when missing")
+    group.add_argument("--mtbench_limit", type=not_negative(int), default=50, help="a sample of N; 0 = all (50)")
+    group.add_argument("--mtbench_max_tokens", type=positive(int), default=256, help="new tokens a turn (256)")
+    group.add_argument("--do_instruct", action=on_off, default=True, help="instruction following")
+    group.add_argument("--instruct_limit", type=not_negative(int), default=25, help="instructions (25)")
+    group.add_argument("--instruct_max_tokens", type=positive(int), default=512, help="new tokens (512)")
+    parser.set_defaults(batch=2, grad_acc=16, learning_rate=5e-6)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises InputError for flags that do not go together."""
+    if args.max_prompt_length >= args.max_length:
+        raise InputError(
+            f"--max_prompt_length {args.max_prompt_length} leaves no room for an answer within --max_length "
+            f"{args.max_length}; raise --max_length"
+        )
+    if args.eval_save_json and Path(args.eval_save_json).is_dir():
+        raise InputError(f"--eval_save_json {args.eval_save_json} is a folder; name a file")
+    if args.adapter_trainable and not args.load_adapter:
+        raise InputError("--adapter_trainable needs --load_adapter DIR: which adapter is to be trained on")
+    if args.load_adapter and not args.adapter_trainable and not args.no_train:
+        raise InputError("--load_adapter: add --adapter_trainable to train it on, or --no_train to only measure it")
+
+
+def neutral_flags(args: argparse.Namespace) -> set[str]:
+    """Flags that do not change which adapter comes out."""
+    measuring = {name for name in vars(args) if name.startswith(("eval_", "do_", "mtbench_", "instruct_"))}
+    return NEUTRAL_FLAGS | measuring | {"reward_model"}
+
+
+def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
+    """Makes the fused forward of `trl.trainer.utils.add_fused_lm_head` read each pair's prompt once.
+
+    The batch is TRL's: (2 B, L), the B chosen rows and then the B rejected ones, padded on the right, with labels of
+    -100 outside the answers. The outputs keep TRL's meaning and shape (2 B, L - 1), so its loss and metrics stay as
+    they are. Inside, a pair is one row: prompt, chosen answer, rejected answer, the second answer's positions starting
+    after the prompt again and its attention closed to the first one. Only the hidden states that predict an answer
+    token go through the LM head; without `sharing` that alone is done.
+    """
+    import torch
+    from transformers import AttentionInterface
+
+    fused_forward = model.forward
+    AttentionInterface.register("sdpa", prefix_attention)  # every other call goes on as before
+
+    # generate() checks its arguments against the signature
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        if not fused_lm_head:
+            return fused_forward(*args, input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        is_target = labels[:, 1:] != -100
+        if sharing:
+            batch, rows = fold_pairs(input_ids, attention_mask, labels)
+        else:
+            batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+            columns = torch.arange(labels.shape[1] - 1, device=labels.device)
+            rows = (torch.arange(len(labels), device=labels.device)[:, None] * labels.shape[1] + columns)[is_target]
+
+        def keep_rows(module, inputs, output):
+            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[rows][None]
+
+        with self.base_model.register_forward_hook(keep_rows):
+            output = fused_forward(fused_lm_head=True, shift_labels=labels[:, 1:][is_target][None], **batch, **kwargs)
+        for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
+            output[name] = output[name].new_zeros(is_target.shape).masked_scatter(is_target, output[name])
+        return output
+
+    model.forward = types.MethodType(forward, model)
+
+
+def fold_pairs(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Folds B pairs into B rows: the prompt, padded to the longest, then both answers one after the other.
+
+    Returns the backbone's arguments (input_ids and position_ids (B, T), `prefix_length` P of the prompts, and which of
+    the T keys each of the T - P answer queries sees, attention_mask (B, 1, T - P, T)) and, for every label that is not
+    -100, in the order of the unfolded rows, the index into the (B * T) hidden states of the one that predicts it.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    device, n_pairs = input_ids.device, len(input_ids) // 2
+    starts = (labels != -100).int().argmax(dim=1)[:n_pairs]
+    ends = attention_mask.sum(dim=1).tolist()
+    width = int(starts.max())
+    order = torch.arange(input_ids.shape[1], device=device)
+    answers, positions, sides, chosen_rows, rejected_rows = [], [], [], [], []
+    for pair, start in enumerate(starts.tolist()):
+        chosen, rejected = slice(start, ends[pair]), slice(start, ends[n_pairs + pair])
+        answers.append(torch.cat([input_ids[pair, chosen], input_ids[n_pairs + pair, rejected]]))
+        positions.append(torch.cat([order[chosen], order[rejected]]))
+        sides.append(torch.cat([torch.zeros_like(order[chosen]), torch.ones_like(order[rejected])]))
+        # the prompt's last token predicts the first of either answer, and the last of an answer nothing
+        places = torch.arange(width, width + len(answers[-1]), device=device)
+        split = ends[pair] - start
+        chosen_rows.append(torch.cat([order[start - 1 : start], places[: split - 1]]))
+        rejected_rows.append(torch.cat([order[start - 1 : start], places[split:-1]]))
+    side = pad_sequence(sides, batch_first=True, padding_value=2)
+    sees_answer = (side[:, None, :] == side[:, :, None]).tril()
+    sees_prompt = (order[:width] < starts[:, None])[:, None, :].expand(-1, side.shape[1], -1)
+    prompts = input_ids[:n_pairs, :width].masked_fill(order[:width] >= starts[:, None], 0)
+    length = width + side.shape[1]
+    rows = [row + (index % n_pairs) * length for index, row in enumerate(chosen_rows + rejected_rows)]
+    batch = {
+        "input_ids": torch.cat([prompts, pad_sequence(answers, batch_first=True)], dim=1),
+        "position_ids": torch.cat(
+            [order[:width].expand(n_pairs, -1), pad_sequence(positions, batch_first=True)], dim=1
+        ),
+        "attention_mask": torch.cat([sees_prompt, sees_answer], dim=2)[:, None],
+        "prefix_length": width,
+    }
+    return batch, torch.cat(rows)
+
+
+def prefix_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    prefix_length: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' "sdpa" attention; with a `prefix_length` the mask is that of `fold_pairs`.
+
+    The prompt is plain causal attention, which needs no mask and so gets torch's fastest kernel.
+    """
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if prefix_length is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    of_prompt = [tensor[:, :, :prefix_length] for tensor in (query, key, value)]
+    prompt, _ = sdpa_attention_forward(module, *of_prompt, None, **kwargs)
+    answers, _ = sdpa_attention_forward(module, query[:, :, prefix_length:], key, value, attention_mask, **kwargs)
+    return torch.cat([prompt, answers], dim=1), None
+
+
+def no_sharing_reason(model: PreTrainedModel) -> str | None:
+    """Why this model's attention cannot keep the two answers apart, or None when it can."""
+    config = model.config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        return f"the attention backend is {config._attn_implementation}, not sdpa"
+    fields = config.to_dict()
+    if fields.get("sliding_window") or set(fields.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        return "the model has layers without full attention"
+    return None
+
+
+def fit_pairs(
+    pairs: list[dict], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, mark: str
+) -> list[dict[str, str]]:
+    """The pairs as the trainer reads them, prompts rendered and cut; says how many were cut.
+
+    TRL cuts the answers at --max_length.
+    """
+    rows, cut_prompts, cut_answers = [], 0, 0
+    for pair in pairs:
+        prompt, is_cut = fit_prompt(pair["prompt"], tokenizer, args, mark)
+        gap = "" if args.use_chat_template else " "
+        row = {"prompt": prompt, "chosen": gap + pair["chosen"], "rejected": gap + pair["rejected"]}
+        longest = max(len(tokenizer(prompt + row[side])["input_ids"]) for side in ("chosen", "rejected"))
+        cut_prompts += is_cut
+        cut_answers += longest + 1 > args.max_length  # TRL adds the end token
+        rows.append(row)
+    log.info(
+        "%d pairs: %d prompts cut to --max_prompt_length, %d answers cut at --max_length",
+        len(rows), cut_prompts, cut_answers,
+    )  # fmt: skip
+    return rows
+
+
+def fit_chats(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[dict[str, str]]:
+    """The pairs as the trainer reads them, through the chat template; a prompt that is too long loses its beginning."""
+    chat = argparse.Namespace(**{**vars(args), "use_chat_template": True})
+    return fit_pairs(pairs, tokenizer, chat, mark="\0")
+
+
+def build_trainer(
+    args: argparse.Namespace, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
+) -> DPOTrainer:
+    """TRL's DPOTrainer over a model that reads each prompt once.
+
+    A base model gets a fresh adapter, and the reference is the base without it. A model with an adapter goes on
+    training that one, and the reference is a frozen copy of it. Dropout is off, as in TRL, so that the two agree at
+    the first step. `rows` are those of `fit_pairs`.
+    """
+    import datasets
+    from peft import PeftModel
+    from transformers import set_seed
+    from trl import DPOConfig, DPOTrainer
+
+    set_seed(args.seed)
+    is_fresh = not isinstance(model, PeftModel)
+    if is_fresh:
+        model = new_adapter(model, args)
+    config = DPOConfig(
+        **training_arguments(args, weight_decay=0.0, warmup_ratio=0.05, logging_steps=5),
+        beta=args.beta,
+        max_length=args.max_length,
+    )
+    with adapter_kept_in_float32(model):
+        trainer = DPOTrainer(
+            model=model, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+        )
+    if is_fresh:
+        model.delete_adapter("ref")  # TRL copies every adapter; without the copy it switches the adapter off
+    reason = no_sharing_reason(model.get_base_model())
+    if reason and not args.no_prefix_sharing:
+        log.warning("every prompt is read once for each answer: %s", reason)
+    add_prefix_sharing(model.get_base_model(), sharing=not reason and not args.no_prefix_sharing)
+    return trainer
+
+
+def train(trainer: DPOTrainer, checkpoint: Path | None, folder: Path) -> None:
+    """Trains and writes the adapter, the model card and the loss and reward plots into `folder`."""
+    run_training(trainer, checkpoint)
+    if "ref" in trainer.model.peft_config:
+        trainer.model.delete_adapter("ref")
+    save_adapter(trainer, folder)
+    if main_process():
+        rewards = {"reward margin": ["rewards/margins"], "reward accuracy": ["rewards/accuracies"]}
+        plot_curves(trainer.state.log_history, {"loss": ["loss"]}, folder / "loss.png")
+        plot_curves(trainer.state.log_history, rewards, folder / "rewards.png")
+
+
+def reward_pairs(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[dict],
+    *,
+    path: Path,
+    fingerprint: dict,
+    beta: float,
+    max_length: int,
+    use_cache: bool = False,
+    renew: bool = False,
+) -> list[dict]:
+    """DPO's implicit rewards of both answers of every pair: beta * log(p(answer) / p_base(answer)), as TRL logs them.
+
+    Returns and writes to `path` (a ResultFile) a row per pair: {"question_id", "chosen", "rejected", "chosen_reward",
+    "rejected_reward"}. The base is the model with its adapter off, also for a run that trains an adapter on. `pairs`
+    are the rows of `fit_pairs` with a "question_id". `renew`: see ResultFile. There is nothing to cache (`use_cache`).
+    Source: section 4 of Rafailov et al., https://arxiv.org/abs/2305.18290.
+    """
+    from tqdm import tqdm
+
+    asked = zlib.crc32(json.dumps(pairs, ensure_ascii=False).encode("utf-8"))
+    results = ResultFile(path, {**fingerprint, "pairs": asked, "beta": beta, "max_length": max_length}, renew=renew)
+    done = {row["question_id"] for row in results.rows}
+    was_training = model.training
+    model.eval()
+    for pair in tqdm([pair for pair in pairs if pair["question_id"] not in done], desc=path.stem, unit="pair"):
+        policy = answer_log_probs(model, tokenizer, pair, max_length)
+        with adapter_off(model):
+            base = answer_log_probs(model, tokenizer, pair, max_length)
+        chosen, rejected = (beta * (now - then) for now, then in zip(policy, base, strict=True))
+        kept = {key: pair[key] for key in ("question_id", "chosen", "rejected")}
+        results.append({**kept, "chosen_reward": chosen, "rejected_reward": rejected})
+    model.train(was_training)
+    return results.rows_of(pairs)
+
+
+def answer_log_probs(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, pair: dict, max_length: int
+) -> list[float]:
+    """Log-probabilities, in nats, of the chosen and the rejected answer; the prompt is read once.
+
+    An answer is what TRL trains on: it begins where the tokens part from the prompt's, has the end token, and is cut
+    at `max_length` tokens of prompt and answer.
+    """
+    import torch
+    from peft import PeftModel
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import DynamicCache
+    from trl.data_utils import common_prefix_length
+
+    prompt = tokenizer(pair["prompt"])["input_ids"]
+    texts = [pair["prompt"] + pair[side] + tokenizer.eos_token for side in ("chosen", "rejected")]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    start = min(common_prefix_length(prompt, row) for row in rows)
+    ids = pad_sequence([torch.tensor(row[:max_length], device=model.device) for row in rows], batch_first=True)
+    cache = DynamicCache()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.no_grad():
+        base.base_model(ids[:1, : start - 1], past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        hidden = base.base_model(ids[:, start - 1 :], past_key_values=cache).last_hidden_state[:, :-1]
+        # in float32: rounded to bf16, the logits of two answers that are about as likely tell little
+        logits = matmul_float32(hidden.flatten(0, 1), base.get_output_embeddings().weight.T)
+    log_probs = logits.log_softmax(dim=-1).unflatten(0, hidden.shape[:2]).gather(2, ids[:, start:, None])[..., 0]
+    lengths = [min(len(row), max_length) - start for row in rows]
+    return [log_probs[row, :length].sum().item() for row, length in enumerate(lengths)]
+
+
+def summarise_rewards(rows: list[dict]) -> dict:
+    """{"accuracy": pairs whose chosen answer has the higher reward, in per cent, a tie being one half, "margin", "n"}."""
+    return {
+        "accuracy": 100 * statistics.fmean(map(_reward_accuracy, rows)),
+        "margin": statistics.fmean(map(_reward_margin, rows)),
+        "n": len(rows),
+    }
+
+
+def compare_rewards(before: list[dict], after: list[dict]) -> dict[str, dict]:
+    """Differences in reward accuracy, in percentage points, by the exact McNemar test, and in the reward margin."""
+    accuracies, margins = (
+        [list(map(measure, rows)) for rows in (before, after)] for measure in (_reward_accuracy, _reward_margin)
+    )
+    return {
+        "reward_accuracy": in_per_cent(mcnemar(*accuracies)),
+        "reward_margin": paired_delta(*margins),
+    }
+
+
+def _reward_margin(row: dict) -> float:
+    return row["chosen_reward"] - row["rejected_reward"]
+
+
+def _reward_accuracy(row: dict) -> float:
+    margin = _reward_margin(row)
+    return 0.5 if margin == 0 else float(margin > 0)  # before training policy and base are one, and every pair ties
+
+
+def reward_evaluation(args: argparse.Namespace, pairs: list[dict], rows: list[dict]) -> Evaluation:
+    """The rewards of held-out pairs; `rows` are those that `fit_pairs` made of `pairs`."""
+    rows = [{**row, "question_id": pair["uid"]} for row, pair in zip(rows, pairs, strict=True)]
+    answer = functools.partial(reward_pairs, pairs=rows, beta=args.beta, max_length=args.max_length)
+    lines = [
+        ("held-out pairs, reward accuracy, %", lambda s: s["accuracy"], "reward_accuracy"),
+        ("held-out pairs, reward margin", lambda s: s["margin"], "reward_margin"),
+    ]
+    return Evaluation("held_out", len(rows), answer, summarise_rewards, compare_rewards, lines)
+
+
+def align(
+    args: argparse.Namespace,
+    record: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    evaluations: list[Evaluation],
+    data: dict,
+    checkpoint: Path | None,
+) -> None:
+    """Baseline, DPO on the `rows` of `fit_pairs`, final, report. With --no_train, the loaded adapter against the base.
+
+    An adapter that is trained on is its own baseline.
+    """
+    model = load_model(args)
+    if args.load_adapter:
+        model = load_adapter(model, args.load_adapter, trainable=args.adapter_trainable)
+    trainer = None if args.no_train else build_trainer(args, model, tokenizer, rows)
+    if trainer is not None:
+        model = trainer.model
+        trainer.accelerator.wait_for_everyone()  # all have looked for a checkpoint before the folder changes
+    folder = begin(record, data)
+    before = after = {}
+    if args.eval_baseline:
+        with timed(record, "baseline"):
+            before = measure(
+                args, model, tokenizer, evaluations, folder, "baseline", with_adapter=args.adapter_trainable
+            )
+    if trainer is not None:
+        with timed(record, "train"):
+            train(trainer, checkpoint, folder)
+        record["kept_step"] = trainer.state.global_step
+    if trainer is not None or args.load_adapter:
+        with timed(record, "final"):
+            after = measure(args, model, tokenizer, evaluations, folder, "final", with_adapter=True)
+    if main_process():
+        report(record, folder, evaluations, before, after)
+
+
+def print_plan(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, rows: list[dict], evaluations: list[Evaluation]
+) -> None:
+    """What a run would do: pairs, steps, tokens, memory, evaluations."""
+    lengths = [len(tokenizer(row["prompt"] + row["chosen"] + row["rejected"])["input_ids"]) for row in rows]
+    if rows:
+        log.info("pairs: %d of %.0f tokens, prompt read once (%.2f M tokens an epoch)", len(rows), statistics.fmean(lengths), sum(lengths) / 1e6)  # fmt: skip
+        log.info("steps: %d of %d pairs each", optimiser_steps(args, len(rows)), args.batch * args.grad_acc)
+        log_memory_plan(args, max(lengths))
+    for evaluation in evaluations:
+        log.info("%s: %d questions before and after", evaluation.name, evaluation.size)

@@ -1,0 +1,172 @@
+"""argparse types, the flag groups that scripts share, and the demo's defaults."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def ratio(text: str) -> float:
+    """argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0..1")
+    return value
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """argparse type: an int or float above 0."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value > 0 or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def not_negative(kind: type) -> Callable[[str], Any]:
+    """argparse type: an int or float of 0 or more."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value >= 0 or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is below 0")
+        return value
+
+    parse.__name__ = f"{kind.__name__} of 0 or more"
+    return parse
+
+
+def new_parser(script: str, docstring: str) -> argparse.ArgumentParser:
+    """A parser whose errors stay short and that takes no abbreviated flags, which would hide a misspelt one."""
+    return argparse.ArgumentParser(
+        prog=f"python {script}",
+        usage=f"python {script} [--flag value ...]   (--help lists the flags)",
+        description=docstring,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="Qwen/Qwen3-1.7B", help="hub id or local folder (default: %(default)s)")
+    group.add_argument("--model_revision", default=None, help="branch, tag or commit on the hub (default: main)")
+    group.add_argument("--no_4bit", action="store_true", help="load the base in full precision, not in 4 bits")
+    group.add_argument("--quant_type", choices=["nf4", "fp4"], default="nf4", help="4-bit format (default: nf4)")
+    group.add_argument("--trust_remote_code", action="store_true", help="run code that the model's repository ships")
+    group.add_argument("--thinking", action="store_true", help="leave Qwen3's thinking on, in training and evaluation")
+
+
+def add_lora_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--lora_r", type=positive(int), default=8, help="rank (default: 8)")
+    group.add_argument("--lora_alpha", type=positive(int), default=16, help="scale is alpha / rank (default: 16)")
+    group.add_argument("--lora_dropout", type=ratio, default=0.05, help="dropout before the adapter (default: 0.05)")
+    group.add_argument(
+        "--target_modules",
+        default="q_proj,v_proj",
+        help="comma-separated layers that get an adapter, or all-linear (default: q_proj,v_proj)",
+    )
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """What every training script trains with; each script sets its own defaults with `parser.set_defaults`."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=positive(float), default=1.0, help="passes over the data, 0.5 is fine")
+    group.add_argument(
+        "--batch", type=positive(int), help="examples per device and forward pass (default: %(default)s)"
+    )
+    group.add_argument("--grad_acc", type=positive(int), default=16, help="passes per optimiser step (default: 16)")
+    group.add_argument("--learning_rate", type=positive(float), help="peak of the cosine (default: %(default)s)")
+    group.add_argument(
+        "--gradient_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="recompute activations to save memory (default: on with a GPU, off without)",
+    )
+    group.add_argument("--save_steps", type=positive(int), default=50, help="steps between checkpoints (default: 50)")
+    group.add_argument(
+        "--resume_from_checkpoint",
+        metavar="auto|PATH",
+        default=None,
+        help="go on from a checkpoint; auto takes the newest complete one in --output_dir (default: start anew)",
+    )
+
+
+def add_run_flags(parser: argparse.ArgumentParser, exp_log: str) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=not_negative(int), default=42, help="seed of everything random (default: 42)")
+    group.add_argument("--dry_run", action="store_true", help="load and check the data, print the plan, and exit")
+    group.add_argument("--demo", action="store_true", help="a miniature of the experiment: CPU, minutes, no downloads")
+    group.add_argument("--report_to", choices=["none", "trackio", "tensorboard", "wandb"], default="none")
+    group.add_argument(
+        "--exp_log", default=exp_log, help="JSONL file that gets the run's record (default: %(default)s)"
+    )
+    group.add_argument("--exp_tag", default="", help="a name for the run in that file, for rerun.py and report.py")
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval_batch_size", type=not_negative(int), default=0, help="0 (default) = by free memory")
+    group.add_argument(
+        "--reward_model",
+        default="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
+        help="hub id or folder of a sequence classifier with one label (default: %(default)s)",
+    )
+    group.add_argument("--no_baseline_cache", action="store_true", help="answer the baseline anew, not from the cache")
+
+
+DEMO_DIR = Path(__file__).resolve().parents[1] / "experiments" / "demo"
+
+DPO_DEMO = dict(
+    model=str(DEMO_DIR / "model"),
+    reward_model=str(DEMO_DIR / "reward_model"),
+    tatqa_dir=str(DEMO_DIR / "tatqa"),
+    mtbench_file=str(DEMO_DIR / "mt_bench_en.jsonl"),
+    output_dir="demo_dpo",
+    limit_pairs=480,
+    beta=0.5,
+    batch=4,
+    grad_acc=2,
+    learning_rate=1e-3,
+    eval_limit=200,
+    eval_max_new_tokens=16,
+    eval_pairs=200,
+    mtbench_max_tokens=32,
+    instruct_max_tokens=32,
+)
+FINANCE_DEMO = {
+    **DPO_DEMO,
+    "reddit_dataset": str(DEMO_DIR / "reddit.jsonl"),
+    "finance_dataset": str(DEMO_DIR / "finance_instruct.jsonl"),
+    "general_dataset": str(DEMO_DIR / "orca_pairs.jsonl"),
+    "reddit_sample_rate": 1.0,
+    "finance_instruct_pairs": 120,
+    "general_pairs": 120,
+    "instruct_limit": 40,
+    "instruct_max_tokens": 48,
+    "reddit_limit": 40,
+    "reddit_max_tokens": 48,
+    "limit_pairs": 0,
+}
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: list[str], demo: dict[str, Any]) -> argparse.Namespace:
+    """Parses `argv`; with --demo the flags that the user did not give take their values from `demo`.
+
+    A demo's output folder is the first free one of NAME_1, NAME_2, ..., so that the demo can be run again.
+    """
+    args = parser.parse_args(argv)
+    if args.demo:
+        number = 1
+        while Path(f"{demo['output_dir']}_{number}").exists():
+            number += 1
+        if args.resume_from_checkpoint and number > 1:
+            number -= 1
+        parser.set_defaults(**{**demo, "output_dir": f"{demo['output_dir']}_{number}"})
+        args = parser.parse_args(argv)
+    return args

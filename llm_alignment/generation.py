@@ -1,0 +1,275 @@
+"""Prompts fitted to a length, and batched answers."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from llm_alignment.files import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+log = logging.getLogger("llm_alignment")
+
+
+def generate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[dict]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    batch_size: int = 0,
+    backend: str = "simple",
+    thinking: bool = False,
+    seed: int = 42,
+    description: str = "",
+    on_answer: Callable[[int, str, int, bool], Any] | None = None,
+) -> list[str]:
+    """Answers conversations of {role, content} turns that end with the user's; returns one text for each, in order.
+
+    Temperature 0 is greedy and in float32 does not depend on `batch_size` (0: by free memory); above 0, sampling is
+    seeded. The settings a model ships with, such as Qwen3's temperature of 0.6, play no part. `backend` "simple" is
+    `model.generate` on batches of like length that finished rows leave; "auto" is transformers' continuous batching
+    on CUDA and simple elsewhere. An answer gets at most half of the model's context, and a prompt that leaves less
+    room than its answer needs loses its beginning. A block of thinking is part of the text: see `strip_thinking`.
+    `on_answer(index, text, new tokens, whether it ended by itself)` is called as each answer is ready; with a
+    `description` a progress bar is shown. Leaves torch's random state and the model's mode as they were.
+    """
+    import torch
+    from tqdm import tqdm
+
+    if not conversations:
+        return []
+    device, context = model.device, model.config.get_text_config().max_position_embeddings
+    max_new_tokens = min(max_new_tokens, context // 2)
+    prompts = tokenizer.apply_chat_template(
+        conversations, add_generation_prompt=True, return_dict=False, enable_thinking=thinking
+    )
+    cut = sum(len(prompt) > context - max_new_tokens for prompt in prompts)
+    if cut:
+        log.warning("%d prompts lost their beginning: the model's context is %d tokens", cut, context)
+        prompts = [prompt[-(context - max_new_tokens) :] for prompt in prompts]
+    settings = decoding_settings(model, tokenizer, temperature=temperature, top_p=top_p)
+    eos = settings.eos_token_id
+    # Tags of thinking are special tokens in some tokenizers, and they must be seen to be removed.
+    hidden = {
+        number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content not in {"<think>", "</think>"}
+    }
+    texts: list[str | None] = [None] * len(prompts)
+    progress = tqdm(total=len(prompts), desc=description, unit="answer", disable=not description)
+
+    def take(index: int, tokens: list[int]) -> None:
+        end = next((n for n, token in enumerate(tokens) if token in eos), None)
+        shown = [token for token in tokens[:end] if token not in hidden]
+        opened = tokenizer.decode(prompts[index][-16:]).rstrip().endswith("<think>")  # by the template itself
+        texts[index] = ("<think>" if opened else "") + tokenizer.decode(shown).strip()
+        progress.update()
+        if on_answer:
+            on_answer(index, texts[index], len(tokens[:end]), end is not None)
+
+    def run(batch: list[int]) -> None:
+        batch = [index for index in batch if texts[index] is None]  # memory may run out after a part has answered
+        if not batch:
+            return
+        chosen = [prompts[index] for index in batch]
+        torch.manual_seed(seed ^ zlib.crc32(str(chosen).encode()))
+        batched_answers(model, chosen, settings, max_new_tokens, lambda row, tokens: take(batch[row], tokens))
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), progress:
+            if backend == "auto" and device.type == "cuda":
+                torch.manual_seed(seed)
+                continuous_answers(model, prompts, settings, max_new_tokens, take)
+            else:
+                order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+                longest = len(prompts[order[-1]]) + max_new_tokens
+                in_batches(order, batch_size or free_batch_size(model, longest), run)
+    finally:
+        model.train(was_training)
+    return texts
+
+
+def decoding_settings(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, *, temperature: float, top_p: float
+) -> GenerationConfig:
+    """Greedy at temperature 0, else sampling; every setting is written out, so none of the model's own is taken."""
+    from transformers import GenerationConfig
+
+    own_eos = model.generation_config.eos_token_id
+    eos = sorted({*(own_eos if isinstance(own_eos, list) else [own_eos]), tokenizer.eos_token_id} - {None})
+    return GenerationConfig(
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_p=top_p if temperature else 1.0,
+        top_k=0 if temperature else 50,  # 50 is transformers' "not set": any other value warns when greedy
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        num_beams=1,
+        eos_token_id=eos,
+        pad_token_id=eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        use_cache=True,
+        return_dict_in_generate=True,
+    )
+
+
+def batched_answers(
+    model: PreTrainedModel | PeftModel,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    max_new_tokens: int,
+    take: Callable[[int, list[int]], None],
+    *,
+    cache: DynamicCache | None = None,
+    line_break: torch.Tensor | None = None,
+) -> None:
+    """Generates from left-padded token lists; `take(row, new tokens)` gets each answer, its end token included.
+
+    `model.generate` pauses whenever a quarter of its rows has ended: they leave, and the others go on from their
+    part of the key-value cache. `cache` may hold the prompts, left-padded, but for their last tokens. With
+    `line_break`, a bool for each token id, an answer also ends with its first line that is not empty.
+    """
+    import torch
+
+    device, width = model.device, max(map(len, prompts))
+    ids = torch.tensor([[settings.pad_token_id] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    eos = torch.tensor(settings.eos_token_id, device=device)
+    rows = list(range(len(prompts)))
+    while rows:
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        ends = torch.full((len(rows),), width + max_new_tokens, device=device)
+
+        def pause(input_ids, scores, ended=ended, ends=ends, **_):
+            ending = torch.isin(input_ids[:, -1], eos)
+            if line_break is not None:
+                breaks = line_break[input_ids[:, width:]]
+                ending |= breaks[:, -1] & ~breaks.all(dim=1)
+            ends[ending & ~ended] = input_ids.shape[1]
+            ended |= ending
+            return torch.full_like(ended, bool(ended.sum() * 4 >= len(ended)))
+
+        settings.max_new_tokens = width + max_new_tokens - ids.shape[1]
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=settings,
+            stopping_criteria=[pause],
+        )
+        ids, cache = output.sequences, output.past_key_values
+        if ids.shape[1] == width + max_new_tokens:
+            ended[:] = True
+        for place in ended.nonzero().flatten().tolist():
+            take(rows[place], ids[place, width : ends[place]].tolist())
+        going = (~ended).nonzero().flatten()
+        rows = [rows[place] for place in going.tolist()]
+        if rows:
+            mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[going]
+            ids = ids[going]
+            cache.batch_select_indices(going)
+
+
+def continuous_answers(model, prompts, settings, max_new_tokens: int, take: Callable[[int, list[int]], None]) -> None:
+    """As `batched_answers`, by transformers' continuous batching: a row that ends makes room for the next prompt."""
+    settings.max_new_tokens = max_new_tokens
+    outputs = list(model.generate_batch(prompts, generation_config=settings).values())
+    if len(outputs) < len(prompts) or any(output.error for output in outputs):
+        raise RuntimeError("continuous batching lost answers; take --mtbench_backend simple")
+    for row, output in enumerate(outputs):
+        take(row, output.generated_tokens)
+
+
+def in_batches(order: list[int], size: int, run: Callable[[list[int]], None]) -> None:
+    """Calls `run` on slices of `order`. When the GPU runs out of memory the slice is halved and tried again."""
+    import torch
+
+    start = 0
+    while start < len(order):
+        batch = order[start : start + size]
+        try:
+            run(batch)
+        except torch.cuda.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            size = len(batch) // 2
+        else:
+            start += len(batch)
+            continue
+        torch.cuda.empty_cache()  # only here, where the error no longer holds on to the tensors
+        log.warning("out of memory: going on with batches of %d", size)
+
+
+# Rows answered together when nobody says how many. On CPU more rows save no time, they only pad each other.
+MOST_ROWS = {"cuda": 64, "cpu": 32}
+
+
+def free_batch_size(model: PreTrainedModel | PeftModel, tokens: int) -> int:
+    """How many rows of `tokens` fit into the GPU's free memory, at most 64; on CPU 32."""
+    import torch
+    from transformers.configuration_utils import get_head_shapes
+
+    most = MOST_ROWS[model.device.type]
+    if model.device.type == "cpu":
+        return most
+    config = model.config.get_text_config()
+    heads, head_size = get_head_shapes(config)
+    row = 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize * tokens + 12 * config.vocab_size
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return max(1, min(most, int(free / 2 / row)))  # half stays free for activations and for copying the cache
+
+
+def strip_thinking(text: str) -> str:
+    """The answer without its <think>...</think> block; empty when a block never closes."""
+    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+    return "" if "<think>" in text else text.strip()
+
+
+def render(prompt: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> str:
+    """The prompt as the model reads it: as it is, or as the user's turn of the chat template."""
+    if not args.use_chat_template:
+        return prompt
+    turns = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True, enable_thinking=args.thinking
+    )
+
+
+def fit_prompt(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, mark: str
+) -> tuple[str, bool]:
+    """The rendered prompt within --max_prompt_length tokens, and whether it was cut.
+
+    What stands before the last `mark` loses its end, so the question stays; a prompt without a mark loses its
+    beginning. Raises InputError when the question alone is too long.
+    """
+    head, found, question = prompt.rpartition(mark)
+    kept, tail = (head, found + question) if found else (prompt, "")
+    while True:
+        text = render(kept + tail, tokenizer, args)
+        excess = len(tokenizer(text)["input_ids"]) - args.max_prompt_length
+        if excess <= 0:
+            return text, kept + tail != prompt
+        if not kept:
+            raise InputError(
+                f"--max_prompt_length {args.max_prompt_length} is {excess} tokens short of the question "
+                f"{tail.strip()[:60]!r} alone; raise it"
+            )
+        places = tokenizer(kept, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if excess >= len(places):
+            kept = ""
+        else:
+            kept = kept[: places[-excess][0]] if found else kept[places[excess - 1][1] :]

@@ -1,0 +1,124 @@
+"""The reward model and the two 1-10 scales."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from llm_alignment.files import InputError, file_sha256
+from llm_alignment.generation import in_batches
+from llm_alignment.models import device_and_dtype, fetch_model
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+class RewardModel:
+    """A sequence classifier with one label that scores conversations ending with the assistant's answer.
+
+    Follows the cards of Skywork-Reward-V2: the reward model's own chat template, one BOS, the raw logit. bf16 on CUDA,
+    float32 on CPU; `device` None takes the GPU when there is one. Raises InputError when `name` is no such model.
+    """
+
+    def __init__(self, name: str, *, device: torch.device | str | None = None, batch_size: int = 0) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        folder = fetch_model(name, None, "--reward_model")
+        weights = sorted(folder.glob("*.safetensors"))
+        if not weights:
+            raise InputError(f"--reward_model {name}: no .safetensors weights in this folder; name a reward model")
+        device = torch.device(device) if device else device_and_dtype()[0]
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model, loading = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, output_loading_info=True
+        )
+        if self.model.config.num_labels != 1 or loading["missing_keys"] or self.tokenizer.chat_template is None:
+            raise InputError(f"--reward_model {name}: not a chat sequence classifier with one label; name another")
+        self.model.to(device).eval()
+        self.batch_size = batch_size or 16
+        config = self.model.config.get_text_config()
+        self.max_length = min(config.max_position_embeddings, self.tokenizer.model_max_length)
+        self.default_system = default_system_turn(self.tokenizer)
+        self.fingerprint = {"name": name, "weights": [file_sha256(path)[:16] for path in weights]}
+
+    def score(self, conversations: list[list[dict]]) -> list[float]:
+        """Raw rewards. A long conversation loses the beginning of its oldest turns, never any of its answer."""
+        import torch
+
+        inputs = [self.encode(conversation) for conversation in conversations]
+        rewards = [0.0] * len(inputs)
+        # Padding goes by this id alone, so a tokenizer without a pad token gets one that no conversation holds.
+        used = {token for ids in inputs for token in ids}
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            pad = next(token for token in range(self.model.config.get_text_config().vocab_size) if token not in used)
+        self.model.config.get_text_config().pad_token_id = pad
+
+        def run(batch: list[int]) -> None:
+            width = max(len(inputs[index]) for index in batch)
+            ids = [inputs[index] + [pad] * (width - len(inputs[index])) for index in batch]
+            mask = [[1] * len(inputs[index]) + [0] * (width - len(inputs[index])) for index in batch]
+            tensors = torch.tensor([ids, mask], device=self.model.device)
+            with torch.no_grad():
+                logits = self.model(input_ids=tensors[0], attention_mask=tensors[1], use_cache=False).logits
+            for index, reward in zip(batch, logits[:, 0].tolist(), strict=True):
+                rewards[index] = reward
+
+        in_batches(sorted(range(len(inputs)), key=lambda index: len(inputs[index])), self.batch_size, run)
+        return rewards
+
+    def encode(self, conversation: list[dict]) -> list[int]:
+        """Token ids of a conversation, no longer than the model's context."""
+        turns = [dict(turn) for turn in conversation]
+        while True:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            ids = self.tokenizer(text.replace(self.default_system, "", 1)).input_ids
+            while ids[:2] == [self.tokenizer.bos_token_id] * 2:  # one from the template, one from the tokenizer
+                ids = ids[1:]
+            excess = len(ids) - self.max_length
+            if excess <= 0:
+                return ids
+            oldest = next((turn for turn in turns[:-1] if turn["content"]), None)
+            if oldest is None:
+                raise InputError(
+                    f"an answer of {len(ids)} tokens is longer than the reward model's {self.max_length}; "
+                    "lower --mtbench_max_tokens or name another --reward_model"
+                )
+            offsets = self.tokenizer(
+                oldest["content"], add_special_tokens=False, return_offsets_mapping=True
+            ).offset_mapping
+            oldest["content"] = oldest["content"][offsets[excess - 1][1] :] if excess < len(offsets) else ""
+
+
+def default_system_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The system turn that a chat template adds on its own, as Qwen2.5's does; "" when it adds none."""
+    from jinja2 import TemplateError
+
+    def render(*contents: str) -> str:
+        turns = [{"role": "user", "content": content} for content in contents]
+        return tokenizer.apply_chat_template(turns, tokenize=False)
+
+    try:
+        head, tail = render("QUESTION").split("QUESTION")
+        header = render("QUESTION", "SECOND").split("QUESTION")[1].split("SECOND")[0].removeprefix(tail)
+    except TemplateError:  # templates that insist on alternating roles: none of them adds a system turn
+        return ""
+    return head.removesuffix(header).removeprefix(tokenizer.bos_token or "")
+
+
+def to_score(reward: float) -> float:
+    """A raw reward on the 1-10 scale, monotone: 1 + 9 * sigmoid(reward / 5)."""
+    return 5.5 + 4.5 * math.tanh(reward / 10)  # the same, without overflow
+
+
+def to_logged_scale(reward: float) -> float:
+    """A raw reward on the 1-10 scale of the published tables. Not monotone: 1.00 gives 10, 1.01 gives 2.82."""
+    if reward < 0:
+        share = (reward + 5) / 10
+    elif reward <= 1:
+        share = reward
+    else:
+        share = reward / 5
+    return min(10.0, max(1.0, 1 + 9 * share))

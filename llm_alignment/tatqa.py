@@ -1,0 +1,566 @@
+"""TAT-QA: flags, reading, prompt, both metrics, and answering table by table."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import logging
+import math
+import random
+import re
+import statistics
+import string
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_alignment.evaluation import Evaluation
+from llm_alignment.files import InputError, ResultFile, SkippedRows, baseline_cache, hub_errors, write_atomic
+from llm_alignment.flags import not_negative, positive, ratio
+from llm_alignment.generation import (
+    batched_answers,
+    decoding_settings,
+    fit_prompt,
+    free_batch_size,
+    in_batches,
+    strip_thinking,
+)
+from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+log = logging.getLogger("llm_alignment")
+
+
+def add_tatqa_flags(parser: argparse.ArgumentParser) -> None:
+    """Where TAT-QA is read from, how its prompts look, and how it is measured."""
+    on_off = argparse.BooleanOptionalAction
+    group = parser.add_argument_group("TAT-QA")
+    group.add_argument("--tatqa_dir", default="", metavar="PATH", help="folder of its JSON files (default: the hub)")
+    group.add_argument("--tatqa_split", choices=list(TATQA_FILES), default="train", help="split to train on (train)")
+    group.add_argument("--tatqa_table_rows", type=positive(int), default=20, help="rows of a table to show (20)")
+    group.add_argument("--tatqa_table_cols", type=positive(int), default=8, help="columns of a table to show (8)")
+    group.add_argument(
+        "--tatqa_para_chars", type=not_negative(int), default=1200, help="characters of passages (1200)"
+    )
+    group.add_argument(
+        "--tatqa_only_rel_paras", action=on_off, default=True, help="only passages a question refers to"
+    )
+    group.add_argument("--do_eval", action=on_off, default=True, help="TAT-QA")
+    group.add_argument("--eval_split", choices=list(TATQA_FILES), default="validation", help="(validation)")
+    group.add_argument("--eval_limit", type=not_negative(int), default=1000, help="TAT-QA questions; 0 = all (1000)")
+    group.add_argument("--eval_max_new_tokens", type=positive(int), default=64, help="tokens of an answer (64)")
+    group.add_argument("--eval_temperature", type=not_negative(float), default=0.0, help="0 (default) = greedy")
+    group.add_argument("--eval_top_p", type=ratio, default=1.0)
+    group.add_argument("--eval_save_json", default="", metavar="FILE", help="also write TAT-QA's answers to this file")
+
+
+def prompt_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that shape a TAT-QA prompt, as `tatqa_prompt` takes them."""
+    names = ("table_rows", "table_cols", "para_chars", "only_rel_paras")
+    return {name: getattr(args, f"tatqa_{name}") for name in names}
+
+
+TATQA_FILES = {
+    "train": "tatqa_dataset_train.json",
+    "validation": "tatqa_dataset_dev.json",
+    "test": "tatqa_dataset_test_gold.json",
+}
+
+
+ANSWER_TYPES = ("span", "multi-span", "arithmetic", "count")
+
+
+SCALES = {"": 1, "thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000, "percent": 0.01}
+
+
+def tatqa_file(args: argparse.Namespace, split: str) -> Path:
+    """The JSON file of a split: in --tatqa_dir, else fetched from the hub."""
+    if args.tatqa_dir:
+        return Path(args.tatqa_dir) / TATQA_FILES[split]
+    import huggingface_hub
+
+    with hub_errors("next-tat/TAT-QA", "--tatqa_dir"):
+        return Path(huggingface_hub.hf_hub_download("next-tat/TAT-QA", TATQA_FILES[split], repo_type="dataset"))
+
+
+def read_tatqa(path: Path, skipped: SkippedRows) -> list[dict]:
+    """Reads a TAT-QA file: a list of contexts {"table", "paragraphs", "questions"}.
+
+    Read with the json module, because `answer` mixes lists, strings and numbers. Questions that cannot be used go to
+    `skipped`. Raises InputError, with the place, when the file is missing, truncated or of another shape, or when no
+    question is left.
+    """
+    try:
+        contexts = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; --tatqa_dir takes the folder that holds {path.name}") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+        raise InputError(f"{path}: not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(contexts, list):
+        raise InputError(f"{path}: not a list of contexts; fetch the TAT-QA file of that name again")
+    found = 0
+    for number, context in enumerate(contexts, 1):
+        try:
+            cells = [cell for row in context["table"]["table"] for cell in row]
+            texts = [passage["text"] for passage in context["paragraphs"]]
+            texts += [question[key] for question in context["questions"] for key in ("uid", "question")]
+            orders = [str(passage["order"]) for passage in context["paragraphs"]]
+            is_whole = all(isinstance(text, str) for text in cells + texts) and all(map(str.isdigit, orders))
+        except (TypeError, KeyError):
+            is_whole = False
+        if not is_whole:
+            raise InputError(f"{path}: context {number} is not a table of strings, passages and questions as TAT-QA's")
+        usable = []
+        for question in context["questions"]:
+            problem = question_problem(context, question)
+            if problem:
+                skipped.add(f"{path.name}: context {number}, question {question['uid']}", problem)
+            else:
+                usable.append(question)
+        context["questions"] = usable
+        found += len(usable)
+    if not found:
+        raise InputError(f"{path}: no usable question ({'; '.join(skipped.places) or 'the file is empty'})")
+    return contexts
+
+
+def question_problem(context: dict, question: dict) -> str | None:
+    """Says why a question cannot be used, or returns None."""
+    kind, answer = question.get("answer_type"), question.get("answer")
+    if kind not in ANSWER_TYPES:
+        return f"answer type {kind!r} is not one of {', '.join(ANSWER_TYPES)}"
+    if question.get("scale") not in list(SCALES):
+        return f"scale {question.get('scale')!r} is not one of {', '.join(filter(None, SCALES))} or empty"
+    if not any(cell.strip() for row in context["table"]["table"] for cell in row):
+        return "the table is empty"
+    if answer is None or answer in ("", []):
+        return "no answer"
+    if kind in ("span", "multi-span"):
+        if not isinstance(answer, list) or not all(isinstance(part, str) for part in answer):
+            return "the answer is not a list of strings"
+        if not any(part.strip() for part in answer):
+            return "no answer"
+    elif not re.fullmatch(r"-?\d+" if kind == "count" else r"-?\d+(\.\d+)?(e[-+]?\d+)?", str(answer)):
+        return f"the answer {answer!r} is not a number"
+    return None
+
+
+def tatqa_prompt(
+    context: dict,
+    question: dict,
+    *,
+    table_rows: int = 20,
+    table_cols: int = 8,
+    para_chars: int = 1200,
+    only_rel_paras: bool = True,
+) -> str:
+    """The prompt: role, the table in Markdown, passages, the question, "Answer:".
+
+    What the questions of one context share comes first, so that an evaluation can read it once. Of the passages, in
+    their order, the first `para_chars` characters are kept, cut at a word; with `only_rel_paras` only of those that
+    the question refers to.
+    """
+    rows = [
+        "| " + " | ".join(cell.replace("|", "/").strip() for cell in row[:table_cols]) + " |"
+        for row in context["table"]["table"][:table_rows]
+    ]
+    rows.insert(1, "|" + " --- |" * min(len(context["table"]["table"][0]), table_cols))
+    relevant = question.get("rel_paragraphs") or []
+    passages = "\n".join(
+        passage["text"].strip()
+        for passage in sorted(context["paragraphs"], key=lambda passage: int(passage["order"]))
+        if not only_rel_paras or str(passage["order"]) in relevant
+    )
+    if len(passages) > para_chars:
+        passages = passages[: para_chars + 1].rsplit(None, 1)[0]
+    text = f"\n\nText:\n{passages}" if passages else ""
+    return (
+        "You are a financial analyst. Answer the question from the table and the text with the answer alone, followed "
+        'by its scale (thousand, million, billion or percent) if it has one; separate several answers with ";".\n\n'
+        f"Table:\n{chr(10).join(rows)}{text}{QUESTION_MARK} {question['question'].strip()}\nAnswer:"
+    )
+
+
+QUESTION_MARK = "\n\nQuestion:"  # truncation keeps a prompt from here on
+
+
+def tatqa_em_f1(question: dict, prediction: str | list[str], scale: str) -> tuple[float, float]:
+    """The official exact match and F1 of one prediction, both 0..1.
+
+    Source: tatqa_metric.py of https://github.com/NExTplusplus/TAT-QA, whose oddities are kept ("(1,234)" is positive
+    because of its comma), so that figures compare with published ones.
+    """
+    import numpy as np
+
+    gold = question["answer"]
+    if question["answer_type"] in ("arithmetic", "count"):
+        gold = [str(int(gold) if question["answer_type"] == "count" else gold)]
+    if not prediction or not gold:
+        return 0.0, 0.0
+    parts = prediction if isinstance(prediction, list) else [prediction]
+    forms = [_answer_string(parts, scale)]
+    if len(parts) == 1 and not scale and "%" not in parts[0]:
+        value = _to_number(parts[0])
+        if value is not None:  # a share may be given bare: 0.2342 for 23.42 percent
+            forms.append(f"{value:.4f}")
+    gold_tokens = normalise(_answer_string(gold, question["scale"])).split()
+    best = (0.0, 0.0)
+    for form in forms:
+        tokens = normalise(form).split()
+        em = float(tokens == gold_tokens)
+        best = max(best, (em, float(np.round(_bag_f1(set(tokens), set(gold_tokens)), 2))))
+    em, f1 = best
+    return em, em if question["answer_type"] in ("arithmetic", "count") else f1
+
+
+def _answer_string(parts: list[str], scale: str) -> str:
+    """One string for an answer: numbers by their value times the scale, other parts followed by the scale's name."""
+    strings = []
+    for part in sorted(map(str, parts)):
+        value = _to_number(part)
+        if value is None:
+            strings.append(f"{part} {scale}" if scale else part)
+        elif "%" in part:
+            strings.append(f"{value:.4f}")
+        else:
+            strings.append(f"{round(value, 2) * SCALES[scale]:.4f}")
+    return " ".join(strings)
+
+
+def is_number(text: str) -> bool:
+    words = _bare(text).split()
+    try:
+        is_nan = math.isnan(float(words[0]))
+    except (ValueError, IndexError):
+        return False
+    return not is_nan and (len(words) == 1 or _scale_value(words[1]) != 1)
+
+
+def _to_number(text: str) -> float | None:
+    """The value of a text that is a number, else None: "(1.5)" is -1.5, "12%" is 0.12, "1.5 million" is 1500000."""
+    first = re.search(r"([+-]?\d+(?:\.\d+)?)|[+-]?\.\d+", _bare(text))
+    if not is_number(text) or not first or first[1] is None:
+        return None
+    value = float(first[1]) if "." in first[1] else int(first[1])
+    unit = re.search(r"[\d.]+\s?[a-zA-Z]+", text)
+    value *= _scale_value(unit[0]) if unit else 1
+    value *= -1 if re.search(r"\([\d.\s]+\)", text) else 1
+    value *= 0.01 if re.search(r"[\d.\s]+%", text) else 1
+    return round(value, 4)
+
+
+def _bare(text: str) -> str:
+    return "".join(char for char in text if char not in "'\"\\$€£¥%(),[]")
+
+
+def _scale_value(text: str) -> float:
+    """The factor of the scale word that the text holds; 1 without one."""
+    values = {"hundred": 100, **SCALES}
+    return next((value for word, value in values.items() if word and word in text.lower()), 1)
+
+
+def normalise(text: str) -> str:
+    tokens = []
+    for token in text.lower().split(" "):
+        if not is_number(token):
+            token = "".join(char for char in token if char not in string.punctuation)
+        if is_number(token):
+            token = str(_to_number(token))
+        tokens += re.sub(r"\b(a|an|the)\b", " ", token).split()
+    return " ".join(tokens)
+
+
+def _bag_f1(predicted: set[str], gold: set[str]) -> float:
+    common = len(predicted & gold)
+    precision = common / len(predicted) if predicted else 1.0
+    recall = common / len(gold) if gold else 1.0
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def tatqa_em_like(question: dict, text: str) -> bool:
+    """The metric of the published runs.
+
+    Arithmetic and count: the first number in the text is within max(0.5, 5 % of |gold|) of gold. Otherwise a gold
+    span, normalised, is contained in the normalised text.
+    """
+    if question["answer_type"] in ("arithmetic", "count"):
+        first = re.search(r"(\()?(?<![\w.])([-\u2212]?)\s?[$€£¥]?\s?(\d[\d,]*(?:\.\d+)?|\.\d+)", text)
+        if not first:
+            return False
+        value, gold = float(first[3].replace(",", "")), float(question["answer"])
+        value *= -1 if first[2] or first[1] else 1
+        return abs(value - gold) <= max(0.5, 0.05 * abs(gold))
+    normalised = normalise(text)
+    return any(span in normalised for span in map(normalise, question["answer"]) if span)
+
+
+def tatqa_parse(text: str) -> tuple[list[str], str]:
+    """A model's text as (answer parts, scale): its first line, parts separated by ";", a scale word at the end."""
+    line = next((line for line in text.split("\n") if line.strip()), "")
+    line = re.sub(r"^\s*(the )?answer( is)?\s*:?\s+", "", line, flags=re.IGNORECASE).strip()
+    if is_number(line.removesuffix(".")):
+        line = line.removesuffix(".")
+    parts = [part.strip() for part in line.split(";") if part.strip()]
+    scale_at_end = re.compile(r"\s+(thousand|million|billion|percent)$", re.IGNORECASE)
+    scaled = [part for part in parts if scale_at_end.search(part)]
+    if not parts or scaled != parts[-1:]:  # several parts that each carry a scale keep their own
+        return parts, ""
+    scale = scale_at_end.search(parts[-1])[1].lower()
+    return [*parts[:-1], scale_at_end.sub("", parts[-1])], scale
+
+
+def tatqa_questions(contexts: list[dict], *, limit: int, seed: int, **prompt_options) -> list[dict]:
+    """The evaluation questions [{"question_id", "question", "answer_type", "scale", "gold", "prompt"}, ...].
+
+    With `limit` > 0 they come from whole contexts in an order by `seed` that does not depend on the file's.
+    """
+    contexts = sorted(
+        (context for context in contexts if context["questions"]), key=lambda c: c["questions"][0]["uid"]
+    )
+    questions = [
+        {
+            "question_id": question["uid"],
+            "question": question["question"],
+            "answer_type": question["answer_type"],
+            "scale": question["scale"],
+            "gold": question["answer"],
+            "context": context["questions"][0]["uid"],
+            "prompt": tatqa_prompt(context, question, **prompt_options),
+        }
+        for context in random.Random(seed).sample(contexts, len(contexts))
+        for question in context["questions"]
+    ]
+    return questions[: limit or None]
+
+
+def answer_tatqa(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[dict],
+    *,
+    path: Path,
+    fingerprint: dict,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    batch_size: int = 0,
+    seed: int = 42,
+    one_line: bool = True,
+    share_prefix: bool = True,
+    use_cache: bool = False,
+    renew: bool = False,
+) -> list[dict]:
+    """Answers and grades TAT-QA questions, reading what those on one context share once; returns a row per question.
+
+    A row: {"question_id", "answer_type", "question", "gold", "answer", "em_like", "em", "f1", "prefilled"}, written to
+    `path` (a ResultFile) as soon as it exists; a restart goes on with the questions that are missing. `questions` are
+    those of `tatqa_questions` with fitted prompts. With `one_line` an answer ends with its first line. `prefilled` is
+    the row's share of the prompt tokens that its batch put through the model. `use_cache` takes a greedy result from
+    the user's cache folder and puts it there. `renew`: see ResultFile.
+    """
+    import torch
+    from tqdm import tqdm
+
+    settings = decoding_settings(model, tokenizer, temperature=temperature, top_p=top_p)
+    asked = zlib.crc32(json.dumps(questions, ensure_ascii=False).encode("utf-8"))
+    generation = dict(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, one_line=one_line
+    )
+    fingerprint = {**fingerprint, "questions": asked, "generation": generation}
+    cached = baseline_cache(fingerprint)
+    use_cache = use_cache and temperature == 0
+    if use_cache and cached.exists() and not path.exists():
+        write_atomic(path, cached.read_bytes())
+        log.info("%s: taken from the baseline cache (%s); --no_baseline_cache answers anew", path.name, cached)
+    results = ResultFile(path, fingerprint, renew=renew)
+    done = {row["question_id"] for row in results.rows}
+    missing = [question for question in questions if question["question_id"] not in done]
+
+    line_break = line_break_tokens(model, tokenizer) if one_line and missing else None
+
+    def tokens_of(group: list[dict]) -> list[list[int]]:
+        return [tokens[question["question_id"]] for question in group]
+
+    def run(batch: list[list[dict]]) -> None:
+        chosen = [question for group in batch for question in group]
+        prompts = list(map(tokens_of, batch))
+        torch.manual_seed(seed ^ zlib.crc32(chosen[0]["question_id"].encode()))
+        answers, prefilled = complete(model, prompts, settings, max_new_tokens, line_break, share_prefix=share_prefix)
+        for question, answer in zip(chosen, answers, strict=True):
+            text = strip_thinking(tokenizer.decode(answer, skip_special_tokens=True))
+            gold = {"answer": question["gold"], "answer_type": question["answer_type"], "scale": question["scale"]}
+            em, f1 = tatqa_em_f1(gold, *tatqa_parse(text))
+            graded = {"answer": text, "em_like": tatqa_em_like(gold, text), "em": em, "f1": f1}
+            kept = {key: question[key] for key in ("question_id", "answer_type", "question", "gold", "scale")}
+            results.append({**kept, **graded, "prefilled": prefilled / len(chosen)})
+            progress.update()
+
+    tokens = {question["question_id"]: tokenizer(question["prompt"])["input_ids"] for question in missing}
+    by_context = itertools.groupby(missing, key=lambda question: question["context"])
+    groups = sorted(([*group] for _, group in by_context), key=lambda group: len(tokens[group[0]["question_id"]]))
+    contexts_at_once = groups_at_once(model, list(map(tokens_of, groups)), max_new_tokens, batch_size)
+    was_training = model.training
+    model.eval()
+    progress = tqdm(total=len(questions), initial=len(done), desc=path.stem, unit="answer", disable=not missing)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), progress:
+        in_batches(groups, contexts_at_once, run)
+    model.train(was_training)
+    if use_cache and not cached.exists():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(cached, path.read_bytes())
+    return results.rows_of(questions)
+
+
+def groups_at_once(
+    model: PreTrainedModel | PeftModel, groups: list[list[list[int]]], max_new_tokens: int, batch_size: int = 0
+) -> int:
+    """How many groups of token lists `complete` takes at once: enough for `batch_size` rows; 0 = by free memory."""
+    longest = max((len(prompt) for group in groups for prompt in group), default=0) + max_new_tokens
+    rows = batch_size or free_batch_size(model, longest)
+    return math.ceil(rows / max(map(len, groups), default=1))
+
+
+def line_break_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """A bool for every token id of the model: whether its text holds a line break."""
+    import torch
+
+    pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    line_break = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool, device=model.device)
+    line_break[[token for token, piece in enumerate(pieces) if "\n" in piece]] = True
+    return line_break
+
+
+def complete(
+    model: PreTrainedModel | PeftModel,
+    groups: list[list[list[int]]],
+    settings: GenerationConfig,
+    max_new_tokens: int,
+    line_break: torch.Tensor | None = None,
+    *,
+    share_prefix: bool = True,
+) -> tuple[list[list[int]], int]:
+    """Continues the token lists of all groups in one batch; what a group begins with in common is read once.
+
+    Returns the new tokens of each, its end token included, and how many prompt tokens went through the model. With
+    `line_break` (see `line_break_tokens`) an answer also ends with its first line that is not empty.
+    """
+    prompts = [prompt for group in groups for prompt in group]
+    if share_prefix:
+        cache, prefilled = read_prompts(model, groups, settings.pad_token_id)
+        prefilled += len(prompts)
+    else:
+        cache, prefilled = None, len(prompts) * max(map(len, prompts))
+    answers = [[]] * len(prompts)
+    batched_answers(model, prompts, settings, max_new_tokens, answers.__setitem__, cache=cache, line_break=line_break)
+    return answers, prefilled
+
+
+def read_prompts(
+    model: PreTrainedModel | PeftModel, groups: list[list[list[int]]], pad_token_id: int, rows_at_once: int = 4
+) -> tuple[DynamicCache, int]:
+    """The key-value cache of prompts of two tokens or more, without their last, padded on the left; and the tokens read.
+
+    A group's common beginning is read once, as one row. What follows it is read for a few prompts of like length at
+    once, padded on the right, where causal attention needs no mask: the lengths differ much, by the passages.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    def read(tokens: list[list[int]], cache: DynamicCache) -> int:
+        ids = torch.tensor(tokens, dtype=torch.long, device=model.device)
+        if ids.numel():
+            with torch.no_grad():
+                model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return ids.numel()
+
+    n_tokens, rows = 0, []  # a row: (keys, values) of each layer, (heads, tokens, head size)
+    for prompts in groups:
+        columns = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+        shared = min(sum(1 for _ in columns), min(map(len, prompts)) - 1)  # generate() needs a token of each
+        prefix = DynamicCache()
+        n_tokens += read([prompts[0][:shared]], prefix)
+        first_row = len(rows)
+        rows += [None] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        for start in range(0, len(order), rows_at_once):
+            some = order[start : start + rows_at_once]
+            rests = [prompts[index][shared:-1] for index in some]
+            longest = max(map(len, rests))
+            cache = DynamicCache([
+                [states.expand(len(some), -1, -1, -1) for states in (la.keys, la.values)] for la in prefix.layers
+            ])
+            n_tokens += read([rest + [pad_token_id] * (longest - len(rest)) for rest in rests], cache)
+            for place, index in enumerate(some):
+                end = len(prompts[index]) - 1
+                rows[first_row + index] = [(la.keys[place, :, :end], la.values[place, :, :end]) for la in cache.layers]
+
+    width = max(keys.shape[1] for (keys, _), *_ in rows)
+
+    def left_padded(states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return torch.stack([torch.nn.functional.pad(s, (0, 0, width - s.shape[1], 0)) for s in states])
+
+    layers = [[left_padded(states) for states in zip(*layer, strict=True)] for layer in zip(*rows, strict=True)]
+    return DynamicCache(layers), n_tokens
+
+
+def summarise_tatqa(rows: list[dict]) -> dict:
+    """Both metrics in per cent, overall and by answer type: {"em_like", "em", "f1", "n", "by_type": {type: ...}}."""
+
+    def shares(rows: list[dict]) -> dict:
+        means = {key: 100 * statistics.fmean(row[key] for row in rows) for key in ("em_like", "em", "f1")}
+        return {**means, "n": len(rows)}
+
+    kinds = sorted({row["answer_type"] for row in rows})
+    by_type = {kind: shares([row for row in rows if row["answer_type"] == kind]) for kind in kinds}
+    return {**shares(rows), "by_type": by_type}
+
+
+def compare_tatqa(before: list[dict], after: list[dict]) -> dict[str, dict]:
+    """Differences in percentage points: exact McNemar tests for the two exact metrics, also by answer type."""
+
+    def difference(key: str, kind: str | None = None) -> dict:
+        test = paired_delta if key == "f1" else mcnemar
+        pairs = [pair for pair in zip(before, after, strict=True) if kind in (None, pair[0]["answer_type"])]
+        return in_per_cent(test([old[key] for old, _ in pairs], [new[key] for _, new in pairs]))
+
+    kinds = sorted({row["answer_type"] for row in after})
+    deltas = {"tatqa": "em_like", "tatqa_em": "em", "tatqa_f1": "f1"}
+    return {
+        name: {**difference(key), "by_type": {kind: difference(key, kind) for kind in kinds}}
+        for name, key in deltas.items()
+    }
+
+
+def tatqa_evaluation(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
+    """TAT-QA by both metrics, as the flags ask for it."""
+    skipped = SkippedRows()
+    contexts = read_tatqa(tatqa_file(args, args.eval_split), skipped)
+    skipped.report("TAT-QA evaluation questions")
+    questions = tatqa_questions(contexts, limit=args.eval_limit, seed=args.seed, **prompt_options(args))
+    fitted = [
+        {**question, "prompt": fit_prompt(question["prompt"], tokenizer, args, QUESTION_MARK)[0]}
+        for question in questions
+    ]
+    answer = functools.partial(
+        answer_tatqa,
+        questions=fitted,
+        max_new_tokens=args.eval_max_new_tokens,
+        temperature=args.eval_temperature,
+        top_p=args.eval_top_p,
+        batch_size=args.eval_batch_size,
+        seed=args.seed,
+        one_line=not args.use_chat_template,
+    )
+    lines = [
+        ("TAT-QA, as published, %", lambda s: s["em_like"], "tatqa"),
+        ("TAT-QA, official EM, %", lambda s: s["em"], "tatqa_em"),
+        ("TAT-QA, official F1, %", lambda s: s["f1"], "tatqa_f1"),
+    ]
+    return Evaluation("tatqa", len(fitted), answer, summarise_tatqa, compare_tatqa, lines)
