@@ -16,9 +16,9 @@ import pytest
 
 import dpo_train
 from dpo_train import tatqa_pairs
-from llm_alignment import dpo, generation, instructions, models, tatqa, training
+from llm_alignment import dpo, generation, models, tatqa, training
 from llm_alignment.files import InputError, SkippedRows
-from llm_alignment.tatqa import tatqa_em_f1, tatqa_em_like, tatqa_parse, tatqa_prompt
+from llm_alignment.tatqa import tatqa_em_f1, tatqa_parse, tatqa_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "experiments" / "demo"
@@ -35,101 +35,6 @@ def context(*questions):
     table = [["", "2019", "2018"], ["Sales", "$1,496.5", "(59.9)"], ["Costs", "1,202.9", "1,107.7"]]
     paragraphs = [{"order": 2, "text": "Second passage."}, {"order": 1, "text": "First passage of words."}]
     return {"table": {"uid": "t", "table": table}, "paragraphs": paragraphs, "questions": list(questions)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The official metric, each rule worked by hand
-
-
-@pytest.mark.parametrize(
-    "gold, prediction, scale, expected",
-    [
-        # an empty prediction scores 0, 0
-        (question(), "", "", (0, 0)),
-        (question(), [], "", (0, 0)),
-        # a number: its value rounded to two decimals times its scale
-        (question("arithmetic", 172, "million"), "172", "million", (1, 1)),
-        (question("arithmetic", 172, "million"), "172,000,000", "", (1, 1)),
-        (question("arithmetic", 172, "million"), "172", "thousand", (0, 0)),
-        (question("arithmetic", 2.934, ""), "2.93", "", (1, 1)),
-        (question("arithmetic", 1.234, "thousand"), "1230", "", (1, 1)),
-        # percent: 26.82 percent is 0.2682, written as a share, with "%" or with its scale
-        (question("arithmetic", 26.82, "percent"), "0.2682", "", (1, 1)),
-        (question("arithmetic", 26.82, "percent"), "26.82%", "", (1, 1)),
-        (question("arithmetic", 26.82, "percent"), "26.82%", "million", (1, 1)),
-        (question("arithmetic", 26.82, "percent"), "26.82", "percent", (1, 1)),
-        (question("arithmetic", 26.82, "percent"), "26.82", "", (0, 0)),
-        # the bare form is for a single number without scale alone
-        (question("arithmetic", 26.82, "percent"), ["0.2682", "1"], "", (0, 0)),
-        # signs and parentheses: a bare parenthesised number is negative, one with a comma is not
-        (question("arithmetic", -59.9, ""), "(59.9)", "", (1, 1)),
-        (question("arithmetic", -1234, ""), "(1,234)", "", (0, 0)),
-        (question("arithmetic", 1234, ""), "(1,234)", "", (1, 1)),
-        # characters dropped from numbers; a scale word of its own
-        (question("span", ("$1,496.5",), "million"), "1496.5", "million", (1, 1)),
-        (question("span", ("$1.5 million",)), "1500000", "", (1, 1)),
-        (question("span", ("1.5 million",)), "\u20ac1.5", "million", (1, 1)),
-        # a second word that is no scale word: not a number
-        (question("span", ("5 apples",)), "5 apples", "", (1, 1)),
-        (question("span", ("5 apples",)), "5", "", (0, 0)),  # "5.0" is not the word "5"
-        # texts get the scale's name
-        (question("span", ("Net sales",), "percent"), "net sales", "percent", (1, 1)),
-        (question("span", ("Net sales",), "percent"), "net sales", "", (0, 0.8)),
-        # normalisation: case, punctuation, articles, spaces
-        (question("span", ("The modified, retrospective method",)), "modified  retrospective Method.", "", (1, 1)),
-        # bag-of-words F1 rounded to two decimals
-        (question("span", ("lower cost of sales",)), "cost of materials", "", (0, 0.57)),
-        # several spans: sorted, so their order does not matter
-        (question("multi-span", ("2019", "2018")), ["2018", "2019"], "", (1, 1)),
-        (question("multi-span", ("2019", "2018")), ["2018"], "", (0, 0.67)),
-        (question("multi-span", ("73,260", "57,768"), "thousand"), ["57,768", "73,260"], "thousand", (1, 1)),
-        # count, whose F1 equals its EM
-        (question("count", "3"), "3", "", (1, 1)),
-        (question("count", "3"), "3 items", "", (0, 0)),
-    ],
-)
-def test_official_metric(gold, prediction, scale, expected):
-    assert tatqa_em_f1(gold, prediction, scale) == expected
-
-
-@pytest.mark.parametrize(
-    "gold, text, expected",
-    [
-        (question("arithmetic", 100.0), "It rose by 104.9 million", True),
-        (question("arithmetic", 100.0), "105.1", False),
-        (question("arithmetic", 2.0), "2.5", True),
-        (question("arithmetic", 2.0), "2.6", False),
-        (question("arithmetic", -59.9), "(59.9)", True),
-        (question("arithmetic", -59.9), "\u221259.9", True),
-        (question("arithmetic", -59.9), "59.9", False),
-        (question("arithmetic", 1496.5), "$1,496.5 then 3", True),
-        (question("arithmetic", 3), "first 7, then 3", False),
-        (question("arithmetic", 3), "no number", False),
-        (question("count", "3"), "3", True),
-        (question("span", ("the Net sales",)), "These are net sales, mostly.", True),
-        (question("span", ("net sales",)), "costs", False),
-        (question("multi-span", ("2019", "2018")), "2018", True),
-        (question("multi-span", ("2019", "")), "anything", False),
-    ],
-)
-def test_metric_of_the_published_runs(gold, text, expected):
-    assert tatqa_em_like(gold, text) is expected
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("172 million", (["172"], "million")),
-        ("\nAnswer: 26.82 percent\nQuestion: next?", (["26.82"], "percent")),
-        ("73,260; 57,768 thousand", (["73,260", "57,768"], "thousand")),
-        ("5 million; 6 million", (["5 million", "6 million"], "")),
-        ("The answer is 12%.", (["12%"], "")),
-        ("net sales.", (["net sales."], "")),
-        ("", ([], "")),
-    ],
-)
-def test_parse(text, expected):
-    assert tatqa_parse(text) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,53 +105,6 @@ def test_real_questions(split):
     assert sum(right) >= 0.995 * len(right)  # a few spans hold the sign that separates answers
     random.Random(0).shuffle(contexts)
     assert tatqa_pairs(contexts, seed=42) == pairs
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading and prompts
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        ('[{"table": ', ["not valid JSON", "line 1"]),
-        ("{}", ["not a list"]),
-        ('[{"table": {"table": [[1]]}, "paragraphs": [], "questions": []}]', ["context 1"]),
-        ('[{"paragraphs": []}]', ["context 1"]),
-        ("[]", ["no usable question"]),
-        (json.dumps([context(question(answer=None))]), ["context 1, question q1", "no answer"]),
-        (json.dumps([context(question("essay"))]), ["question q1", "'essay'"]),
-        (json.dumps([{**context(question()), "table": {"table": [["", " "]]}}]), ["the table is empty"]),
-        (json.dumps([context(question("count", "many"))]), ["'many' is not a number"]),
-        (json.dumps([context(question(scale="dozen"))]), ["'dozen'"]),
-    ],
-)
-def test_bad_files_are_named_with_the_place(tmp_path, content, words):
-    path = tmp_path / "tatqa_dataset_train.json"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(InputError) as error:
-        tatqa.read_tatqa(path, SkippedRows())
-    assert all(word in str(error.value) for word in [str(path), *words])
-    assert "\n" not in str(error.value)
-
-
-def test_bad_questions_are_left_out_and_counted(tmp_path):
-    path = tmp_path / "tatqa_dataset_dev.json"
-    path.write_text(json.dumps([context(question(answer=[], uid="bad"), question(uid="good"))]), encoding="utf-8")
-    skipped = SkippedRows()
-    (kept,) = tatqa.read_tatqa(path, skipped)
-    assert [q["uid"] for q in kept["questions"]] == ["good"]
-    assert skipped.count == 1 and "question bad" in skipped.places[0]
-
-
-def test_prompt_shows_table_and_passages_within_the_limits():
-    gold = question(rel_paragraphs=["1"])
-    text = tatqa_prompt(context(gold), gold)
-    assert "|  | 2019 | 2018 |\n| --- | --- | --- |\n| Sales | $1,496.5 | (59.9) |" in text
-    assert "First passage" in text and "Second" not in text and text.endswith("Question: What?\nAnswer:")
-    text = tatqa_prompt(context(gold), gold, table_rows=2, table_cols=2, para_chars=15, only_rel_paras=False)
-    assert "| Sales | $1,496.5 |\n\n" in text and "Costs" not in text
-    assert "Text:\nFirst passage\n" in text  # in order, cut at a word
 
 
 @pytest.fixture(scope="module")
@@ -417,62 +275,6 @@ def test_steps_back_with_a_reason():
 # Evaluation
 
 
-@pytest.fixture(scope="module")
-def questions(demo_args, tokenizer):
-    contexts = tatqa.read_tatqa(DEMO / "tatqa" / "tatqa_dataset_dev.json", SkippedRows())
-    chosen = tatqa.tatqa_questions(contexts, limit=20, seed=1)
-    assert tatqa.tatqa_questions(contexts[::-1], limit=20, seed=1) == chosen
-    return chosen
-
-
-def test_reading_a_table_once_changes_no_answer(demo_args, tokenizer, questions, tmp_path):
-    model = models.load_model(demo_args)
-    answers, prefilled = {}, {}
-    for share in (True, False):
-        for one_line in (True, False):
-            rows = tatqa.answer_tatqa(
-                model, tokenizer, questions, path=tmp_path / f"{share}_{one_line}.jsonl", fingerprint={},
-                max_new_tokens=12, one_line=one_line, share_prefix=share,
-            )  # fmt: skip
-            assert [row["question_id"] for row in rows] == [question["question_id"] for question in questions]
-            answers[share, one_line] = [row["answer"] for row in rows]
-            prefilled[share] = sum(row["prefilled"] for row in rows)
-    assert answers[True, True] == answers[False, True] and answers[True, False] == answers[False, False]
-    assert all("\n" not in answer for answer in answers[True, True])
-    assert prefilled[True] < 0.7 * prefilled[False]
-
-
-def test_groups_of_one_prompt_or_without_a_common_beginning(demo_args, tokenizer):
-    model = models.load_model(demo_args).eval()
-    settings = generation.decoding_settings(model, tokenizer, temperature=0.0, top_p=1.0)
-    texts = [
-        ["What is 3 + 4?"],
-        ["Name the capital of France.", "Spell the word house."],
-        ["Now add 5.", "Now add 5."],
-    ]
-    groups = [[tokenizer(text)["input_ids"] for text in group] for group in texts]
-    expected, read_alone = tatqa.complete(model, groups, settings, 8, share_prefix=False)
-    answers, read = tatqa.complete(model, groups, settings, 8)
-    assert answers == expected and len(answers) == 5
-    assert read < read_alone
-
-
-def test_an_evaluation_goes_on_where_it_stopped(demo_args, tokenizer, questions, tmp_path, monkeypatch):
-    model = models.load_model(demo_args)
-    settings = dict(fingerprint={"model": "demo"}, max_new_tokens=8)
-    whole = tatqa.answer_tatqa(model, tokenizer, questions, path=tmp_path / "whole.jsonl", **settings)
-    lines = (tmp_path / "whole.jsonl").read_bytes().split(b"\n")
-    torn = tmp_path / "torn.jsonl"
-    torn.write_bytes(b"\n".join(lines[:9]) + b"\n" + lines[9][:20])  # killed in the middle of a context and of a line
-    assert tatqa.answer_tatqa(model, tokenizer, questions, path=torn, **settings) == [
-        {**row, "prefilled": pytest.approx(row["prefilled"], rel=1)} for row in whole
-    ]
-    ids = [json.loads(line)["question_id"] for line in torn.read_text("utf-8").split("\n")[1:] if line]
-    assert sorted(ids) == sorted(question["question_id"] for question in questions)
-    with pytest.raises(InputError, match="max_new_tokens"):
-        tatqa.answer_tatqa(model, tokenizer, questions, path=torn, **{**settings, "max_new_tokens": 9})
-
-
 @pytest.mark.parametrize("room", [2, 300])  # for the answer to the longest prompt, so the first cuts answers
 def test_held_out_rewards_are_those_of_training(demo_args, tokenizer, rows, tmp_path, room):
     import torch
@@ -513,60 +315,6 @@ def test_reward_accuracy_by_hand():
     deltas = dpo.compare_rewards(before, after)
     assert deltas["reward_accuracy"]["mean"] == 25 and deltas["reward_margin"]["mean"] == 1.125
     assert deltas["reward_accuracy"]["p"] == pytest.approx(10 / 16)  # 3 of 4 coins, both sides
-
-
-def test_summary_and_comparison_by_answer_type():
-    def row(kind, like, em, f1):
-        return {"answer_type": kind, "em_like": like, "em": em, "f1": f1}
-
-    before = [row("span", True, 1.0, 1.0), row("span", False, 0.0, 0.5), row("count", False, 0.0, 0.0)]
-    after = [row("span", True, 1.0, 1.0), row("span", True, 1.0, 1.0), row("count", True, 0.0, 0.0)]
-    summary = tatqa.summarise_tatqa(before)
-    assert summary["em_like"] == pytest.approx(100 / 3) and summary["f1"] == pytest.approx(50)
-    assert summary["by_type"]["span"] == {"em_like": 50, "em": 50, "f1": 75, "n": 2}
-    deltas = tatqa.compare_tatqa(before, after)
-    assert deltas["tatqa"]["mean"] == pytest.approx(200 / 3)
-    assert deltas["tatqa"]["p"] == 0.5  # two changed, both gained: exact McNemar
-    assert deltas["tatqa_em"]["by_type"]["span"]["mean"] == pytest.approx(50)
-    assert deltas["tatqa_em"]["by_type"]["count"]["n"] == 1
-
-
-GOOD_ANSWERS = [
-    "1. Cook at home\n2. Cancel subscriptions\n3. Walk\n4. Insulate\n5. Compare prices",
-    "Wednesday\nThursday\nFriday\nSaturday\nSunday\nMonday\nTuesday",
-    "red, yellow, blue",
-    "Advantages\n- time\n- quiet\n- comfort\n\nDisadvantages\n- isolation\n- cost\n- distraction",
-    '```json\n{"name": "Ada", "age": 36, "city": "London"}\n```',
-    '["Paris", "Rome", "Oslo", "Bern"]',
-    "| Asset | Risk |\n| --- | --- |\n| Cash | low |\n| Bonds | medium |\n| Shares | high |",
-    "[gain; earnings]",
-    "Japan: yen\nPoland: zloty\nBrazil: real",
-    "Inflation is a rise in the general level of prices. It lowers what money buys.",
-    "Compound interest is interest that is paid on earlier interest too, so that savings grow faster and faster.",
-    " ".join(["Autumn"] + ["leaf"] * 69),
-    "Waves fold into foam\na gull writes upon the wind\nsalt on every stone",
-    "Yes.",
-    "After the storm the ship reached the harbour.",
-    "A bank keeps savings and grants credit.",
-    "A share is ownership of a company, a bond is a loan to it. Which would you choose?",
-    "In short, losses of one holding are offset by gains of another.",
-    "Dear Sir or Madam,\nplease send me a new card.\nKind regards",
-    "Cash is king. Cash is king. Cash is king.",
-    "3, 7, 19, 42, 88",
-    "apple, cherry, mango, pear",
-    "10 9 8 7 6 5 4 3 2 1",
-    "36",
-    "$55",
-]
-
-
-def test_every_check_tells_a_good_answer_from_a_poor_one():
-    assert len(instructions.INSTRUCTIONS) == len(GOOD_ANSWERS) == 25
-    poor = "I am not sure. It depends, doesn't it? Money comes and goes! See 1 or 2."
-    for (_, instruction, checks), good in zip(instructions.INSTRUCTIONS, GOOD_ANSWERS, strict=True):
-        assert all(check(good) for check in checks), instruction
-        assert not all(check(poor) for check in checks), instruction
-        assert not all(check("") for check in checks), instruction
 
 
 # ---------------------------------------------------------------------------------------------------------------------
