@@ -13,7 +13,6 @@ rewards of held-out pairs are measured before and after.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import sys
@@ -30,8 +29,8 @@ from llm_alignment.dpo import (
     print_plan,
     reward_evaluation,
 )
-from llm_alignment.evaluation import save_answers
-from llm_alignment.files import InputError, SkippedRows, file_sha256, read_jsonl
+from llm_alignment.evaluation import save_answers, stored_rows
+from llm_alignment.files import InputError, SkippedRows, file_sha256
 from llm_alignment.flags import DPO_DEMO, new_parser, not_negative, parse_arguments
 from llm_alignment.instructions import instruct_questions
 from llm_alignment.models import load_tokenizer, main_process
@@ -204,12 +203,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
         return
     align(args, record, tokenizer, rows, evaluations, data, checkpoint)
     if args.eval_save_json and main_process():
-        stages = {stage: Path(args.output_dir) / f"tatqa_{stage}.jsonl" for stage in ("baseline", "final")}
-        answers = {
-            stage: [json.loads(line) for _, line in read_jsonl(path)][1:]
-            for stage, path in stages.items()
-            if path.exists()
-        }
+        folder, stages = Path(args.output_dir), ("baseline", "final")
+        answers = {stage: stored_rows(folder, stage, evaluations).get("tatqa", []) for stage in stages}
         save_answers(args, answers)
 
 

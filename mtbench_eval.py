@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import logging
 import random
@@ -29,12 +28,12 @@ from llm_alignment.files import (
     InputError,
     ResultFile,
     SkippedRows,
-    baseline_cache,
     differing,
+    digest,
     hub_errors,
     read_jsonl,
+    read_results,
     read_rows,
-    write_atomic,
     write_json,
 )
 from llm_alignment.flags import (
@@ -165,10 +164,9 @@ def evaluation_fingerprint(
     model_settings: dict, questions: list[dict], reward_model: RewardModel, **generation_settings: Any
 ) -> dict:
     """What the results of `score_questions` depend on; `model_settings` as from `model_fingerprint`."""
-    digest = hashlib.sha256(json.dumps(questions, ensure_ascii=False).encode("utf-8")).hexdigest()
     return {
         **model_settings,
-        "questions": digest,
+        "questions": digest(questions),
         "reward_model": reward_model.fingerprint,
         "generation": generation_settings,
     }
@@ -205,38 +203,27 @@ def score_questions(
         max_new_tokens=max_new_tokens, temperature=temperature, backend=backend, thinking=thinking, seed=seed
     )
     fingerprint = evaluation_fingerprint(fingerprint, questions, reward_model, **settings)
-    results = ResultFile(path, fingerprint, renew=renew)
-    done = {row["question_id"] for row in results.rows}
-    cached = baseline_cache(fingerprint)
-    use_cache = use_cache and temperature == 0
-    if use_cache and cached.exists() and len(done) < len(questions):
-        for row in ResultFile(cached, fingerprint).rows:
-            if row["question_id"] not in done:
-                results.append(row)
-        done = {row["question_id"] for row in results.rows}
-        log.info("%s: taken from the baseline cache (%s); --no_baseline_cache answers anew", path.name, cached)
+    results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache and temperature == 0)
+    missing = {question["question_id"] for question in results.missing(questions)}
 
     size = batch_size or MOST_ROWS[model.device.type]
     order = sorted(questions, key=lambda question: sum(map(len, question["turns"])))
     waves = [order[start : start + size] for start in range(0, len(order), size)]
     total = sum(len(question["turns"]) for question in questions)
-    progress = tqdm(total=total, desc=path.stem, unit="answer", disable=len(done) == len(questions))
+    progress = tqdm(total=total, desc=path.stem, unit="answer", disable=not missing)
     with progress:
         for wave in waves:
-            missing = [question for question in wave if question["question_id"] not in done]
-            if missing:
+            if any(question["question_id"] in missing for question in wave):
                 # the whole wave, so that an interrupted evaluation sees the batches of an uninterrupted one
                 rows = answer_and_score(
                     model, tokenizer, reward_model, wave, progress, batch_size=batch_size, **settings
                 )
                 for row in rows:
-                    if row["question_id"] not in done:
+                    if row["question_id"] in missing:
                         results.append(row)
             else:
                 progress.update(sum(len(question["turns"]) for question in wave))
-    if use_cache and not cached.exists():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(cached, path.read_bytes())
+    results.finish()
     return results.rows_of(questions)
 
 
@@ -428,14 +415,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_results(path: str) -> tuple[dict, list[dict]]:
-    """The fingerprint and the rows of a per-question file. Raises InputError when it holds none."""
+def earlier_results(path: str) -> tuple[dict, list[dict]]:
+    """The fingerprint and the rows of the MT-Bench file that --compare names. Raises InputError for another file."""
     skipped = SkippedRows()
-    header, *rows = [row for _, row in read_rows(Path(path), skipped)] or [{}]
-    if "fingerprint" not in header or not rows or not all("rewards" in row for row in rows):
+    fingerprint, rows = read_results(Path(path), skipped)
+    if not rows or not all("rewards" in row for row in rows):
         raise InputError(f"--compare {path}: no per-question results; name an mtbench_*.jsonl of an output folder")
-    skipped.report(f"broken lines of {path}")
-    return header["fingerprint"], rows
+    skipped.report(f"damaged lines of {path}")
+    return fingerprint, rows
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -449,7 +436,7 @@ def main(argv: list[str] | None = None) -> dict:
             limit=args.mtbench_questions_limit,
             seed=args.mtbench_questions_seed,
         )
-        measured, earlier = read_results(args.compare) if args.compare else ({}, [])
+        measured, earlier = earlier_results(args.compare) if args.compare else ({}, [])
         tokenizer = load_tokenizer(args)
         if args.dry_run:
             turns = sum(len(question["turns"]) for question in questions)

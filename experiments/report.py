@@ -31,7 +31,7 @@ from rerun import HERE, LOGGED_RUNS, command_line, find_run, flatten, load_recor
 
 from llm_alignment import tatqa
 from llm_alignment.evaluation import print_table
-from llm_alignment.files import InputError, read_records, write_atomic
+from llm_alignment.files import InputError, SkippedRows, read_records, read_results, write_atomic
 from mtbench_eval import compare_rows, summarise
 
 if TYPE_CHECKING:
@@ -799,8 +799,10 @@ def answer_files(name: str, files: list[Path]) -> dict[str, Path]:
 
 def load_answers(path: Path) -> tuple[dict, dict[str, dict]]:
     """The fingerprint of a per-question file, and its rows by question id."""
-    fingerprint, *rows = read_records(path)
-    return flatten(fingerprint["fingerprint"]), {str(row["question_id"]): row for row in rows}
+    skipped = SkippedRows()
+    fingerprint, rows = read_results(path, skipped)
+    skipped.report(f"damaged lines of {path}")
+    return flatten(fingerprint), {str(row["question_id"]): row for row in rows}
 
 
 def compare(a: str, b: str, files: list[Path], output_dir: Path) -> Path:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import logging
 import statistics
 import types
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.evaluation import Evaluation, measure, plot_curves, report
-from llm_alignment.files import InputError, ResultFile
+from llm_alignment.files import InputError, ResultFile, digest
 from llm_alignment.flags import (
     add_lora_flags,
     add_model_flags,
@@ -325,17 +323,16 @@ def reward_pairs(
 
     Returns and writes to `path` (a ResultFile) a row per pair: {"question_id", "chosen", "rejected", "chosen_reward",
     "rejected_reward"}. The base is the model with its adapter off, also for a run that trains an adapter on. `pairs`
-    are the rows of `fit_pairs` with a "question_id". `renew`: see ResultFile. There is nothing to cache (`use_cache`).
+    are the rows of `fit_pairs` with a "question_id". `renew`, `use_cache`: see ResultFile.
     Source: section 4 of Rafailov et al., https://arxiv.org/abs/2305.18290.
     """
     from tqdm import tqdm
 
-    asked = zlib.crc32(json.dumps(pairs, ensure_ascii=False).encode("utf-8"))
-    results = ResultFile(path, {**fingerprint, "pairs": asked, "beta": beta, "max_length": max_length}, renew=renew)
-    done = {row["question_id"] for row in results.rows}
+    fingerprint = {**fingerprint, "pairs": digest(pairs), "beta": beta, "max_length": max_length}
+    results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache)
     was_training = model.training
     model.eval()
-    for pair in tqdm([pair for pair in pairs if pair["question_id"] not in done], desc=path.stem, unit="pair"):
+    for pair in tqdm(results.missing(pairs), desc=path.stem, unit="pair"):
         policy = answer_log_probs(model, tokenizer, pair, max_length)
         with adapter_off(model):
             base = answer_log_probs(model, tokenizer, pair, max_length)
@@ -343,6 +340,7 @@ def reward_pairs(
         kept = {key: pair[key] for key in ("question_id", "chosen", "rejected")}
         results.append({**kept, "chosen_reward": chosen, "rejected_reward": rejected})
     model.train(was_training)
+    results.finish()
     return results.rows_of(pairs)
 
 

@@ -6,13 +6,12 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.files import read_jsonl, write_atomic, write_json
+from llm_alignment.files import SkippedRows, read_results, write_atomic, write_json
 from llm_alignment.models import adapter_off, adapter_sha256, model_fingerprint, on_main_process
 
 if TYPE_CHECKING:
@@ -78,7 +77,9 @@ def stored_rows(folder: Path, name: str, evaluations: list[Evaluation]) -> dict[
     for evaluation in evaluations:
         path = folder / f"{evaluation.name}_{name}.jsonl"
         if path.exists():
-            stored = [json.loads(line) for _, line in read_jsonl(path)][1:]
+            skipped = SkippedRows()
+            _, stored = read_results(path, skipped)
+            skipped.report(f"damaged lines of {path}")
             rows[evaluation.name] = sorted(stored, key=lambda row: str(row["question_id"]))
     return rows
 

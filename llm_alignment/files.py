@@ -8,11 +8,14 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("llm_alignment")
+
+WINDOWS = os.name == "nt"
 
 
 class InputError(Exception):
@@ -96,7 +99,7 @@ def read_rows(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
             row = json.loads(line.decode("utf-8-sig"))  # Windows tools begin a file with a byte order mark
         except UnicodeDecodeError:
             skipped.add(place, "not UTF-8")
-        except ValueError:
+        except (ValueError, RecursionError):
             skipped.add(place, "not valid JSON")
         else:
             problem = object_problem(row, has_escapes=b"\\ud" in line.lower())
@@ -160,29 +163,64 @@ def hub_errors(source: str, flag: str) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Writes to a temporary name beside `path` and renames it, so that nobody ever reads half a file."""
+    """Writes to a temporary name beside `path` and renames it, so that nobody ever reads half a file.
+
+    A write that fails removes its temporary file.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data.encode("utf-8") if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())  # before the name, so that a power cut leaves the old file or the new one
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())  # before the name, so that a power cut leaves the old file or the new one
+        replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """`os.replace`, retried for a second: on Windows it fails while another program holds the file."""
+    for _ in range(20):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if not WINDOWS:
+                raise
+            time.sleep(0.05)
+    os.replace(source, target)
 
 
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
-def append_line(path: Path, row: dict) -> None:
-    """Appends one JSON line and flushes it to the disk; a torn last line of a crash keeps to itself."""
-    with path.open("a+b") as file:
-        if file.tell():
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Writes a JSONL file."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_lines(path: Path, rows: list[dict]) -> None:
+    """Appends rows as JSON lines and flushes them to the disk; starts a new line first if a crash left half a line.
+
+    A write that fails (a full disk) leaves the file as it was.
+    """
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+    with path.open("a+b", buffering=0) as file:  # unbuffered, so that what failed is not written again at the end
+        size = file.seek(0, os.SEEK_END)
+        if size:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+                lines = b"\n" + lines
+        try:
+            while lines:
+                lines = lines[file.write(lines) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
 
 
 def append_record(path: Path, record: dict) -> None:
@@ -191,7 +229,7 @@ def append_record(path: Path, record: dict) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        append_line(path, record)
+        append_lines(path, [record])
 
 
 def read_records(path: Path) -> list[dict]:
@@ -205,44 +243,115 @@ def read_records(path: Path) -> list[dict]:
 class ResultFile:
     """One JSON line per evaluated item, written as soon as it exists, so that a killed evaluation goes on.
 
-    The first line is {"fingerprint": {...}}: what the results depend on. Opening a file cuts a torn last line and
-    keeps the whole ones in `rows`. When the stored fingerprint is not this one, raises InputError naming the keys that
-    differ; with `renew` the file becomes NAME.former and a new one is begun: a resumed run measures its own adapter,
-    which on a GPU is not the interrupted one to the bit, with the flags that it has now.
+    The first line is {"fingerprint": {...}}: what the results depend on. Every other line is a row with a
+    "question_id". Opening a file keeps its whole rows in `rows`; damaged lines, such as the last one of a crash, are
+    left out with a warning, and their questions count as missing. When the stored fingerprint is not this one, raises
+    InputError naming the keys that differ; with `renew` the file becomes NAME.old and a new one is begun (a resumed run
+    measures its own adapter with its own flags). Raises InputError too when the first line is damaged.
+
+    With `use_cache` rows that are missing are taken from the baseline cache, a file of the same fingerprint in the
+    user's cache folder, and `finish` puts there what it does not have. A damaged cache file is ignored with a warning.
     """
 
-    def __init__(self, path: Path, fingerprint: dict, *, renew: bool = False) -> None:
+    def __init__(self, path: Path, fingerprint: dict, *, renew: bool = False, use_cache: bool = False) -> None:
         self.path = path
+        self.fingerprint = fingerprint
         self.rows: list[dict] = []
+        self._cached: dict[Any, dict] = {}
+        self._cache = baseline_cache(fingerprint) if use_cache else None
+        if self._cache and self._cache.exists():
+            self._cached = self._read_cache(self._cache)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        header, *rows = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line] or [None]
-        if header and header["fingerprint"] != fingerprint:
-            other = differing(header["fingerprint"], fingerprint)
+        if path.exists() and path.stat().st_size:
+            skipped = SkippedRows()
+            stored, self.rows = read_results(path, skipped)
+            if stored == fingerprint:
+                skipped.report(f"damaged lines of {path}; their questions are answered again")
+                if skipped.count:
+                    write_rows(path, [{"fingerprint": fingerprint}, *self.rows])
+                return
+            other = differing(stored, fingerprint)
             if not renew:
                 raise InputError(
                     f"{path} holds results of another evaluation ({other}); name another --output_dir or delete the "
                     "file"
                 )
-            log.warning("%s.former: results of another evaluation (%s), measured anew", path, other)
-            os.replace(path, f"{path}.former")
-            header = None
-        if header is None:
-            write_atomic(path, json.dumps({"fingerprint": fingerprint}, ensure_ascii=False) + "\n")
-            return
-        if whole != content:
-            write_atomic(path, whole)
-        self.rows = rows
+            log.warning("%s.old: results of another evaluation (%s); measuring again", path, other)
+            replace(path, Path(f"{path}.old"))
+            self.rows = []
+        write_rows(path, [{"fingerprint": fingerprint}])
+
+    def _read_cache(self, cache: Path) -> dict[Any, dict]:
+        """The rows of the cache file by question; none, with a warning, when it is damaged."""
+        skipped = SkippedRows()
+        try:
+            stored, rows = read_results(cache, skipped)
+        except InputError as error:
+            log.warning("ignoring a damaged file of the baseline cache: %s", error)
+            return {}
+        if stored != self.fingerprint:
+            log.warning("ignoring a file of the baseline cache: %s: %s", cache, differing(stored, self.fingerprint))
+            return {}
+        skipped.report(f"damaged lines of the baseline cache {cache}")
+        return {row["question_id"]: row for row in rows}
+
+    def missing(self, questions: list[dict]) -> list[dict]:
+        """The questions without a row yet, in their order, after taking what the cache has of them."""
+        done = {row["question_id"] for row in self.rows}
+        absent = [question for question in questions if question["question_id"] not in done]
+        wanted = {question["question_id"] for question in absent}
+        found = [row for key, row in self._cached.items() if key in wanted]
+        if found:
+            append_lines(self.path, found)
+            self.rows += found
+            log.info(
+                "%s: %d rows taken from the baseline cache (%s); --no_baseline_cache computes them again",
+                self.path.name,
+                len(found),
+                self._cache,
+            )
+        return [question for question in absent if question["question_id"] not in self._cached]
 
     def append(self, row: dict) -> None:
-        append_line(self.path, row)
+        """Writes one row and flushes it to the disk."""
+        append_lines(self.path, [row])
         self.rows.append(row)
+
+    def finish(self) -> None:
+        """Puts rows that the cache does not have into it. A no-op without `use_cache`."""
+        new = [row for row in self.rows if row["question_id"] not in self._cached]
+        if self._cache and new:
+            self._cache.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(self._cache, [{"fingerprint": self.fingerprint}, *self._cached.values(), *new])
+            self._cached |= {row["question_id"]: row for row in new}
 
     def rows_of(self, questions: list[dict]) -> list[dict]:
         """The rows of these questions, in their order."""
         by_id = {row["question_id"]: row for row in self.rows}
         return [by_id[question["question_id"]] for question in questions]
+
+
+def read_results(path: Path, skipped: SkippedRows) -> tuple[dict, list[dict]]:
+    """The fingerprint and the rows of a result file (see ResultFile); damaged lines go to `skipped`.
+
+    A question that has two rows keeps the first. Raises InputError when the file or its first line cannot be read.
+    """
+    fingerprint, by_id = None, {}
+    for place, row in read_rows(path, skipped):
+        if fingerprint is None:
+            if not isinstance(row.get("fingerprint"), dict) or skipped.count:
+                break
+            fingerprint = row["fingerprint"]
+        elif isinstance(row.get("question_id"), str | int):
+            by_id.setdefault(row["question_id"], row)
+        else:
+            skipped.add(place, "no question_id")
+    if fingerprint is None:
+        raise InputError(
+            f"{path}:1: no fingerprint in the first line, so this is no result file or a damaged one; delete it or "
+            "name another"
+        )
+    return fingerprint, list(by_id.values())
 
 
 def differing(before: dict, now: dict) -> str:
@@ -256,23 +365,30 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest(*parts: object) -> str:
+    """SHA-256, in hex, of texts and JSON values. The one hash for identities and for orders that a seed chooses.
+
+    A text counts as it is, any other part as its JSON with sorted keys, so the order of keys does not matter.
+    """
+    texts = (part if isinstance(part, str) else json.dumps(part, sort_keys=True, default=str) for part in parts)
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def baseline_cache(fingerprint: dict) -> Path:
     """Where the results of this fingerprint are kept for later runs. LLM_ALIGNMENT_CACHE names another folder."""
+    return cache_folder() / "baselines" / f"{digest(fingerprint)[:32]}.jsonl"
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of this project. LLM_ALIGNMENT_CACHE names another."""
     import platformdirs
 
-    folder = Path(os.environ.get("LLM_ALIGNMENT_CACHE") or platformdirs.user_cache_dir("llm-alignment"))
-    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-    return folder / "baselines" / f"{digest[:32]}.jsonl"
-
-
-def rank(*parts: object) -> bytes:
-    """A hash to sort by: a random order that depends on the items and not on where they stand."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()
+    return Path(os.environ.get("LLM_ALIGNMENT_CACHE") or platformdirs.user_cache_dir("llm-alignment"))
 
 
 def sample(items: list[dict], size: int, seed: int) -> list[dict]:
     """The first `size` items in an order of the seed's that does not depend on how they stand."""
-    return sorted(items, key=lambda item: rank(seed, item["uid"]))[:size]
+    return sorted(items, key=lambda item: digest(seed, item["uid"]))[:size]
 
 
 def read_usable(source: str, flag: str, problem: Callable[[dict], str | None], needs: str) -> list[dict]:
@@ -283,7 +399,7 @@ def read_usable(source: str, flag: str, problem: Callable[[dict], str | None], n
     skipped, usable, seen = SkippedRows(), [], set()
     for place, row in open_dataset(source, flag)(skipped):
         reason = problem(row)
-        key = None if reason else rank(*(str(row[column]) for column in sorted(row)))
+        key = None if reason else digest(row)
         if key in seen:
             reason = "the same row stands before it"
         if reason:

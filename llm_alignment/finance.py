@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.files import InputError, ResultFile, SkippedRows, baseline_cache, rank, read_usable, sample
+from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, read_usable, sample
 from llm_alignment.flags import not_negative, positive, ratio
 from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.leaks import leak_finder, plain, recognisable, set_lessons_aside, set_posts_aside, without_leaks
@@ -158,7 +158,7 @@ def finance_lesson(row: dict) -> dict[str, str]:
     return {
         "prompt": prompt,
         "chosen": chosen,
-        "uid": f"finance:{rank(prompt, chosen).hex()[:16]}",
+        "uid": f"finance:{digest(prompt, chosen)[:16]}",
         "user": row["user"],
     }
 
@@ -188,47 +188,42 @@ def answered_by_base(
 ) -> list[dict[str, str]]:
     """The first `wanted` lessons that the base answers otherwise than the reference, its answer as rejected.
 
-    Answers are stored one by one as they come, by prompt, in the cache of baselines (with --no_baseline_cache in the
-    output folder): a restart, and later runs on this base, take them from there.
+    Answers are stored one by one, as they come, in the output folder, so that a restart goes on; at the end they are
+    put into the baseline cache, where later runs on this base find them.
     """
-    from filelock import FileLock
-
     settings = {"max_new_tokens": args.instruct_max_tokens, "temperature": 0.0, "seed": args.seed}
     fingerprint = {**model_fingerprint(args, "none"), "answers": "one user turn", "generation": settings}
-    path = baseline_cache(fingerprint)
-    if args.no_baseline_cache:
-        path = Path(args.output_dir) / "finance_answers.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(args.output_dir) / "finance_answers.jsonl"
+    results = ResultFile(path, fingerprint, renew=True, use_cache=not args.no_baseline_cache)
     model, pairs, position = None, [], 0
-    with FileLock(f"{path}.lock"):
-        results = ResultFile(path, fingerprint)
-        answers = {row["prompt"]: row["answer"] for row in results.rows}
+    while len(pairs) < wanted and position < len(lessons):
+        batch = [
+            {**lesson, "question_id": lesson["uid"]} for lesson in lessons[position : position + wanted - len(pairs)]
+        ]
+        position += len(batch)
+        missing = results.missing(batch)
+        log.info("the base's answers: %d in %s, %d to generate", len(batch) - len(missing), path, len(missing))
 
-        def keep(prompt: str, text: str, tokens: int, finished: bool) -> None:
-            answers[prompt] = strip_thinking(text)
-            row = {"prompt": prompt, "answer": answers[prompt], "answer_tokens": tokens, "finished": finished}
-            results.append(row)
+        def keep(index: int, text: str, tokens: int, finished: bool, missing: list[dict] = missing) -> None:
+            kept = {key: missing[index][key] for key in ("question_id", "prompt")}
+            results.append({**kept, "answer": strip_thinking(text), "answer_tokens": tokens, "finished": finished})
 
-        while len(pairs) < wanted and position < len(lessons):
-            batch = lessons[position : position + wanted - len(pairs)]
-            position += len(batch)
-            missing = [lesson["prompt"] for lesson in batch if lesson["prompt"] not in answers]
-            log.info("the base's answers: %d in %s, %d to generate", len(batch) - len(missing), path, len(missing))
-            if missing:
-                model = model or load_model(args)
-                generate(
-                    model,
-                    tokenizer,
-                    [[{"role": "user", "content": prompt}] for prompt in missing],
-                    batch_size=args.eval_batch_size,
-                    thinking=args.thinking,
-                    description="the base's answers",
-                    on_answer=lambda index, *answer, missing=missing: keep(missing[index], *answer),
-                    **settings,
-                )
-            for lesson in batch:
-                if answers[lesson["prompt"]] not in {"", lesson["chosen"]}:
-                    pairs.append({**lesson, "rejected": answers[lesson["prompt"]]})
+        if missing:
+            model = model or load_model(args)
+            generate(
+                model,
+                tokenizer,
+                [[{"role": "user", "content": lesson["prompt"]}] for lesson in missing],
+                batch_size=args.eval_batch_size,
+                thinking=args.thinking,
+                description="the base's answers",
+                on_answer=keep,
+                **settings,
+            )
+        for lesson, row in zip(lessons[position - len(batch) : position], results.rows_of(batch), strict=True):
+            if row["answer"] not in {"", lesson["chosen"]}:
+                pairs.append({**lesson, "rejected": row["answer"]})
+    results.finish()
     return pairs
 
 

@@ -8,7 +8,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
-from llm_alignment.files import rank
+from llm_alignment.files import digest
 from llm_alignment.preferences import post_text
 
 log = logging.getLogger("llm_alignment")
@@ -53,7 +53,7 @@ def set_posts_aside(rows: list[dict], limit: int, *, min_chars: int, max_chars: 
         if len(text) >= min_chars:
             question = {"question_id": row["id"], "category": str(row["subreddit"]), "turns": [text]}
             posts.setdefault(row["id"], question)
-    chosen = sorted(posts, key=lambda post_id: rank("evaluation", post_id))[:limit]
+    chosen = sorted(posts, key=lambda post_id: digest("evaluation", post_id))[:limit]
     return [posts[post_id] for post_id in chosen], [row for row in rows if row["id"] not in set(chosen)]
 
 
@@ -73,7 +73,7 @@ def set_lessons_aside(lessons: list[dict], limit: int) -> tuple[list[dict], list
         text = plain(lesson["user"])
         if text.count(" ") >= 3:
             by_text.setdefault(text, lesson)
-    chosen = [by_text[text] for text in sorted(by_text, key=lambda text: rank("evaluation", text))[:limit]]
+    chosen = [by_text[text] for text in sorted(by_text, key=lambda text: digest("evaluation", text))[:limit]]
     questions = [
         {"question_id": lesson["uid"], "category": "finance", "turns": [lesson["prompt"]], "user": lesson["user"]}
         for lesson in chosen

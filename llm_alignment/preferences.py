@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm_alignment.files import rank
+from llm_alignment.files import digest
 
 GENERAL_COLUMNS = (
     "question, chosen, rejected and perhaps system (as Intel/orca_dpo_pairs); prompt, chosen, rejected; or chosen and "
@@ -66,7 +66,7 @@ def general_pairs(rows: list[dict]) -> list[dict[str, str]]:
     pairs = {}
     for row in rows:
         prompt, chosen, rejected = general_texts(row)
-        uid = f"general:{rank(prompt, chosen, rejected).hex()[:16]}"
+        uid = f"general:{digest(prompt, chosen, rejected)[:16]}"
         pairs[uid] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "uid": uid}
     return [pairs[uid] for uid in sorted(pairs)]
 

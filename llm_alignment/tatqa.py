@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.evaluation import Evaluation
-from llm_alignment.files import InputError, ResultFile, SkippedRows, baseline_cache, hub_errors, write_atomic
+from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, hub_errors
 from llm_alignment.flags import not_negative, positive, ratio
 from llm_alignment.generation import (
     batched_answers,
@@ -378,19 +378,12 @@ def answer_tatqa(
     from tqdm import tqdm
 
     settings = decoding_settings(model, tokenizer, temperature=temperature, top_p=top_p)
-    asked = zlib.crc32(json.dumps(questions, ensure_ascii=False).encode("utf-8"))
     generation = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, one_line=one_line
     )
-    fingerprint = {**fingerprint, "questions": asked, "generation": generation}
-    cached = baseline_cache(fingerprint)
-    use_cache = use_cache and temperature == 0
-    if use_cache and cached.exists() and not path.exists():
-        write_atomic(path, cached.read_bytes())
-        log.info("%s: taken from the baseline cache (%s); --no_baseline_cache answers anew", path.name, cached)
-    results = ResultFile(path, fingerprint, renew=renew)
-    done = {row["question_id"] for row in results.rows}
-    missing = [question for question in questions if question["question_id"] not in done]
+    fingerprint = {**fingerprint, "questions": digest(questions), "generation": generation}
+    results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache and temperature == 0)
+    missing = results.missing(questions)
 
     line_break = line_break_tokens(model, tokenizer) if one_line and missing else None
 
@@ -417,13 +410,13 @@ def answer_tatqa(
     contexts_at_once = groups_at_once(model, list(map(tokens_of, groups)), max_new_tokens, batch_size)
     was_training = model.training
     model.eval()
-    progress = tqdm(total=len(questions), initial=len(done), desc=path.stem, unit="answer", disable=not missing)
+    progress = tqdm(
+        total=len(questions), initial=len(questions) - len(missing), desc=path.stem, unit="answer", disable=not missing
+    )
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), progress:
         in_batches(groups, contexts_at_once, run)
     model.train(was_training)
-    if use_cache and not cached.exists():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(cached, path.read_bytes())
+    results.finish()
     return results.rows_of(questions)
 
 

@@ -379,9 +379,9 @@ def test_a_killed_run_ends_with_the_same_adapter(tmp_path):
     dpo_train.main([*argv, "--output_dir", "killed", "--resume_from_checkpoint", "auto"])
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
-    # a flag that changes what is measured: measured anew, the former answers kept
+    # a flag that changes what is measured: measured again, the earlier answers kept
     record = dpo_train.main([*argv, "--output_dir", "killed", "--resume_from_checkpoint", "auto", "--eval_limit", "5"])
-    assert record["final"]["tatqa"]["n"] == 5 and (tmp_path / "killed" / "tatqa_final.jsonl.former").exists()
+    assert record["final"]["tatqa"]["n"] == 5 and (tmp_path / "killed" / "tatqa_final.jsonl.old").exists()
     with pytest.raises(SystemExit) as error:  # a flag that changes the training
         dpo_train.main([*argv, "--output_dir", "killed", "--resume_from_checkpoint", "auto", "--beta", "0.7"])
     assert error.value.code == 2

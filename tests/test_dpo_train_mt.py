@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -467,17 +468,18 @@ def test_a_killed_generation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert all(pair["rejected"] not in {"", pair["chosen"]} for pair in whole)
 
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "killed"))
+    shutil.rmtree(tmp_path / "run")
     killed = subprocess.run([sys.executable, "-c", GENERATE_AND_DIE.format(root=str(ROOT), argv=argv)], check=False)
     assert killed.returncode == 9
-    [stored] = (tmp_path / "killed").rglob("*.jsonl")
+    stored = tmp_path / "run" / "finance_answers.jsonl"
     before = [json.loads(line)["prompt"] for line in stored.read_text("utf-8").split("\n")[1:] if line]
     assert len(before) == 7
     first_time, asked[:] = list(asked), []
     assert finance.answered_by_base(args, tokenizer, lessons, 24) == whole
     assert sorted(asked + before) == sorted(first_time)
 
-    asked.clear()  # another run on this base, with fewer pairs and another seed
-    args.beta = 0.5
+    asked.clear()  # another run on this base, with fewer pairs and another beta
+    args.beta, args.output_dir = 0.5, str(tmp_path / "other")
     assert finance.answered_by_base(args, tokenizer, lessons, 10) == whole[:10] and asked == []
 
 

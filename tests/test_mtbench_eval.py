@@ -582,7 +582,7 @@ def test_a_resumed_run_measures_anew_and_keeps_what_it_had(evaluate, tmp_path, c
         evaluate(path=path, fingerprint={"model": "m", "adapter": "other"})
     assert path.read_bytes() == former
     evaluate(path=path, fingerprint={"model": "m", "adapter": "other"}, renew=True)
-    assert path.with_name("rows.jsonl.former").read_bytes() == former
+    assert path.with_name("rows.jsonl.old").read_bytes() == former
     assert path.read_bytes().count(b"\n") == former.count(b"\n") and b"other" in path.read_bytes()
 
 
