@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_alignment.anchored_loss import fused_nll_kl, kl_coefficient, tail_mask
 from llm_alignment.evaluation import plot_categories, plot_curves, print_table
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
@@ -48,7 +49,6 @@ from llm_alignment.models import (
     load_model,
     load_tokenizer,
     main_process,
-    matmul_float32,
     model_fingerprint,
     new_adapter,
     on_main_process,
@@ -69,7 +69,6 @@ from llm_alignment.training import (
 from mtbench_eval import compare_rows, load_questions, score_questions, summarise
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
     from trl import SFTTrainer
@@ -145,6 +144,18 @@ def build_parser() -> argparse.ArgumentParser:
         type=not_negative(int),
         default=0,
         help="last target tokens of an example it acts on; 0 = all",
+    )
+    group.add_argument(
+        "--kl_direction",
+        choices=["reverse", "forward"],
+        default="reverse",
+        help="reverse: KL(student || reference); forward: KL(reference || student) (default: %(default)s)",
+    )
+    group.add_argument(
+        "--sft_loss",
+        choices=["nll", "dft"],
+        default="nll",
+        help="dft weights each token's NLL by its probability; with forward KL this is ASFT (default: %(default)s)",
     )
     group.add_argument("--kl_log_interval", type=positive(int), default=50, help="steps between log lines (50)")
 
@@ -335,144 +346,6 @@ def training_set(args: argparse.Namespace, selection: Selection, examples: Calla
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loss
-
-
-def fused_nll_kl(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    ref_hidden: torch.Tensor | None = None,
-    kl_mask: torch.Tensor | None = None,
-    *,
-    kl_coef: float = 0.0,
-    num_items: torch.Tensor | int | None = None,
-    rows_per_chunk: int = 256,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """NLL + kl_coef * KL(p_student || p_reference) from hidden states, without full-size logits.
-
-    Logits are formed for `rows_per_chunk` rows at a time, and the gradient to `hidden` is computed with them, so that
-    backward only scales it. The NLL is its sum over target rows / `num_items`; the KL is its mean over KL rows.
-
-    Args:
-        hidden: (rows, H) the student's last hidden states, any float type.
-        weight: (V, H) the LM head, frozen, shared by student and reference; its type is that of the matrix products,
-            the rest of a half type computes in float32.
-        labels: (rows,) int64 next tokens, already shifted; -100 is no target.
-        ref_hidden: (rows, H) the reference's last hidden states; None leaves the KL out (it is 0).
-        kl_mask: (rows,) bool, the rows that the KL acts on, as far as they are targets; None means all of them.
-        num_items: the divisor of the NLL; None means the number of target rows.
-
-    Returns:
-        (loss, nll, kl), scalars; only `loss` has a gradient.
-
-    Raises:
-        ValueError: `weight` requires a gradient, which is not computed.
-
-    The gradient of a row, with a = 1/num_items on targets and K KL rows, is (by d KL / d logits = p (log p/r - KL))
-        g = p_s * (a + kl_coef/K * (log p_s - log p_r - KL_row)) - a * onehot(label).
-    """
-    import torch
-
-    if weight.requires_grad:
-        raise ValueError("fused_nll_kl computes no gradient for the LM head: freeze it")
-    dtype = torch.float32 if weight.dtype in {torch.float16, torch.bfloat16} else weight.dtype
-    targets = labels != -100
-    anchored = torch.zeros_like(targets)
-    if ref_hidden is not None:
-        anchored = targets if kl_mask is None else targets & kl_mask
-    num_items = torch.as_tensor(targets.sum() if num_items is None else num_items, device=hidden.device)
-    a = 1 / num_items.clamp(min=1).to(dtype)
-    c = kl_coef / anchored.sum().clamp(min=1).to(dtype)
-    nll, kl = torch.zeros((2,), dtype=dtype, device=hidden.device)
-    needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    gradient = torch.zeros_like(hidden) if needs_gradient else None
-    # Used again for every chunk: the system hands out pages of this size slower than they are computed on.
-    buffers = hidden.new_empty((2, min(rows_per_chunk, len(labels)), len(weight)), dtype=dtype)
-
-    with torch.no_grad():
-        for rows, with_kl in [
-            *((rows, False) for rows in _chunks(targets & ~anchored, rows_per_chunk)),
-            *((rows, True) for rows in _chunks(anchored, rows_per_chunk)),
-        ]:
-            label = labels[rows]
-            logits = matmul_float32(hidden[rows], weight.T, out=buffers[0][: len(rows)])
-            at_label = logits.gather(1, label[:, None])
-            top = logits.amax(1, keepdim=True)
-            logits.sub_(top)
-            if with_kl:
-                ref_logits = matmul_float32(ref_hidden[rows], weight.T, out=buffers[1][: len(rows)])
-                ref_logits.sub_(ref_logits.amax(1, keepdim=True))
-                ref_total = sum(part.exp().sum(1, keepdim=True) for part in ref_logits.split(8192, dim=1))
-                gap = ref_logits.neg_().add_(logits)  # log p_s - log p_r, but for a constant of the row
-            exp = logits.exp_()
-            total = exp.sum(1, keepdim=True)
-            nll += (total.log() + top - at_label).sum()
-            if with_kl:
-                mean_gap = torch.einsum("rv,rv->r", exp, gap)[:, None] / total
-                kl += (mean_gap - total.log() + ref_total.log()).sum()
-            if needs_gradient:
-                pull = 0
-                if with_kl:
-                    gap.sub_(mean_gap)  # log p_s - log p_r - KL_row: the constant drops out
-                    if weight.dtype == dtype:  # both parts in one product
-                        exp.mul_(gap.mul_(c / a).add_(1))
-                    else:  # beside 1, a half type would round c / a * gap away
-                        pull = c * (matmul_float32(gap.mul_(exp), weight) / total)
-                # a, c and total come last, for the range of half types
-                gradient[rows] = (a * (matmul_float32(exp, weight) / total - weight[label]) + pull).to(gradient.dtype)
-    nll, kl = nll * a, kl / anchored.sum().clamp(min=1)
-    loss = nll + kl_coef * kl
-    return (_with_gradient(loss, hidden, gradient) if needs_gradient else loss), nll, kl
-
-
-def _chunks(mask: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-    """The indices of the rows in `mask`, `size` at a time."""
-    rows = mask.nonzero().squeeze(1)
-    return rows.split(size) if len(rows) else ()
-
-
-def _with_gradient(loss: torch.Tensor, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """`loss`, whose gradient to `hidden` is known already: backward scales it."""
-    import torch
-
-    class KnownGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, hidden, loss):
-            ctx.save_for_backward(gradient)
-            return loss.clone()
-
-        @staticmethod
-        def backward(ctx, upstream):
-            return ctx.saved_tensors[0] * upstream, None
-
-    return KnownGradient.apply(hidden, loss)
-
-
-def kl_coefficient(args: argparse.Namespace, step: int) -> float:
-    """c(t): 0 before `kl_start_step`, then a linear rise to `kl_coef` over `kl_warmup_steps`."""
-    if step < args.kl_start_step:
-        return 0.0
-    return args.kl_coef * min(1.0, (step - args.kl_start_step) / max(1, args.kl_warmup_steps))
-
-
-def tail_mask(is_target: torch.Tensor, example: torch.Tensor, limit: int) -> torch.Tensor:
-    """The last `limit` targets of each example; 0 means all of them.
-
-    is_target: (batch, positions) bool. example: the same shape, int64, rising along each row and from row to row: the
-    number of the example that a position belongs to, in a padded batch its row, under packing its place in the sequence.
-    """
-    if limit == 0:
-        return is_target
-    flat, example = is_target.flatten(), example.flatten()
-    seen = flat.cumsum(0)
-    in_examples_so_far = (
-        flat.new_zeros(int(example[-1]) + 1, dtype=seen.dtype).scatter_add_(0, example, flat.long()).cumsum(0)
-    )
-    return (flat & (in_examples_so_far[example] - seen < limit)).view_as(is_target)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -527,7 +400,15 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
                         ref_hidden = peft_model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
             weight = peft_model.get_output_embeddings().weight
             loss, nll, kl = fused_nll_kl(
-                hidden, weight, labels, ref_hidden, kl_mask, kl_coef=kl_coef, num_items=num_items_in_batch
+                hidden,
+                weight,
+                labels,
+                ref_hidden,
+                kl_mask,
+                kl_coef=kl_coef,
+                kl_direction=args.kl_direction,
+                sft_loss=args.sft_loss,
+                num_items=num_items_in_batch,
             )
             if not loss.isfinite():
                 raise NotFiniteError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")

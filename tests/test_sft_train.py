@@ -541,3 +541,12 @@ def test_help_and_misspelt_flags_answer_at_once(words, code):
     )
     done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == code, done.stderr
+
+
+def test_early_stopping_rule():
+    assert sft_train.early_stop_reason(5.0, [4.9], 2) is None
+    assert sft_train.early_stop_reason(5.0, [4.69], 2).startswith("MT-Bench 4.690 is more than 0.30 below")
+    assert sft_train.early_stop_reason(None, [1.0], 1) is None
+    assert sft_train.early_stop_reason(5.0, [5.0, 5.04, 5.02], 2) == "2 evaluations without a gain of 0.05"
+    assert sft_train.early_stop_reason(5.0, [5.0, 5.04, 5.08], 2) is None  # small gains add up
+    assert sft_train.early_stop_reason(5.0, [5.0, 4.8, 5.1, 5.0], 2) is None

@@ -1,0 +1,180 @@
+"""The anchored SFT loss: NLL (or DFT) plus a KL divergence to the reference, without full-size logits."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from llm_alignment.models import matmul_float32
+
+if TYPE_CHECKING:
+    import torch
+
+
+def fused_nll_kl(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    ref_hidden: torch.Tensor | None = None,
+    kl_mask: torch.Tensor | None = None,
+    *,
+    kl_coef: torch.Tensor | float = 0.0,
+    kl_direction: str = "reverse",
+    sft_loss: str = "nll",
+    num_items: torch.Tensor | int | None = None,
+    rows_per_chunk: int = 256,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The SFT term plus kl_coef * KL between student and reference, from hidden states, without full-size logits.
+
+    Logits are formed for `rows_per_chunk` rows at a time, once each, and the gradient to `hidden` is computed from
+    them, so that backward only scales it. The SFT term is a sum over target rows / `num_items`; the KL is its mean
+    over the KL rows.
+
+    Args:
+        hidden: (rows, H) the student's last hidden states, any float type.
+        weight: (V, H) the LM head, frozen, shared by student and reference. The matrix products take its type; with a
+            half type everything else is computed in float32.
+        labels: (rows,) int64 next tokens, already shifted; -100 is no target.
+        ref_hidden: (rows, H) the reference's last hidden states; None leaves the KL out (it is 0).
+        kl_mask: (rows,) bool, the rows that the KL acts on; those that are no targets are ignored. None: all targets.
+        kl_direction: "reverse" is KL(p_student || p_reference), "forward" is KL(p_reference || p_student).
+        sft_loss: "nll", or "dft": each target's NLL times its probability, which gets no gradient (Wu et al.,
+            arXiv 2508.05629). "dft" with "forward" is ASFT (arXiv 2509.23753).
+        num_items: the divisor of the SFT term; None means the number of target rows.
+
+    Returns:
+        (loss, nll, kl), scalars; only `loss` has a gradient. `nll` is the SFT term as it stands in the loss: with
+        "dft" the weighted sum. loss = nll + kl_coef * kl.
+
+    Raises:
+        ValueError: `weight` requires a gradient, which is not computed, or a name is unknown.
+
+    The gradient to a row's logits, with p_s, p_r the two distributions, K the number of KL rows, and on target rows
+    a = 1/num_items (with "dft" a = p_s[label]/num_items), is
+        a * (p_s - onehot(label))  +  kl_coef/K * p_s * (log p_s - log p_r - KL_row)     reverse
+        a * (p_s - onehot(label))  +  kl_coef/K * (p_s - p_r)                            forward
+    """
+    import torch
+
+    if weight.requires_grad:
+        raise ValueError("fused_nll_kl computes no gradient for the LM head: freeze it")
+    if kl_direction not in {"reverse", "forward"} or sft_loss not in {"nll", "dft"}:
+        raise ValueError(f"unknown kl_direction {kl_direction!r} or sft_loss {sft_loss!r}")
+    half = weight.dtype in {torch.float16, torch.bfloat16}
+    dtype = torch.float32 if half else weight.dtype
+    targets = labels != -100
+    kl_rows = torch.zeros_like(targets)
+    if ref_hidden is not None:
+        kl_rows = targets if kl_mask is None else targets & kl_mask
+    num_items = torch.as_tensor(targets.sum() if num_items is None else num_items, device=hidden.device)
+    share = 1 / num_items.clamp(min=1).to(dtype)
+    c = kl_coef / kl_rows.sum().clamp(min=1).to(dtype)
+    nll, kl = torch.zeros((2,), dtype=dtype, device=hidden.device)
+    needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    gradient = torch.zeros_like(hidden, dtype=dtype) if needs_gradient else None
+    # Used again for every chunk: the system hands out pages of this size slower than they are computed on.
+    buffers = hidden.new_empty((2, min(rows_per_chunk, len(labels)), len(weight)), dtype=dtype)
+
+    def chunks(mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = mask.nonzero().squeeze(1)
+        return rows.split(rows_per_chunk) if len(rows) else ()
+
+    with torch.no_grad():
+        for rows in (*chunks(targets & ~kl_rows), *chunks(kl_rows)):
+            z = shifted_logits(hidden[rows], weight, buffers[0])
+            z_label = z.gather(1, labels[rows, None])
+            kl_gradient = None
+            if kl_rows[rows[0]]:
+                ref_z = shifted_logits(ref_hidden[rows], weight, buffers[1])
+                kl_chunk = reverse_kl_chunk if kl_direction == "reverse" else forward_kl_chunk
+                row_kl, exp, total, kl_gradient, scale = kl_chunk(z, ref_z)
+                kl += row_kl.sum()
+            else:
+                exp, total = exp_and_total(z)
+            row_nll = total.log() - z_label
+            row_weight = (-row_nll).exp() if sft_loss == "dft" else torch.ones_like(row_nll)
+            nll += (row_weight * row_nll).sum()
+            if not needs_gradient:
+                continue
+            a = share * row_weight
+            if kl_gradient is None or half:
+                # The factors come after the products: they are beyond the range of half types. The KL has a product
+                # of its own: added to a number near 1, a half type would round it away.
+                row_gradient = matmul_float32(exp, weight) * (a / total)
+                if kl_gradient is not None:
+                    row_gradient += matmul_float32(kl_gradient, weight) * (c / scale)
+            else:  # both in one product
+                row_gradient = matmul_float32(kl_gradient.mul_(c / scale).addcmul_(exp, a / total), weight)
+            gradient[rows] = row_gradient - a * weight[labels[rows]]
+    nll, kl = nll * share, kl / kl_rows.sum().clamp(min=1)
+    loss = nll + kl_coef * kl
+    if needs_gradient:  # adds 0, with the gradient that is known already
+        known = (hidden * gradient).sum()
+        loss = loss + (known - known.detach())
+    return loss, nll, kl
+
+
+def shifted_logits(hidden: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """Logits (rows, V) less each row's largest, in the memory of `buffer`: exp of them is at most 1."""
+    z = matmul_float32(hidden, weight.T, out=buffer[: len(hidden)])
+    return z.sub_(z.amax(1, keepdim=True))
+
+
+def exp_and_total(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(exp, total) in the memory of `z`: the probabilities are exp / total. total: (rows, 1)."""
+    exp = z.exp_()
+    return exp, exp.sum(1, keepdim=True)
+
+
+def reverse_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """KL(p_student || p_reference) of each row, and its gradient to the student's logits.
+
+    z, ref_z: (rows, V) logits less each row's largest; their memory is used for what is returned.
+    Returns (kl, exp, total, gradient, scale): kl (rows, 1), the student's exp and total, and (rows, V) `gradient`,
+    which divided by `scale` (rows, 1) is p_s * (log p_s - log p_r - kl).
+    """
+    import torch
+
+    ref_total = sum(part.exp().sum(1, keepdim=True) for part in ref_z.split(8192, dim=1))
+    log_ratio = ref_z.neg_().add_(z)  # log p_s - log p_r, up to a constant of the row
+    exp, total = exp_and_total(z)
+    mean = torch.einsum("rv,rv->r", exp, log_ratio)[:, None] / total
+    kl = mean - total.log() + ref_total.log()
+    return kl, exp, total, log_ratio.sub_(mean).mul_(exp), total  # the constant drops out
+
+
+def forward_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """KL(p_reference || p_student): as `reverse_kl_chunk`; `gradient` divided by `scale` is p_s - p_r."""
+    import torch
+
+    cross = 0  # sum over the vocabulary of exp(ref_z) * (ref_z - z), in parts to save memory
+    for part, ref_part in zip(z.split(8192, dim=1), ref_z.split(8192, dim=1), strict=True):
+        difference = ref_part - part
+        cross = cross + torch.einsum("rv,rv->r", ref_part.exp_(), difference)[:, None]
+    ref_exp, ref_total = ref_z, ref_z.sum(1, keepdim=True)
+    exp, total = exp_and_total(z)
+    kl = cross / ref_total - ref_total.log() + total.log()
+    scale = torch.minimum(total, ref_total)  # keeps both parts at most 1, the range of half types
+    return kl, exp, total, ref_exp.mul_(-scale / ref_total).addcmul_(exp, scale / total), scale
+
+
+def kl_coefficient(args: argparse.Namespace, step: int) -> float:
+    """c(t): 0 before `kl_start_step`, then a linear rise to `kl_coef` over `kl_warmup_steps`."""
+    if step < args.kl_start_step:
+        return 0.0
+    return args.kl_coef * min(1.0, (step - args.kl_start_step) / max(1, args.kl_warmup_steps))
+
+
+def tail_mask(is_target: torch.Tensor, example: torch.Tensor, limit: int) -> torch.Tensor:
+    """The last `limit` targets of each example; 0 means all of them.
+
+    is_target: (batch, positions) bool. example: the same shape, int64: the number of the example that a position
+    belongs to, rising along each row and from row to row; in a padded batch its row, under packing its place.
+    """
+    import torch
+
+    if limit == 0:
+        return is_target
+    lengths = example.flatten().unique_consecutive(return_counts=True)[1].tolist()
+    parts = is_target.flatten().split(lengths)  # one example each
+    return torch.cat([part & (part.flip(0).cumsum(0).flip(0) <= limit) for part in parts]).view_as(is_target)
