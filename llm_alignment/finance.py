@@ -19,7 +19,7 @@ from llm_alignment.flags import not_negative, positive, ratio
 from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.leaks import leak_finder, plain, recognisable, set_lessons_aside, set_posts_aside, without_leaks
 from llm_alignment.models import load_model, model_fingerprint, on_main_process
-from llm_alignment.preferences import GENERAL_COLUMNS, folded, general_pairs, general_problem, post_text
+from llm_alignment.preferences import GENERAL_COLUMNS, merge_system_prompt, post_text, read_pairs
 from llm_alignment.runs import timed
 from llm_alignment.tatqa import read_tatqa, tatqa_file
 
@@ -154,7 +154,7 @@ def reddit_pairs(
 
 
 def finance_lesson(row: dict) -> dict[str, str]:
-    prompt, chosen = folded(row.get("system"), row["user"]), row["assistant"].strip()
+    prompt, chosen = merge_system_prompt(row.get("system"), row["user"]), row["assistant"].strip()
     return {
         "prompt": prompt,
         "chosen": chosen,
@@ -344,8 +344,8 @@ def load_material(args: argparse.Namespace, sources: set[str], mtbench_questions
         clean = without_leaks(lessons, find_leak, "finance", material.counts)
         material.finance = sample(distinct(clean), len(clean), args.seed)
     if "general" in sources:
-        rows = read_usable(args.general_dataset, "--general_dataset", general_problem, GENERAL_COLUMNS)
-        pairs = without_leaks(general_pairs(rows), find_leak, "general", material.counts)
+        pairs = read_pairs(args.general_dataset, "--general_dataset")
+        pairs = without_leaks(pairs, find_leak, "general", material.counts)
         material.general = sample(pairs, len(pairs), args.seed)
     for wanted, flag, found in [
         ("reddit" in sources, f"--reddit_dataset {args.reddit_dataset}", material.reddit),

@@ -238,24 +238,31 @@ def strip_thinking(text: str) -> str:
     return "" if "<think>" in text else text.strip()
 
 
-def render(prompt: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> str:
-    """The prompt as the model reads it: as it is, or as the user's turn of the chat template."""
-    if not args.use_chat_template:
+def render(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> str:
+    """The prompt as the model reads it: as it is, or as the user's turn of the chat template; turns as they are."""
+    if isinstance(prompt, str) and not args.use_chat_template:
         return prompt
-    turns = [{"role": "user", "content": prompt}]
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return tokenizer.apply_chat_template(
         turns, tokenize=False, add_generation_prompt=True, enable_thinking=args.thinking
     )
 
 
 def fit_prompt(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, mark: str
+    prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, mark: str
 ) -> tuple[str, bool]:
     """The rendered prompt within --max_prompt_length tokens, and whether it was cut.
 
     What stands before the last `mark` loses its end, so the question stays; a prompt without a mark loses its
-    beginning. Raises InputError when the question alone is too long.
+    beginning, and a list of turns its oldest ones. Raises InputError when the question alone is too long.
     """
+    if isinstance(prompt, list):
+        for first in range(0, len(prompt), 2):  # what is left begins with a user's turn
+            text = render(prompt[first:], tokenizer, args)
+            if len(tokenizer(text)["input_ids"]) <= args.max_prompt_length:
+                return text, first > 0
+        chat = argparse.Namespace(**{**vars(args), "use_chat_template": True})
+        return fit_prompt(prompt[-1]["content"], tokenizer, chat, mark)[0], True
     head, found, question = prompt.rpartition(mark)
     kept, tail = (head, found + question) if found else (prompt, "")
     while True:

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 
 from llm_alignment.files import digest
-from llm_alignment.preferences import post_text
+from llm_alignment.preferences import post_text, transcript
 
 log = logging.getLogger("llm_alignment")
 
@@ -86,7 +86,8 @@ def without_leaks(items: list[dict], find_leak: Callable[[str], str | None], sou
     """The items that contain nothing the evaluations ask; the others are counted and reported by kind."""
     leaks, clean = Counter(), []
     for item in items:
-        leak = find_leak("\n".join(item[key] for key in ("prompt", "chosen", "rejected") if key in item))
+        answers = [item[side] for side in ("chosen", "rejected") if side in item]
+        leak = find_leak("\n".join([transcript(item["prompt"]), *answers]))
         if leak:
             leaks[leak] += 1
         else:

@@ -2,76 +2,152 @@
 
 from __future__ import annotations
 
-from llm_alignment.files import digest
+import re
+from typing import Any
+
+from llm_alignment.files import digest, read_usable
 
 GENERAL_COLUMNS = (
     "question, chosen, rejected and perhaps system (as Intel/orca_dpo_pairs); prompt, chosen, rejected; or chosen and "
-    "rejected, two dialogues that begin alike (as Anthropic/hh-rlhf)"
+    "rejected, two dialogues that differ in their last answer (as Anthropic/hh-rlhf)"
 )
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
 
 
-def general_problem(row: dict) -> str | None:
-    """Why a row is no preference pair; None when it is one."""
-    has_prompt = "question" in row or "prompt" in row
-    if not {"chosen", "rejected"} <= row.keys() or not (has_prompt or is_dialogue(row["chosen"])):
-        return f"columns {', '.join(row)}"
-    for column in row.keys() & {"system", "question", "prompt", "chosen", "rejected"}:
-        if not isinstance(row[column], str | None) and not is_dialogue(row[column]):
-            return f"{column} is neither a text nor a list of turns"
-    prompt, chosen, rejected = general_texts(row)
-    if not (prompt and chosen and rejected):
-        return "an empty text, or dialogues that do not begin alike"
-    return "equal answers" if chosen == rejected else None
+def read_pairs(source: str, flag: str) -> list[dict]:
+    """The preference pairs of a JSONL, JSON or Parquet file, a folder of them or a hub data set, as `general_pairs`.
+
+    Rows that cannot be used are skipped, counted and reported. Raises InputError, which names `flag`, when the source
+    cannot be read or no row is left.
+    """
+    return general_pairs(read_usable(source, flag, general_problem, GENERAL_COLUMNS))
 
 
-def is_dialogue(value: object) -> bool:
-    """True for hh-rlhf's "Human: ... Assistant: ..." and for a list of {role, content} turns."""
-    if isinstance(value, list):
-        are_turns = all(isinstance(turn, dict) and turn.keys() >= {"role", "content"} for turn in value)
-        return bool(value) and are_turns and all(isinstance(turn["content"], str) for turn in value)
-    return isinstance(value, str) and ANSWER_MARK in value
+def general_pairs(rows: list[dict]) -> list[dict]:
+    """Preference pairs {"prompt", "chosen", "rejected", "uid"} of usable rows, each once, sorted by uid.
 
-
-ANSWER_MARK = "\n\nAssistant:"
-
-
-def general_texts(row: dict) -> tuple[str, str, str]:
-    """prompt, chosen, rejected of a row; the prompt of a longer dialogue is its transcript."""
-    if "question" in row or "prompt" in row:
-        answers = [
-            row[side][-1]["content"] if isinstance(row[side], list) else row[side] or ""
-            for side in ("chosen", "rejected")
-        ]
-        prompt = folded(row.get("system"), transcript(row["question"] if "question" in row else row["prompt"]))
-    else:
-        beginnings, _, answers = zip(
-            *(transcript(row[side]).rpartition(ANSWER_MARK) for side in ("chosen", "rejected")), strict=True
-        )
-        prompt = beginnings[0] if beginnings[0] == beginnings[1] else ""
-    if ANSWER_MARK not in prompt:
-        prompt = prompt.removeprefix("Human:")  # a single question needs no name of who asks
-    return prompt.strip(), answers[0].strip(), answers[1].strip()
-
-
-def transcript(value: str | list[dict] | None) -> str:
-    """A text as it is; turns as hh-rlhf writes them."""
-    if isinstance(value, list):
-        speakers = {"user": "Human", "assistant": "Assistant"}
-        value = "\n\n".join(f"{speakers.get(turn['role'], 'System')}: {turn['content']}" for turn in value)
-    return (value or "").strip()
-
-
-def general_pairs(rows: list[dict]) -> list[dict[str, str]]:
-    """Preference pairs of usable rows, sorted by uid."""
+    The prompt of a single question is its text. That of a longer dialogue is a list of {role, content} turns, from a
+    user's turn to a user's turn, which goes through the chat template as such.
+    """
     pairs = {}
     for row in rows:
-        prompt, chosen, rejected = general_texts(row)
-        uid = f"general:{digest(prompt, chosen, rejected)[:16]}"
+        turns, chosen, rejected = general_turns(row)
+        uid = f"general:{digest(transcript(turns), chosen, rejected)[:16]}"
+        prompt = turns if len(turns) > 1 else turns[0]["content"]
         pairs[uid] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "uid": uid}
     return [pairs[uid] for uid in sorted(pairs)]
 
 
-def folded(system: str | None, user: str) -> str:
+def general_problem(row: dict) -> str | None:
+    """The reason why a row is no preference pair; None when it is one."""
+    try:
+        general_turns(row)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def general_texts(row: dict) -> tuple[str, str, str]:
+    """prompt, chosen, rejected of a usable row; the prompt of a longer dialogue is its transcript."""
+    turns, chosen, rejected = general_turns(row)
+    return transcript(turns), chosen, rejected
+
+
+def general_turns(row: dict) -> tuple[list[dict[str, str]], str, str]:
+    """The turns of the prompt, and both answers. Raises ValueError with the reason when a row is no preference pair.
+
+    Everything before the last answer is the prompt, and it must be the same on both sides. A column that is null or
+    empty counts as absent. A system text stands before the first question, since evaluations have no system turn.
+    """
+    for side in ("chosen", "rejected"):
+        if row.get(side) in (None, "", []):
+            raise ValueError(f"{side} is empty" if side in row else f"columns {', '.join(row)}")
+    prompt = read_turns(row.get("question") or row.get("prompt"), "user", "the prompt")
+    if prompt and prompt[-1] == {"role": "assistant", "content": ""}:  # hh-rlhf's way to end a prompt
+        prompt.pop()
+    if not isinstance(row.get("system"), str | None):
+        raise ValueError("system is no text")
+    prompt[:0] = [{"role": "system", "content": row["system"].strip()}] if row.get("system") else []
+    chosen, rejected = (
+        join_turns(prompt, read_turns(row[side], "assistant", side)) for side in ("chosen", "rejected")
+    )
+    if chosen[:-1] != rejected[:-1]:
+        raise ValueError("chosen and rejected differ before the last turn")
+    if chosen == rejected:
+        raise ValueError("equal answers")
+    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+
+
+def read_turns(value: Any, role: str, name: str) -> list[dict[str, str]]:
+    """Turns {role, content} of a list of turns or an hh-rlhf dialogue; another text is one turn of `role`.
+
+    Raises ValueError, which names the value by `name`, for a role that is unknown and for what is no text.
+    """
+    if value is None:
+        return []
+    if isinstance(value, str):
+        has_answer = role == "user" or "\n\nAssistant:" in value
+        if not re.match(r"\s*Human:", value) or not has_answer:
+            return [{"role": role, "content": value.strip()}]
+        _, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", value.strip())
+        value = [{"role": who, "content": text} for who, text in zip(parts[::2], parts[1::2], strict=True)]
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise ValueError(f"{name} is neither a text nor a list of turns")
+    turns = []
+    for turn in value:
+        who, content = turn.get("role"), turn.get("content")
+        if not isinstance(who, str) or who.lower() not in ROLES:
+            raise ValueError(f"{name} has a turn of unknown role {who!r}")
+        if isinstance(content, list) and all(
+            isinstance(part, dict) and part.get("type") == "text" for part in content
+        ):
+            content = "".join(str(part.get("text", "")) for part in content)
+        if not isinstance(content, str):
+            raise ValueError(f"{name} has a turn whose content is no text")
+        turns.append({"role": ROLES[who.lower()], "content": content.strip()})
+    return turns
+
+
+def join_turns(prompt: list[dict[str, str]], side: list[dict[str, str]]) -> list[dict[str, str]]:
+    """One dialogue of the prompt and one side, which may repeat the prompt; the system text joins the first question.
+
+    Raises ValueError unless user and assistant take turns, from the user's first to the assistant's last.
+    """
+    system = list(dict.fromkeys(turn["content"] for turn in prompt + side if turn["role"] == "system"))
+    prompt, side = ([turn for turn in turns if turn["role"] != "system"] for turns in (prompt, side))
+    if side[: len(prompt)] == prompt:
+        turns = side
+    elif side and side[0]["role"] == "assistant":
+        turns = prompt + side
+    else:
+        raise ValueError("the turns do not begin with the prompt")
+    if not turns or turns[-1]["role"] != "assistant":
+        raise ValueError("the last turn is not the assistant's")
+    if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+        raise ValueError("no prompt" if len(turns) == 1 else "user and assistant do not take turns")
+    if not all(turn["content"] for turn in turns):
+        raise ValueError("an empty turn")
+    first = {"role": "user", "content": merge_system_prompt("\n\n".join(system), turns[0]["content"])}
+    return [first, *turns[1:]]
+
+
+def transcript(prompt: str | list[dict[str, str]]) -> str:
+    """The text of a pair's prompt: a single question as it is, a longer dialogue as hh-rlhf writes it."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    speakers = {"user": "Human", "assistant": "Assistant"}
+    return "\n\n".join(f"{speakers[turn['role']]}: {turn['content']}" for turn in prompt)
+
+
+def merge_system_prompt(system: str | None, user: str) -> str:
     """One user turn with the system turn's text before it: the evaluations have no system turn either."""
     return f"{system.strip()}\n\n{user.strip()}" if system and system.strip() else user.strip()
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_train_mt import main, parse
-from llm_alignment import files, finance, generation, models, preferences, tatqa
+from llm_alignment import files, finance, generation, models, tatqa
 from llm_alignment.files import InputError
 from llm_alignment.finance import mix_counts, reddit_pairs
 from llm_alignment.flags import DEMO_DIR
@@ -177,72 +177,6 @@ class ListHandler(logging.Handler):
 
     def emit(self, record) -> None:
         self.lines.append(record.getMessage())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# General pairs
-
-
-@pytest.mark.parametrize(
-    ("row", "prompt"),
-    [
-        ({"system": "", "question": "Why?", "chosen": "Because.", "rejected": "No."}, "Why?"),
-        ({"system": "Be brief.", "question": "Why?", "chosen": "Because.", "rejected": "No."}, "Be brief.\n\nWhy?"),
-        ({"prompt": "Why?", "chosen": "Because.", "rejected": "No."}, "Why?"),
-        (
-            {
-                "chosen": "\n\nHuman: Why?\n\nAssistant: Because.",
-                "rejected": "\n\nHuman: Why?\n\nAssistant: No.",
-            },
-            "Why?",
-        ),
-        (
-            {
-                "chosen": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant: Because.",
-                "rejected": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant: No.",
-            },
-            "Human: Hi\n\nAssistant: Hello!\n\nHuman: Why?",
-        ),
-        (
-            {
-                "prompt": [{"role": "user", "content": "Why?"}],
-                "chosen": [{"role": "assistant", "content": "Because."}],
-                "rejected": [{"role": "assistant", "content": "No."}],
-            },
-            "Why?",
-        ),
-        (
-            {
-                "chosen": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}],
-                "rejected": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No."}],
-            },
-            "Why?",
-        ),
-    ],
-)
-def test_general_pairs_of_every_shape(row, prompt):
-    assert preferences.general_problem(row) is None
-    [pair] = preferences.general_pairs([row, row])
-    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (prompt, "Because.", "No.")
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"instruction": "Why?", "chosen": "Because.", "rejected": "No."},
-        {"question": "Why?", "answer": "Because."},
-        {"question": "Why?", "chosen": "Because.", "rejected": "Because."},
-        {"question": "Why?", "chosen": "Because.", "rejected": None},
-        {"question": "Why?", "chosen": 3, "rejected": "No."},
-        {"chosen": "\n\nHuman: Why?\n\nAssistant: A.", "rejected": "\n\nHuman: How?\n\nAssistant: B."},
-    ],
-)
-def test_general_rows_that_cannot_be_used(row, tmp_path):
-    assert preferences.general_problem(row)
-    path = write_rows(tmp_path / "pairs.jsonl", [row])
-    args = demo_args(tmp_path, "--general_dataset", path, "--no-do_reddit", "--no-do_instruct")
-    with pytest.raises(InputError, match="question, chosen, rejected and perhaps system.*prompt, chosen, rejected"):
-        load_material(args, {"general"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,216 @@
+"""Preference pairs from any file: every format, turn lists, rows that cannot be used."""
+
+import argparse
+
+import pytest
+from conftest import DEMO, write_rows
+
+from llm_alignment import generation, models, preferences
+from llm_alignment.files import InputError
+from llm_alignment.leaks import leak_finder, without_leaks
+
+LONG = "Human: Hi\n\nAssistant: Hello!\n\nHuman: Why?"
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def dialogue(*contents: str) -> list[dict]:
+    """Turns of user and assistant, one after the other."""
+    return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"system": "", "question": "Why?", "chosen": "Because.", "rejected": "No."}, "Why?"),
+        ({"system": "Be brief.", "question": "Why?", "chosen": "Because.", "rejected": "No."}, "Be brief.\n\nWhy?"),
+        ({"prompt": "Why?", "chosen": "Because.", "rejected": "No."}, "Why?"),
+        (
+            {
+                "chosen": "\n\nHuman: Why?\n\nAssistant: Because.",
+                "rejected": "\n\nHuman: Why?\n\nAssistant: No.",
+            },
+            "Why?",
+        ),
+        (
+            {
+                "chosen": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant: Because.",
+                "rejected": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant: No.",
+            },
+            "Human: Hi\n\nAssistant: Hello!\n\nHuman: Why?",
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": "Why?"}],
+                "chosen": [{"role": "assistant", "content": "Because."}],
+                "rejected": [{"role": "assistant", "content": "No."}],
+            },
+            "Why?",
+        ),
+        (
+            {
+                "chosen": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}],
+                "rejected": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No."}],
+            },
+            "Why?",
+        ),
+        # a prompt and the whole dialogue beside it: the turns between belong to the prompt
+        (
+            {
+                "prompt": "Hi",
+                "chosen": dialogue("Hi", "Hello!", "Why?", "Because."),
+                "rejected": dialogue("Hi", "Hello!", "Why?", "No."),
+            },
+            LONG,
+        ),
+        ({"prompt": dialogue("Hi", "Hello!", "Why?"), "chosen": "Because.", "rejected": "No."}, LONG),
+        (
+            {
+                "prompt": dialogue("Hi"),
+                "chosen": dialogue("Hi", "Hello!", "Why?", "Because."),
+                "rejected": dialogue("Hi", "Hello!", "Why?", "No."),
+            },
+            LONG,
+        ),
+        (
+            {
+                "prompt": dialogue("Hi"),
+                "chosen": dialogue("Hi", "Hello!", "Why?", "Because.")[1:],
+                "rejected": dialogue("Hi", "Hello!", "Why?", "No."),
+            },
+            LONG,
+        ),
+        (
+            {
+                "prompt": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant:",
+                "chosen": " Because.",
+                "rejected": " No.",
+            },
+            LONG,
+        ),
+        ({"prompt": "Human: Why?", "chosen": "Because.", "rejected": "No."}, "Why?"),
+        # a system turn is read like the system column, wherever it stands
+        (
+            {
+                "prompt": [SYSTEM, *dialogue("Why?")],
+                "chosen": dialogue("Why?", "Because.")[1:],
+                "rejected": dialogue("Why?", "No.")[1:],
+            },
+            "Be brief.\n\nWhy?",
+        ),
+        (
+            {"chosen": [SYSTEM, *dialogue("Why?", "Because.")], "rejected": [SYSTEM, *dialogue("Why?", "No.")]},
+            "Be brief.\n\nWhy?",
+        ),
+        (
+            {
+                "prompt": "Why?",
+                "system": "Be brief.",
+                "chosen": [SYSTEM, *dialogue("Why?", "Because.")],
+                "rejected": [SYSTEM, *dialogue("Why?", "No.")],
+            },
+            "Be brief.\n\nWhy?",
+        ),
+        # other names of the two roles, parts of text, null columns
+        (
+            {
+                "prompt": [{"role": "human", "content": "Why?"}],
+                "chosen": [{"role": "GPT", "content": "Because."}],
+                "rejected": [{"role": "Assistant", "content": "No."}],
+            },
+            "Why?",
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}],
+                "chosen": "Because.",
+                "rejected": "No.",
+            },
+            "Why?",
+        ),
+        ({"system": None, "question": None, "prompt": "Why?", "chosen": "Because.", "rejected": "No."}, "Why?"),
+        ({"prompt": None, "chosen": dialogue("Why?", "Because."), "rejected": dialogue("Why?", "No.")}, "Why?"),
+    ],
+)
+def test_general_pairs_of_every_shape(row, prompt):
+    assert preferences.general_problem(row) is None
+    assert preferences.general_texts(row) == (prompt, "Because.", "No.")
+    [pair] = preferences.general_pairs([row, row])
+    assert (pair["chosen"], pair["rejected"]) == ("Because.", "No.")
+    if prompt.startswith("Human:"):
+        turns = [("user", "Hi"), ("assistant", "Hello!"), ("user", "Why?")]
+        assert pair["prompt"] == [{"role": role, "content": content} for role, content in turns]
+    else:
+        assert pair["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Why?", "chosen": "Because.", "rejected": "No."},
+        {"question": "Why?", "answer": "Because."},
+        {"question": "Why?", "chosen": "Because.", "rejected": "Because."},
+        {"question": "Why?", "chosen": "Because.", "rejected": None},
+        {"question": "Why?", "chosen": 3, "rejected": "No."},
+        {"chosen": "\n\nHuman: Why?\n\nAssistant: A.", "rejected": "\n\nHuman: How?\n\nAssistant: B."},
+        # question 1 is not paired with the answer to question 2
+        {"prompt": "Hi", "chosen": dialogue("Hi", "Hello!", "Why?", "Because."), "rejected": dialogue("Hi", "No.")},
+        {
+            "prompt": "Hi",
+            "chosen": dialogue("Hi", "A", "Why?", "Because."),
+            "rejected": dialogue("Hi", "B", "How?", "No."),
+        },
+        {"prompt": "Other", "chosen": dialogue("Why?", "Because."), "rejected": dialogue("Why?", "No.")},
+        {"chosen": [SYSTEM, *dialogue("Why?", "Because.")], "rejected": dialogue("Why?", "No.")},
+        # the last turn is the assistant's, and the two take turns
+        {"chosen": dialogue("Why?", "Because.", "Thanks"), "rejected": dialogue("Why?", "Because.", "Really?")},
+        {"prompt": "Why?", "chosen": dialogue("Why?"), "rejected": dialogue("Why?")},
+        {"prompt": dialogue("Why?", "Well."), "chosen": "Because.", "rejected": "No."},
+        {"chosen": dialogue("Why?", "Because.")[1:], "rejected": dialogue("Why?", "No.")[1:]},
+        # unknown roles and contents
+        {"prompt": [*dialogue("Why?"), {"role": "tool", "content": "{}"}], "chosen": "Because.", "rejected": "No."},
+        {"prompt": [{"role": None, "content": "Why?"}], "chosen": "Because.", "rejected": "No."},
+        {"prompt": [{"role": "user", "content": 3}], "chosen": "Because.", "rejected": "No."},
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "Because.", "rejected": "No."},
+        {"prompt": ["Why?"], "chosen": "Because.", "rejected": "No."},
+        {"question": "Why?", "system": 3, "chosen": "Because.", "rejected": "No."},
+        {"question": " ", "chosen": "Because.", "rejected": "No."},
+        {"question": None, "prompt": None, "chosen": "Because.", "rejected": "No."},
+    ],
+)
+def test_general_rows_that_cannot_be_used(row, tmp_path):
+    assert preferences.general_problem(row)
+    path = write_rows(tmp_path / "pairs.jsonl", [row])
+    with pytest.raises(InputError, match="question, chosen, rejected and perhaps system.*prompt, chosen, rejected"):
+        preferences.read_pairs(str(path), "--general_dataset")
+
+
+def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path, logged):
+    usable = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+    swapped = {"chosen": dialogue("Why?", "Because."), "rejected": dialogue("How?", "No.")}
+    path = write_rows(tmp_path / "pairs.jsonl", [usable, swapped, {**usable, "chosen": None}])
+    [pair] = preferences.read_pairs(str(path), "--pairs")
+    assert pair["chosen"] == "Because."
+    assert "skipped 2 rows" in logged.text and "pairs.jsonl:2 (chosen and rejected differ before" in logged.text
+
+
+def test_a_leak_in_an_earlier_turn_is_found():
+    find = leak_finder({"question": ["What is the total of all sales?"]})
+    item = {"prompt": dialogue("What is the total of all sales?", "It is 7.", "And then?"), "chosen": "8"}
+    assert without_leaks([item], find, "general", {}) == []
+
+
+def test_a_dialogue_goes_through_the_chat_template_as_turns():
+    args = argparse.Namespace(
+        model=str(DEMO / "model"), model_revision=None, trust_remote_code=False, use_chat_template=True,
+        thinking=False, max_prompt_length=500,
+    )  # fmt: skip
+    tokenizer = models.load_tokenizer(args)
+    turns = dialogue("First question?", "First answer.", "Second question of some more words?")
+    whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    assert generation.fit_prompt(turns, tokenizer, args, mark="\0") == (whole, False)
+    args.max_prompt_length = len(tokenizer(whole)["input_ids"]) - 1
+    alone = tokenizer.apply_chat_template(turns[2:], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    assert generation.fit_prompt(turns, tokenizer, args, mark="\0") == (alone, True)  # the oldest turns go first
+    args.max_prompt_length = len(tokenizer(alone)["input_ids"]) - 2
+    text, is_cut = generation.fit_prompt(turns, tokenizer, args, mark="\0")
+    assert is_cut and "more words?" in text and "Second question" not in text
