@@ -530,7 +530,7 @@ def loss_deltas(before: list[float], after: list[float], tokens: list[int]) -> d
     mean_tokens = sum(tokens) / len(tokens)
     delta = paired_delta([x / mean_tokens for x in before], [x / mean_tokens for x in after])
     perplexity = math.exp(sum(before) / sum(tokens))
-    ends = {name: perplexity * math.expm1(delta[name]) for name in ("mean", "low", "high")}
+    ends = {key: delta[key] and perplexity * math.expm1(delta[key]) for key in ("mean", "low", "high")}
     return {"val_loss": delta, "ppl": {**delta, **ends}}
 
 

@@ -394,10 +394,10 @@ DELTAS = {
 def delta_cells(delta: dict) -> list[str]:
     return [
         signed(delta["mean"]),
-        f"{signed(delta['low'])} to {signed(delta['high'])}",
+        "none" if delta["low"] is None else f"{signed(delta['low'])} to {signed(delta['high'])}",
         p_value(delta["p"]),
         number(delta["n"]),
-        "no detectable change" if delta["low"] <= 0 <= delta["high"] else "changed",
+        "changed" if delta["p"] <= 0.05 else "no detectable change",
     ]
 
 

@@ -142,7 +142,7 @@ def print_table(title: str, rows: list[tuple[str, float | None, float | None, di
         if delta and delta["n"]:
             cells.append(f"{delta['mean']:+#.4g} [{number(delta['low'])}, {number(delta['high'])}]")
             cells.append(f"{delta['p']:.2g}")
-            cells.append("no detectable change" if delta["low"] <= 0 <= delta["high"] else "")
+            cells.append("" if delta["p"] <= 0.05 else "no detectable change")
         table.add_row(*cells)
     Console(width=120, color_system=None, legacy_windows=False, markup=False, highlight=False).print(table)
 

@@ -1,64 +1,226 @@
-"""Paired differences, their intervals and p values."""
+"""Paired differences with intervals and p values that agree, several p values at once, differences at equal length."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any
 
+from llm_alignment.files import InputError
 
-def paired_delta(before: list[float], after: list[float], *, seed: int = 42) -> dict:
-    """Mean of after - before over the same items, its 95 % bootstrap interval and a permutation p.
+RESAMPLES = 9999
+ALL_SIGNS = 13  # up to this many units every sign pattern is tried: 2**13 is less than RESAMPLES
+ENOUGH = 6  # units that must change before a two-sided sign-flip test can reach 0.05: 2 / 2**5 is more, 2 / 2**6 less
 
-    scipy's BCa bootstrap with 9,999 resamples, and its paired permutation test (exact up to 13 items), both seeded.
-    Where all differences are the same the interval is that one value. Without items everything but n is None.
+
+def paired_delta(
+    before: Sequence[float], after: Sequence[float], *, clusters: Sequence[Hashable] | None = None
+) -> dict:
+    """Mean of after - before over the same items, with a 95 % interval and a p value that agree.
+
+    p is that of the sign-flip (paired permutation) test: all sign patterns up to 13 changed units, else 9,999 random
+    ones. The interval is that test inverted: every shift that it does not reject, so it holds 0 exactly when p is
+    above 0.05. Its ends are the 2.5 % and 97.5 % points of the means of random halves of the data (Hartigan 1969,
+    https://doi.org/10.1080/01621459.1969.10501057). That test assumes symmetric differences, so where the BCa bootstrap
+    reaches further its end is taken; only 0 stays on the side of the interval that p says.
+
+    `clusters`: one label for each item. Items of one label share a sign and are resampled together, so that items with
+    a common context do not count as independent. Without it every item is its own cluster.
+
+    Returns {"mean", "low", "high", "p", "n": items, "changed": items that differ, "clusters": number of labels or None,
+    "changed_clusters"}. With fewer than 6 units (clusters or items) no 95 % interval exists: low and high are None.
+    With no item everything but the counts is None. Raises InputError when the lengths differ.
+    """
+    return _delta(before, after, clusters, exact_p=None)
+
+
+def mcnemar(before: Sequence[float], after: Sequence[float], *, clusters: Sequence[Hashable] | None = None) -> dict:
+    """`paired_delta` of answers that are right (1, True), wrong (0, False) or neither (0.5), with McNemar's exact p.
+
+    With `clusters` p is that of the sign-flip test on the sums of the clusters; McNemar's exact test is the same test
+    where every answer is a cluster of its own.
+    """
+    from scipy import stats
+
+    exact_p = None
+    if clusters is None and len(before) == len(after):
+        changes = [float(new) - float(old) for old, new in zip(before, after, strict=True) if new != old]
+        gained = sum(change > 0 for change in changes)
+        exact_p = float(stats.binomtest(gained, len(changes)).pvalue) if changes else 1.0
+    return _delta(before, after, clusters, exact_p=exact_p)
+
+
+def _delta(before: Sequence[float], after: Sequence[float], clusters: Sequence | None, exact_p: float | None) -> dict:
+    import numpy as np
+
+    if len(before) != len(after):
+        raise InputError(f"{len(before)} items before and {len(after)} after; give the same items on both sides")
+    if clusters is not None and len(clusters) != len(before):
+        raise InputError(f"{len(clusters)} cluster labels for {len(before)} items; give one label for each item")
+    differences = np.subtract(after, before, dtype=np.float64)
+    labels = range(len(differences)) if clusters is None else clusters
+    number = {label: place for place, label in enumerate(dict.fromkeys(labels))}
+    unit_of = np.array([number[label] for label in labels], dtype=np.int64)
+    sizes = np.bincount(unit_of).astype(np.float64)
+    sums = np.bincount(unit_of, weights=differences)
+    sums[np.abs(sums) <= 1e-12 * np.abs(differences).sum()] = 0
+    delta = {
+        "mean": float(differences.mean()) if len(differences) else None,
+        "low": None,
+        "high": None,
+        "p": None,
+        "n": len(differences),
+        "changed": int(np.count_nonzero(differences)),
+        "clusters": None if clusters is None else len(number),
+        "changed_clusters": None if clusters is None else int(np.count_nonzero(sums)),
+    }
+    if not len(differences):
+        return delta
+    flipped_sums, flipped_sizes = _random_parts(sums, sizes)
+    delta["p"] = _sign_flip_p(sums, flipped_sums) if exact_p is None else exact_p
+    if not sums.any():
+        ends = (0.0, 0.0) if len(sums) > 1 else (None, None)
+    elif len(sums) < ENOUGH:
+        ends = None, None
+    else:
+        ends = _interval(sums, sizes, flipped_sums, flipped_sizes, delta["p"])
+    return {**delta, "low": ends[0], "high": ends[1]}
+
+
+def _random_parts(sums: Any, sizes: Any) -> tuple[Any, Any]:
+    """Sums and sizes over random halves of the units, (parts,) each; all 2**units parts where they are few.
+
+    The first part is empty: it stands for the data as they are, with no sign flipped.
+    """
+    import numpy as np
+
+    units = np.stack([sums, sizes], axis=1)
+    if len(sums) <= ALL_SIGNS:
+        is_in = (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums))) & 1
+        part_sums, part_sizes = (is_in @ units).T
+    else:
+        rng, width = np.random.default_rng(42), -(-len(sums) // 8)
+        parts = [np.zeros((1, 2))]
+        for start in range(0, RESAMPLES, 1000):
+            rows = min(1000, RESAMPLES - start)
+            bits = np.frombuffer(rng.bytes(rows * width), np.uint8).reshape(rows, width)
+            parts.append(np.unpackbits(bits, axis=1, count=len(sums)).astype(np.float64) @ units)
+        part_sums, part_sizes = np.concatenate(parts).T
+    part_sums[np.abs(part_sums) <= 1e-12 * np.abs(sums).sum()] = 0  # sums that cancel, up to rounding
+    return part_sums, part_sizes
+
+
+def _sign_flip_p(sums: Any, part_sums: Any) -> float:
+    """Two-sided p. Flipping the signs of a part lowers the total when the part's sum is positive."""
+    import numpy as np
+
+    changed = sums[sums != 0]
+    if len(changed) <= ALL_SIGNS < len(sums):
+        part_sums, _ = _random_parts(changed, np.ones(len(changed)))
+    tail = min(np.mean(part_sums <= 0), np.mean(part_sums >= 0))
+    return float(min(1.0, 2 * tail))
+
+
+def _interval(sums: Any, sizes: Any, part_sums: Any, part_sizes: Any, p: float) -> tuple[float, float]:
+    """The 95 % interval that holds 0 exactly when `p` is above 0.05.
+
+    An end that would contradict `p` (by the bootstrap, or as the parts are a random sample) is not taken.
+    """
+    import numpy as np
+
+    empty = part_sizes == 0
+    means = part_sums / np.where(empty, 1, part_sizes)
+    skip = int(0.025 * len(means))
+    low = np.sort(np.where(empty, -np.inf, means))[skip]
+    high = -np.sort(np.where(empty, -np.inf, -means))[skip]
+    boot_low, boot_high = _bca(sums, sizes)
+    if p > 0.05:
+        return float(min(low, boot_low, 0)), float(max(high, boot_high, 0))
+    if sums.sum() > 0:
+        low = min([end for end in (low, boot_low) if end > 0], default=means[means > 0].min())
+        return float(low), float(max(high, boot_high))
+    high = max([end for end in (high, boot_high) if end < 0], default=means[means < 0].max())
+    return float(min(low, boot_low)), float(high)
+
+
+def _bca(sums: Any, sizes: Any) -> tuple[float, float]:
+    """95 % BCa bootstrap interval of sum(sums) / sum(sizes) over whole units (Efron 1987)."""
+    import numpy as np
+    from scipy.special import ndtr, ndtri
+
+    rng = np.random.default_rng(42)
+    resampled = []
+    for start in range(0, RESAMPLES, 1000):
+        places = rng.integers(len(sums), size=(min(1000, RESAMPLES - start), len(sums)))
+        resampled.append(sums[places].sum(1) / sizes[places].sum(1))
+    means = np.sort(np.concatenate(resampled))
+    observed = sums.sum() / sizes.sum()
+    below = np.mean(means < observed) / 2 + np.mean(means <= observed) / 2
+    left_out = (sums.sum() - sums) / (sizes.sum() - sizes)
+    centred = left_out.mean() - left_out
+    spread = (centred**2).sum()
+    if not 0 < below < 1 or spread == 0:
+        return float(observed), float(observed)
+    bias, acceleration = ndtri(below), (centred**3).sum() / (6 * spread**1.5)
+    z = bias + ndtri([0.025, 0.975])
+    low, high = np.quantile(means, ndtr(bias + z / (1 - acceleration * z)))
+    return float(low), float(high)
+
+
+def too_few_changed(delta: dict) -> bool:
+    """Whether so few items (or clusters) changed that the sign-flip test could not reach 0.05 in any case."""
+    changed = delta["changed"] if delta["clusters"] is None else delta["changed_clusters"]
+    return changed < ENOUGH
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values corrected for their number by Holm's step-down method, in the order given (Holm 1979)."""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
+        corrected[index] = highest
+    return corrected
+
+
+def equal_length_delta(differences: Sequence[float], length_differences: Sequence[float]) -> dict:
+    """The difference that is left at equal length: the intercept of the differences regressed on those in length.
+
+    Both (n,): after - before of each item's score and of its answer's length. The 95 % interval and p are those of the
+    t distribution with n - 2 degrees of freedom and errors that may differ in spread (HC3; MacKinnon and White 1985,
+    https://doi.org/10.1016/0304-4076(85)90158-7). Returns the keys of `paired_delta` and "per_unit": the slope, for
+    one unit of length. With fewer than 4 items, or where one item alone decides the slope, everything but the counts
+    is None; where no length changed, it is the mean difference.
     """
     import numpy as np
     from scipy import stats
 
-    differences = np.subtract(after, before, dtype=np.float64)
-    if not len(differences):
-        return {"mean": None, "low": None, "high": None, "p": None, "n": 0}
-    low, high = interval(differences, seed)
-    p = 1.0
-    if len(differences) > 1:
-        test = stats.permutation_test(
-            (np.asarray(after, np.float64), np.asarray(before, np.float64)),
-            lambda x, y, axis: np.mean(x - y, axis=axis),
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=9999,
-            rng=np.random.default_rng(seed),
-        )
-        p = float(test.pvalue)
-    return {"mean": float(differences.mean()), "low": low, "high": high, "p": p, "n": len(differences)}
-
-
-def mcnemar(before: list[float], after: list[float], *, seed: int = 42) -> dict:
-    """The difference in the share of right answers, its 95 % bootstrap interval, and the exact McNemar p.
-
-    An answer is right (1 or True), wrong (0 or False) or neither (0.5).
-    """
-    import numpy as np
-    from scipy import stats
-
-    differences = np.subtract(after, before, dtype=np.float64)
-    if not len(differences):
-        return {"mean": None, "low": None, "high": None, "p": None, "n": 0}
-    low, high = interval(differences, seed)
-    gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
-    p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return {"mean": float(differences.mean()), "low": low, "high": high, "p": p, "n": len(differences)}
-
-
-def interval(differences: Any, seed: int) -> tuple[float, float]:
-    """95 % BCa bootstrap interval of the mean of `differences`, a float array (n,)."""
-    import numpy as np
-    from scipy import stats
-
-    if np.ptp(differences) <= 1e-12 * np.abs(differences).max():  # the bootstrap of a constant is not defined
-        return float(differences[0]), float(differences[0])
-    result = stats.bootstrap((differences,), np.mean, n_resamples=9999, rng=np.random.default_rng(seed))
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    if len(differences) != len(length_differences):
+        raise InputError(f"{len(differences)} differences and {len(length_differences)} of the lengths; give as many")
+    y, x = np.asarray(differences, np.float64), np.asarray(length_differences, np.float64)
+    counts = {"n": len(y), "changed": int(np.count_nonzero(y)), "clusters": None, "changed_clusters": None}
+    if len(y) and not x.any():
+        return {**paired_delta([0.0] * len(y), y), "per_unit": 0.0}
+    design = np.stack([np.ones_like(x), x], axis=1)
+    nothing = {"mean": None, "low": None, "high": None, "p": None, **counts, "per_unit": None}
+    if len(y) < 4 or np.linalg.matrix_rank(design) < 2:
+        return nothing
+    inverse = np.linalg.inv(design.T @ design)
+    leverage = np.einsum("ij,jk,ik->i", design, inverse, design)
+    if leverage.max() > 1 - 1e-9:
+        return nothing
+    coefficients = inverse @ design.T @ y
+    weighted = design * ((y - design @ coefficients) / (1 - leverage))[:, None]
+    error = float(np.sqrt((inverse @ weighted.T @ weighted @ inverse)[0, 0]))
+    mean, slope = map(float, coefficients)
+    reach = float(stats.t.ppf(0.975, len(y) - 2)) * error
+    if error <= 1e-12 * np.abs(y).max(initial=0):
+        p = 1.0 if abs(mean) <= 1e-12 * np.abs(y).max(initial=0) else 0.0
+    else:
+        p = float(2 * stats.t.sf(abs(mean) / error, len(y) - 2))
+    return {"mean": mean, "low": mean - reach, "high": mean + reach, "p": p, **counts, "per_unit": slope}
 
 
 def in_per_cent(delta: dict) -> dict:
-    return {**delta, **{key: 100 * delta[key] for key in ("mean", "low", "high")}}
+    """A difference of shares in percentage points."""
+    ends = {key: None if delta[key] is None else 100 * delta[key] for key in ("mean", "low", "high")}
+    return {**delta, **ends}

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import mtbench_eval as me
-from llm_alignment import evaluation, files, generation, rewards, stats
+from llm_alignment import evaluation, files, generation, rewards
 
 ROOT = Path(__file__).resolve().parent.parent
 CHATML = (
@@ -620,57 +620,6 @@ def test_an_answer_that_only_thinks_scores_as_empty(evaluate, questions, reward_
 
 # ---------------------------------------------------------------------------------------------------------------------
 # statistics
-
-
-@pytest.fixture(autouse=True)
-def no_warnings_from_scipy():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", module="scipy")
-        warnings.filterwarnings("error", category=RuntimeWarning)
-        yield
-
-
-def test_paired_delta_by_hand():
-    before, after = [1.0, 2.0, 3.0, 4.0], [2.0, 2.5, 3.5, 6.0]
-    delta = stats.paired_delta(before, after)
-    assert delta["mean"] == pytest.approx(1.0) and delta["n"] == 4
-    assert delta["p"] == pytest.approx(2 / 16)  # of the 16 sign patterns only all plus and all minus are as extreme
-    assert 0.4 < delta["low"] < 1.0 < delta["high"] < 2.1
-    assert stats.paired_delta(after, before)["mean"] == pytest.approx(-1.0)
-    assert stats.paired_delta(before, after) == delta, "seeded"
-    mixed = stats.paired_delta([0.0, 0.0, 0.0], [1.0, 2.0, -1.0])  # sums over signs: 4 2 2 0 0 -2 -2 -4, observed 2
-    assert mixed["p"] == pytest.approx(6 / 8)
-
-
-def test_paired_delta_where_resampling_has_nothing_to_resample():
-    assert stats.paired_delta([], []) == {"mean": None, "low": None, "high": None, "p": None, "n": 0}
-    assert stats.paired_delta([1.0], [3.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0, "p": 1.0, "n": 1}
-    same = stats.paired_delta([1.0, 5.0, 7.0], [1.0, 5.0, 7.0])
-    assert same == {"mean": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "n": 3}
-    shifted = stats.paired_delta([0.1, 0.2, 0.3], [0.2, 0.3, 0.4])
-    assert shifted["low"] == shifted["high"] == pytest.approx(0.1) and shifted["p"] == pytest.approx(0.25)
-
-
-def test_the_interval_holds_the_truth_about_as_often_as_it_says():
-    rng = random.Random(0)
-    held = 0
-    for _ in range(60):
-        before = [rng.gauss(5, 2) for _ in range(40)]
-        delta = stats.paired_delta(before, [value + rng.gauss(0.5, 1) for value in before])
-        held += delta["low"] <= 0.5 <= delta["high"]
-    assert 51 <= held <= 60  # 57 expected
-
-
-def test_mcnemar_by_hand():
-    before = [True] * 10 + [False] * 10
-    after = [True] * 9 + [False] + [True] * 7 + [False] * 3  # one lost, seven gained
-    delta = stats.mcnemar(before, after)
-    assert delta["mean"] == pytest.approx(6 / 20) and delta["n"] == 20
-    assert delta["p"] == pytest.approx(2 * (1 + 8) / 2**8)
-    assert 0 < delta["low"] < 0.3 < delta["high"]
-    unchanged = stats.mcnemar(before, before)
-    assert (unchanged["mean"], unchanged["low"], unchanged["high"], unchanged["p"]) == (0, 0, 0, 1)
-    assert stats.mcnemar([], [])["n"] == 0
 
 
 def test_compare_rows_pairs_by_question():
