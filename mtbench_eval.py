@@ -45,7 +45,7 @@ from llm_alignment.flags import (
     parse_arguments,
     positive,
 )
-from llm_alignment.generation import MOST_ROWS, generate, strip_thinking
+from llm_alignment.generation import MAX_BATCH_SIZE, generate, strip_thinking
 from llm_alignment.instructions import check_rate
 from llm_alignment.models import (
     adapter_sha256,
@@ -206,7 +206,7 @@ def score_questions(
     results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache and temperature == 0)
     missing = {question["question_id"] for question in results.missing(questions)}
 
-    size = batch_size or MOST_ROWS[model.device.type]
+    size = batch_size or MAX_BATCH_SIZE[model.device.type]
     order = sorted(questions, key=lambda question: sum(map(len, question["turns"])))
     waves = [order[start : start + size] for start in range(0, len(order), size)]
     total = sum(len(question["turns"]) for question in questions)
@@ -237,14 +237,12 @@ def answer_and_score(model, tokenizer, reward_model, questions, progress, **sett
         for index in asked:
             conversations[index].append({"role": "user", "content": questions[index]["turns"][turn]})
 
-        def keep(place: int, text: str, tokens: int, finished: bool, asked: list[int] = asked) -> None:
-            row = rows[asked[place]]
-            row["answers"].append(strip_thinking(text))
-            row["answer_tokens"].append(tokens)
-            row["finished"].append(finished)
+        for answer in generate(model, tokenizer, [conversations[index] for index in asked], **settings):
+            row = rows[asked[answer.index]]
+            row["answers"].append(strip_thinking(answer.text))
+            row["answer_tokens"].append(answer.tokens)
+            row["finished"].append(answer.finished)
             progress.update()
-
-        generate(model, tokenizer, [conversations[index] for index in asked], on_answer=keep, **settings)
         for index in asked:
             conversations[index].append({"role": "assistant", "content": rows[index]["answers"][turn]})
         rewards = reward_model.score([conversations[index] for index in asked])

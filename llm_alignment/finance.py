@@ -204,22 +204,20 @@ def answered_by_base(
         missing = results.missing(batch)
         log.info("the base's answers: %d in %s, %d to generate", len(batch) - len(missing), path, len(missing))
 
-        def keep(index: int, text: str, tokens: int, finished: bool, missing: list[dict] = missing) -> None:
-            kept = {key: missing[index][key] for key in ("question_id", "prompt")}
-            results.append({**kept, "answer": strip_thinking(text), "answer_tokens": tokens, "finished": finished})
-
         if missing:
             model = model or load_model(args)
-            generate(
+            for answer in generate(
                 model,
                 tokenizer,
                 [[{"role": "user", "content": lesson["prompt"]}] for lesson in missing],
                 batch_size=args.eval_batch_size,
                 thinking=args.thinking,
                 description="the base's answers",
-                on_answer=keep,
                 **settings,
-            )
+            ):
+                kept = {key: missing[answer.index][key] for key in ("question_id", "prompt")}
+                text = strip_thinking(answer.text)
+                results.append({**kept, "answer": text, "answer_tokens": answer.tokens, "finished": answer.finished})
         for lesson, row in zip(lessons[position - len(batch) : position], results.rows_of(batch), strict=True):
             if row["answer"] not in {"", lesson["chosen"]}:
                 pairs.append({**lesson, "rejected": row["answer"]})

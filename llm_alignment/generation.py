@@ -6,8 +6,8 @@ import argparse
 import logging
 import re
 import zlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from llm_alignment.files import InputError
 
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("llm_alignment")
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+class Answer(NamedTuple):
+    """One answer of `generate`, in an order of its own: `index` is the conversation's place in the list."""
+
+    index: int
+    text: str  # without the end token; a block of thinking is part of it, see `strip_thinking`
+    tokens: int  # new tokens, the end token not counted
+    finished: bool  # False: cut at the token limit
 
 
 def generate(
@@ -33,23 +44,21 @@ def generate(
     thinking: bool = False,
     seed: int = 42,
     description: str = "",
-    on_answer: Callable[[int, str, int, bool], Any] | None = None,
-) -> list[str]:
-    """Answers conversations of {role, content} turns that end with the user's; returns one text for each, in order.
+) -> Iterator[Answer]:
+    """Answers conversations of {role, content} turns that end with the user's; yields each answer when it is ready.
 
     Temperature 0 is greedy and in float32 does not depend on `batch_size` (0: by free memory); above 0, sampling is
-    seeded. The settings a model ships with, such as Qwen3's temperature of 0.6, play no part. `backend` "simple" is
-    `model.generate` on batches of like length that finished rows leave; "auto" is transformers' continuous batching
+    seeded. The settings a model ships with, such as Qwen3's temperature of 0.6, are ignored. `backend` "simple" is
+    `model.generate` on batches of similar length that finished rows leave; "auto" is transformers' continuous batching
     on CUDA and simple elsewhere. An answer gets at most half of the model's context, and a prompt that leaves less
-    room than its answer needs loses its beginning. A block of thinking is part of the text: see `strip_thinking`.
-    `on_answer(index, text, new tokens, whether it ended by itself)` is called as each answer is ready; with a
-    `description` a progress bar is shown. Leaves torch's random state and the model's mode as they were.
+    room than its answer needs loses its beginning. With a `description` a progress bar is shown. After the last answer
+    torch's random state and the model's mode are what they were.
     """
     import torch
     from tqdm import tqdm
 
     if not conversations:
-        return []
+        return
     device, context = model.device, model.config.get_text_config().max_position_embeddings
     max_new_tokens = min(max_new_tokens, context // 2)
     prompts = tokenizer.apply_chat_template(
@@ -60,47 +69,43 @@ def generate(
         log.warning("%d prompts lost their beginning: the model's context is %d tokens", cut, context)
         prompts = [prompt[-(context - max_new_tokens) :] for prompt in prompts]
     settings = decoding_settings(model, tokenizer, temperature=temperature, top_p=top_p)
-    eos = settings.eos_token_id
-    # Tags of thinking are special tokens in some tokenizers, and they must be seen to be removed.
-    hidden = {
-        number
-        for number, token in tokenizer.added_tokens_decoder.items()
-        if token.special and token.content not in {"<think>", "</think>"}
-    }
-    texts: list[str | None] = [None] * len(prompts)
+
+    def answer_batch(batch: list[int]) -> Iterator[tuple[int, list[int]]]:
+        batch_prompts = [prompts[index] for index in batch]
+        torch.manual_seed(seed ^ zlib.crc32(str(batch_prompts).encode()))
+        return batched_answers(model, batch_prompts, settings, max_new_tokens)
+
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    size = batch_size or free_batch_size(model, len(prompts[order[-1]]) + max_new_tokens)
+    if backend == "auto" and device.type == "cuda":
+        answers = continuous_answers(model, prompts, settings, max_new_tokens)
+    else:
+        answers = in_batches(order, size, answer_batch)
+    special_ids = shown_as_nothing(tokenizer)
     progress = tqdm(total=len(prompts), desc=description, unit="answer", disable=not description)
-
-    def take(index: int, tokens: list[int]) -> None:
-        end = next((n for n, token in enumerate(tokens) if token in eos), None)
-        shown = [token for token in tokens[:end] if token not in hidden]
-        opened = tokenizer.decode(prompts[index][-16:]).rstrip().endswith("<think>")  # by the template itself
-        texts[index] = ("<think>" if opened else "") + tokenizer.decode(shown).strip()
-        progress.update()
-        if on_answer:
-            on_answer(index, texts[index], len(tokens[:end]), end is not None)
-
-    def run(batch: list[int]) -> None:
-        batch = [index for index in batch if texts[index] is None]  # memory may run out after a part has answered
-        if not batch:
-            return
-        chosen = [prompts[index] for index in batch]
-        torch.manual_seed(seed ^ zlib.crc32(str(chosen).encode()))
-        batched_answers(model, chosen, settings, max_new_tokens, lambda row, tokens: take(batch[row], tokens))
-
     was_training = model.training
     model.eval()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), progress:
-            if backend == "auto" and device.type == "cuda":
-                torch.manual_seed(seed)
-                continuous_answers(model, prompts, settings, max_new_tokens, take)
-            else:
-                order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-                longest = len(prompts[order[-1]]) + max_new_tokens
-                in_batches(order, batch_size or free_batch_size(model, longest), run)
+            torch.manual_seed(seed)
+            for index, tokens in answers:
+                end = next((n for n, token in enumerate(tokens) if token in settings.eos_token_id), None)
+                text = tokenizer.decode([token for token in tokens[:end] if token not in special_ids]).strip()
+                if tokenizer.decode(prompts[index][-16:]).rstrip().endswith("<think>"):  # opened by the template
+                    text = "<think>" + text
+                progress.update()
+                yield Answer(index, text, len(tokens[:end]), end is not None)
     finally:
         model.train(was_training)
-    return texts
+
+
+def shown_as_nothing(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special tokens, but for the tags of thinking, which must be seen to be removed: see `strip_thinking`."""
+    return {
+        number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content not in {"<think>", "</think>"}
+    }
 
 
 def decoding_settings(
@@ -131,12 +136,11 @@ def batched_answers(
     prompts: list[list[int]],
     settings: GenerationConfig,
     max_new_tokens: int,
-    take: Callable[[int, list[int]], None],
     *,
     cache: DynamicCache | None = None,
     line_break: torch.Tensor | None = None,
-) -> None:
-    """Generates from left-padded token lists; `take(row, new tokens)` gets each answer, its end token included.
+) -> Iterator[tuple[int, list[int]]]:
+    """Generates from left-padded token lists; yields (row, new tokens), the end token included, as rows end.
 
     `model.generate` pauses whenever a quarter of its rows has ended: they leave, and the others go on from their
     part of the key-value cache. `cache` may hold the prompts, left-padded, but for their last tokens. With
@@ -174,7 +178,7 @@ def batched_answers(
         if ids.shape[1] == width + max_new_tokens:
             ended[:] = True
         for place in ended.nonzero().flatten().tolist():
-            take(rows[place], ids[place, width : ends[place]].tolist())
+            yield rows[place], ids[place, width : ends[place]].tolist()
         going = (~ended).nonzero().flatten()
         rows = [rows[place] for place in going.tolist()]
         if rows:
@@ -183,53 +187,67 @@ def batched_answers(
             cache.batch_select_indices(going)
 
 
-def continuous_answers(model, prompts, settings, max_new_tokens: int, take: Callable[[int, list[int]], None]) -> None:
+def continuous_answers(
+    model: PreTrainedModel | PeftModel, prompts: list[list[int]], settings: GenerationConfig, max_new_tokens: int
+) -> Iterator[tuple[int, list[int]]]:
     """As `batched_answers`, by transformers' continuous batching: a row that ends makes room for the next prompt."""
     settings.max_new_tokens = max_new_tokens
     outputs = list(model.generate_batch(prompts, generation_config=settings).values())
     if len(outputs) < len(prompts) or any(output.error for output in outputs):
         raise RuntimeError("continuous batching lost answers; take --mtbench_backend simple")
     for row, output in enumerate(outputs):
-        take(row, output.generated_tokens)
+        yield row, output.generated_tokens
 
 
-def in_batches(order: list[int], size: int, run: Callable[[list[int]], None]) -> None:
-    """Calls `run` on slices of `order`. When the GPU runs out of memory the slice is halved and tried again."""
+def in_batches(
+    items: list[Item], size: int, run: Callable[[list[Item]], Iterator[tuple[int, Result]]]
+) -> Iterator[tuple[Item, Result]]:
+    """Yields (item, result) for all `items`; `run(batch)` yields (place in the batch, result) for `size` of them.
+
+    When the GPU runs out of memory, batches of half the size follow, beginning with the items without a result.
+    """
     import torch
 
-    start = 0
-    while start < len(order):
-        batch = order[start : start + size]
+    waiting = list(items)
+    while waiting:
+        batch, done, is_full = waiting[:size], set(), False
         try:
-            run(batch)
+            for place, result in run(batch):
+                done.add(place)
+                yield batch[place], result
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-            size = len(batch) // 2
-        else:
-            start += len(batch)
-            continue
-        torch.cuda.empty_cache()  # only here, where the error no longer holds on to the tensors
-        log.warning("out of memory: going on with batches of %d", size)
+            is_full = True
+        waiting = [item for place, item in enumerate(batch) if place not in done] + waiting[size:]
+        if is_full:
+            size = max(1, len(batch) // 2)
+            torch.cuda.empty_cache()  # only here, where the error no longer holds on to the tensors
+            log.warning("out of memory: going on with batches of %d", size)
 
 
 # Rows answered together when nobody says how many. On CPU more rows save no time, they only pad each other.
-MOST_ROWS = {"cuda": 64, "cpu": 32}
+MAX_BATCH_SIZE = {"cuda": 64, "cpu": 32}
 
 
 def free_batch_size(model: PreTrainedModel | PeftModel, tokens: int) -> int:
-    """How many rows of `tokens` fit into the GPU's free memory, at most 64; on CPU 32."""
+    """How many rows of `tokens` fit into the GPU's free memory, a power of two up to 64; on CPU 32.
+
+    A power of two, so that the baseline and the final answers, with a little more or less memory free, mostly get
+    batches of one size.
+    """
     import torch
     from transformers.configuration_utils import get_head_shapes
 
-    most = MOST_ROWS[model.device.type]
+    most = MAX_BATCH_SIZE[model.device.type]
     if model.device.type == "cpu":
         return most
     config = model.config.get_text_config()
     heads, head_size = get_head_shapes(config)
     row = 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize * tokens + 12 * config.vocab_size
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return max(1, min(most, int(free / 2 / row)))  # half stays free for activations and for copying the cache
+    rows = max(1, min(most, int(free / 2 / row)))  # half stays free for activations and for copying the cache
+    return 1 << (rows.bit_length() - 1)
 
 
 def strip_thinking(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llm_alignment.files import InputError, file_sha256
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 class RewardModel:
     """A sequence classifier with one label that scores conversations ending with the assistant's answer.
 
-    Follows the cards of Skywork-Reward-V2: the reward model's own chat template, one BOS, the raw logit. bf16 on CUDA,
-    float32 on CPU; `device` None takes the GPU when there is one. Raises InputError when `name` is no such model.
+    Follows the cards of Skywork-Reward-V2: the reward model's own chat template, one BOS, the raw logit. Always in
+    float32: bf16 moves scores by up to 0.1 and makes ties. `device` None takes the GPU when there is one. Raises
+    InputError when `name` is no such model.
     """
 
     def __init__(self, name: str, *, device: torch.device | str | None = None, batch_size: int = 0) -> None:
@@ -32,7 +34,7 @@ class RewardModel:
         device = torch.device(device) if device else device_and_dtype()[0]
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model, loading = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, output_loading_info=True
+            folder, dtype=torch.float32, output_loading_info=True
         )
         if self.model.config.num_labels != 1 or loading["missing_keys"] or self.tokenizer.chat_template is None:
             raise InputError(f"--reward_model {name}: not a chat sequence classifier with one label; name another")
@@ -48,7 +50,6 @@ class RewardModel:
         import torch
 
         inputs = [self.encode(conversation) for conversation in conversations]
-        rewards = [0.0] * len(inputs)
         # Padding goes by this id alone, so a tokenizer without a pad token gets one that no conversation holds.
         used = {token for ids in inputs for token in ids}
         pad = self.tokenizer.pad_token_id
@@ -56,18 +57,18 @@ class RewardModel:
             pad = next(token for token in range(self.model.config.get_text_config().vocab_size) if token not in used)
         self.model.config.get_text_config().pad_token_id = pad
 
-        def run(batch: list[int]) -> None:
+        def score_batch(batch: list[int]) -> Iterator[tuple[int, float]]:
             width = max(len(inputs[index]) for index in batch)
             ids = [inputs[index] + [pad] * (width - len(inputs[index])) for index in batch]
             mask = [[1] * len(inputs[index]) + [0] * (width - len(inputs[index])) for index in batch]
             tensors = torch.tensor([ids, mask], device=self.model.device)
             with torch.no_grad():
                 logits = self.model(input_ids=tensors[0], attention_mask=tensors[1], use_cache=False).logits
-            for index, reward in zip(batch, logits[:, 0].tolist(), strict=True):
-                rewards[index] = reward
+            return enumerate(logits[:, 0].tolist())
 
-        in_batches(sorted(range(len(inputs)), key=lambda index: len(inputs[index])), self.batch_size, run)
-        return rewards
+        order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]))
+        rewards = dict(in_batches(order, self.batch_size, score_batch))
+        return [rewards[index] for index in range(len(inputs))]
 
     def encode(self, conversation: list[dict]) -> list[int]:
         """Token ids of a conversation, no longer than the model's context."""

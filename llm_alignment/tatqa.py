@@ -13,6 +13,7 @@ import re
 import statistics
 import string
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -390,19 +391,22 @@ def answer_tatqa(
     def tokens_of(group: list[dict]) -> list[list[int]]:
         return [tokens[question["question_id"]] for question in group]
 
-    def run(batch: list[list[dict]]) -> None:
-        chosen = [question for group in batch for question in group]
-        prompts = list(map(tokens_of, batch))
-        torch.manual_seed(seed ^ zlib.crc32(chosen[0]["question_id"].encode()))
-        answers, prefilled = complete(model, prompts, settings, max_new_tokens, line_break, share_prefix=share_prefix)
-        for question, answer in zip(chosen, answers, strict=True):
-            text = strip_thinking(tokenizer.decode(answer, skip_special_tokens=True))
-            gold = {"answer": question["gold"], "answer_type": question["answer_type"], "scale": question["scale"]}
-            em, f1 = tatqa_em_f1(gold, *tatqa_parse(text))
-            graded = {"answer": text, "em_like": tatqa_em_like(gold, text), "em": em, "f1": f1}
-            kept = {key: question[key] for key in ("question_id", "answer_type", "question", "gold", "scale")}
-            results.append({**kept, **graded, "prefilled": prefilled / len(chosen)})
-            progress.update()
+    def answer_batch(batch: list[list[dict]]) -> Iterator[tuple[int, tuple[list[list[int]], float]]]:
+        """(place, (new tokens of each question, prompt tokens read for each)) of every group of a batch."""
+        torch.manual_seed(seed ^ zlib.crc32(batch[0][0]["question_id"].encode()))
+        answers, prefilled = complete(
+            model, list(map(tokens_of, batch)), settings, max_new_tokens, line_break, share_prefix=share_prefix
+        )
+        prefilled_each, answers = prefilled / len(answers), iter(answers)
+        for place, group in enumerate(batch):
+            yield place, (list(itertools.islice(answers, len(group))), prefilled_each)
+
+    def grade(question: dict, answer: list[int]) -> dict:
+        text = strip_thinking(tokenizer.decode(answer, skip_special_tokens=True))
+        gold = {"answer": question["gold"], "answer_type": question["answer_type"], "scale": question["scale"]}
+        em, f1 = tatqa_em_f1(gold, *tatqa_parse(text))
+        kept = {key: question[key] for key in ("question_id", "answer_type", "question", "gold", "scale")}
+        return {**kept, "answer": text, "em_like": tatqa_em_like(gold, text), "em": em, "f1": f1}
 
     tokens = {question["question_id"]: tokenizer(question["prompt"])["input_ids"] for question in missing}
     by_context = itertools.groupby(missing, key=lambda question: question["context"])
@@ -414,7 +418,10 @@ def answer_tatqa(
         total=len(questions), initial=len(questions) - len(missing), desc=path.stem, unit="answer", disable=not missing
     )
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), progress:
-        in_batches(groups, contexts_at_once, run)
+        for group, (answers, prefilled) in in_batches(groups, contexts_at_once, answer_batch):
+            for question, answer in zip(group, answers, strict=True):
+                results.append({**grade(question, answer), "prefilled": prefilled})
+                progress.update()
     model.train(was_training)
     results.finish()
     return results.rows_of(questions)
@@ -459,9 +466,8 @@ def complete(
         prefilled += len(prompts)
     else:
         cache, prefilled = None, len(prompts) * max(map(len, prompts))
-    answers = [[]] * len(prompts)
-    batched_answers(model, prompts, settings, max_new_tokens, answers.__setitem__, cache=cache, line_break=line_break)
-    return answers, prefilled
+    by_row = dict(batched_answers(model, prompts, settings, max_new_tokens, cache=cache, line_break=line_break))
+    return [by_row[row] for row in range(len(prompts))], prefilled
 
 
 def read_prompts(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
 import logging
-import math
 import os
 import random
 import subprocess
@@ -16,63 +13,12 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
+from toys import make_model, make_tokenizer, save_reward_model, sentences
 
 import mtbench_eval as me
 from llm_alignment import evaluation, files, generation, rewards
 
 ROOT = Path(__file__).resolve().parent.parent
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-QWEN25 = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n{% endif %}" + CHATML
-)  # Qwen2.5's template in short: it adds a system turn of its own
-WORDS = (
-    "ask the model what it knows about rivers and it will tell of the Volga the Neva the Ob and Lake Baikal".split()
-)
-
-
-def make_tokenizer(template: str = CHATML, pad_token: str | None = "<|endoftext|>", bos_token: str | None = None):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS), "user assistant system"], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token=pad_token,
-        bos_token=bos_token,
-        chat_template=template,
-    )
-
-
-def tiny_config(**changes):
-    from transformers import Qwen3Config
-
-    sizes = dict(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        eos_token_id=2,
-        pad_token_id=0,
-        initializer_range=0.5,  # wide enough for the random model to say different things
-    )
-    return Qwen3Config(**sizes | changes)
 
 
 @pytest.fixture(scope="module")
@@ -82,20 +28,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    from transformers import Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(tiny_config()).eval()
-
-
-def save_reward_model(folder: Path, tokenizer, **changes) -> str:
-    from transformers import Qwen3ForSequenceClassification
-
-    torch.manual_seed(1)
-    config = tiny_config(**dict(num_labels=1, initializer_range=0.2) | changes)
-    Qwen3ForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return make_model()
 
 
 @pytest.fixture(scope="module")
@@ -106,28 +39,6 @@ def reward_folder(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def reward_model(reward_folder):
     return rewards.RewardModel(reward_folder)
-
-
-def sentences(n: int, seed: int = 0) -> list[str]:
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(1, 40))) for _ in range(n)]
-
-
-def chats(n: int) -> list[list[dict]]:
-    return [[{"role": "user", "content": text}] for text in sentences(n)]
-
-
-def plain_answers(model, tokenizer, conversations, eos: list[int], max_new_tokens: int) -> list[list[int]]:
-    """Greedy token ids, one conversation at a time, without transformers' generate and without a cache."""
-    answers = []
-    for conversation in conversations:
-        ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-        new: list[int] = []
-        while len(new) < max_new_tokens and (not new or new[-1] not in eos):
-            with torch.no_grad():
-                new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
-        answers.append(new)
-    return answers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,284 +129,6 @@ def test_auto_fetches_once_and_writes_the_working_folder(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# answers
-
-
-def test_greedy_answers_do_not_depend_on_the_batch(model, tokenizer):
-    conversations = chats(13)
-    expected = plain_answers(model, tokenizer, conversations, [2], 24)
-    assert len({tuple(answer) for answer in expected}) > 5, "the random model must say different things"
-    texts = [tokenizer.decode([t for t in answer if t > 3]).strip() for answer in expected]
-    for batch_size in (1, 4, 13, 0):
-        assert generation.generate(model, tokenizer, conversations, max_new_tokens=24, batch_size=batch_size) == texts
-
-
-def test_finished_rows_leave_the_batch(model, tokenizer, monkeypatch):
-    conversations = chats(8)
-    longest = plain_answers(model, tokenizer, conversations, [], 40)
-    # any of these ends an answer, so that answers end at different places and some run to the limit
-    eos = sorted({longest[0][5], longest[3][20], longest[5][30]})
-    monkeypatch.setattr(model.generation_config, "eos_token_id", eos)
-    expected = plain_answers(model, tokenizer, conversations, [*eos, 2], 40)
-    batches, answers = [], {}
-    forward = model.forward
-    monkeypatch.setattr(
-        model, "forward", lambda *args, **kw: batches.append(len(kw["input_ids"])) or forward(*args, **kw)
-    )
-    generation.generate(
-        model,
-        tokenizer,
-        conversations,
-        max_new_tokens=40,
-        batch_size=8,
-        on_answer=lambda index, text, tokens, finished: answers.update({index: (tokens, finished)}),
-    )
-    ends = [[*eos, 2].count(answer[-1]) > 0 for answer in expected]
-    assert 1 < sum(ends) and len({len(answer) for answer in expected}) > 2
-    assert answers == {i: (len(a) - end, end) for i, (a, end) in enumerate(zip(expected, ends, strict=True))}
-    assert batches[0] == 8 and batches == sorted(batches, reverse=True) and batches[-1] < 8
-
-
-def test_the_shipped_generation_settings_do_not_leak(model, tokenizer, monkeypatch):
-    from transformers import GenerationConfig
-
-    conversations = chats(4)
-    plain = generation.generate(model, tokenizer, conversations, max_new_tokens=12)
-    shipped = GenerationConfig(
-        do_sample=True,
-        temperature=0.6,
-        top_p=0.95,
-        top_k=20,
-        repetition_penalty=1.5,
-        max_length=20,
-        eos_token_id=[2, 0],
-        pad_token_id=0,
-    )
-    monkeypatch.setattr(model, "generation_config", shipped)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert generation.generate(model, tokenizer, conversations, max_new_tokens=12) == plain
-    assert shipped.temperature == 0.6
-
-
-def test_sampling_is_seeded_and_leaves_the_random_state_alone(model, tokenizer):
-    conversations = chats(6)
-    sample = dict(max_new_tokens=12, temperature=1.0, top_p=0.9, batch_size=3)
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    model.train()
-    first = generation.generate(model, tokenizer, conversations, seed=1, **sample)
-    assert model.training and torch.rand(1) == expected
-    model.eval()
-    assert generation.generate(model, tokenizer, conversations, seed=1, **sample) == first
-    assert generation.generate(model, tokenizer, conversations, seed=2, **sample) != first
-
-
-def test_out_of_memory_halves_the_batch(model, tokenizer, monkeypatch):
-    conversations = chats(7)
-    expected = generation.generate(model, tokenizer, conversations, max_new_tokens=6)
-    real = model.generate
-    sizes = []
-
-    def small_gpu(ids, **kwargs):
-        sizes.append(len(ids))
-        if len(ids) > 2:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return real(ids, **kwargs)
-
-    monkeypatch.setattr(model, "generate", small_gpu)
-    assert generation.generate(model, tokenizer, conversations, max_new_tokens=6, batch_size=7) == expected
-    assert sizes[:3] == [7, 3, 1] and max(sizes[2:]) <= 2
-    monkeypatch.setattr(
-        model, "generate", lambda ids, **kw: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("full"))
-    )
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        generation.generate(model, tokenizer, conversations, max_new_tokens=6)
-
-
-def test_out_of_memory_after_some_rows_have_ended_gives_every_answer_once(model, tokenizer, monkeypatch):
-    conversations = chats(12)
-    monkeypatch.setattr(model.generation_config, "eos_token_id", [2, *range(100, 250)])  # answers of different lengths
-    answers = generation.generate(model, tokenizer, conversations, max_new_tokens=30)
-    real, taken = model.generate, []
-
-    def full_at_the_second_call(ids, **kwargs):
-        if taken and full_at_the_second_call.left:
-            full_at_the_second_call.left -= 1
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return real(ids, **kwargs)
-
-    full_at_the_second_call.left = 1
-    monkeypatch.setattr(model, "generate", full_at_the_second_call)
-    again = generation.generate(
-        model,
-        tokenizer,
-        conversations,
-        max_new_tokens=30,
-        batch_size=12,
-        on_answer=lambda index, *_: taken.append(index),
-    )
-    assert full_at_the_second_call.left == 0 and again == answers
-    assert sorted(taken) == list(range(12))
-
-
-def test_continuous_batching_gives_the_same_tokens(model, tokenizer):
-    from peft import LoraConfig, get_peft_model
-    from transformers import GenerationConfig
-
-    conversations = chats(5)
-    prompts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
-    settings = GenerationConfig(do_sample=False, eos_token_id=[2], pad_token_id=0, return_dict_in_generate=True)
-    answers: dict[int, list[int]] = {}
-    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
-    generation.continuous_answers(adapted, prompts, settings, 10, lambda row, tokens: answers.update({row: tokens}))
-    assert list(answers.values()) == plain_answers(model, tokenizer, conversations, [2], 10)
-
-
-def test_a_prompt_beyond_the_context_loses_its_beginning(model, tokenizer, caplog):
-    long = [{"role": "user", "content": " ".join(WORDS * 60)}]
-    ids = tokenizer.apply_chat_template(long, add_generation_prompt=True, return_dict=False)
-    assert len(ids) > 512
-    with torch.no_grad():
-        first = int(model(torch.tensor([ids[-(512 - 8) :]])).logits[0, -1].argmax())
-    seen = []
-    generation.generate(
-        model, tokenizer, [long], max_new_tokens=8, on_answer=lambda i, text, n, done: seen.append((text, n))
-    )
-    assert seen[0][0].startswith(tokenizer.decode([first]).strip()) or first <= 3
-    assert seen[0][1] <= 8
-
-
-@pytest.mark.parametrize(
-    "text, stripped",
-    [
-        ("Paris", "Paris"),
-        ("<think>\nhm\n</think>\n\nParis", "Paris"),
-        ("<think></think>Paris<think>a\nb</think>.", "Paris."),
-        ("<think>never closed, Paris", ""),
-        ("<think>a</think>Paris <think>again", ""),
-    ],
-)
-def test_thinking_is_removed(text, stripped):
-    assert generation.strip_thinking(text) == stripped
-
-
-def test_a_block_that_the_template_opens_is_seen(model, tokenizer):
-    opening = make_tokenizer(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"))
-    (text,) = generation.generate(model, opening, chats(1), max_new_tokens=4)
-    assert text.startswith("<think>") and generation.strip_thinking(text) == ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# rewards and scales
-
-
-def dialogues(n: int) -> list[list[dict]]:
-    texts = sentences(4 * n, seed=1)
-    turns = [{"role": role, "content": ""} for role in ("user", "assistant", "user", "assistant")]
-    return [
-        [{**turn, "content": text} for turn, text in zip(turns, texts[4 * i :], strict=False)][: 2 + 2 * (i % 2)]
-        for i in range(n)
-    ]
-
-
-def test_rewards_equal_the_model_alone_and_do_not_depend_on_the_batch(reward_folder, reward_model, tokenizer):
-    conversations = dialogues(9)
-    alone = []
-    for conversation in conversations:
-        ids = tokenizer.apply_chat_template(conversation, return_dict=False, return_tensors="pt")
-        with torch.no_grad():
-            alone.append(reward_model.model(ids).logits.item())
-    assert max(alone) - min(alone) > 0.1
-    for batch_size in (1, 4, 9):
-        scores = rewards.RewardModel(reward_folder, batch_size=batch_size).score(conversations)
-        assert scores == pytest.approx(alone, abs=1e-4)
-
-
-def test_a_reward_model_without_pad_token(tmp_path, reward_model):
-    bare = make_tokenizer(CHATML.replace("<|im_end|>\n{% endfor %}", "<|im_end|>{% endfor %}"), pad_token=None)
-    name = save_reward_model(tmp_path, bare)
-    conversations = dialogues(6)
-    batched = rewards.RewardModel(name, batch_size=6).score(conversations)
-    single = [rewards.RewardModel(name, batch_size=1).score([conversation])[0] for conversation in conversations]
-    assert batched == pytest.approx(single, abs=1e-4)
-    # the answer ends with the end-of-text token, which must be read and not be taken for padding
-    model = rewards.RewardModel(name)
-    ids = model.encode(conversations[0])
-    assert ids[-1] == 2
-    with torch.no_grad():
-        hidden = model.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
-        assert batched[0] == pytest.approx(model.model.score(hidden).item(), abs=1e-4)
-
-
-def test_no_system_turn_and_one_bos(tmp_path, reward_model):
-    with_system = rewards.RewardModel(save_reward_model(tmp_path / "a", make_tokenizer(QWEN25)))
-    conversation = dialogues(2)[1]
-    assert with_system.encode(conversation) == reward_model.encode(conversation)
-    tokenizer = make_tokenizer("{{ bos_token }}" + QWEN25, bos_token="<s>")
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
-    ids = rewards.RewardModel(save_reward_model(tmp_path / "b", tokenizer)).encode(conversation)
-    assert ids == [3, *reward_model.encode(conversation)]
-
-
-def test_long_conversations_are_cut_at_the_front_of_the_oldest_turn(tmp_path, tokenizer):
-    model = rewards.RewardModel(save_reward_model(tmp_path, tokenizer, max_position_embeddings=64))
-    answer = " ".join(WORDS[:8])
-    turns = [
-        {"role": "user", "content": " ".join(WORDS * 4)},
-        {"role": "assistant", "content": "the Volga and the Neva"},
-        {"role": "user", "content": "and the Ob"},
-        {"role": "assistant", "content": answer},
-    ]
-    text = tokenizer.decode(model.encode(turns))
-    assert len(model.encode(turns)) <= 64
-    assert text.endswith(f"assistant\n{answer}<|im_end|>\n")
-    kept = text.split("user\n")[1].split("<|im_end|>")[0]
-    assert kept and turns[0]["content"].endswith(kept) and "the Volga and the Neva" in text and "and the Ob" in text
-    turns[1]["content"] = " ".join(WORDS * 4)
-    text = tokenizer.decode(model.encode(turns))
-    assert len(model.encode(turns)) <= 64 and text.startswith("<|im_start|>user\n<|im_end|>")
-    assert text.endswith(f"assistant\n{answer}<|im_end|>\n") and "and the Ob" in text
-    turns[3]["content"] = " ".join(WORDS * 4)
-    with pytest.raises(files.InputError, match="answer"):
-        model.encode(turns)
-    assert turns[0]["content"] == " ".join(WORDS * 4), "the caller's turns stay as they are"
-
-
-def test_a_first_character_of_several_tokens_is_cut_too(tmp_path, tokenizer):
-    small = rewards.RewardModel(save_reward_model(tmp_path / "small", tokenizer, max_position_embeddings=64))
-    for words in range(20, 30):
-        question = {"role": "user", "content": "\U0001f98a " + " ".join((WORDS * 3)[:words])}
-        answer = {"role": "assistant", "content": "the Ob"}
-        assert len(small.encode([question, answer])) <= 64
-
-
-def test_what_is_no_reward_model(tmp_path, tokenizer, model):
-    with pytest.raises(files.InputError, match="one label"):
-        rewards.RewardModel(save_reward_model(tmp_path / "two", tokenizer, num_labels=2))
-    model.save_pretrained(tmp_path / "causal")
-    tokenizer.save_pretrained(tmp_path / "causal")
-    with pytest.raises(files.InputError, match="one label"):
-        rewards.RewardModel(str(tmp_path / "causal"))
-    with pytest.raises(files.InputError, match="--reward_model"):
-        rewards.RewardModel(str(tmp_path / "nowhere"))
-
-
-def test_scales():
-    corners = {-5: 1, -9: 1, -2.5: 3.25, -1e-9: 5.5, 0: 1, 0.5: 5.5, 1: 10, 1.01: 2.818, 2.5: 5.5, 5: 10, 8: 10}
-    for reward, score in corners.items():
-        assert rewards.to_logged_scale(reward) == pytest.approx(score, abs=1e-6), reward
-    assert rewards.to_score(0) == 5.5
-    assert rewards.to_score(5) == pytest.approx(1 + 9 / (1 + math.exp(-1)))
-    assert rewards.to_score(-1e6) == pytest.approx(1) and rewards.to_score(1e6) == pytest.approx(10)
-    scores = [rewards.to_score(r / 10) for r in range(-300, 300)]
-    assert all(a < b for a, b in itertools.pairwise(scores))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # evaluation
 
 
@@ -533,10 +166,8 @@ def test_two_turns_with_their_history(evaluate, model, tokenizer, reward_model, 
         conversation: list[dict] = []
         for turn, (asked, answer) in enumerate(zip(row["turns"], row["answers"], strict=True)):
             conversation.append({"role": "user", "content": asked})
-            assert (
-                generation.strip_thinking(generation.generate(model, tokenizer, [conversation], max_new_tokens=10)[0])
-                == answer
-            )
+            (alone,) = generation.generate(model, tokenizer, [conversation], max_new_tokens=10)
+            assert generation.strip_thinking(alone.text) == answer
             conversation.append({"role": "assistant", "content": answer})
             assert reward_model.score([conversation])[0] == pytest.approx(row["rewards"][turn], abs=1e-4)
         assert row["scores"] == [rewards.to_score(r) for r in row["rewards"]]
@@ -606,9 +237,9 @@ def test_the_baseline_cache(evaluate, tmp_path, caplog, monkeypatch):
 
 
 def test_an_answer_that_only_thinks_scores_as_empty(evaluate, questions, reward_model, monkeypatch):
-    def thinker(model, tokenizer, conversations, *, on_answer, **_):
+    def thinker(model, tokenizer, conversations, **_):
         for index in range(len(conversations)):
-            on_answer(index, "<think>and so on", 10, False)
+            yield generation.Answer(index, "<think>and so on", 10, False)
 
     monkeypatch.setattr(me, "generate", thinker)
     row = evaluate(questions=questions[:1])[0]

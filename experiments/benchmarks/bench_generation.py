@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = dict(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, backend=args.backend)
     ways = {
         "alone": lambda chats: one_at_a_time(model, tokenizer, chats, args.max_new_tokens),
-        "batched": lambda chats: generate(model, tokenizer, chats, **settings),
+        "batched": lambda chats: [answer.text for answer in sorted(generate(model, tokenizer, chats, **settings))],
     }
     warm_up = [[{"role": "user", "content": questions[0]["turns"][0]}]] * 2
     for way in ways.values():

@@ -1,0 +1,127 @@
+"""The reward model and the two scales."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from toys import CHATML, QWEN25, WORDS, dialogues, make_model, make_tokenizer, save_reward_model
+
+from llm_alignment import files, rewards
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory, tokenizer):
+    return save_reward_model(tmp_path_factory.mktemp("reward"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def reward_model(reward_folder):
+    return rewards.RewardModel(reward_folder)
+
+
+def test_rewards_equal_the_model_alone_and_do_not_depend_on_the_batch(reward_folder, reward_model, tokenizer):
+    conversations = dialogues(9)
+    alone = []
+    for conversation in conversations:
+        ids = tokenizer.apply_chat_template(conversation, return_dict=False, return_tensors="pt")
+        with torch.no_grad():
+            alone.append(reward_model.model(ids).logits.item())
+    assert max(alone) - min(alone) > 0.1
+    for batch_size in (1, 4, 9):
+        scores = rewards.RewardModel(reward_folder, batch_size=batch_size).score(conversations)
+        assert scores == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_reward_model_without_pad_token(tmp_path, reward_model):
+    bare = make_tokenizer(CHATML.replace("<|im_end|>\n{% endfor %}", "<|im_end|>{% endfor %}"), pad_token=None)
+    name = save_reward_model(tmp_path, bare)
+    conversations = dialogues(6)
+    batched = rewards.RewardModel(name, batch_size=6).score(conversations)
+    single = [rewards.RewardModel(name, batch_size=1).score([conversation])[0] for conversation in conversations]
+    assert batched == pytest.approx(single, abs=1e-4)
+    # the answer ends with the end-of-text token, which must be read and not be taken for padding
+    model = rewards.RewardModel(name)
+    ids = model.encode(conversations[0])
+    assert ids[-1] == 2
+    with torch.no_grad():
+        hidden = model.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+        assert batched[0] == pytest.approx(model.model.score(hidden).item(), abs=1e-4)
+
+
+def test_no_system_turn_and_one_bos(tmp_path, reward_model):
+    with_system = rewards.RewardModel(save_reward_model(tmp_path / "a", make_tokenizer(QWEN25)))
+    conversation = dialogues(2)[1]
+    assert with_system.encode(conversation) == reward_model.encode(conversation)
+    tokenizer = make_tokenizer("{{ bos_token }}" + QWEN25, bos_token="<s>")
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    ids = rewards.RewardModel(save_reward_model(tmp_path / "b", tokenizer)).encode(conversation)
+    assert ids == [3, *reward_model.encode(conversation)]
+
+
+def test_long_conversations_are_cut_at_the_front_of_the_oldest_turn(tmp_path, tokenizer):
+    model = rewards.RewardModel(save_reward_model(tmp_path, tokenizer, max_position_embeddings=64))
+    answer = " ".join(WORDS[:8])
+    turns = [
+        {"role": "user", "content": " ".join(WORDS * 4)},
+        {"role": "assistant", "content": "the Volga and the Neva"},
+        {"role": "user", "content": "and the Ob"},
+        {"role": "assistant", "content": answer},
+    ]
+    text = tokenizer.decode(model.encode(turns))
+    assert len(model.encode(turns)) <= 64
+    assert text.endswith(f"assistant\n{answer}<|im_end|>\n")
+    kept = text.split("user\n")[1].split("<|im_end|>")[0]
+    assert kept and turns[0]["content"].endswith(kept) and "the Volga and the Neva" in text and "and the Ob" in text
+    turns[1]["content"] = " ".join(WORDS * 4)
+    text = tokenizer.decode(model.encode(turns))
+    assert len(model.encode(turns)) <= 64 and text.startswith("<|im_start|>user\n<|im_end|>")
+    assert text.endswith(f"assistant\n{answer}<|im_end|>\n") and "and the Ob" in text
+    turns[3]["content"] = " ".join(WORDS * 4)
+    with pytest.raises(files.InputError, match="answer"):
+        model.encode(turns)
+    assert turns[0]["content"] == " ".join(WORDS * 4), "the caller's turns stay as they are"
+
+
+def test_a_first_character_of_several_tokens_is_cut_too(tmp_path, tokenizer):
+    small = rewards.RewardModel(save_reward_model(tmp_path / "small", tokenizer, max_position_embeddings=64))
+    for words in range(20, 30):
+        question = {"role": "user", "content": "\U0001f98a " + " ".join((WORDS * 3)[:words])}
+        answer = {"role": "assistant", "content": "the Ob"}
+        assert len(small.encode([question, answer])) <= 64
+
+
+def test_what_is_no_reward_model(tmp_path, tokenizer, model):
+    with pytest.raises(files.InputError, match="one label"):
+        rewards.RewardModel(save_reward_model(tmp_path / "two", tokenizer, num_labels=2))
+    model.save_pretrained(tmp_path / "causal")
+    tokenizer.save_pretrained(tmp_path / "causal")
+    with pytest.raises(files.InputError, match="one label"):
+        rewards.RewardModel(str(tmp_path / "causal"))
+    with pytest.raises(files.InputError, match="--reward_model"):
+        rewards.RewardModel(str(tmp_path / "nowhere"))
+
+
+def test_scales():
+    corners = {-5: 1, -9: 1, -2.5: 3.25, -1e-9: 5.5, 0: 1, 0.5: 5.5, 1: 10, 1.01: 2.818, 2.5: 5.5, 5: 10, 8: 10}
+    for reward, score in corners.items():
+        assert rewards.to_logged_scale(reward) == pytest.approx(score, abs=1e-6), reward
+    assert rewards.to_score(0) == 5.5
+    assert rewards.to_score(5) == pytest.approx(1 + 9 / (1 + math.exp(-1)))
+    assert rewards.to_score(-1e6) == pytest.approx(1) and rewards.to_score(1e6) == pytest.approx(10)
+    scores = [rewards.to_score(r / 10) for r in range(-300, 300)]
+    assert all(a < b for a, b in itertools.pairwise(scores))

@@ -1,0 +1,108 @@
+"""Toy models: a tokenizer, a random Qwen3 that says different things, a random reward model, and texts for them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN25 = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen.<|im_end|>\n{% endif %}" + CHATML
+)  # Qwen2.5's template in short: it adds a system turn of its own
+WORDS = (
+    "ask the model what it knows about rivers and it will tell of the Volga the Neva the Ob and Lake Baikal".split()
+)
+
+
+def make_tokenizer(template: str = CHATML, pad_token: str | None = "<|endoftext|>", bos_token: str | None = None):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS), "user assistant system"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token=pad_token,
+        bos_token=bos_token,
+        chat_template=template,
+    )
+
+
+def tiny_config(**changes):
+    from transformers import Qwen3Config
+
+    sizes = dict(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.5,  # wide enough for the random model to say different things
+    )
+    return Qwen3Config(**sizes | changes)
+
+
+def make_model(**changes):
+    from transformers import Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(tiny_config(**changes)).eval()
+
+
+def save_reward_model(folder: Path, tokenizer, **changes) -> str:
+    from transformers import Qwen3ForSequenceClassification
+
+    torch.manual_seed(1)
+    config = tiny_config(**dict(num_labels=1, initializer_range=0.2) | changes)
+    Qwen3ForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def sentences(n: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(1, 40))) for _ in range(n)]
+
+
+def chats(n: int) -> list[list[dict]]:
+    return [[{"role": "user", "content": text}] for text in sentences(n)]
+
+
+def plain_answers(model, tokenizer, conversations, eos: list[int], max_new_tokens: int) -> list[list[int]]:
+    """Greedy token ids, one conversation at a time, without transformers' generate and without a cache."""
+    answers = []
+    for conversation in conversations:
+        ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        new: list[int] = []
+        while len(new) < max_new_tokens and (not new or new[-1] not in eos):
+            with torch.no_grad():
+                new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
+        answers.append(new)
+    return answers
+
+
+def dialogues(n: int) -> list[list[dict]]:
+    texts = sentences(4 * n, seed=1)
+    turns = [{"role": role, "content": ""} for role in ("user", "assistant", "user", "assistant")]
+    return [
+        [{**turn, "content": text} for turn, text in zip(turns, texts[4 * i :], strict=False)][: 2 + 2 * (i % 2)]
+        for i in range(n)
+    ]
