@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
