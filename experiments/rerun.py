@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llm_alignment.files import InputError, SkippedRows, read_rows
+from llm_alignment.files import InputError, SkippedRows, read_objects
 
 HERE = Path(__file__).resolve().parent
 LOGGED_RUNS = HERE / "logged_runs.jsonl"
@@ -62,7 +62,7 @@ def load_records(path: Path) -> list[dict]:
     """
     skipped = SkippedRows()
     records = []
-    for place, row in read_rows(path, skipped):
+    for place, row in read_objects(path, skipped):
         if row.keys() >= RECORD_KEYS or row.keys() >= LOGGED_KEYS:
             records.append({**row, "place": place})
         else:

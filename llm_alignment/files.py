@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
+import gzip
 import hashlib
+import io
 import json
 import logging
+import math
 import os
+import re
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 log = logging.getLogger("llm_alignment")
 
@@ -43,95 +49,236 @@ class SkippedRows:
 def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields (line number from 1, line) of the lines that are not blank, split on the newline byte alone.
 
-    `str.splitlines` would also break on U+2028 and U+0085, which are legal inside a JSON string.
+    `str.splitlines` would also break on U+2028 and U+0085, which are legal inside a JSON string. Gzip files are
+    unpacked. Raises InputError when the file is missing, unreadable, or no data at all.
     """
-    with path.open("rb") as file:
+    with open_data(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, line
 
 
-def read_rows(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
-    """Yields (place, row) from a JSONL, JSON or Parquet file or from a folder of them.
-
-    `place` is "file:line" or "file: row n" (both from 1). Lines that are not JSON objects in UTF-8 go to `skipped`.
-    Raises InputError when the file is missing, unreadable or of another format.
-    """
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in {".jsonl", ".json", ".parquet"})
-        if not files:
-            raise InputError(f"{path}: no .jsonl, .json or .parquet file in this folder; name another")
-        for file in files:
-            yield from read_rows(file, skipped)
-        return
-    if not path.is_file():
-        raise InputError(f"{path}: no such file or folder; check the path")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-                yield f"{path.name}: row {number}", row
-        except pyarrow.ArrowException as error:
-            raise InputError(f"{path}: not a readable Parquet file ({error}); fetch it again") from error
-        return
-    with path.open("rb") as file:
-        is_list = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-    if is_list:
-        content = path.read_bytes()
-        try:
-            rows = json.loads(content)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
-            raise InputError(f"{path}: not valid JSON ({error}); repair the file or fetch it again") from error
-        has_escapes = b"\\ud" in content.lower()
-        for number, row in enumerate(rows, 1):
-            place = f"{path.name}: row {number}"
-            problem = object_problem(row, has_escapes)
-            if problem:
-                skipped.add(place, problem)
-            else:
-                yield place, row
-        return
+def read_objects(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
+    """Yields ("file:line", object) from a JSONL file as they were written; lines that hold none go to `skipped`."""
     for number, line in read_jsonl(path):
         place = f"{path.name}:{number}"
         try:
-            row = json.loads(line.decode("utf-8-sig"))  # Windows tools begin a file with a byte order mark
+            text = line.decode("utf-8-sig")  # Windows tools begin a file with a byte order mark
+            row = parse_json(text)
         except UnicodeDecodeError:
             skipped.add(place, "not UTF-8")
-        except (ValueError, RecursionError):
+        except ValueError:
             skipped.add(place, "not valid JSON")
+        except RecursionError:
+            skipped.add(place, TOO_DEEP)
         else:
-            problem = object_problem(row, has_escapes=b"\\ud" in line.lower())
+            problem = object_problem(row, text)
             if problem:
                 skipped.add(place, problem)
             else:
                 yield place, row
 
 
-def object_problem(row: Any, has_escapes: bool) -> str | None:
-    """Why a JSON value is no row, or None: no object, or a text with a lone surrogate, which UTF-8 cannot spell.
+def read_rows(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
+    """Yields (place, row) from a JSONL, JSON or Parquet file, packed by gzip or not, or from a folder of them.
 
-    JSON can, by an escape; `has_escapes` says whether there may be one, for the search takes as long as the parsing.
+    `place` is "file:line" or "file: row n" (both from 1). Columns that are null are left out. Rows that are not JSON
+    objects in UTF-8 go to `skipped`. Memory does not grow with the file. Raises InputError when the file is missing,
+    unreadable or of another format.
+    """
+    for file in data_files(path):
+        if data_suffix(file) == ".parquet":
+            rows = read_parquet(file)
+        elif is_json_list(file):
+            rows = read_json_list(file, skipped)
+        else:
+            rows = read_objects(file, skipped)
+        for place, row in rows:
+            yield place, without_nulls(row)
+
+
+def without_nulls(row: dict) -> dict:
+    """The row with its null columns left out: Arrow has no other way to say that a column is absent."""
+    return {key: value for key, value in row.items() if value is not None} if None in row.values() else row
+
+
+DATA_SUFFIXES = {".jsonl", ".json", ".parquet"}
+NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` writes
+NOT_TRAINING = re.compile(r"(^|[^a-z])(test|testing|valid|validation|dev|eval|evaluation)([^a-z]|$)")
+
+
+def data_suffix(path: Path) -> str:
+    """The suffix that tells the format: of "A.JSONL.gz" it is ".jsonl"."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def data_files(path: Path) -> list[Path]:
+    """The file itself, or the data files of a folder, sorted; warns which files of the folder are not read.
+
+    Not read are files of other formats, what the `datasets` library writes about a data set, and test or validation
+    splits (by the name of the file or of a folder within). Raises InputError when nothing is left.
+    """
+    if not path.is_dir():
+        return [path]
+    files, left_out = [], []
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        name = file.relative_to(path)
+        if any(part.startswith(".") for part in name.parts):  # caches and git's own files
+            continue
+        if data_suffix(file) not in DATA_SUFFIXES or file.name in NOT_DATA:
+            left_out.append(str(name))
+        elif NOT_TRAINING.search(str(name).lower()):
+            left_out.append(f"{name} (not a training split)")
+        else:
+            files.append(file)
+    named = ", ".join(left_out[:10]) + f" and {len(left_out) - 10} more" * (len(left_out) > 10)
+    if not files:
+        raise InputError(
+            f"{path}: no .jsonl, .json or .parquet file to read in this folder ({named or 'it is empty'}); name a file"
+        )
+    if left_out:
+        log.warning("%s: %d files read, %d not read: %s", path, len(files), len(left_out), named)
+    return files
+
+
+@contextlib.contextmanager
+def open_data(path: Path) -> Iterator[BinaryIO]:
+    """Opens a data file for reading bytes, through gzip when it is packed. Raises InputError when it is no data."""
+    try:
+        with path.open("rb") as raw:
+            head = raw.read(64)
+        if head.startswith(b"version https://git-lfs.github.com/spec/"):
+            raise InputError(
+                f"{path}: a Git LFS pointer, not the data; run `git lfs pull` there or fetch the file again"
+            )
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise InputError(f"{path}: UTF-16 text; save it as UTF-8 (in PowerShell: Set-Content -Encoding utf8)")
+        with gzip.open(path) if head.startswith(b"\x1f\x8b") else path.open("rb") as file:
+            yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: a damaged gzip file ({error}); fetch it again") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file or folder; check the path") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields ("file: row n", row)."""
+    import pyarrow.parquet
+
+    with open_data(path) as file:
+        try:
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000)
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield f"{path.name}: row {number}", row
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = str(error).split("\n")[0]
+            raise InputError(f"{path}: not a readable Parquet file ({reason}); fetch it again") from error
+
+
+def is_json_list(path: Path) -> bool:
+    """Whether the file is one JSON list; without the bracket at its beginning it has one object a line."""
+    with open_data(path) as file:
+        return file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def read_json_list(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
+    """Yields ("file: row n", object) of a file that is one JSON list, read piece by piece."""
+    decoder, blanks = json.JSONDecoder(parse_int=whole_number), re.compile(r"\s*")
+    number, size = 0, 2**20
+    with open_data(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        try:
+            buffer = text.read(size)
+            start = buffer.index("[") + 1
+            while True:
+                start = blanks.match(buffer, start).end()
+                if buffer[start : start + 1] == "]":
+                    if (buffer[start + 1 :] + text.read(100)).strip():
+                        raise ValueError("text after the list")
+                    return
+                try:
+                    row, end = decoder.raw_decode(buffer, start)
+                    end = blanks.match(buffer, end).end()
+                    problem = ValueError("no comma after it")
+                except json.JSONDecodeError as error:
+                    end, problem = len(buffer), ValueError(error.msg)
+                if end == len(buffer):  # not valid, or it goes on in the next piece
+                    more = text.read(size)
+                    if not more:
+                        raise problem
+                    buffer, start, size = buffer[start:] + more, 0, 2 * size
+                    continue
+                if buffer[end] not in ",]":
+                    raise problem
+                number += 1
+                reason = object_problem(row, buffer[start:end])
+                if reason:
+                    skipped.add(f"{path.name}: row {number}", reason)
+                else:
+                    yield f"{path.name}: row {number}", row
+                start, size = end + (buffer[end] == ","), 2**20
+        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            reason = TOO_DEEP if isinstance(error, RecursionError) else error
+            raise InputError(
+                f"{path}: not valid JSON at row {number + 1} ({reason}); repair the file or fetch it again"
+            ) from error
+
+
+def whole_number(text: str) -> float:
+    """An int; infinity when it is beyond a float, which would break what counts with it later."""
+    return int(text) if len(text) < 300 else math.inf
+
+
+parse_json = functools.partial(json.loads, parse_int=whole_number)
+TOO_DEEP = "nested too deeply"
+
+
+def object_problem(row: Any, source: str) -> str | None:
+    """Why a JSON value is no row, or None. `source` is the text that it was read from.
+
+    It is none when it is no object, when its nesting would break what reads it later, or when a text has an unpaired
+    surrogate, which JSON can spell by an escape and UTF-8 cannot. Both searches take as long as the parsing, so they
+    are made only where the source allows it.
     """
     if not isinstance(row, dict):
         return "not a JSON object"
+    if source.count("[") + source.count("{") > MAX_DEPTH and depth(row) > MAX_DEPTH:
+        return TOO_DEEP
     try:
-        if has_escapes:
+        if "\\ud" in source or "\\uD" in source:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        return "a text with half a character"
+        return "invalid Unicode (unpaired surrogate)"
     return None
+
+
+MAX_DEPTH = 100
+
+
+def depth(value: Any) -> int:
+    """How many lists and objects are nested in one another."""
+    level, containers = 0, [value]
+    while containers:
+        level += 1
+        inner = (item for value in containers for item in (value.values() if isinstance(value, dict) else value))
+        containers = [item for item in inner if isinstance(item, dict | list)]
+    return level
 
 
 def open_dataset(source: str, flag: str, *, split: str = "train", streaming: bool = False) -> Callable[..., Iterator]:
     """Returns `rows(skipped) -> Iterator[(place, row)]`, callable repeatedly, over a local path or a hub data set.
 
-    Raises InputError, within 30 s, when `source` is no local path and cannot be had from the hub; it names `flag`.
+    Columns that are null are left out of a row. Raises InputError, within 30 s, when `source` is neither a local path
+    nor on the hub; it names `flag`.
     """
-    if Path(source).exists():
-        return lambda skipped: read_rows(Path(source), skipped)
-    looks_local = source.count("/") != 1 or Path(source).suffix in {".jsonl", ".json", ".parquet"}
+    path = Path(source)
+    if path.exists():
+        files = data_files(path)
+        return lambda skipped: (pair for file in files for pair in read_rows(file, skipped))
+    looks_local = source.count("/") != 1 or data_suffix(path) in DATA_SUFFIXES
     if looks_local:
         raise InputError(f"{flag} {source}: no such file or folder, and not a hub id of the form owner/name")
     import datasets
@@ -141,7 +288,7 @@ def open_dataset(source: str, flag: str, *, split: str = "train", streaming: boo
         # asked once and briefly: load_dataset itself would retry an unreachable hub for half a minute
         revision = huggingface_hub.HfApi().dataset_info(source, timeout=10).sha
         rows = datasets.load_dataset(source, split=split, revision=revision, streaming=streaming)
-    return lambda skipped: ((f"{source}: row {number}", row) for number, row in enumerate(rows, 1))
+    return lambda skipped: ((f"{source}: row {number}", without_nulls(row)) for number, row in enumerate(rows, 1))
 
 
 @contextlib.contextmanager
@@ -233,10 +380,10 @@ def append_record(path: Path, record: dict) -> None:
 
 
 def read_records(path: Path) -> list[dict]:
-    """Reads the run records of a log. A line torn by a crash is skipped with a warning."""
+    """Reads the run records of a log. Damaged lines are skipped with a warning."""
     skipped = SkippedRows()
-    records = [row for _, row in read_rows(path, skipped)]
-    skipped.report(f"broken lines of {path}")
+    records = [row for _, row in read_objects(path, skipped)]
+    skipped.report(f"damaged lines of {path}")
     return records
 
 
@@ -337,7 +484,7 @@ def read_results(path: Path, skipped: SkippedRows) -> tuple[dict, list[dict]]:
     A question that has two rows keeps the first. Raises InputError when the file or its first line cannot be read.
     """
     fingerprint, by_id = None, {}
-    for place, row in read_rows(path, skipped):
+    for place, row in read_objects(path, skipped):
         if fingerprint is None:
             if not isinstance(row.get("fingerprint"), dict) or skipped.count:
                 break

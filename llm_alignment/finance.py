@@ -82,7 +82,7 @@ def two_way_shares(args: argparse.Namespace) -> dict[str, Fraction]:
     return {"reddit": reddit, "finance": 1 - reddit}
 
 
-REDDIT_COLUMNS = ("id", "title", "selftext", "subreddit", "body", "comment_normalized_score")
+REDDIT_COLUMNS = ("id", "title", "body", "comment_normalized_score")  # selftext and subreddit may be absent
 
 
 def reddit_problem(row: dict) -> str | None:
@@ -93,7 +93,7 @@ def reddit_problem(row: dict) -> str | None:
     for column in ("id", "title", "body"):
         if not isinstance(row[column], str) or not row[column].strip():
             return f"empty {column}"
-    if not isinstance(row["selftext"], str | None):
+    if not isinstance(row.get("selftext", ""), str):
         return "selftext is no text"
     score = row["comment_normalized_score"]
     if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
@@ -106,7 +106,7 @@ def finance_problem(row: dict) -> str | None:
     for column in ("user", "assistant"):
         if not isinstance(row.get(column), str) or not row[column].strip():
             return f"empty {column}" if column in row else f"missing columns: {column}"
-    if not isinstance(row.get("system"), str | None):
+    if not isinstance(row.get("system", ""), str):
         return "system is no text"
     return None
 

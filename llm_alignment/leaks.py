@@ -48,10 +48,10 @@ def set_posts_aside(rows: list[dict], limit: int, *, min_chars: int, max_chars: 
     The choice depends on nothing else, so that runs with other seeds are asked the same.
     """
     posts = {}
-    for row in sorted(rows, key=lambda row: (row["title"], row["selftext"] or "", str(row["subreddit"]))):
+    for row in sorted(rows, key=lambda row: (row["title"], row.get("selftext", ""), str(row.get("subreddit", "")))):
         text = post_text(row, max_chars)
         if len(text) >= min_chars:
-            question = {"question_id": row["id"], "category": str(row["subreddit"]), "turns": [text]}
+            question = {"question_id": row["id"], "category": str(row.get("subreddit", "")), "turns": [text]}
             posts.setdefault(row["id"], question)
     chosen = sorted(posts, key=lambda post_id: digest("evaluation", post_id))[:limit]
     return [posts[post_id] for post_id in chosen], [row for row in rows if row["id"] not in set(chosen)]

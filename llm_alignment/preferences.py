@@ -154,5 +154,5 @@ def merge_system_prompt(system: str | None, user: str) -> str:
 
 def post_text(row: dict, max_chars: int) -> str:
     """Title and text of a post, cut at a word to `max_chars` characters."""
-    text = f"{row['title'].strip()}\n\n{(row['selftext'] or '').strip()}".strip()
+    text = f"{row['title'].strip()}\n\n{row.get('selftext', '').strip()}".strip()
     return text if len(text) <= max_chars else text[: max_chars + 1].rsplit(None, 1)[0]

@@ -154,7 +154,10 @@ def test_reddit_rows_that_cannot_be_used(tmp_path, capsys):
     rows = files.read_usable(path, "--reddit_dataset", finance.reddit_problem, "columns")
     log.removeHandler(handler)
     assert rows == usable
-    assert "skipped 7 rows" in skipped_lines[0] and "reddit.jsonl:3 (comment_normalized_score None" in skipped_lines[0]
+    assert (
+        "skipped 7 rows" in skipped_lines[0]
+        and "reddit.jsonl:3 (missing columns: comment_normalized_score" in skipped_lines[0]
+    )
 
     base = ["--demo", "--output_dir", str(tmp_path / "run"), "--exp_log", str(tmp_path / "log.jsonl")]
     missing = [{key: row[key] for key in row if key != "comment_normalized_score"} for row in usable]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import math
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from conftest import write_rows
 
 from llm_alignment import files
-from llm_alignment.files import InputError, ResultFile
+from llm_alignment.files import InputError, ResultFile, SkippedRows
 
 MODEL = {"model": "m", "adapter": "none"}
 
@@ -28,6 +31,143 @@ def answer_all(path: Path, asked: list[dict], fingerprint: dict = MODEL, **optio
         results.append({"question_id": question["question_id"], "answer": question["text"].upper()})
     results.finish()
     return results.rows_of(asked), new
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+ROWS = [{"text": "один\u2028два", "n": 1}, {"text": "two", "n": None}, {"text": "\U0001f98a", "n": 2.5}]
+KEPT = [{"text": "один\u2028два", "n": 1}, {"text": "two"}, {"text": "\U0001f98a", "n": 2.5}]
+
+
+def read(path: Path) -> tuple[list[dict], SkippedRows]:
+    skipped = SkippedRows()
+    return [row for _, row in files.read_rows(path, skipped)], skipped
+
+
+def packed(path: Path) -> Path:
+    target = path.with_name(path.name + ".gz")
+    target.write_bytes(gzip.compress(path.read_bytes()))
+    return target
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = write_rows(tmp_path / "a.jsonl", ROWS)
+    listed = tmp_path / "b.json"
+    listed.write_text(json.dumps(ROWS, indent=1), encoding="utf-8-sig")
+    parquet = tmp_path / "c.PARQUET"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), parquet)
+    for path in (lines, listed, parquet, packed(lines), packed(listed), packed(parquet)):
+        rows, skipped = read(path)
+        assert rows == KEPT and skipped.count == 0, path
+    unnamed = tmp_path / "gzip-without-its-name.jsonl"
+    unnamed.write_bytes(packed(lines).read_bytes())
+    assert read(unnamed)[0] == KEPT
+
+
+@pytest.mark.parametrize("size", [1, 5, 2**20 - 3, 2**20, 3 * 2**20])
+def test_a_json_list_is_read_in_pieces(tmp_path, size):
+    rows = [{"text": "ж" * size, "n": number} for number in range(3)] + [{"n": [1, {"a": "]"}]}]
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    assert read(path)[0] == rows
+    path.write_text("[]\n", encoding="utf-8")
+    assert read(path)[0] == []
+
+
+def test_a_large_json_list_takes_little_memory(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps([{"text": "x" * 1000}] * 8_000), encoding="utf-8")
+    tracemalloc.start()
+    count = sum(1 for _ in files.read_rows(path, SkippedRows()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 8_000 and peak < path.stat().st_size / 2
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        (b'{"a": ' * 500 + b"1" + b"}" * 500, "nested too deeply"),
+        (b'{"text": "\\ud83e"}', "invalid Unicode"),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"text": "a', "not valid JSON"),
+        (b"7", "not a JSON object"),
+        (b"\0\0\0", "not valid JSON"),
+    ],
+)
+def test_a_malformed_line_is_skipped_and_named(tmp_path, line, reason):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": {"b": [2]}}\n')
+    rows, skipped = read(path)
+    assert rows == [{"a": 1}, {"a": {"b": [2]}}]
+    assert skipped.count == 1 and skipped.places[0].startswith("rows.jsonl:2 (") and reason in skipped.places[0]
+
+
+def test_the_first_five_places_are_named(tmp_path, logged):
+    rows, skipped = read(write_rows(tmp_path / "rows.jsonl", [{"a": 1}, *["torn"] * 7]))
+    skipped.report("rows")
+    assert skipped.count == 7 and len(skipped.places) == 5 and "skipped 7 rows" in logged.text
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "9" * 400, "-" + "9" * 5000])
+def test_a_number_beyond_a_float_is_infinite(tmp_path, number):
+    for name, content in (("a.jsonl", f'{{"n": {number}}}'), ("a.json", f'[{{"n": {number}}}]')):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        [row] = read(tmp_path / name)[0]
+        assert math.isinf(row["n"])
+
+
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        ("a.json", b'[{"a": 1}, {"a"', "row 2"),
+        ("a.json", b'[{"a": 1} {"a": 2}]', "row 1"),
+        ("a.json", b'[{"a": 1}] {"a": 2}', "text after the list"),
+        ("a.json", b'[{"a": "\xff"}]', "not valid JSON"),
+        ("a.json", b"[" * 100_000, "nested too deeply"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "UTF-16"),
+        ("a.jsonl.gz", gzip.compress(os.urandom(5000))[:-900], "gzip"),
+        ("a.parquet", b"PAR1 and nothing", "Parquet"),
+    ],
+)
+def test_a_file_that_is_no_data_is_one_line(tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=told) as error:
+        read(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(InputError, match="no such file"):
+        read(tmp_path / "missing.jsonl")
+
+
+def test_a_folder_names_what_it_does_not_read(tmp_path, logged):
+    folder = tmp_path / "data"
+    (folder / "validation").mkdir(parents=True)
+    (folder / ".cache").mkdir()
+    write_rows(folder / "a.jsonl", [{"n": 1}])
+    packed(write_rows(folder / "b.jsonl", [{"n": 2}]))
+    (folder / "b.jsonl").unlink()
+    write_rows(folder / "C.JSONL", [{"n": 3}])
+    write_rows(folder / "latest.json", [{"n": 4}])  # "test" is no word of it
+    for name in ("test-00000-of-00001.jsonl", "a_dev.json", "validation/v.jsonl", ".cache/x.jsonl", "README.md"):
+        write_rows(folder / name, [{"n": 9}])
+    write_rows(folder / "dataset_info.json", ["{"])
+    for _ in range(2):
+        rows = files.open_dataset(str(folder), "--dataset")(SkippedRows())
+        assert sorted(row["n"] for _, row in rows) == [1, 2, 3, 4]
+    for name in ("test-00000-of-00001.jsonl", "a_dev.json", "v.jsonl", "README.md", "dataset_info.json"):
+        assert name in logged.text
+    assert "4 files read, 5 not read" in logged.text and ".cache" not in logged.text
+    with pytest.raises(InputError, match="data.README.md"):
+        (tmp_path / "empty" / "data").mkdir(parents=True)
+        (tmp_path / "empty" / "data" / "README.md").write_text("", encoding="utf-8")
+        files.open_dataset(str(tmp_path / "empty"), "--dataset")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

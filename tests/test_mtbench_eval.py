@@ -385,7 +385,7 @@ def test_a_byte_order_mark_is_no_error_and_half_a_character_is(tmp_path):
         file.write(b'{"text": "\\ud83e\\udd8a"}\n{"text": "\\ud83e"}\n')
     skipped = files.SkippedRows()
     assert [row["text"] for _, row in files.read_rows(tmp_path / "half.jsonl", skipped)] == ["whole", "\U0001f98a"]
-    assert skipped.places == ["half.jsonl:3 (a text with half a character)"]
+    assert skipped.places == ["half.jsonl:3 (invalid Unicode (unpaired surrogate))"]
 
 
 def test_a_dry_run_asks_nothing(cli_folder, reward_folder, tmp_path, capsys):
