@@ -21,8 +21,8 @@ def commands():
 
 
 def logged():
-    rows = files.read_rows(ROOT / "experiments" / "logged_runs.jsonl", files.SkippedRows())
-    return [row["command"] for _, row in rows if row["command"]]
+    rows = files.read_records(ROOT / "experiments" / "logged_runs.jsonl")
+    return [row["command"] for row in rows if row["command"]]
 
 
 @pytest.mark.parametrize("command", commands() + logged())

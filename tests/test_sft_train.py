@@ -525,7 +525,7 @@ def test_a_folder_that_holds_another_run_is_left_alone(whole_run, capsys):
 
 
 def test_logged_commands_parse():
-    for _, row in files.read_rows(ROOT / "experiments" / "logged_runs.jsonl", SkippedRows()):
+    for row in files.read_records(ROOT / "experiments" / "logged_runs.jsonl"):
         if row["script"] == "sft_train.py" and row["command"]:
             words = shlex.split(row["command"])
             assert words[:4] == ["poetry", "run", "python", "sft_train.py"]
