@@ -6,9 +6,8 @@ import argparse
 import functools
 import logging
 import statistics
-import types
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm_alignment.evaluation import Evaluation, measure, plot_curves, report
 from llm_alignment.files import InputError, ResultFile, digest
@@ -30,6 +29,7 @@ from llm_alignment.models import (
     matmul_float32,
     new_adapter,
 )
+from llm_alignment.prefixes import GroupedOrder, add_prefix_sharing, groups_of, no_sharing_reason
 from llm_alignment.runs import begin, timed
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 from llm_alignment.tatqa import add_tatqa_flags
@@ -43,7 +43,6 @@ from llm_alignment.training import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import DPOTrainer
@@ -70,6 +69,13 @@ def add_dpo_flags(parser: argparse.ArgumentParser) -> None:
         "--use_chat_template", action="store_true", help="wrap prompts in it (plain text, as published)"
     )
     group.add_argument("--no_prefix_sharing", action="store_true", help="read a pair's prompt once for each answer")
+    group.add_argument(
+        "--group_by_table",
+        action=on_off,
+        default=False,
+        help="train on pairs whose prompts begin alike (one table, one system prompt) one after the other and read "
+        "what they share once; it changes which pairs meet in an optimiser step",
+    )
     group.add_argument("--no_train", action="store_true", help="only evaluate")
     group.add_argument(
         "--limit_pairs", type=not_negative(int), default=0, help="a sample of N pairs; 0 (default) = all"
@@ -108,126 +114,6 @@ def neutral_flags(args: argparse.Namespace) -> set[str]:
     """Flags that do not change which adapter comes out."""
     measuring = {name for name in vars(args) if name.startswith(("eval_", "do_", "mtbench_", "instruct_"))}
     return NEUTRAL_FLAGS | measuring | {"reward_model"}
-
-
-def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
-    """Makes the fused forward of `trl.trainer.utils.add_fused_lm_head` read each pair's prompt once.
-
-    The batch is TRL's: (2 B, L), the B chosen rows and then the B rejected ones, padded on the right, with labels of
-    -100 outside the answers. The outputs keep TRL's meaning and shape (2 B, L - 1), so its loss and metrics stay as
-    they are. Inside, a pair is one row: prompt, chosen answer, rejected answer, the second answer's positions starting
-    after the prompt again and its attention closed to the first one. Only the hidden states that predict an answer
-    token go through the LM head; without `sharing` that alone is done.
-    """
-    import torch
-    from transformers import AttentionInterface
-
-    fused_forward = model.forward
-    AttentionInterface.register("sdpa", prefix_attention)  # every other call goes on as before
-
-    # generate() checks its arguments against the signature
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head=False, input_ids=None, attention_mask=None, labels=None, **kwargs):
-        if not fused_lm_head:
-            return fused_forward(*args, input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        is_target = labels[:, 1:] != -100
-        if sharing:
-            batch, rows = fold_pairs(input_ids, attention_mask, labels)
-        else:
-            batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-            columns = torch.arange(labels.shape[1] - 1, device=labels.device)
-            rows = (torch.arange(len(labels), device=labels.device)[:, None] * labels.shape[1] + columns)[is_target]
-
-        def keep_rows(module, inputs, output):
-            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[rows][None]
-
-        with self.base_model.register_forward_hook(keep_rows):
-            output = fused_forward(fused_lm_head=True, shift_labels=labels[:, 1:][is_target][None], **batch, **kwargs)
-        for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
-            output[name] = output[name].new_zeros(is_target.shape).masked_scatter(is_target, output[name])
-        return output
-
-    model.forward = types.MethodType(forward, model)
-
-
-def fold_pairs(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """Folds B pairs into B rows: the prompt, padded to the longest, then both answers one after the other.
-
-    Returns the backbone's arguments (input_ids and position_ids (B, T), `prefix_length` P of the prompts, and which of
-    the T keys each of the T - P answer queries sees, attention_mask (B, 1, T - P, T)) and, for every label that is not
-    -100, in the order of the unfolded rows, the index into the (B * T) hidden states of the one that predicts it.
-    """
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    device, n_pairs = input_ids.device, len(input_ids) // 2
-    starts = (labels != -100).int().argmax(dim=1)[:n_pairs]
-    ends = attention_mask.sum(dim=1).tolist()
-    width = int(starts.max())
-    order = torch.arange(input_ids.shape[1], device=device)
-    answers, positions, sides, chosen_rows, rejected_rows = [], [], [], [], []
-    for pair, start in enumerate(starts.tolist()):
-        chosen, rejected = slice(start, ends[pair]), slice(start, ends[n_pairs + pair])
-        answers.append(torch.cat([input_ids[pair, chosen], input_ids[n_pairs + pair, rejected]]))
-        positions.append(torch.cat([order[chosen], order[rejected]]))
-        sides.append(torch.cat([torch.zeros_like(order[chosen]), torch.ones_like(order[rejected])]))
-        # the prompt's last token predicts the first of either answer, and the last of an answer nothing
-        places = torch.arange(width, width + len(answers[-1]), device=device)
-        split = ends[pair] - start
-        chosen_rows.append(torch.cat([order[start - 1 : start], places[: split - 1]]))
-        rejected_rows.append(torch.cat([order[start - 1 : start], places[split:-1]]))
-    side = pad_sequence(sides, batch_first=True, padding_value=2)
-    sees_answer = (side[:, None, :] == side[:, :, None]).tril()
-    sees_prompt = (order[:width] < starts[:, None])[:, None, :].expand(-1, side.shape[1], -1)
-    prompts = input_ids[:n_pairs, :width].masked_fill(order[:width] >= starts[:, None], 0)
-    length = width + side.shape[1]
-    rows = [row + (index % n_pairs) * length for index, row in enumerate(chosen_rows + rejected_rows)]
-    batch = {
-        "input_ids": torch.cat([prompts, pad_sequence(answers, batch_first=True)], dim=1),
-        "position_ids": torch.cat(
-            [order[:width].expand(n_pairs, -1), pad_sequence(positions, batch_first=True)], dim=1
-        ),
-        "attention_mask": torch.cat([sees_prompt, sees_answer], dim=2)[:, None],
-        "prefix_length": width,
-    }
-    return batch, torch.cat(rows)
-
-
-def prefix_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    prefix_length: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' "sdpa" attention; with a `prefix_length` the mask is that of `fold_pairs`.
-
-    The prompt is plain causal attention, which needs no mask and so gets torch's fastest kernel.
-    """
-    import torch
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if prefix_length is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    of_prompt = [tensor[:, :, :prefix_length] for tensor in (query, key, value)]
-    prompt, _ = sdpa_attention_forward(module, *of_prompt, None, **kwargs)
-    answers, _ = sdpa_attention_forward(module, query[:, :, prefix_length:], key, value, attention_mask, **kwargs)
-    return torch.cat([prompt, answers], dim=1), None
-
-
-def no_sharing_reason(model: PreTrainedModel) -> str | None:
-    """Why this model's attention cannot keep the two answers apart, or None when it can."""
-    config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa":
-        return f"the attention backend is {config._attn_implementation}, not sdpa"
-    fields = config.to_dict()
-    if fields.get("sliding_window") or set(fields.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-        return "the model has layers without full attention"
-    return None
 
 
 def fit_pairs(
@@ -288,11 +174,24 @@ def build_trainer(
         )
     if is_fresh:
         model.delete_adapter("ref")  # TRL copies every adapter; without the copy it switches the adapter off
+    if args.group_by_table:
+        order_by_table(trainer)
     reason = no_sharing_reason(model.get_base_model())
     if reason and not args.no_prefix_sharing:
         log.warning("every prompt is read once for each answer: %s", reason)
     add_prefix_sharing(model.get_base_model(), sharing=not reason and not args.no_prefix_sharing)
     return trainer
+
+
+def order_by_table(trainer: DPOTrainer) -> None:
+    """Makes the trainer take pairs whose prompts begin alike one after the other; says how many are alone."""
+    groups = groups_of(trainer.train_dataset["prompt_ids"])
+    alone = sum(len(group) == 1 for group in groups)
+    log.info(
+        "--group_by_table: %d groups of pairs whose prompts begin alike, %d single pairs", len(groups) - alone, alone
+    )
+    order = GroupedOrder(groups, trainer.args.seed)
+    trainer._get_train_sampler = lambda dataset=None: order
 
 
 def train(trainer: DPOTrainer, checkpoint: Path | None, folder: Path) -> None:

@@ -1,0 +1,269 @@
+"""What the pairs of a micro-batch begin with is read once: the folded row, its attention, the order of the pairs."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+import types
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+class Block(NamedTuple):
+    """One attention call: the next `queries` tokens of the row, over the row's segments `keys`, one after the other.
+
+    `mask` is added to the scores (queries, keys); None is plain causal attention, which gets torch's fastest kernel.
+    """
+
+    queries: int
+    keys: list[int]
+    mask: torch.Tensor | None
+
+
+class Fold(NamedTuple):
+    """All pairs of a micro-batch as one row of T tokens without padding.
+
+    Two pairs whose prompts begin with the same tokens t; the first goes on with a, the second with b. C and R are the
+    chosen and the rejected answers. Positions restart after the parent:
+
+        token      t t t t a a C C R R R b C C C R
+        position   0 1 2 3 4 5 6 7 6 7 8 4 5 6 7 5
+        block      |prompt---| |answers| |rest+ans|
+        sees       t a         t a       t          and itself: an answer never sees the other one
+
+    `segments` are lengths that cut the row wherever one of the paths from t to an answer begins or ends.
+    `predictors` are, for every label that is not -100, in the order of the unfolded rows, the index of the hidden
+    state that predicts it.
+    """
+
+    input_ids: torch.Tensor  # (1, T)
+    position_ids: torch.Tensor  # (1, T)
+    segments: list[int]
+    blocks: list[Block]
+    predictors: torch.Tensor  # (labels,)
+
+
+# A shared beginning that is shorter than this part of the prompt is read again: the mask of the rest would take as
+# much memory as it saves.
+SHARED_PART = 1 / 8
+
+
+def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
+    """Makes the fused forward of `trl.trainer.utils.add_fused_lm_head` read what pairs share once.
+
+    The batch is TRL's: (2 B, L), the B chosen rows and then the B rejected ones, padded on the right, with labels of
+    -100 outside the answers. The outputs keep TRL's meaning and shape (2 B, L - 1), so its loss and metrics stay as
+    they are. Only the hidden states that predict an answer token go through the LM head; without `sharing` that alone
+    is done. The head's product is summed in float32: in bf16 the rewards of two similar answers are mostly noise.
+    """
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    fused_forward = model.forward
+    if sharing:
+        AttentionInterface.register("prefix_sdpa", prefix_attention)
+        AttentionMaskInterface.register("prefix_sdpa", sdpa_mask)
+        model.set_attn_implementation("prefix_sdpa")
+
+    # generate() checks its arguments against the signature
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        if not fused_lm_head:
+            return fused_forward(*args, input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        is_target = labels[:, 1:] != -100
+        device = labels.device
+        if sharing:
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else self.dtype
+            fold = fold_pairs(input_ids, attention_mask, labels, dtype)
+            rows = fold.predictors
+            # a mask of four dimensions is taken as it is, so that none of (T, T) is made
+            unused = torch.empty(1, 1, 1, 1, device=device)
+            batch = {"input_ids": fold.input_ids, "position_ids": fold.position_ids, "attention_mask": unused}
+            batch["fold"] = fold
+        else:
+            batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+            columns = torch.arange(labels.shape[1] - 1, device=device)
+            rows = (torch.arange(len(labels), device=device)[:, None] * labels.shape[1] + columns)[is_target]
+
+        def keep_rows(module, inputs, output):
+            output.last_hidden_state = output.last_hidden_state.flatten(0, 1).index_select(0, rows)[None]
+
+        with self.base_model.register_forward_hook(keep_rows):
+            output = fused_forward(fused_lm_head=True, shift_labels=labels[:, 1:][is_target][None], **batch, **kwargs)
+        for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
+            output[name] = output[name].new_zeros(is_target.shape).masked_scatter(is_target, output[name])
+        return output
+
+    model.forward = types.MethodType(forward, model)
+
+
+def fold_pairs(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+) -> Fold:
+    """Folds B pairs, given as TRL's (2 B, L) batch, into one row; masks have the type `dtype` of the attention."""
+    import torch
+
+    device, n_pairs = input_ids.device, len(input_ids) // 2
+    rows = [row[:end] for row, end in zip(input_ids.tolist(), attention_mask.sum(dim=1).tolist(), strict=True)]
+    starts = (labels != -100).int().argmax(dim=1)[:n_pairs].tolist()
+    prompts = [rows[pair][:start] for pair, start in enumerate(starts)]
+    tokens, positions, queries, paths, masks = [], [], [], [], []
+    predictors = [[]] * len(rows)
+    path: list[tuple[int, int]] = []  # where in the row the tokens of the prompt before are, as (start, end) ranges
+    for pair, shared in shared_lengths(prompts):
+        prompt, answers = prompts[pair], [rows[side][starts[pair] :] for side in (pair, n_pairs + pair)]
+        begin = len(tokens)
+        path = beginning(path, shared)
+        if shared < len(prompt):
+            path.append((begin, begin + len(prompt) - shared))
+        tokens += prompt[shared:]
+        positions += range(shared, len(prompt))
+        for side, answer in zip((pair, n_pairs + pair), answers, strict=True):
+            # the prompt's last token predicts the first of either answer, and the last of an answer nothing
+            last = [path[-1][1] - 1] if path else []
+            predictors[side] = [*last, *range(len(tokens), len(tokens) + len(answer) - 1)]
+            tokens += answer
+            positions += range(len(prompt), len(prompt) + len(answer))
+        if prompt and not shared:
+            queries.append(len(prompt))
+            paths.append(path)
+            masks.append(None)
+            begin += len(prompt)
+        queries.append(len(tokens) - begin)
+        paths.append([*path, (len(tokens) - sum(map(len, answers)), len(tokens))])
+        masks.append(answers_mask(len(prompt), *map(len, answers), queries[-1], dtype, device))
+    cuts = sorted({place for path in paths for range_ in path for place in range_})
+    number = {cut: index for index, cut in enumerate(cuts)}
+    keys = [[segment for a, b in path for segment in range(number[a], number[b])] for path in paths]
+    return Fold(
+        torch.tensor([tokens], device=device),
+        torch.tensor([positions], device=device),
+        [b - a for a, b in itertools.pairwise(cuts)],
+        [Block(*block) for block in zip(queries, keys, masks, strict=True)],
+        torch.tensor(sum(predictors, []), device=device),
+    )
+
+
+def shared_lengths(prompts: list[list[int]]) -> Iterator[tuple[int, int]]:
+    """Yields (index, how many tokens to share with the prompt before) of the prompts in sorted order.
+
+    In that order a prompt has most in common with the one just before it.
+    """
+    previous: list[int] = []
+    for index in sorted(range(len(prompts)), key=prompts.__getitem__):
+        shared = common_length([previous, prompts[index]])
+        yield index, shared if shared >= SHARED_PART * len(prompts[index]) else 0
+        previous = prompts[index]
+
+
+def beginning(path: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    """The ranges of the first `length` places of a path."""
+    kept = []
+    for start, end in path:
+        if length > 0:
+            kept.append((start, min(end, start + length)))
+            length -= end - start
+    return kept
+
+
+def common_length(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all sequences begin with in common."""
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def answers_mask(
+    prompt: int, chosen: int, rejected: int, queries: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """What the last `queries` tokens of prompt, chosen and rejected answer (their lengths) see: 0, else -inf.
+
+    Shape (1, 1, queries, prompt + chosen + rejected). Causal, and the chosen answer is hidden from the rejected one.
+    """
+    import torch
+
+    length = prompt + chosen + rejected
+    hidden = torch.ones(queries, length, dtype=torch.bool, device=device).triu(length - queries + 1)
+    hidden[queries - rejected :, prompt : prompt + chosen] = True
+    return torch.zeros(1, 1, queries, length, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+
+
+def prefix_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    fold: Fold | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' "sdpa" attention, of the folded row block by block when there is a `fold`.
+
+    query (1, heads, T, head size), key and value (1, key heads, T, head size) -> (1, T, heads, head size).
+    """
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if fold is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    keys, values = key.split(fold.segments, dim=2), value.split(fold.segments, dim=2)
+    queries = query.split([block.queries for block in fold.blocks], dim=2)
+    outputs = []
+    for block, part in zip(fold.blocks, queries, strict=True):
+        path = [torch.cat([states[segment] for segment in block.keys], dim=2) for states in (keys, values)]
+        outputs.append(sdpa_attention_forward(module, part, *path, block.mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def no_sharing_reason(model: PreTrainedModel) -> str | None:
+    """Why this model's attention cannot keep the two answers apart, or None when it can."""
+    config = model.config.get_text_config()
+    if config._attn_implementation not in {"sdpa", "prefix_sdpa"}:
+        return f"the attention backend is {config._attn_implementation}, not sdpa"
+    fields = config.to_dict()
+    if fields.get("sliding_window") or set(fields.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        return "the model has layers without full attention"
+    return None
+
+
+def groups_of(prompts: list[list[int]]) -> list[list[int]]:
+    """The indices of prompts that share at least half of their tokens with the next one in order, group by group.
+
+    On TAT-QA these are the questions of one table. A prompt that shares less is a group of its own.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(prompts)), key=prompts.__getitem__):
+        before = prompts[groups[-1][-1]] if groups else []
+        if before and 2 * common_length([before, prompts[index]]) >= min(len(before), len(prompts[index])):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+class GroupedOrder:
+    """A sampler: group after group, the groups in an order that seed and epoch choose."""
+
+    def __init__(self, groups: list[list[int]], seed: int) -> None:
+        self.groups = groups
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The Trainer calls this at the start of every epoch, also of the one that it resumes."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups))
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"{self.seed}:{self.epoch}")
+        return itertools.chain.from_iterable(rng.sample(self.groups, len(self.groups)))

@@ -1,0 +1,164 @@
+"""The folded row against plain forward passes of every prompt and answer, and the order of grouped pairs."""
+
+import copy
+import functools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_alignment import prefixes
+
+
+@functools.cache
+def small_models():
+    """Two copies of a random Qwen3 of two layers: one with TRL's fused head alone, one that also shares prefixes."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, attn_implementation="sdpa",
+    )  # fmt: skip
+    plain = Qwen3ForCausalLM(config)
+    for parameter in plain.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter)  # so that attention is far from even
+    shared = copy.deepcopy(plain)
+    add_fused_lm_head(plain, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    prefixes.add_prefix_sharing(shared)
+    return plain, shared
+
+
+def trl_batch(prompts, answers):
+    """TRL's batch of a fused forward: the chosen rows, then the rejected ones, padded on the right."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    rows = [prompt + answer[side] for side in (0, 1) for prompt, answer in zip(prompts, answers, strict=True)]
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+    labels = ids.masked_fill(mask == 0, -100)
+    for row, prompt in zip(labels, [*prompts, *prompts], strict=True):
+        row[: len(prompt)] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def assert_equal_to_plain(prompts, answers):
+    import torch
+
+    batch = trl_batch(prompts, answers)
+    torch.manual_seed(1)
+    weights = torch.randn(batch["labels"].shape)[:, 1:]  # so that every log-probability has a gradient of its own
+    results = []
+    for model in small_models():
+        model.zero_grad()
+        output = model(**batch, fused_lm_head=True)
+        (output.log_probs * weights).sum().backward()
+        results.append((
+            output,
+            {name: p.grad.clone() for name, p in model.named_parameters() if "lm_head" not in name},
+        ))
+    (expected, expected_gradients), (output, gradients) = results
+    for name in ("log_probs", "entropy", "mean_logits"):
+        assert torch.allclose(output[name], expected[name], rtol=1e-4, atol=1e-5), name
+    assert torch.equal(output["is_top1"], expected["is_top1"] & (batch["labels"][:, 1:] != -100))
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, name
+
+
+TOKENS = st.integers(1, 4)  # few, so that prompts share beginnings by chance too
+
+
+@st.composite
+def prefix_trees(draw):
+    """Prompts that branch off one another at random places, and two answers for each."""
+    prompts = [draw(st.lists(TOKENS, min_size=1, max_size=12))]
+    for _ in range(draw(st.integers(0, 4))):
+        parent = draw(st.sampled_from(prompts))
+        cut = draw(st.integers(0, len(parent)))
+        prompts.append(parent[:cut] + draw(st.lists(TOKENS, min_size=0 if cut else 1, max_size=8)))
+    answer = st.lists(TOKENS, min_size=1, max_size=5)
+    return prompts, [(draw(answer), draw(answer)) for _ in prompts]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(prefix_trees())
+def test_random_trees_equal_plain_forward_passes(tree):
+    assert_equal_to_plain(*tree)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 5, 8])
+def test_pairs_of_one_table(pairs):
+    table = [1 + number % 7 for number in range(40)]
+    prompts = [table + [8 + pair % 3, *range(9, 9 + pair)] for pair in range(pairs)]
+    answers = [([20 + pair, *range(pair), 31], [31]) for pair in range(pairs)]  # 31 alone: an empty answer's end token
+    assert_equal_to_plain(prompts, answers)
+
+
+def test_a_pair_without_a_prompt_predicts_all_but_the_first_token():
+    assert_equal_to_plain([[], [1, 2, 3]], [([4, 5], [6, 7, 8]), ([4], [5])])
+
+
+def test_the_row_holds_what_is_shared_once():
+    import torch
+
+    batch = trl_batch([[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 3]], [([7, 7], [8, 8, 8]), ([7, 7, 7], [8])])
+    fold = prefixes.fold_pairs(**batch, dtype=torch.float32)
+    assert fold.input_ids.tolist() == [[1, 1, 1, 1, 2, 2, 7, 7, 8, 8, 8, 3, 7, 7, 7, 8]]
+    assert fold.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 4, 5, 6, 7, 5]]
+    assert [block.queries for block in fold.blocks] == [6, 5, 5] and sum(fold.segments) == 16
+    assert fold.blocks[0].mask is None and fold.blocks[2].mask.shape == (1, 1, 5, 9)
+    assert fold.predictors.tolist() == [5, 6, 11, 12, 13, 5, 8, 9, 11]
+
+
+def test_masks_stay_small():
+    """A short common beginning is read again: with it the mask of the rest would be nearly (T, T)."""
+    assert list(prefixes.shared_lengths([[1, 2, *[3] * 98], [1, 2, *[4] * 98]])) == [(0, 0), (1, 0)]
+    assert list(prefixes.shared_lengths([[1] * 50 + [3] * 50, [1] * 50 + [2] * 50])) == [(1, 0), (0, 50)]
+
+
+def test_other_models_keep_their_attention():
+    from transformers import Qwen3ForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    _, shared = small_models()
+    other = Qwen3ForCausalLM(copy.deepcopy(shared.config))
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    assert shared.config._attn_implementation == "prefix_sdpa"
+    other.set_attn_implementation("sdpa")
+    assert shared.config._attn_implementation == "prefix_sdpa"
+
+
+def test_steps_back_with_a_reason():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    size = dict(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, head_dim=8
+    )
+    model = Qwen3ForCausalLM(Qwen3Config(**size, num_key_value_heads=1))
+    assert prefixes.no_sharing_reason(model) is None
+    model.config._attn_implementation = "flash_attention_2"
+    assert "flash_attention_2" in prefixes.no_sharing_reason(model)
+    windowed = Qwen3Config(
+        **size, num_key_value_heads=1, use_sliding_window=True, sliding_window=4, max_window_layers=1
+    )
+    assert "full attention" in prefixes.no_sharing_reason(Qwen3ForCausalLM(windowed))
+
+
+def test_groups_share_half_of_their_prompt():
+    one, two = [1] * 10, [2] * 10
+    prompts = [one + [5], two + [5], one + [6, 6], [9, 9, 9], two + [7], one[:4] + [3] * 9]
+    groups = prefixes.groups_of(prompts)
+    assert sorted(sorted(group) for group in groups) == [[0, 2], [1, 4], [3], [5]]
+    order = prefixes.GroupedOrder(groups, seed=1)
+    first = list(order)
+    assert sorted(first) == list(range(6)) and len(order) == 6 and list(order) == first
+    assert abs(first.index(0) - first.index(2)) == 1 and abs(first.index(1) - first.index(4)) == 1
+    orders = set()
+    for epoch in range(8):
+        order.set_epoch(epoch)
+        orders.add(tuple(order))
+    assert len(orders) > 1 and first in map(list, orders)
