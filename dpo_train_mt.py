@@ -30,9 +30,9 @@ from llm_alignment.finance import (
     MEASURING_FLAGS,
     add_data_flags,
     data_fingerprint,
-    finance_asked,
     finance_pairs,
-    load_material,
+    finance_questions,
+    load_data,
     mixed_pairs,
     two_way_shares,
 )
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--finance_ratio", type=ratio, default=0.3, help="share of Finance-Instruct in it (0.3)")
     group.add_argument("--general_ratio", type=ratio, default=0.3, help="share of general pairs in it (0.3)")
     group.add_argument("--general_pairs", type=positive(int), default=3000, help="at most (3000)")
-    parser.set_defaults(output_dir="qwen3_reddit_finance_dpo", batch=1, grad_acc=64, hybrid_ratio=0.7)
+    parser.set_defaults(output_dir="qwen3_reddit_finance_dpo", batch=1, grad_acc=64)
     return parser
 
 
@@ -81,9 +81,8 @@ def asked_shares(args: argparse.Namespace) -> dict[str, Fraction]:
     if args.use_hybrid and args.use_3way_hybrid:
         raise InputError("--use_hybrid and --use_3way_hybrid: one mix at a time; leave out one of them")
     if args.use_3way_hybrid:
-        shares = {
-            source: Fraction(str(getattr(args, f"{source}_ratio"))) for source in ("reddit", "finance", "general")
-        }
+        ratios = {"reddit": args.reddit_ratio, "finance": args.finance_ratio, "general": args.general_ratio}
+        shares = {source: Fraction(str(share)) for source, share in ratios.items()}
         if abs(sum(shares.values()) - 1) > 1e-6:
             raise InputError(
                 f"--reddit_ratio, --finance_ratio and --general_ratio sum to {float(sum(shares.values())):g}; make it 1"
@@ -115,21 +114,21 @@ def run(args: argparse.Namespace, record: dict) -> None:
     tokenizer = load_tokenizer(args)
     asked = {"mtbench": (mtbench_questions(args), args.mtbench_max_tokens)} if args.do_mtbench else {}
     all_asked = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-    material = load_material(args, set() if args.no_train else set(shares), all_asked)
+    data = load_data(args, set() if args.no_train else set(shares), all_asked)
     evaluations = [tatqa_evaluation(args, tokenizer)] if args.do_eval else []
-    evaluations += scored_evaluations(args, asked | finance_asked(args, material))
+    evaluations += scored_evaluations(args, asked | finance_questions(args, data))
 
     pairs = []
     if not args.no_train:
         limits = {"finance": args.finance_instruct_pairs, "general": args.general_pairs}
         make_finance_pairs = functools.partial(finance_pairs, args, record, tokenizer)
-        pairs = mixed_pairs(material, shares, limits, args.mix_policy, make_finance_pairs)
+        pairs = mixed_pairs(data, shares, limits, args.mix_policy, make_finance_pairs)
         pairs = sample(pairs, args.limit_pairs or len(pairs), args.seed)
     rows = fit_chats(pairs, tokenizer, args)
     if args.dry_run:
         print_plan(args, tokenizer, rows, evaluations)
         return
-    align(args, record, tokenizer, rows, evaluations, data_fingerprint(material, pairs), checkpoint)
+    align(args, record, tokenizer, rows, evaluations, data_fingerprint(data, pairs), checkpoint)
     if main_process():
         folder = Path(args.output_dir)
         lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]

@@ -25,12 +25,12 @@ from llm_alignment.evaluation import Evaluation, measure, print_table, report, s
 from llm_alignment.files import InputError, differing, sample, write_atomic, write_json
 from llm_alignment.finance import (
     MEASURING_FLAGS,
-    Material,
+    TrainingData,
     add_data_flags,
     data_fingerprint,
-    finance_asked,
     finance_pairs,
-    load_material,
+    finance_questions,
+    load_data,
     mixed_pairs,
     two_way_shares,
 )
@@ -298,10 +298,10 @@ def run(args: argparse.Namespace, record: dict) -> None:
     tokenizer = load_tokenizer(args)
     asked = {"mtbench": (mtbench_questions(args), args.mtbench_max_tokens)} if args.do_mtbench else {}
     all_asked = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-    material = load_material(args, set().union(*(SOURCES[stage] for stage in stages)), all_asked)
+    data = load_data(args, set().union(*(SOURCES[stage] for stage in stages)), all_asked)
     evaluations = [tatqa_evaluation(args, tokenizer)] if args.do_eval else []
-    evaluations += scored_evaluations(args, asked | finance_asked(args, material))
-    pairs = stage_pairs(args, record, tokenizer, material, stages)
+    evaluations += scored_evaluations(args, asked | finance_questions(args, data))
+    pairs = stage_pairs(args, record, tokenizer, data, stages)
     if args.dry_run:
         for stage in stages:
             log.info("stage %d: %s", stage, " and ".join(sorted(SOURCES[stage])))
@@ -310,7 +310,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         return
     all_processes().wait_for_everyone()  # all have looked for checkpoints before the folder changes
     everything = [pair for stage in stages for pair in pairs[stage]]
-    folder = begin(record, data_fingerprint(material, everything))
+    folder = begin(record, data_fingerprint(data, everything))
     if do_anew and main_process():
         for stage in stages:
             shutil.rmtree(stage_folder(args, stage), ignore_errors=True)
@@ -345,24 +345,24 @@ def stage_pairs(
     args: argparse.Namespace,
     record: dict,
     tokenizer: PreTrainedTokenizerBase,
-    material: Material,
+    data: TrainingData,
     stages: list[int],
 ) -> dict[int, list[dict]]:
     """The training pairs of each stage; the base answers the Finance-Instruct prompts once, for both their stages."""
     finance = []
     if any("finance" in SOURCES[stage] for stage in stages):
         wanted = args.finance_instruct_pairs
-        finance = finance_pairs(args, record, tokenizer, material.finance, wanted)
+        finance = finance_pairs(args, record, tokenizer, data.items["finance"], wanted)
     mix = two_way_shares(args)
     pairs = {}
     for stage in stages:
         if stage == 1:
-            pairs[stage] = material.general[: args.stage1_general_pairs]
+            pairs[stage] = data.items["general"][: args.stage1_general_pairs]
         elif stage == 2:
             pairs[stage] = finance
         else:
             pairs[stage] = mixed_pairs(
-                material, mix, {"finance": len(finance)}, args.mix_policy, lambda _, wanted: finance[:wanted]
+                data, mix, {"finance": len(finance)}, args.mix_policy, lambda _, wanted: finance[:wanted]
             )
         pairs[stage] = sample(pairs[stage], args.limit_pairs or len(pairs[stage]), args.seed)
     return pairs

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import logging
 import math
 from collections import Counter, defaultdict
@@ -17,14 +15,21 @@ from typing import TYPE_CHECKING, Any
 from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, read_usable, sample
 from llm_alignment.flags import not_negative, positive, ratio
 from llm_alignment.generation import generate, strip_thinking
-from llm_alignment.leaks import leak_finder, plain, recognisable, set_lessons_aside, set_posts_aside, without_leaks
+from llm_alignment.leaks import (
+    hold_out_instructions,
+    hold_out_posts,
+    leak_finder,
+    leak_snippet,
+    normalise_text,
+    without_leaks,
+)
 from llm_alignment.models import load_model, model_fingerprint, on_main_process
 from llm_alignment.preferences import GENERAL_COLUMNS, merge_system_prompt, post_text, read_pairs
 from llm_alignment.runs import timed
 from llm_alignment.tatqa import read_tatqa, tatqa_file
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 log = logging.getLogger("llm_alignment")
@@ -39,41 +44,55 @@ MEASURING_FLAGS = {
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The data sets, how pairs are made of them, and how their evaluations are made."""
-    group = parser.add_argument_group("Reddit")
-    group.add_argument(
-        "--reddit_dataset", default="winddude/reddit_finance_43_250k", help="hub id, file or folder (%(default)s)"
+    on_off = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("Reddit").add_argument
+    add("--reddit_dataset", default="winddude/reddit_finance_43_250k", help="hub id, file or folder (%(default)s)")
+    add("--reddit_min_post_chars", type=not_negative(int), default=120, help="shortest post to use (%(default)s)")
+    add("--reddit_min_comment_chars", type=not_negative(int), default=40, help="shortest comment (%(default)s)")
+    add("--reddit_max_post_chars", type=positive(int), default=2000, help="posts are cut here (%(default)s)")
+    add(
+        "--reddit_score_margin",
+        type=not_negative(float),
+        default=0.10,
+        help="the rejected comment scores lower than the chosen one by this or more (%(default)s)",
     )
-    group.add_argument("--reddit_min_post_chars", type=not_negative(int), default=120, help="shortest post (120)")
-    group.add_argument("--reddit_min_comment_chars", type=not_negative(int), default=40, help="shortest comment (40)")
-    group.add_argument("--reddit_max_post_chars", type=positive(int), default=2000, help="cut posts here (2000)")
-    group.add_argument(
-        "--reddit_score_margin", type=not_negative(float), default=0.10, help="rejected below by (0.10)"
+    add(
+        "--reddit_length_tol",
+        type=not_negative(float),
+        default=0.6,
+        help="and its length differs by at most this share of the chosen length (%(default)s)",
     )
-    group.add_argument("--reddit_length_tol", type=not_negative(float), default=0.6, help="and of like length (0.6)")
-    group.add_argument("--reddit_max_pairs_per_post", type=positive(int), default=1, help="pairs a post gives (1)")
-    group.add_argument("--reddit_sample_rate", type=ratio, default=0.3, help="share of the pairs to use (0.3)")
-    group = parser.add_argument_group("Finance-Instruct and general pairs")
-    group.add_argument(
+    add("--reddit_max_pairs_per_post", type=positive(int), default=1, help="pairs of one post (%(default)s)")
+    add("--reddit_sample_rate", type=ratio, default=0.3, help="share of the pairs to use (%(default)s)")
+    add = parser.add_argument_group("Finance-Instruct and general pairs").add_argument
+    add(
         "--finance_dataset",
         default="Josephgflowers/Finance-Instruct-500k",
         help="hub id, file or folder (%(default)s)",
     )
-    group.add_argument("--finance_instruct_pairs", type=positive(int), default=2000, help="at most (%(default)s)")
-    group.add_argument(
-        "--general_dataset", default="Intel/orca_dpo_pairs", help=f"hub id, file or folder of {GENERAL_COLUMNS}"
+    add("--finance_instruct_pairs", type=positive(int), default=2000, help="most pairs of it (%(default)s)")
+    add(
+        "--finance_temperature",
+        type=not_negative(float),
+        default=0.0,
+        help="temperature of the base's own answers, which are rejected; the published runs used 0.8 (%(default)s)",
     )
-    group.add_argument("--hybrid_ratio", type=ratio, help="share of Reddit in a mix of two (%(default)s)")
-    group.add_argument(
+    add(
+        "--general_dataset",
+        default="Intel/orca_dpo_pairs",
+        help=f"hub id, file or folder (%(default)s) with the columns {GENERAL_COLUMNS}",
+    )
+    add("--hybrid_ratio", type=ratio, default=0.7, help="share of Reddit in a mix of two (%(default)s)")
+    add(
         "--mix_policy",
         choices=["fill", "exact"],
         default="fill",
-        help="fill takes what is there when a source runs short, exact keeps the shares and takes fewer (fill)",
+        help="fill takes what is there when a source has too few, exact keeps the shares and takes less (%(default)s)",
     )
-    group = parser.add_argument_group("measuring Reddit replies")
-    on_off = argparse.BooleanOptionalAction
-    group.add_argument("--do_reddit", action=on_off, default=True, help="replies to posts set aside")
-    group.add_argument("--reddit_limit", type=positive(int), default=100, help="posts (100)")
-    group.add_argument("--reddit_max_tokens", type=positive(int), default=256, help="new tokens of a reply (256)")
+    add = parser.add_argument_group("evaluation on Reddit").add_argument
+    add("--do_reddit", action=on_off, default=True, help="replies to held-out posts (%(default)s)")
+    add("--reddit_limit", type=positive(int), default=100, help="posts (%(default)s)")
+    add("--reddit_max_tokens", type=positive(int), default=256, help="new tokens of a reply (%(default)s)")
     parser.set_defaults(max_prompt_length=1536, max_length=2560, mtbench_file="mt_bench_en.json")
 
 
@@ -85,29 +104,57 @@ def two_way_shares(args: argparse.Namespace) -> dict[str, Fraction]:
 REDDIT_COLUMNS = ("id", "title", "body", "comment_normalized_score")  # selftext and subreddit may be absent
 
 
+def read_comments(args: argparse.Namespace) -> list[dict]:
+    """The usable rows of --reddit_dataset, one for each comment; an id that is a number becomes a text."""
+    rows = read_usable(args.reddit_dataset, "--reddit_dataset", reddit_problem, ", ".join(REDDIT_COLUMNS))
+    return [{**row, "id": str(row["id"])} for row in rows]
+
+
 def reddit_problem(row: dict) -> str | None:
-    """Why a row of one post and one comment cannot be used; None when it can."""
+    """The reason why a row of one post and one comment cannot be used; None when it can."""
     missing = [column for column in REDDIT_COLUMNS if column not in row]
     if missing:
         return f"missing columns: {', '.join(missing)}"
+    if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
+        return "id is neither a text nor a whole number"
+    for column in ("title", "body", "selftext"):
+        if not isinstance(row.get(column, ""), str):
+            return f"{column} is no text"
     for column in ("id", "title", "body"):
-        if not isinstance(row[column], str) or not row[column].strip():
+        if not str(row[column]).strip():
             return f"empty {column}"
-    if not isinstance(row.get("selftext", ""), str):
-        return "selftext is no text"
     score = row["comment_normalized_score"]
     if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
         return f"comment_normalized_score {score!r} is not a number"
     return None
 
 
+def read_instructions(args: argparse.Namespace) -> list[dict[str, str]]:
+    """The usable rows of --finance_dataset as instructions {"prompt", "chosen", "uid", "user"}.
+
+    `prompt` is the user's text after the system text, `chosen` the reference answer, `user` the user's text alone.
+    """
+    rows = read_usable(
+        args.finance_dataset, "--finance_dataset", finance_problem, "user, assistant and perhaps system"
+    )
+    instructions = []
+    for row in rows:
+        prompt, chosen = merge_system_prompt(row.get("system"), row["user"]), row["assistant"].strip()
+        uid = f"finance:{digest(prompt, chosen)[:16]}"
+        instructions.append({"prompt": prompt, "chosen": chosen, "uid": uid, "user": row["user"]})
+    return instructions
+
+
 def finance_problem(row: dict) -> str | None:
-    """Why an instruction cannot be used; None when it can."""
+    """The reason why an instruction cannot be used; None when it can."""
+    for column in ("user", "assistant", "system"):
+        if column not in row and column != "system":
+            return f"missing columns: {column}"
+        if not isinstance(row.get(column, ""), str):
+            return f"{column} is no text"
     for column in ("user", "assistant"):
-        if not isinstance(row.get(column), str) or not row[column].strip():
-            return f"empty {column}" if column in row else f"missing columns: {column}"
-    if not isinstance(row.get("system", ""), str):
-        return "system is no text"
+        if not row[column].strip():
+            return f"empty {column}"
     return None
 
 
@@ -153,76 +200,90 @@ def reddit_pairs(
     return pairs
 
 
-def finance_lesson(row: dict) -> dict[str, str]:
-    prompt, chosen = merge_system_prompt(row.get("system"), row["user"]), row["assistant"].strip()
-    return {
-        "prompt": prompt,
-        "chosen": chosen,
-        "uid": f"finance:{digest(prompt, chosen)[:16]}",
-        "user": row["user"],
-    }
-
-
-def distinct(lessons: list[dict]) -> list[dict]:
-    """One lesson for each instruction; which of several answers stays does not depend on their order."""
-    return list(
-        {plain(lesson["user"]): lesson for lesson in sorted(lessons, key=lambda lesson: lesson["uid"])}.values()
-    )
+def distinct(instructions: list[dict]) -> list[dict]:
+    """Each instruction once; which of several answers stays does not depend on their order."""
+    by_uid = sorted(instructions, key=lambda instruction: instruction["uid"])
+    return list({normalise_text(instruction["user"]): instruction for instruction in by_uid}.values())
 
 
 def finance_pairs(
-    args: argparse.Namespace, record: dict, tokenizer: PreTrainedTokenizerBase, lessons: list[dict], wanted: int
+    args: argparse.Namespace, record: dict, tokenizer: PreTrainedTokenizerBase, instructions: list[dict], wanted: int
 ) -> list[dict[str, str]]:
-    """`wanted` pairs, or what the lessons give: the reference answer chosen, the base model's own answer rejected.
+    """`wanted` pairs, or as many as there are: the reference answer chosen, the base model's own answer rejected.
 
-    Under several processes the main one generates. A dry run takes the references in the place of the answers.
+    Under several processes the main one generates. A dry run uses the reference instead of the base's answer.
     """
     if args.dry_run:
-        return [{**lesson, "rejected": lesson["chosen"]} for lesson in lessons[:wanted]]
+        return [{**instruction, "rejected": instruction["chosen"]} for instruction in instructions[:wanted]]
     with timed(record, "finance answers"):
-        return on_main_process(lambda: answered_by_base(args, tokenizer, lessons, wanted))
+        return on_main_process(lambda: answered_by_base(args, tokenizer, instructions, wanted))
 
 
 def answered_by_base(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, lessons: list[dict], wanted: int
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, instructions: list[dict], wanted: int
 ) -> list[dict[str, str]]:
-    """The first `wanted` lessons that the base answers otherwise than the reference, its answer as rejected.
+    """Pairs of the first `wanted` instructions whose answer by the base can be used as rejected.
 
-    Answers are stored one by one, as they come, in the output folder, so that a restart goes on; at the end they are
-    put into the baseline cache, where later runs on this base find them.
+    An answer that is empty, that the token limit cut, or that equals the reference is not used. At most 2 * `wanted`
+    instructions are answered. Answers are stored one by one in the output folder, so that a restart continues; greedy
+    ones are put into the baseline cache at the end, where later runs on this base find them.
     """
-    settings = {"max_new_tokens": args.instruct_max_tokens, "temperature": 0.0, "seed": args.seed}
-    fingerprint = {**model_fingerprint(args, "none"), "answers": "one user turn", "generation": settings}
     path = Path(args.output_dir) / "finance_answers.jsonl"
-    results = ResultFile(path, fingerprint, renew=True, use_cache=not args.no_baseline_cache)
+    settings = {"max_new_tokens": args.instruct_max_tokens, "temperature": args.finance_temperature, "seed": args.seed}
+    fingerprint = {**model_fingerprint(args, "none"), "answers": "one user turn", "generation": settings}
+    is_greedy = args.finance_temperature == 0
+    results = ResultFile(path, fingerprint, renew=True, use_cache=is_greedy and not args.no_baseline_cache)
+    candidates = [{**instruction, "question_id": instruction["uid"]} for instruction in instructions[: 2 * wanted]]
     model, pairs, position = None, [], 0
-    while len(pairs) < wanted and position < len(lessons):
-        batch = [
-            {**lesson, "question_id": lesson["uid"]} for lesson in lessons[position : position + wanted - len(pairs)]
-        ]
+    while len(pairs) < wanted and position < len(candidates):
+        # Samples depend on the batch. So a batch of samples is small, and a restart generates it again as a whole.
+        size = wanted - len(pairs) if is_greedy else SAMPLED_AT_ONCE
+        batch = candidates[position : position + size]
         position += len(batch)
         missing = results.missing(batch)
         log.info("the base's answers: %d in %s, %d to generate", len(batch) - len(missing), path, len(missing))
-
         if missing:
             model = model or load_model(args)
-            for answer in generate(
-                model,
-                tokenizer,
-                [[{"role": "user", "content": lesson["prompt"]}] for lesson in missing],
-                batch_size=args.eval_batch_size,
-                thinking=args.thinking,
-                description="the base's answers",
-                **settings,
-            ):
-                kept = {key: missing[answer.index][key] for key in ("question_id", "prompt")}
-                text = strip_thinking(answer.text)
-                results.append({**kept, "answer": text, "answer_tokens": answer.tokens, "finished": answer.finished})
-        for lesson, row in zip(lessons[position - len(batch) : position], results.rows_of(batch), strict=True):
-            if row["answer"] not in {"", lesson["chosen"]}:
-                pairs.append({**lesson, "rejected": row["answer"]})
+            store_answers(args, model, tokenizer, missing if is_greedy else batch, results, settings)
+        for instruction, row in zip(batch, results.rows_of(batch), strict=True):
+            if row["finished"] and row["answer"] not in {"", instruction["chosen"]} and len(pairs) < wanted:
+                kept = {key: instruction[key] for key in ("prompt", "chosen", "uid", "user")}
+                pairs.append({**kept, "rejected": row["answer"]})
     results.finish()
+    unused = position - len(pairs)
+    log.info("the base's answers: %d pairs; %d answers not used (empty, cut, or equal)", len(pairs), unused)
+    if len(pairs) < wanted:
+        log.warning("%d Finance-Instruct pairs instead of %d: of %d instructions answered, the other answers of the base "
+                    "were empty, cut by --instruct_max_tokens or equal to the reference", len(pairs), wanted, position)  # fmt: skip
     return pairs
+
+
+SAMPLED_AT_ONCE = 32
+
+
+def store_answers(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: list[dict],
+    results: ResultFile,
+    settings: dict[str, Any],
+) -> None:
+    """Answers instructions and appends a row {"question_id", "prompt", "answer", "answer_tokens", "finished"} each."""
+    stored = {row["question_id"] for row in results.rows}
+    for answer in generate(
+        model,
+        tokenizer,
+        [[{"role": "user", "content": instruction["prompt"]}] for instruction in instructions],
+        batch_size=args.eval_batch_size,
+        thinking=args.thinking,
+        description="the base's answers",
+        **settings,
+    ):
+        kept = {key: instructions[answer.index][key] for key in ("question_id", "prompt")}
+        if kept["question_id"] not in stored:
+            text = strip_thinking(answer.text)
+            results.append({**kept, "answer": text, "answer_tokens": answer.tokens, "finished": answer.finished})
 
 
 def mix_counts(available: dict[str, int], shares: dict[str, Fraction], policy: str) -> dict[str, int]:
@@ -237,138 +298,143 @@ def mix_counts(available: dict[str, int], shares: dict[str, Fraction], policy: s
         total = min(available[source] / share for source, share in shares.items() if share)
     counts = {source: min(available[source], math.floor(share * total)) for source, share in shares.items()}
     if not any(counts.values()):
-        raise InputError(f"the mix is empty: {shown(available)} pairs, asked {in_parts(shares)}; change the ratios")
+        raise InputError(
+            f"the mix is empty: {format_counts(available)} pairs, asked {format_shares(shares)}; change the ratios"
+        )
     return counts
 
 
-def in_parts(parts: dict[str, Any]) -> str:
+def format_shares(parts: dict[str, Any]) -> str:
     """Shares as "81-19"."""
     total = sum(parts.values())
     return "-".join(f"{float(100 * part / total):.0f}" for part in parts.values())
 
 
-def shown(counts: dict[str, int]) -> str:
+def format_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {source}" for source, count in counts.items())
 
 
 def mixed_pairs(
-    material: Material,
+    data: TrainingData,
     shares: dict[str, Fraction],
     limits: dict[str, int],
     policy: str,
     make_finance_pairs: Callable[[list[dict], int], list[dict]],
 ) -> list[dict]:
-    """The training pairs of a mix; says which shares were asked for and which are reached.
+    """The training pairs of a mix; logs which shares were asked for and which are reached.
 
-    `limits` are upper bounds by source. Finance pairs are made only as many as the mix takes.
+    `limits` are upper bounds by source. Only as many finance pairs are made as the mix takes.
     """
-    sources = {source: getattr(material, source) for source in shares}
-    available = {source: min(len(items), limits.get(source, len(items))) for source, items in sources.items()}
+    items = {source: data.items[source] for source in shares}
+    available = {source: min(len(items[source]), limits.get(source, len(items[source]))) for source in shares}
     counts = mix_counts(available, shares, policy)
     if counts.get("finance"):
-        sources["finance"] = make_finance_pairs(sources["finance"], counts["finance"])
-        available["finance"] = len(sources["finance"])
+        items["finance"] = make_finance_pairs(items["finance"], counts["finance"])
+        available["finance"] = len(items["finance"])
         if available["finance"] < counts["finance"]:
             counts = mix_counts(available, shares, policy)
-    log.info(
-        "mix (%s): asked %s, reached %s: %s of %s",
-        policy,
-        in_parts(shares),
-        in_parts(counts),
-        shown(counts),
-        shown(available),
-    )
-    return [pair for source, items in sources.items() for pair in items[: counts[source]]]
+    log.info("mix (%s): asked %s, reached %s: %s of %s", policy, format_shares(shares), format_shares(counts),
+             format_counts(counts), format_counts(available))  # fmt: skip
+    return [pair for source in shares for pair in items[source][: counts[source]]]
 
 
 @dataclasses.dataclass
-class Material:
-    """What training pairs can be made of, and what is asked about instead.
+class TrainingData:
+    """What can be trained on, and what the evaluations ask instead.
 
-    `reddit` and `general` are pairs; `finance` are lessons {"prompt", "chosen", "uid", "user"} that still want their
-    rejected answer. All are in an order of the seed's. The questions are as `score_questions` takes them; `counts`
-    goes to the record.
+    `items` by source, in an order that the seed gives: "reddit" and "general" are pairs, "finance" are instructions
+    {"prompt", "chosen", "uid", "user"}, whose rejected answer is generated later. `questions` by evaluation ("reddit",
+    "finance_instruct"), as `score_questions` takes them. `counts` goes into the record.
     """
 
-    reddit: list[dict] = dataclasses.field(default_factory=list)
-    finance: list[dict] = dataclasses.field(default_factory=list)
-    general: list[dict] = dataclasses.field(default_factory=list)
-    reddit_questions: list[dict] = dataclasses.field(default_factory=list)
-    finance_questions: list[dict] = dataclasses.field(default_factory=list)
+    items: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
+    questions: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def load_material(args: argparse.Namespace, sources: set[str], mtbench_questions: list[dict]) -> Material:
+def load_data(args: argparse.Namespace, sources: set[str], mtbench_questions: list[dict]) -> TrainingData:
     """Reads the data of `sources` ("reddit", "finance", "general") and of the evaluations that the flags ask for.
 
-    What they ask, and `mtbench_questions`, is not trained on. Raises InputError when a source gives nothing.
+    What the evaluations ask, `mtbench_questions` included, is held out and not trained on. Raises InputError when a
+    source or an evaluation has nothing left.
     """
-    material = Material()
+    data = TrainingData()
     forbidden = {"MT-Bench question": [question["turns"][0] for question in mtbench_questions]}
     if args.do_eval:
         contexts = read_tatqa(tatqa_file(args, args.eval_split), SkippedRows())
         forbidden["TAT-QA question"] = [question["question"] for c in contexts for question in c["questions"]]
-    comments, lessons = [], []
-    chars = {"min_chars": args.reddit_min_post_chars, "max_chars": args.reddit_max_post_chars}
-    if args.do_reddit or "reddit" in sources:
-        columns = ", ".join(REDDIT_COLUMNS)
-        comments = read_usable(args.reddit_dataset, "--reddit_dataset", reddit_problem, columns)
+    comments = read_comments(args) if args.do_reddit or "reddit" in sources else []
+    instructions = read_instructions(args) if args.do_instruct or "finance" in sources else []
     if args.do_reddit:
-        material.reddit_questions, comments = set_posts_aside(comments, args.reddit_limit, **chars)
-        forbidden["evaluation post"] = [recognisable(question["turns"][0]) for question in material.reddit_questions]
-    if args.do_instruct or "finance" in sources:
-        columns = "user, assistant and perhaps system"
-        rows = read_usable(args.finance_dataset, "--finance_dataset", finance_problem, columns)
-        lessons = [finance_lesson(row) for row in rows]
-    if args.do_instruct:
-        material.finance_questions, lessons = set_lessons_aside(lessons, args.instruct_limit)
-        forbidden["evaluation instruction"] = [question.pop("user") for question in material.finance_questions]
-    find_leak = leak_finder(forbidden)
-
-    if "reddit" in sources:
-        names = (
-            "min_comment_chars",
-            "score_margin",
-            "length_tol",
-            "max_pairs_per_post",
-            "min_post_chars",
-            "max_post_chars",
+        data.questions["reddit"], comments = hold_out_posts(
+            comments,
+            args.reddit_limit,
+            min_chars=args.reddit_min_post_chars,
+            max_chars=args.reddit_max_post_chars,
         )
-        options = {name: getattr(args, f"reddit_{name}") for name in names}
-        pairs = without_leaks(reddit_pairs(comments, **options), find_leak, "reddit", material.counts)
-        material.reddit = sample(pairs, math.floor(Fraction(str(args.reddit_sample_rate)) * len(pairs)), args.seed)
-        log.info("reddit: %d pairs, sampled to %d", len(pairs), len(material.reddit))
+        forbidden["evaluation post"] = [leak_snippet(question["turns"][0]) for question in data.questions["reddit"]]
+    if args.do_instruct:
+        data.questions["finance_instruct"], instructions = hold_out_instructions(instructions, args.instruct_limit)
+        asked = data.questions["finance_instruct"]
+        forbidden["evaluation instruction"] = [question["instruction"] for question in asked]
+    fill_items(args, data, sources, comments, instructions, leak_finder(forbidden))
+    check_nothing_is_empty(args, data)
+    return data
+
+
+def fill_items(
+    args: argparse.Namespace,
+    data: TrainingData,
+    sources: set[str],
+    comments: list[dict],
+    instructions: list[dict],
+    find_leak: Callable[[str], str | None],
+) -> None:
+    """Puts the items of `sources` that hold no leak into `data`, in an order that the seed gives."""
+    if "reddit" in sources:
+        pairs = reddit_pairs(
+            comments,
+            min_post_chars=args.reddit_min_post_chars,
+            min_comment_chars=args.reddit_min_comment_chars,
+            max_post_chars=args.reddit_max_post_chars,
+            score_margin=args.reddit_score_margin,
+            length_tol=args.reddit_length_tol,
+            max_pairs_per_post=args.reddit_max_pairs_per_post,
+        )
+        pairs = without_leaks(pairs, find_leak, "reddit", data.counts)
+        size = math.floor(Fraction(str(args.reddit_sample_rate)) * len(pairs))
+        data.items["reddit"] = sample(pairs, size, args.seed)
+        log.info("reddit: %d pairs, sampled to %d", len(pairs), size)
     if "finance" in sources:
-        clean = without_leaks(lessons, find_leak, "finance", material.counts)
-        material.finance = sample(distinct(clean), len(clean), args.seed)
+        clean = distinct(without_leaks(instructions, find_leak, "finance", data.counts))
+        data.items["finance"] = sample(clean, len(clean), args.seed)
     if "general" in sources:
         pairs = read_pairs(args.general_dataset, "--general_dataset")
-        pairs = without_leaks(pairs, find_leak, "general", material.counts)
-        material.general = sample(pairs, len(pairs), args.seed)
-    for wanted, flag, found in [
-        ("reddit" in sources, f"--reddit_dataset {args.reddit_dataset}", material.reddit),
-        ("finance" in sources, f"--finance_dataset {args.finance_dataset}", material.finance),
-        ("general" in sources, f"--general_dataset {args.general_dataset}", material.general),
-        (args.do_reddit, f"--reddit_dataset {args.reddit_dataset}", material.reddit_questions),
-        (args.do_instruct, f"--finance_dataset {args.finance_dataset}", material.finance_questions),
-    ]:
-        if wanted and not found:
-            raise InputError(f"{flag}: nothing is left to train on or to ask about; name a larger set")
-    return material
+        pairs = without_leaks(pairs, find_leak, "general", data.counts)
+        data.items["general"] = sample(pairs, len(pairs), args.seed)
 
 
-def data_fingerprint(material: Material, pairs: list[dict]) -> dict:
+def check_nothing_is_empty(args: argparse.Namespace, data: TrainingData) -> None:
+    """Raises InputError when a source has no item or an evaluation no question."""
+    flags = {
+        "reddit": f"--reddit_dataset {args.reddit_dataset}",
+        "finance": f"--finance_dataset {args.finance_dataset}",
+        "finance_instruct": f"--finance_dataset {args.finance_dataset}",
+        "general": f"--general_dataset {args.general_dataset}",
+    }
+    for name, items in [*data.items.items(), *data.questions.items()]:
+        if not items:
+            raise InputError(f"{flags[name]}: nothing is left to train on or to ask about; name a larger set")
+
+
+def data_fingerprint(data: TrainingData, pairs: list[dict]) -> dict:
     """What the record says of the training pairs."""
     sources = Counter(pair["uid"].partition(":")[0] for pair in pairs)
-    text = json.dumps([[pair[key] for key in ("prompt", "chosen", "rejected")] for pair in pairs])
-    return {"rows": {**sources, **material.counts}, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    texts = [[pair[key] for key in ("prompt", "chosen", "rejected")] for pair in pairs]
+    return {"rows": {**sources, **data.counts}, "sha256": digest(texts)}
 
 
-def finance_asked(args: argparse.Namespace, material: Material) -> dict[str, tuple[list[dict], int]]:
+def finance_questions(args: argparse.Namespace, data: TrainingData) -> dict[str, tuple[list[dict], int]]:
     """What the reward model scores besides MT-Bench: {name: (questions, tokens of an answer)}."""
-    asked = {}
-    if args.do_instruct:
-        asked["finance_instruct"] = material.finance_questions, args.instruct_max_tokens
-    if args.do_reddit:
-        asked["reddit"] = material.reddit_questions, args.reddit_max_tokens
-    return asked
+    tokens = {"finance_instruct": args.instruct_max_tokens, "reddit": args.reddit_max_tokens}
+    return {name: (data.questions[name], tokens[name]) for name in tokens if name in data.questions}

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_dpo_train_mt import run_error
+from conftest import run_error
 
 import dpo_train_mt
 import dpo_train_mt_v2
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LOGGED = ROOT / "experiments" / "logged_runs.jsonl"
 SMALL = [
     "--demo", "--no_4bit", "--eval_limit", "8", "--mtbench_limit", "3", "--instruct_limit", "4", "--reddit_limit", "4",
-    "--eval_max_new_tokens", "6", "--instruct_max_tokens", "8", "--reddit_max_tokens", "8",
+    "--eval_max_new_tokens", "6", "--instruct_max_tokens", "12", "--reddit_max_tokens", "8",
     "--mtbench_max_tokens", "8", "--limit_pairs", "16", "--finance_instruct_pairs", "16", "--batch", "2",
     "--grad_acc", "2", "--save_steps", "2",
 ]  # fmt: skip
@@ -91,7 +91,7 @@ def test_logged_command_parses_with_the_published_defaults():
     ],
 )
 def test_flags_that_do_not_go_together(flags, message, tmp_path, capsys):
-    assert message in run_error(capsys, *arguments(tmp_path / "run", *flags), main=main)
+    assert message in run_error(capsys, main, *arguments(tmp_path / "run", *flags))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -256,17 +256,17 @@ def test_a_stage_that_cannot_be_built_on(whole, tmp_path, capsys):
     adapter = folder / "stage1" / "adapter_model.safetensors"
     kept = adapter.read_bytes()
     adapter.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    error = run_error(capsys, *arguments(folder, "--resume_from_stage", "2"), main=main)
+    error = run_error(capsys, main, *arguments(folder, "--resume_from_stage", "2"))
     assert "adapter_model.safetensors is damaged" in error and "--resume_from_stage 1 does it anew" in error
     adapter.write_bytes(kept)
-    error = run_error(capsys, *arguments(folder, "--resume_from_stage", "2", "--seed", "7"), main=main)
+    error = run_error(capsys, main, *arguments(folder, "--resume_from_stage", "2", "--seed", "7"))
     assert "seed: 42 -> 7" in error
-    error = run_error(capsys, *arguments(folder, "--resume_from_stage", "3"), main=main)
+    error = run_error(capsys, main, *arguments(folder, "--resume_from_stage", "3"))
     assert "stage 2 cannot be built on, it was not finished" in error
-    error = run_error(capsys, *arguments(folder), main=main)
+    error = run_error(capsys, main, *arguments(folder))
     assert "holds another run" in error
     judge(folder / "stage1", "MT-Bench -1")
-    error = run_error(capsys, *arguments(folder, "--resume_from_stage", "2", "--no-force_continue"), main=main)
+    error = run_error(capsys, main, *arguments(folder, "--resume_from_stage", "2", "--no-force_continue"))
     assert "stage 1 missed its gate (MT-Bench -1)" in error
 
 
