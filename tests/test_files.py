@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import tracemalloc
 from pathlib import Path
@@ -312,3 +313,21 @@ def test_one_hash_for_texts_and_values():
     assert files.digest(42, "uid") == hashlib.sha256(b"42\0uid").hexdigest(), "the order that published seeds chose"
     assert files.digest({"a": 1, "b": 2}) == files.digest({"b": 2, "a": 1}) != files.digest({"a": 2, "b": 1})
     assert files.digest("\ud83e") != files.digest("")
+
+
+def append_many(path: Path, writer: int, count: int) -> None:
+    for number in range(count):
+        files.append_record(path, {"writer": writer, "number": number, "text": "длинная строка " * 40})
+
+
+def test_eight_processes_append_whole_lines_to_one_log(tmp_path):
+    path, count = tmp_path / "log.jsonl", 60
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=append_many, args=(path, writer, count)) for writer in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    lines = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+    seen = sorted((row["writer"], row["number"]) for row in map(json.loads, lines))
+    assert seen == [(writer, number) for writer in range(8) for number in range(count)]

@@ -1,0 +1,81 @@
+"""A run's command: with some flags changed, and written so that PowerShell and bash read it alike."""
+
+from __future__ import annotations
+
+import re
+
+from llm_alignment.files import InputError
+
+
+def flag_groups(arguments: list[str]) -> list[list[str]]:
+    """Each `--flag` with the values that follow it."""
+    groups: list[list[str]] = []
+    for word in arguments:
+        if word.startswith("--"):
+            groups.append([word])
+        elif groups:
+            groups[-1].append(word)
+        else:
+            raise InputError(f"unexpected {word!r}: changes are written --flag value, after the run's name")
+    return groups
+
+
+def flag_name(group: list[str]) -> str:
+    """`--kl_coef` for ["--kl_coef", "0.02"] and ["--kl_coef=0.02"]; `--do_eval` for ["--no-do_eval"] too."""
+    return group[0].split("=")[0].replace("--no-", "--", 1)
+
+
+def apply_changes(arguments: list[str], changes: list[str]) -> list[str]:
+    """`arguments` in which every flag of `changes` replaces the same flag, or is added at the end."""
+    groups = flag_groups(arguments)
+    for change in flag_groups(changes):
+        places = [i for i, group in enumerate(groups) if flag_name(group) == flag_name(change)]
+        if places:
+            groups[places[0]] = change
+            groups = [group for i, group in enumerate(groups) if i not in places[1:]]
+        else:
+            groups.append(change)
+    return [word for group in groups for word in group]
+
+
+def same_command(arguments: list[str], others: list[str]) -> bool:
+    """Whether two command lines ask for the same run: the order of flags and resuming do not matter."""
+
+    def flags(words: list[str]) -> list[list[str]]:
+        groups = [group[0].split("=", 1) + group[1:] for group in flag_groups(words)]
+        return sorted(group for group in groups if group[0] != "--resume_from_checkpoint")
+
+    return flags(arguments) == flags(others)
+
+
+def quote(word: str) -> str:
+    """`word` written so that PowerShell and bash both read it as this one argument.
+
+    Bare when neither shell gives any of its characters a meaning (PowerShell splits at commas and at `-x.y`); else in
+    single quotes, which are literal in both; else in double quotes, where both would expand `$` and a backtick.
+    PowerShell takes typographic quotes for quotes. Windows PowerShell 5.1 drops an empty argument, so an empty value
+    is never written as a word of its own (see `join_empty`).
+    """
+    if re.fullmatch(r"(?!-[A-Za-z?])[A-Za-z0-9_./:=+-]+", word):
+        return word
+    if "\n" not in word and "\r" not in word:
+        if not re.search("['\u2018\u2019\u201a\u201b]", word):
+            return f"'{word}'"
+        if not re.search('["\u201c\u201d\u201e$`!]|\\\\$|\\\\\\\\', word):
+            return f'"{word}"'
+    raise InputError(f"{word!r} cannot be written in one way for PowerShell and bash; put it into a file or rename it")
+
+
+def join_empty(arguments: list[str]) -> list[str]:
+    """["--load_adapter", ""] as ["--load_adapter="]."""
+    joined: list[str] = []
+    for word in arguments:
+        if word == "" and joined:
+            joined[-1] += "="
+        else:
+            joined.append(word)
+    return joined
+
+
+def command_line(script: str, arguments: list[str]) -> str:
+    return " ".join(["poetry run python", script, *map(quote, arguments)])

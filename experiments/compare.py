@@ -1,0 +1,219 @@
+"""Two runs question by question: differences, one HTML page with both answers, and what N questions can detect."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import sys
+from pathlib import Path
+
+from records import HERE, find_run, flatten
+from tables import delta_cells, number, signed
+
+from llm_alignment import dpo, tatqa
+from llm_alignment.evaluation import print_table
+from llm_alignment.files import InputError, SkippedRows, read_results, write_atomic
+from mtbench_eval import compare_rows, summarise, summarise_instruct, summarise_success
+
+EVALUATIONS = {
+    "mtbench": "MT-Bench",
+    "tatqa": "TAT-QA",
+    "held_out": "Held-out pairs",
+    "instruct": "Instruction following",
+    "finance_instruct": "Finance-Instruct",
+    "reddit": "Reddit",
+}
+SUMMARIES = {"instruct": summarise_instruct, "finance_instruct": summarise_success}
+
+
+def answer_files(name: str, files: list[Path]) -> dict[str, Path]:
+    """{evaluation: its per-question file} of a run given by tag, FILE:LINE, output folder or one such file."""
+    path = Path(name)
+    if path.is_file():
+        keys = [key for key in EVALUATIONS if f"{path.stem}_".startswith(f"{key}_")]
+        if not keys:
+            raise InputError(
+                f"{path}: not a file of answers; those are called mtbench_final.jsonl, tatqa_final.jsonl, ..."
+            )
+        return {keys[0]: path}
+    if not path.is_dir():
+        run = find_run(name, files)
+        if "output_dir" not in run:
+            raise InputError(
+                f"{name}: a published run; its answers were not kept, so it cannot be compared by question"
+            )
+        path = Path(run["output_dir"])
+    found = {}
+    for key in EVALUATIONS:
+        for file in (path / f"{key}_final.jsonl", path / f"{key}.jsonl"):  # a training run's, mtbench_eval.py's
+            if file.is_file():
+                found[key] = file
+    if not found:
+        raise InputError(f"{path}: no *_final.jsonl with answers here; name the output folder of a finished run")
+    return found
+
+
+def load_answers(path: Path) -> tuple[dict, dict[str, dict]]:
+    """The fingerprint of a per-question file, and its rows by question id."""
+    skipped = SkippedRows()
+    fingerprint, rows = read_results(path, skipped)
+    skipped.report(f"damaged lines of {path}")
+    return flatten(fingerprint), {str(row["question_id"]): row for row in rows}
+
+
+def compare(a: str, b: str, files: list[Path], output_dir: Path) -> Path:
+    """Prints the differences of B against A over the questions both answered, and writes the page; its path."""
+    import jinja2
+
+    of_a, of_b = answer_files(a, files), answer_files(b, files)
+    shared = [key for key in of_a if key in of_b]
+    if not shared:
+        raise InputError(f"{a} has {', '.join(of_a)}, {b} has {', '.join(of_b)}: no evaluation in common to compare")
+    sections = []
+    for key in shared:
+        section = compare_evaluation(key, of_a[key], of_b[key])
+        if section["unlike"]:
+            settings = "; ".join(section["unlike"])
+            print(f"warning: {section['title']} was measured under other settings: {settings}", file=sys.stderr)
+        title = f"{section['title']}: {a} (baseline) against {b} (final), {len(section['questions'])} shared questions"
+        print_table(title, section["deltas"])
+        sections.append(section)
+    template = jinja2.Template((HERE / "compare.html.jinja").read_text("utf-8"), autoescape=True)
+    path = output_dir / f"compare_{slug(a)}_{slug(b)}.html"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, template.render(a=a, b=b, sections=sections))
+    return path
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("._")[-60:]
+
+
+def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict:
+    """One evaluation of the page: its table, what was set otherwise, and its questions, the largest changes first."""
+    (settings_a, rows_a), (settings_b, rows_b) = load_answers(path_a), load_answers(path_b)
+    pairs = [(row, rows_b[question]) for question, row in rows_a.items() if question in rows_b]
+    if not pairs:
+        raise InputError(f"{path_a} and {path_b} have no question in common; compare runs on the same questions")
+    deltas = comparison_table(key, pairs)
+    questions = sorted((question_view(key, a, b) for a, b in pairs), key=lambda view: -abs(view["change"]))
+    return {
+        "title": EVALUATIONS[key],
+        "unlike": [
+            f"{name}: {settings_a.get(name)} / {settings_b.get(name)}"
+            for name in sorted(settings_a.keys() | settings_b.keys())
+            if name not in ("model", "weights", "adapter", "questions")
+            and settings_a.get(name) != settings_b.get(name)
+        ],
+        "deltas": deltas,
+        "table": [[title, number(a), number(b), *delta_cells(delta)] for title, a, b, delta in deltas],
+        "changed": sum(question["change"] != 0 for question in questions),
+        "questions": questions,
+    }
+
+
+def comparison_table(key: str, pairs: list[tuple[dict, dict]]) -> list[tuple[str, float, float, dict]]:
+    """Rows for `print_table`: (metric, mean of A, mean of B, difference with interval and p)."""
+    sides = [a for a, _ in pairs], [b for _, b in pairs]
+    if key == "tatqa":
+        summaries, deltas = map(tatqa.summarise_tatqa, sides), tatqa.compare_tatqa(*sides)
+        lines = [
+            ("as published, %", "em_like", "tatqa"),
+            ("official EM, %", "em", "tatqa_em"),
+            ("official F1, %", "f1", "tatqa_f1"),
+        ]
+    elif key == "held_out":
+        summaries, deltas = map(dpo.summarise_rewards, sides), dpo.compare_rewards(*sides)
+        lines = [
+            ("reward accuracy, %", "accuracy", "reward_accuracy"),
+            ("reward margin", "margin", "reward_margin"),
+        ]
+    else:
+        summaries, deltas = map(SUMMARIES.get(key, summarise), sides), compare_rows(*sides)
+        lines = [("score, 1-10", "avg", "score"), ("raw reward", "raw_mean", "raw")]
+    before, after = summaries
+    return [(title, before[field], after[field], deltas[delta]) for title, field, delta in lines]
+
+
+def question_score(key: str, row: dict) -> float:
+    """1-10, the mean over the turns; for TAT-QA 100 or 0, so that means are per cent; for a pair its reward margin."""
+    if key == "tatqa":
+        return 100.0 * row["em_like"]
+    if key == "held_out":
+        return row["chosen_reward"] - row["rejected_reward"]
+    return statistics.fmean(row["scores"])
+
+
+def question_view(key: str, a: dict, b: dict) -> dict:
+    """One question as the page shows it: {"title", "scores", "change", "turns"}."""
+    before, after = question_score(key, a), question_score(key, b)
+    if key == "tatqa":
+        gold = "; ".join(map(str, a["gold"])) if isinstance(a["gold"], list) else a["gold"]
+        title = f"{a['answer_type']}, gold answer {gold} {a['scale']}"
+    elif key == "held_out":
+        title = f"pair {a['question_id']}"
+    else:
+        title = f"{a['question_id']}: {a['category']}"
+    turns = [
+        {"question": question, "answer_a": answer_a, "mark_a": mark_a, "answer_b": answer_b, "mark_b": mark_b}
+        for (question, answer_a, mark_a), (_, answer_b, mark_b) in zip(
+            answered_turns(key, a), answered_turns(key, b), strict=True
+        )
+    ]
+    rounded = [round(value, 2) for value in (before, after, after - before)]
+    scores = f"{number(rounded[0])} -> {number(rounded[1])} ({signed(rounded[2])})"
+    return {"title": title, "scores": scores, "change": after - before, "turns": turns}
+
+
+def answered_turns(key: str, row: dict) -> list[tuple[str, str, str]]:
+    """(question, answer, what it got in words) of every turn; a held-out pair's two answers stand as two turns."""
+    if key == "tatqa":
+        mark = f"{'right' if row['em_like'] else 'wrong'}, EM {number(row['em'])}, F1 {number(row['f1'])}"
+        return [(row["question"], row["answer"], mark)]
+    if key == "held_out":
+        return [
+            (side, row[side], f"reward {number(round(row[f'{side}_reward'], 2))}") for side in ("chosen", "rejected")
+        ]
+    marks = [
+        f"{number(round(score, 2))} (raw {number(round(raw, 2))})"
+        for score, raw in zip(row["scores"], row["rewards"], strict=True)
+    ]
+    return list(zip(row["turns"], row["answers"], marks, strict=True))
+
+
+def detectable(spread: float, questions: int) -> float:
+    """The smallest true difference that a two-sided 5 % test on `questions` pairs finds in 80 % of runs.
+
+    `spread` is the standard deviation of the per-question differences; the normal approximation,
+    (z(0.975) + z(0.80)) * spread / sqrt(questions).
+    """
+    normal = statistics.NormalDist()
+    return (normal.inv_cdf(0.975) + normal.inv_cdf(0.80)) * spread / questions**0.5
+
+
+def print_power(names: list[str], files: list[Path]) -> None:
+    """For each evaluation of a run (its answers before and after), or of two runs: what N questions can detect."""
+    finals = [answer_files(name, files) for name in names]
+    for key, after_path in finals[-1].items():
+        before_path = after_path.with_name(f"{key}_baseline.jsonl") if len(names) == 1 else finals[0].get(key)
+        if before_path is None or not before_path.is_file():
+            raise InputError(f"{names[-1]}: {EVALUATIONS[key]} has nothing to compare with; name a second run")
+        before, after = load_answers(before_path)[1], load_answers(after_path)[1]
+        shared = [(before[question], after[question]) for question in before if question in after]
+        differences = [question_score(key, new) - question_score(key, old) for old, new in shared]
+        if len(differences) < 2:
+            raise InputError(f"{after_path}: {len(differences)} questions shared with {before_path}; needs at least 2")
+        spread = statistics.stdev(differences)
+        if spread == 0:
+            raise InputError(
+                f"{after_path}: every question changed alike, which says nothing of others; name another run"
+            )
+        units = {"tatqa": "percentage points", "held_out": "of reward margin"}
+        unit = units.get(key, "points on the 1-10 scale")
+        print(
+            f"{EVALUATIONS[key]}: {len(differences)} questions, mean difference {signed(statistics.fmean(differences))}, "
+            f"standard deviation of the per-question difference {number(spread)}"
+        )
+        for n in sorted({16, 32, 50, 80, 160, 320, len(differences)}):
+            print(f"  n = {n:>4}: detects a difference of {detectable(spread, n):.2f} {unit} in 8 of 10 runs")

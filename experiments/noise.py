@@ -1,0 +1,91 @@
+"""How much two published runs differ with nothing changed, from the baselines of one base under one protocol.
+
+The published runs logged no per-question answers, so their differences have no interval. What they did log is the same
+base measured again and again. With s the standard deviation of those baselines, a difference of two measurements has the
+standard deviation sqrt(2) * s with nothing changed. A change within twice that is marked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+
+from records import Run
+
+FEWEST = 3  # baselines that a spread is computed from
+TITLES = {
+    "mtbench": "MT-Bench",
+    "tatqa": "TAT-QA",
+    "finance_instruct": "Finance-Instruct",
+    "reddit": "Reddit",
+}
+
+
+@dataclasses.dataclass
+class Spread:
+    """Baselines of one base under one protocol, and the runs measured that way."""
+
+    metric: str
+    title: str
+    runs: list[Run]  # those with a baseline or a difference
+    baselines: list[float]
+
+    @property
+    def of_baselines(self) -> float:
+        return statistics.stdev(self.baselines)
+
+    @property
+    def of_differences(self) -> float:
+        return 2**0.5 * self.of_baselines
+
+
+def questions_asked(run: Run, metric: str) -> str:
+    """How many questions a published figure is over: as logged, else by the command, else as its log's other runs.
+
+    For a multi-task command without --eval_limit that is 250: its figures are multiples of 0.4, as the others' are.
+    """
+    if metric == "mtbench" and run.script == "sft_train.py":
+        before, after = run.facts.get("mtbench_questions") or [None, None]
+        limit = run.params.get("mtbench_questions_limit", "0")
+        return str(before or after or ("80" if limit == "0" else limit))
+    flag, usual = {
+        "mtbench": ("mtbench_limit", 50),
+        "tatqa": ("eval_limit", 250),
+        "finance_instruct": ("instruct_limit", 50),
+        "reddit": ("reddit_limit", 100),
+    }[metric]
+    logged = run.facts.get("eval_n") if metric == "tatqa" else None
+    return str(logged or run.params.get(flag) or usual)
+
+
+def find_spreads(runs: list[Run]) -> list[Spread]:
+    """One spread for each measure, base and protocol of which the record holds three baselines or more.
+
+    Runs share a protocol when the record says in the same words how they were measured (`settings`), on as many
+    questions. Where it does not say that, nothing is computed.
+    """
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        if run.is_logged and run.measured and run.source.get("settings"):
+            for metric in TITLES:
+                if metric in run.before or metric in run.changes:
+                    key = (metric, run.model, run.script, run.source["settings"], questions_asked(run, metric))
+                    groups.setdefault(key, []).append(run)
+    spreads = []
+    for (metric, model, script, _, asked), members in groups.items():
+        baselines = [run.before[metric] for run in members if metric in run.before]
+        if len(baselines) >= FEWEST:
+            language = {"dpo_train_mt.py": " EN"}.get(script, " RU") if metric == "mtbench" else ""
+            title = f"{TITLES[metric]}{language}, {model.rpartition('/')[2]}, {asked} questions"
+            spreads.append(Spread(metric, title, members, baselines))
+    return spreads
+
+
+def mark_noise(runs: list[Run]) -> list[Spread]:
+    """The spreads; every published change within twice its spread is noted in its run's `in_noise`."""
+    spreads = find_spreads(runs)
+    for spread in spreads:
+        for run in spread.runs:
+            if spread.metric in run.changes and abs(run.changes[spread.metric]) <= 2 * spread.of_differences:
+                run.in_noise.add(spread.metric)
+    return spreads

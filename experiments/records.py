@@ -1,0 +1,272 @@
+"""The runs: published ones and records of your own, found by name and brought to one shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from llm_alignment.files import InputError, SkippedRows, read_objects
+
+HERE = Path(__file__).resolve().parent
+LOGGED_RUNS = HERE / "logged_runs.jsonl"
+LOGGED_KEYS = {"id", "script", "model", "command", "title", "source", "figures", "measured"}
+RECORD_KEYS = {
+    "ts", "tag", "script", "argv", "args", "git", "device", "data", "baseline", "final", "delta", "runtime_s", "kept_step",
+    "status", "output_dir",
+}  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def record_files() -> list[Path]:
+    """The record files that the scripts write by default: every JSONL file of this folder but the published runs."""
+    return sorted(path for path in HERE.glob("*.jsonl") if path.name != LOGGED_RUNS.name)
+
+
+def load_records(path: Path) -> list[dict]:
+    """The runs of a record file, each with its `place` ("sft_experiments.jsonl:3") added.
+
+    Lines that a crash cut off and lines that are no record are skipped with a warning.
+    """
+    skipped = SkippedRows()
+    records = []
+    for place, row in read_objects(path, skipped):
+        if row.keys() >= RECORD_KEYS or row.keys() >= LOGGED_KEYS:
+            records.append({**row, "place": place})
+        else:
+            skipped.add(place, "not a run record")
+    skipped.report(f"lines of {path}")
+    return records
+
+
+def record_name(record: dict) -> str:
+    """What a record is called: its tag, or the name of its output folder."""
+    return record["tag"] or re.split(r"[\\/]", record["output_dir"].rstrip("\\/"))[-1]
+
+
+def find_run(name: str, files: list[Path] | None = None) -> dict:
+    """The published run, or the newest record (of `files`, by default `record_files()`), that `name` stands for.
+
+    `name` is FILE:LINE, a published id or one of its aliases, a tag, or an output folder. Raises InputError when there
+    is no such run.
+    """
+    file, _, line = name.rpartition(":")
+    if file and line.isdigit():
+        path = next((path for path in (Path(file), HERE / file) if path.is_file()), None)
+        if path is None:
+            raise InputError(f"{name}: there is no file {file}; give the path of a record file and a line number")
+        for record in load_records(path):
+            if record["place"].endswith(f":{line}"):
+                return record
+        raise InputError(f"{name}: no record on line {line}; `rerun.py --list` shows the lines that hold one")
+    for run in load_records(LOGGED_RUNS):
+        if name == run["id"] or name in run.get("aliases", []):
+            return run
+    records = [record for path in (record_files() if files is None else files) for record in load_records(path)]
+    folder = Path(name).resolve()
+    for named in (
+        lambda record: record["tag"] == name,
+        lambda record: record["output_dir"] == name or Path(record["output_dir"]).resolve() == folder,
+        lambda record: record_name(record) == name,
+    ):
+        found = [record for record in records if named(record)]
+        if found:
+            return max(reversed(found), key=lambda record: record["ts"])
+    raise InputError(
+        f"no run is called {name!r}; `rerun.py --list` shows ids and tags, FILE:LINE names any record, and a change is "
+        "written --flag value after the runs"
+    )
+
+
+def run_arguments(run: dict) -> list[str]:
+    """What follows the script's name on the run's command line; InputError when its command was not logged."""
+    if "argv" in run:
+        return run["argv"]
+    if run["command"] is None:
+        known = ", ".join(f"{key} {value}" for key, value in flatten(run["params"]).items())
+        note = f"; {run['note']}" if "note" in run else ""
+        raise InputError(f"{run['id']}: its command was not logged; known of it: model {run['model']}, {known}{note}")
+    words = shlex.split(run["command"])
+    return words[words.index(run["script"]) + 1 :]
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """{"stage1": {"beta": 0.01}} as {"stage1.beta": 0.01}."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def get_nested(values: dict, keys: tuple[str, ...]) -> Any:
+    """`values[keys[0]][keys[1]]...`, or None where a key is missing."""
+    for key in keys:
+        if not isinstance(values, dict) or key not in values:
+            return None
+        values = values[key]
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One shape
+# ---------------------------------------------------------------------------------------------------------------------
+
+# metric -> (its title, where a record's `baseline` and `final` hold it). All are as the published runs measured them,
+# but for the last ones, which only new runs have.
+METRICS = {
+    "val_loss": ("Val loss", ("val_loss",)),
+    "ppl": ("PPL", ("ppl",)),
+    "mtbench": ("MT-Bench avg", ("mtbench", "avg_logged")),
+    "tatqa": ("TAT-QA, %", ("tatqa", "em_like")),
+    "instruct": ("Instruction avg (keyword rules, published runs only)", ("instruct", "keyword_avg")),
+    "instruct_success": (
+        "Instruction success, % (keyword rules, published runs only)",
+        ("instruct", "keyword_success"),
+    ),
+    "finance_instruct": ("Finance-Instruct avg", ("finance_instruct", "avg_logged")),
+    "finance_success": ("Finance-Instruct success, % (published runs only)", ("finance_instruct", "success_logged")),
+    "reddit": ("Reddit avg", ("reddit", "avg_logged")),
+    "checks": ("Instruction checks passed, % (new runs only)", ("instruct", "check_rate")),
+    "success": (
+        "Finance-Instruct score of 7 or more on 1-10, % (new runs only)",
+        ("finance_instruct", "success_rate"),
+    ),
+    "drift": ("Drift (KL from the base)", ("drift",)),
+}
+SCORED = ("mtbench", "finance_instruct", "reddit")  # by the reward model: two scales
+
+# where a published run's figures hold a metric: as [before, after], as the final alone, or as the difference alone
+LOGGED_PAIRS = {"mtbench_avg": "mtbench", "instruct_avg": "instruct"} | {key: key for key in METRICS}
+LOGGED_FINALS = {"val_loss_final": "val_loss", "ppl_final": "ppl", "mtbench_avg_final": "mtbench"}
+LOGGED_CHANGES = {"tatqa_delta_pp": "tatqa", "mtbench_delta": "mtbench", "instruct_delta": "instruct"}
+DEMO = "demo miniature"
+
+
+@dataclasses.dataclass
+class Run:
+    """A published run or a record. Figures are on the published scale; `delta` has the 1-10 scale and intervals."""
+
+    name: str
+    origin: str  # "logged", "logged, no figures", "logged, not measured", "new", "new, failed", "imported", ...
+    script: str
+    model: str
+    params: dict
+    before: dict[str, float]
+    after: dict[str, float]
+    changes: dict[str, float]  # metric -> after - before, also where only the difference was logged
+    types: dict[str, tuple[float, float]]  # TAT-QA answer type -> (before, after), per cent
+    facts: dict[str, object]  # what else was logged
+    source: dict  # the published run or the record itself
+    members: list[Run] = dataclasses.field(default_factory=list)  # of a row that stands for several seeds
+    in_noise: set[str] = dataclasses.field(default_factory=set)  # metrics whose change is within twice the noise
+
+    @property
+    def is_logged(self) -> bool:
+        return self.origin.startswith("logged")
+
+    @property
+    def measured(self) -> bool:
+        return not self.origin.endswith("not measured")
+
+    @property
+    def label(self) -> str:
+        """Its name on a plot, with what must not be overlooked."""
+        if not self.measured:
+            return f"{self.name} (not measured)"
+        return f"{self.name} (demo)" if self.model == DEMO else self.name
+
+    @property
+    def delta(self) -> dict[str, dict]:
+        """Differences with their intervals, by the record's keys; none for a published run."""
+        return self.source.get("delta", {})
+
+
+def from_logged(entry: dict) -> Run:
+    """A line of logged_runs.jsonl. Parameters are the flags that its command gives, in the command's own words."""
+    figures = dict(entry["figures"] or {})
+    if entry["script"] == "dpo_train_mt.py" and "instruct_success" in figures:
+        figures["finance_success"] = figures.pop("instruct_success")  # its instructions are Finance-Instruct's
+    pairs = {LOGGED_PAIRS[key]: value for key, value in figures.items() if key in LOGGED_PAIRS}
+    finals = {LOGGED_FINALS[key]: value for key, value in figures.items() if key in LOGGED_FINALS}
+    changes = {metric: after - before for metric, (before, after) in pairs.items()}
+    changes |= {LOGGED_CHANGES[key]: value for key, value in figures.items() if key in LOGGED_CHANGES}
+    known = LOGGED_PAIRS | LOGGED_FINALS | LOGGED_CHANGES
+    if entry["measured"]:
+        origin = "logged"
+    else:
+        origin = "logged, not measured" if figures else "logged, no figures"
+    return Run(
+        name=entry["id"],
+        origin=origin,
+        script=entry["script"],
+        model=entry["model"],
+        params=flatten(entry.get("params", {})) | (command_params(run_arguments(entry)) if entry["command"] else {}),
+        before={metric: before for metric, (before, _) in pairs.items()},
+        after={metric: after for metric, (_, after) in pairs.items()} | finals,
+        changes=changes,
+        types={kind: tuple(pair) for kind, pair in figures.get("tatqa_by_type", {}).items()},
+        facts={key: value for key, value in figures.items() if key not in known},
+        source=entry,
+    )
+
+
+def command_params(arguments: list[str]) -> dict[str, str]:
+    """{"kl_coef": "0.02", "use_hybrid": "on"} of ["--kl_coef", "0.02", "--use_hybrid"]."""
+    params = {}
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if word.startswith("--"):
+            params[word[2:]] = "on" if following.startswith("--") else following
+    return params
+
+
+def from_record(record: dict) -> Run:
+    """A run record. A run that stopped early keeps what it had measured by then."""
+    args = record["args"]
+    before, after = (
+        {metric: value for metric, (_, keys) in METRICS.items() if (value := get_nested(measured, keys)) is not None}
+        for measured in (record["baseline"], record["final"])
+    )
+    by_type = [get_nested(record[phase], ("tatqa", "by_type")) or {} for phase in ("baseline", "final")]
+    facts = {"kept_step": record["kept_step"]} if record["kept_step"] is not None else {}
+    if "total" in record["runtime_s"]:
+        facts["runtime_s"] = record["runtime_s"]["total"]
+    origin = "imported" if "imported" in record else "new"
+    if record["status"] != "completed":
+        origin += f", {record['status']}"
+    return Run(
+        name=record_name(record),
+        origin=origin,
+        script=record["script"],
+        model=DEMO if args.get("demo") else args["model"],
+        params=args,
+        before=before,
+        after=after,
+        changes={metric: after[metric] - before[metric] for metric in METRICS if metric in before and metric in after},
+        types={
+            kind: (by_type[0][kind]["em_like"], by_type[1][kind]["em_like"])
+            for kind in by_type[0]
+            if kind in by_type[1]
+        },
+        facts=facts,
+        source=record,
+    )
+
+
+def load_runs(files: list[Path]) -> list[Run]:
+    """The published runs, then the records of `files`; a name that is taken gets the record's place added."""
+    runs = [from_logged(entry) for entry in load_records(LOGGED_RUNS)]
+    for path in files:
+        for record in load_records(path):
+            run = from_record(record)
+            if any(run.name == other.name for other in runs):
+                run.name = f"{run.name} ({record['place']})"
+            runs.append(run)
+    return runs

@@ -1,0 +1,284 @@
+"""The report says what the records say: tables, plots, two runs compared, power."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from pathlib import Path
+
+import pytest
+from run_records import (
+    EXPERIMENTS,
+    compare,
+    make_dpo_record,
+    make_record,
+    records,
+    report,
+    tables,
+    write_log,
+)
+
+LOGGED = {run["id"]: run for run in records.load_records(records.LOGGED_RUNS)}
+
+
+def markdown_tables(markdown: str) -> list[list[dict[str, str]]]:
+    """Every Markdown table as rows {header: cell}; asserts that each row has as many cells as the header."""
+    found, lines = [], markdown.split("\n")
+    for i, line in enumerate(lines):
+        if re.fullmatch(r"\|( --- \|)+", line):
+            split = lambda text: [cell.strip() for cell in re.split(r"(?<!\\)\|", text.strip("|"))]  # noqa: E731
+            header, rows = split(lines[i - 1]), []
+            for row in lines[i + 1 :]:
+                if not row.startswith("|"):
+                    break
+                cells = split(row)
+                assert len(cells) == len(header), row
+                rows.append(dict(zip(header, cells, strict=True)))
+            assert rows, lines[i - 1]
+            found.append(rows)
+    return found
+
+
+def row_of(markdown: str, name: str, column: str) -> str:
+    cells = [
+        row[column] for rows in markdown_tables(markdown) for row in rows if row.get("Run") == name and column in row
+    ]
+    assert cells, f"no {column} of {name}"
+    return cells[0]
+
+
+def figures_in(cell: str) -> list[float]:
+    return [float(text) for text in re.findall(r"[-+]?\d+\.?\d*(?:e-?\d+)?", cell)]
+
+
+@pytest.fixture(scope="module")
+def logged_report(tmp_path_factory) -> Path:
+    """The report on the published runs alone."""
+    folder = tmp_path_factory.mktemp("report")
+    report.write_report([], folder)
+    return folder
+
+
+def test_the_committed_report_is_what_the_committed_records_give(logged_report):
+    for path in logged_report.rglob("*.*"):
+        if path.suffix == ".md":
+            committed = (EXPERIMENTS / path.name).read_text(encoding="utf-8")
+            assert path.read_text(encoding="utf-8") == committed, f"run experiments/report.py: {path.name}"
+        else:
+            assert (EXPERIMENTS / "plots" / path.name).exists()
+
+
+def test_every_logged_figure_is_in_the_tables_as_it_was_logged(logged_report):
+    text = (logged_report / "RESULTS.md").read_text(encoding="utf-8")
+    changes = {"tatqa_delta_pp": "tatqa", "mtbench_delta": "mtbench", "instruct_delta": "instruct"}
+    finals = {"val_loss_final": "val_loss", "ppl_final": "ppl", "mtbench_avg_final": "mtbench"}
+    metrics = {key: key for key in records.METRICS} | {"mtbench_avg": "mtbench", "instruct_avg": "instruct"}
+    checked = 0
+    for name, run in LOGGED.items():
+        for key, value in (run["figures"] or {}).items():
+            metric = (metrics | changes | finals).get(key)
+            if run["script"] == "dpo_train_mt.py" and key == "instruct_success":
+                metric = "finance_success"  # these runs' instructions are Finance-Instruct's
+            if metric or key == "pairs":
+                cell = row_of(text, name, "Pairs" if key == "pairs" else records.METRICS[metric][0])
+                assert figures_in(cell.replace("- -> ", "")) == (value if isinstance(value, list) else [value])
+                checked += 1
+            elif key == "tatqa_by_type":
+                for kind, pair in value.items():
+                    assert figures_in(row_of(text, name, kind)) == pair
+        if run["figures"] and not run["measured"]:
+            assert "not measured" in row_of(text, name, "Origin")
+            assert "not measured" in row_of(text, name, "TAT-QA, %")
+    assert checked > 70
+    assert "2.7721" in row_of(text, "S3", "Questions")
+
+
+def test_every_published_run_is_one_row_and_its_settings_are_noted(logged_report):
+    text = (logged_report / "RESULTS.md").read_text(encoding="utf-8")
+    sections = text.split("## TAT-QA by answer type")[0]
+    names = [row["Run"] for rows in markdown_tables(sections) for row in rows]
+    assert sorted(names) == sorted(LOGGED) and len(names) == 36
+    notes = text.split("## Notes")[1]
+    for name, run in LOGGED.items():
+        if "settings" in run:
+            line = next(line for line in notes.split("\n") if run["settings"] in line)
+            assert re.search(rf"\b{re.escape(name)}\b", line)
+
+
+def test_no_column_holds_two_measures_of_instruction_following():
+    runs = [run for run in records.load_runs([]) if tables.is_dpo(run)]
+    mine = records.from_record(make_dpo_record("mine") | {"place": "log.jsonl:1"})
+    text = tables.runs_tables([*runs, mine], tables.DPO_COLUMNS)
+    for column in records.METRICS["instruct"][0], records.METRICS["instruct_success"][0]:
+        assert "published runs only" in column
+        assert row_of(text, "mine", column) == "-" and row_of(text, "beta_003_lora_16_32", column) != "-"
+    checks = records.METRICS["checks"][0]
+    assert row_of(text, "mine", checks) == "61 -> 63" and row_of(text, "beta_003_lora_16_32", checks) == "-"
+
+
+def test_the_logs_hold_every_logged_command_and_figure(logged_report):
+    text = "".join((logged_report / name).read_text(encoding="utf-8") for name in tables.LOGS)
+    for name, run in LOGGED.items():
+        section = text.split(f"\n## {name}: ")[1].split("\n## ")[0]
+        assert run["command"] is None or f"\n{run['command']}\n" in section
+        for value in records.flatten(run["figures"] or {}).values():
+            shown = figures_in(section)
+            figures = value if isinstance(value, list) else [value]
+            assert all(figure in shown for figure in figures if figure is not None)
+        assert run.get("note", "") in section and run.get("settings", "") in section
+        assert ("Not measured" in section) == (bool(run["figures"]) and not run["measured"])
+
+
+def test_new_runs_stand_beside_the_logged_ones_and_are_told_apart(tmp_path):
+    log = write_log(
+        tmp_path / "log.jsonl",
+        make_record("a|b"),
+        make_record("S4", status="failed", reason="the loss is nan", final={}, delta={}),
+        make_dpo_record("mine"),
+    )
+    runs = records.load_runs([log])
+    text = tables.results(runs, [], {})
+    assert row_of(text, "a\\|b", "Origin") == "new" and row_of(text, "S1", "Origin") == "logged"
+    assert row_of(text, "a\\|b", "Val loss") == "1.5012 -> 1.2504"
+    assert row_of(text, "a\\|b", "MT-Bench avg") == "2.0625 -> 2.375"  # the published scale
+    assert row_of(text, "S4", "Val loss") == "1.4698 -> 1.2672"  # the published run keeps its name
+    assert row_of(text, "S4 (log.jsonl:2)", "Origin") == "new, failed"
+    assert row_of(text, "S4 (log.jsonl:2)", "Val loss") == "1.5012 -> -"
+    assert "the loss is nan" in text
+    assert row_of(text, "mine", "TAT-QA, %") == "40 -> 55" and row_of(text, "mine", "span") == "50 -> 62.5"
+    changes = {
+        (row["Run"], row["Metric"]): row for rows in markdown_tables(text) for row in rows if "95 % interval" in row
+    }
+    score = changes["a\\|b", "MT-Bench, 1-10"]
+    assert score["Before -> after"] == "5.5 -> 5.75" and score["Difference"] == "+0.25"
+    assert score["95 % interval"] == "-0.125 to +0.625" and score["p"] == "0.21"
+    assert score["Reading"] == "no detectable change"
+    assert changes["mine", "TAT-QA, as published, %"]["p"] == "< 0.0001"
+    log_text = tables.experiment_log("SFT", [run for run in runs if tables.is_sft(run)], tables.SFT_COLUMNS)
+    assert "poetry run python sft_train.py --demo --exp_tag 'a|b'" in log_text and markdown_tables(log_text)
+
+
+def test_the_same_records_give_the_same_files_and_no_plot_is_blank(tmp_path):
+    from matplotlib import image
+
+    runs = [make_record("one"), make_dpo_record("two"), make_record("three", "dpo_train_mt.py")]
+    for run in runs:
+        run["output_dir"] = str(tmp_path / run["tag"])
+        (tmp_path / run["tag"]).mkdir()
+        lines = [
+            {"step": step, "loss": 2 - step / 10, "nll": 1.9 - step / 10, "kl": step / 50} for step in range(1, 9)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / run["tag"] / "train_log.jsonl").write_text(text, encoding="utf-8")
+        (tmp_path / run["tag"] / "run.json").write_text(json.dumps({"ts": run["ts"]}), encoding="utf-8")
+    log = write_log(tmp_path / "log.jsonl", *runs)
+    first, second = (report.write_report([log], tmp_path / name) for name in ("first", "second"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    pictures = {path.name: image.imread(path) for path in first if path.suffix == ".png"}
+    wanted = "sft_val_loss sft_mtbench sft_curves sft_trade_off dpo_tatqa tatqa_types mt_reddit"
+    assert {f"{name}.png" for name in wanted.split()} <= pictures.keys()
+    for name, pixels in pictures.items():
+        assert pixels.shape[0] > 300 and pixels.shape[1] > 800, name
+        ink = (pixels[..., :3].min(axis=-1) < 0.9).mean()
+        assert 0.005 < ink < 0.5, f"{name}: {ink:.3f} of the pixels are not white"
+        assert (pixels[[0, -1], :, :3] > 0.99).all(), f"{name} is cut off"
+
+
+FINGERPRINT = {"model": "tiny", "adapter": "none", "max_new_tokens": 64}
+
+
+def write_answers(path: Path, scores: dict[str, float], *, answer: str, **settings) -> None:
+    lines = [{"fingerprint": FINGERPRINT | settings}]
+    for name, score in scores.items():
+        lines.append({
+            "question_id": name,
+            "category": "writing",
+            "turns": [f"Question {name}?", "And then?"],
+            "answers": [f"{answer} first {name}", f"{answer} second {name}"],
+            "rewards": [score - 5, score - 4],
+            "scores": [score, score],
+            "scores_logged": [score, score],
+            "answer_tokens": [3, 3],
+            "finished": [True, True],
+        })
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+class Page(html.parser.HTMLParser):
+    """The tags, attributes and text of a page."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_two_runs_are_compared_over_shared_questions_and_the_page_shows_both_answers(tmp_path, capsys):
+    a, b = tmp_path / "run_a", tmp_path / "run_b"
+    hostile = "<script>alert('x')</script><img src=http://example.com/x.png>"
+    write_answers(a / "mtbench_final.jsonl", {"1": 5.0, "2": 5.0, "3": 5.0, "only a": 1.0}, answer="old")
+    write_answers(b / "mtbench_final.jsonl", {"3": 9.0, "2": 5.0, "1": 4.0}, answer=hostile, max_new_tokens=8)
+    log = write_log(tmp_path / "log.jsonl", make_record("tagged", output_dir=str(b)))
+    argv = ["--compare", str(a), "tagged", "--exp_log", str(log), "--output_dir", str(tmp_path)]
+    assert report.main(argv) == 0
+    captured = capsys.readouterr()
+    assert "max_new_tokens: 64 / 8" in captured.err
+    assert "3 shared questions" in captured.out
+    path = next(tmp_path.glob("compare_*_tagged.html"))
+    page = Page(path.read_text(encoding="utf-8"))
+    assert not {"script", "img", "link", "iframe"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name in ("src", "href")]
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    assert "old second 1" in page.text and f"{hostile} second 1" in page.text and "only a" not in page.text
+    places = [page.text.index(f"{name}: writing") for name in ("3", "1", "2")]
+    assert places == sorted(places), "the question that changed most comes first"
+    assert "5 -> 9 (+4)" in page.text and "2 of 3 questions" in page.text
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["S4", "S3"], ["S4", "published"]),
+        (["empty", "empty"], ["_final.jsonl"]),
+        (["a", "b"], ["no question in common"]),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line_and_exit_code_2(names, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    write_answers(tmp_path / "a" / "mtbench_final.jsonl", {"1": 5.0}, answer="")
+    write_answers(tmp_path / "b" / "mtbench_final.jsonl", {"2": 5.0}, answer="")
+    assert report.main(["--compare", *names, "--output_dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words)
+
+
+def test_power_is_what_simulated_runs_detect():
+    import numpy
+    from scipy import stats
+
+    spread, questions = 1.5, 80
+    differences = numpy.random.default_rng(0).normal(compare.detectable(spread, questions), spread, (4000, questions))
+    found = (stats.ttest_1samp(differences, 0, axis=1).pvalue < 0.05).mean()
+    assert found == pytest.approx(0.80, abs=0.03)
+
+
+def test_power_is_printed_for_the_spread_of_a_run(tmp_path, capsys):
+    before = {str(i): 5.0 for i in range(40)}
+    write_answers(tmp_path / "mtbench_baseline.jsonl", before, answer="")
+    write_answers(tmp_path / "mtbench_final.jsonl", {name: 4.0 + 2.0 * (int(name) % 2) for name in before}, answer="")
+    assert report.main(["--power", str(tmp_path)]) == 0
+    lines = {int(n): float(x) for n, x in re.findall(r"n = +(\d+): .*? of (\d+\.\d+)", capsys.readouterr().out)}
+    spread = (40 / 39) ** 0.5
+    assert lines[80] == pytest.approx(2.8016 * spread / 80**0.5, abs=0.006) and {32, 40, 160} <= lines.keys()
