@@ -259,7 +259,7 @@ def run_stage(
     if stage == 1 and args.eval_baseline:
         measure_to(folder.parent, "baseline", with_adapter=False)
     with timed(entry, "train"):
-        train(trainer, checkpoint, folder)
+        train(args, trainer, checkpoint, folder)
     measure_to(folder, "final", with_adapter=True)
     entry["kept_step"] = trainer.state.global_step
     if main_process():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from llm_alignment.flags import (
     add_training_flags,
     not_negative,
     positive,
+    ratio,
 )
 from llm_alignment.generation import fit_prompt
 from llm_alignment.models import (
@@ -30,6 +32,7 @@ from llm_alignment.models import (
     new_adapter,
 )
 from llm_alignment.prefixes import GroupedOrder, add_prefix_sharing, groups_of, no_sharing_reason
+from llm_alignment.reference import add_reference
 from llm_alignment.runs import begin, timed
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 from llm_alignment.tatqa import add_tatqa_flags
@@ -51,6 +54,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("llm_alignment")
 
 
+# TRL's losses that need the policy and its reference alone, and those that read --label_smoothing.
+LOSS_TYPES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
+
+
 def add_dpo_flags(parser: argparse.ArgumentParser) -> None:
     """What every DPO script takes; a script sets its own defaults with `parser.set_defaults`."""
     on_off = argparse.BooleanOptionalAction
@@ -63,6 +74,24 @@ def add_dpo_flags(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("DPO", "dropout is off, as in TRL: policy and reference agree at the first step")
     group.add_argument("--beta", type=positive(float), default=0.03, help="pull towards the reference (0.03)")
+    group.add_argument(
+        "--loss_type",
+        default="sigmoid",
+        metavar="NAME[,NAME...]",
+        help=f"TRL's losses, their weighted sum if there are several: {', '.join(LOSS_TYPES)} (default: %(default)s)",
+    )
+    group.add_argument(
+        "--loss_weights",
+        default="",
+        metavar="W[,W...]",
+        help="a number for each of --loss_type (default: 1 for each)",
+    )
+    group.add_argument(
+        "--label_smoothing",
+        type=ratio,
+        default=0.0,
+        help=f"share of pairs taken to be labelled the wrong way round, for {', '.join(SMOOTHED)} (default: %(default)s)",
+    )
     group.add_argument("--max_prompt_length", type=positive(int), default=2048, help="tokens a prompt is cut to")
     group.add_argument("--max_length", type=positive(int), default=3072, help="tokens of prompt and answer together")
     group.add_argument(
@@ -104,10 +133,41 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if args.eval_save_json and Path(args.eval_save_json).is_dir():
         raise InputError(f"--eval_save_json {args.eval_save_json} is a folder; name a file")
+    losses(args)
     if args.adapter_trainable and not args.load_adapter:
         raise InputError("--adapter_trainable needs --load_adapter DIR: which adapter is to be trained on")
     if args.load_adapter and not args.adapter_trainable and not args.no_train:
         raise InputError("--load_adapter: add --adapter_trainable to train it on, or --no_train to only measure it")
+
+
+def losses(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
+    """TRL's `loss_type` and `loss_weights`, as the flags ask for them. Raises InputError for those that do not fit."""
+    names = [name.strip() for name in args.loss_type.split(",")]
+    unknown = [name for name in names if name not in LOSS_TYPES]
+    if unknown:
+        raise InputError(
+            f"--loss_type {args.loss_type}: {unknown[0] or 'an empty name'} is unknown or needs another model; "
+            f"choose from {', '.join(LOSS_TYPES)}"
+        )
+    try:
+        weights = [float(weight) for weight in args.loss_weights.split(",")] if args.loss_weights else None
+    except ValueError as error:
+        raise InputError(f"--loss_weights {args.loss_weights}: {error}; give numbers, as in 1,0.2") from error
+    if weights and (len(weights) != len(names) or not all(map(math.isfinite, weights))):
+        raise InputError(
+            f"--loss_weights {args.loss_weights}: {len(names)} finite numbers are needed, one for each of --loss_type "
+            f"{args.loss_type}"
+        )
+    if args.label_smoothing and not set(names) & set(SMOOTHED):
+        raise InputError(
+            f"--label_smoothing {args.label_smoothing}: --loss_type {args.loss_type} does not use it; only "
+            f"{', '.join(SMOOTHED)} do"
+        )
+    if "exo_pair" in names and not args.label_smoothing:
+        raise InputError("--loss_type exo_pair needs --label_smoothing above 0; its paper recommends 0.001")
+    if "robust" in names and args.label_smoothing >= 0.5:
+        raise InputError(f"--label_smoothing {args.label_smoothing}: --loss_type robust needs a share below 0.5")
+    return names, weights
 
 
 def neutral_flags(args: argparse.Namespace) -> set[str]:
@@ -159,6 +219,7 @@ def build_trainer(
     from transformers import set_seed
     from trl import DPOConfig, DPOTrainer
 
+    loss_types, loss_weights = losses(args)
     set_seed(args.seed)
     is_fresh = not isinstance(model, PeftModel)
     if is_fresh:
@@ -167,6 +228,9 @@ def build_trainer(
         **training_arguments(args, weight_decay=0.0, warmup_ratio=0.05, logging_steps=5),
         beta=args.beta,
         max_length=args.max_length,
+        loss_type=loss_types,
+        loss_weights=loss_weights,
+        label_smoothing=args.label_smoothing,
     )
     with adapter_kept_in_float32(model):
         trainer = DPOTrainer(
@@ -194,11 +258,10 @@ def order_by_table(trainer: DPOTrainer) -> None:
     trainer._get_train_sampler = lambda dataset=None: order
 
 
-def train(trainer: DPOTrainer, checkpoint: Path | None, folder: Path) -> None:
+def train(args: argparse.Namespace, trainer: DPOTrainer, checkpoint: Path | None, folder: Path) -> None:
     """Trains and writes the adapter, the model card and the loss and reward plots into `folder`."""
+    add_reference(args, trainer, folder)
     run_training(trainer, checkpoint)
-    if "ref" in trainer.model.peft_config:
-        trainer.model.delete_adapter("ref")
     save_adapter(trainer, folder)
     if main_process():
         rewards = {"reward margin": ["rewards/margins"], "reward accuracy": ["rewards/accuracies"]}
@@ -344,7 +407,7 @@ def align(
             )
     if trainer is not None:
         with timed(record, "train"):
-            train(trainer, checkpoint, folder)
+            train(args, trainer, checkpoint, folder)
         record["kept_step"] = trainer.state.global_step
     if trainer is not None or args.load_adapter:
         with timed(record, "final"):

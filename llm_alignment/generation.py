@@ -261,9 +261,12 @@ def render(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, args: a
     if isinstance(prompt, str) and not args.use_chat_template:
         return prompt
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(
         turns, tokenize=False, add_generation_prompt=True, enable_thinking=args.thinking
     )
+    if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        text = text.removeprefix(tokenizer.bos_token)  # the tokenizer writes it too
+    return text
 
 
 def fit_prompt(

@@ -1,0 +1,143 @@
+"""Reference log-probabilities: computed once, reused, the same numbers as a reference in every step."""
+
+import copy
+import json
+import math
+
+import pytest
+from conftest import DEMO
+
+import dpo_train
+from llm_alignment import dpo, models, reference
+from llm_alignment.files import baseline_cache
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def reference_passes(monkeypatch):
+    """Counts the forward passes of the reference, in a step or before it."""
+    from trl.trainer import dpo_trainer
+
+    passes, use_adapter = [], dpo_trainer.use_adapter
+    monkeypatch.setattr(
+        dpo_trainer, "use_adapter", lambda *args, **kwargs: [passes.append(1), use_adapter(*args, **kwargs)][1]
+    )
+    return passes
+
+
+TRAIN_ALONE = """--demo --no_4bit --limit_pairs 20 --batch 2 --grad_acc 2 --eval_pairs 0 --no-do_eval --no-do_mtbench
+    --no-do_instruct --exp_log log.jsonl""".split()
+
+
+def adapter_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(f"{folder}/adapter_model.safetensors")
+
+
+def difference(one, other):
+    """The norm of the difference of two adapters over the norm of the first."""
+    squares = [
+        sum(float((tensors[name]).norm() ** 2) for name in one)
+        for tensors in (one, {k: one[k] - other[k] for k in one})
+    ]
+    return math.sqrt(squares[1] / squares[0])
+
+
+def test_the_reference_is_read_once(reference_passes, monkeypatch, capsys, tmp_path):
+    record = dpo_train.main([*TRAIN_ALONE, "--output_dir", "first", "--epochs", "2"])
+    assert record["kept_step"] == 10 and len(reference_passes) == math.ceil(20 / reference.PAIRS_AT_ONCE)
+    log = [json.loads(line) for line in (tmp_path / "first" / "train_log.jsonl").read_text("utf-8").splitlines()]
+    assert "rewards/margins" in log[0]
+
+    # another beta on the same base and pairs: nothing is computed again
+    reference_passes.clear()
+    capsys.readouterr()
+    dpo_train.main([*TRAIN_ALONE, "--output_dir", "second", "--epochs", "2", "--beta", "0.4", "--lora_r", "4"])
+    assert not reference_passes
+    assert "reference.jsonl: 20 rows taken from the baseline cache" in capsys.readouterr().out
+
+    # computed again: the same numbers, so the same adapter
+    dpo_train.main([*TRAIN_ALONE, "--output_dir", "third", "--epochs", "2", "--no_baseline_cache"])
+    assert len(reference_passes) == 3
+    whole = adapter_of("first")
+    assert difference(whole, adapter_of("third")) == 0
+
+    # a reference in every step, as TRL's, comes to the same
+    monkeypatch.setattr(dpo, "add_reference", lambda args, trainer, folder: None)
+    dpo_train.main([*TRAIN_ALONE, "--output_dir", "fourth", "--epochs", "2"])
+    assert len(reference_passes) > 20
+    assert difference(whole, adapter_of("fourth")) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def demo():
+    args = dpo_train.build_parser().parse_args(["--model", str(DEMO / "model"), "--no_4bit", "--batch", "2"])
+    texts = ["net sales", "12 percent", "of dividends", "sales of 12", "percent"] * 4
+    pairs = [{"prompt": f"Q: {text} {n}", "chosen": text, "rejected": f"{n}"} for n, text in enumerate(texts)]
+    return args, models.load_tokenizer(args), pairs
+
+
+def trainer_with_reference(demo, folder, adapter=""):
+    args, tokenizer, pairs = demo
+    args = copy.copy(args)
+    args.output_dir = str(folder)
+    model = models.load_model(args)
+    if adapter:
+        model = models.load_adapter(model, adapter, trainable=True)
+    trainer = dpo.build_trainer(args, model, tokenizer, dpo.fit_pairs(pairs, tokenizer, args, "\0"))
+    reference.add_reference(args, trainer, folder)
+    return trainer
+
+
+def values(trainer):
+    return [trainer.train_dataset[f"ref_{side}_logps"][:] for side in ("chosen", "rejected")]
+
+
+def test_killed_while_the_reference_is_computed(demo, tmp_path, reference_passes, monkeypatch):
+    whole = values(trainer_with_reference(demo, tmp_path / "whole"))
+    passes = len(reference_passes)
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "other"))
+    lines = (tmp_path / "whole" / "reference.jsonl").read_bytes().split(b"\n")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "reference.jsonl").write_bytes(b"\n".join(lines[:11]) + b"\n" + lines[11][:9])
+    assert values(trainer_with_reference(demo, tmp_path / "killed")) == whole
+    assert passes < len(reference_passes) < 2 * passes
+
+
+def test_a_damaged_cache_is_computed_again(demo, tmp_path, logged):
+    whole = values(trainer_with_reference(demo, tmp_path / "whole"))
+    fingerprint = json.loads((tmp_path / "whole" / "reference.jsonl").read_text("utf-8").splitlines()[0])[
+        "fingerprint"
+    ]
+    cached = baseline_cache(fingerprint)
+    cached.write_bytes(b"\0damaged" + cached.read_bytes()[:50])
+    assert values(trainer_with_reference(demo, tmp_path / "again")) == whole
+    assert "damaged" in logged.text
+
+
+def test_the_reference_of_an_adapter_is_that_adapter(demo, tmp_path):
+    import torch
+
+    first = trainer_with_reference(demo, tmp_path / "first")
+    torch.manual_seed(2)
+    for parameter in first.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.05 * torch.randn_like(parameter)
+    first.model.save_pretrained(tmp_path / "adapter")
+    on = trainer_with_reference(demo, tmp_path / "on", adapter=str(tmp_path / "adapter"))
+    assert values(on)[0] != pytest.approx(values(first)[0], rel=1e-3)
+    assert list(on.model.peft_config) == ["default"]
+    loss = on.compute_loss(on.model, next(iter(on.get_train_dataloader())))
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
+
+    # the same tensors at another scale are another policy
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text("utf-8"))
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 64}), "utf-8")
+    scaled = trainer_with_reference(demo, tmp_path / "scaled", adapter=str(tmp_path / "adapter"))
+    assert values(scaled)[0] != pytest.approx(values(on)[0], rel=1e-3)
