@@ -36,7 +36,7 @@ from llm_alignment.instructions import instruct_questions
 from llm_alignment.models import load_tokenizer, main_process
 from llm_alignment.runs import recorded_run
 from llm_alignment.tatqa import (
-    QUESTION_MARK,
+    QUESTION_PREFIX,
     SCALES,
     is_number,
     normalise,
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if args.eval_pairs:
         trained_on = {pair["uid"] for pair in pairs}
         held_out, _ = load_pairs(args, args.eval_split, args.eval_pairs, without=trained_on)
-        evaluations.append(reward_evaluation(args, held_out, fit_pairs(held_out, tokenizer, args, QUESTION_MARK)))
+        evaluations.append(reward_evaluation(args, held_out, fit_pairs(held_out, tokenizer, args, QUESTION_PREFIX)))
     if args.do_eval:
         evaluations.append(tatqa_evaluation(args, tokenizer))
     asked = {}
@@ -197,7 +197,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if args.do_instruct:
         asked["instruct"] = instruct_questions(args.instruct_limit, args.seed), args.instruct_max_tokens
     evaluations += scored_evaluations(args, asked)
-    rows = fit_pairs(pairs, tokenizer, args, QUESTION_MARK)
+    rows = fit_pairs(pairs, tokenizer, args, QUESTION_PREFIX)
     if args.dry_run:
         print_plan(args, tokenizer, rows, evaluations)
         return

@@ -185,7 +185,7 @@ def fit_pairs(
     """
     rows, cut_prompts, cut_answers = [], 0, 0
     for pair in pairs:
-        prompt, is_cut = fit_prompt(pair["prompt"], tokenizer, args, mark)
+        prompt, _, is_cut = fit_prompt(pair["prompt"], tokenizer, args, mark)
         gap = "" if args.use_chat_template else " "
         row = {"prompt": prompt, "chosen": gap + pair["chosen"], "rejected": gap + pair["rejected"]}
         longest = max(len(tokenizer(prompt + row[side])["input_ids"]) for side in ("chosen", "rejected"))

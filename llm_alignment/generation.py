@@ -269,10 +269,18 @@ def render(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, args: a
     return text
 
 
+class FittedPrompt(NamedTuple):
+    """A rendered prompt, its token ids, and whether it was cut."""
+
+    text: str
+    tokens: list[int]
+    is_cut: bool
+
+
 def fit_prompt(
     prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, mark: str
-) -> tuple[str, bool]:
-    """The rendered prompt within --max_prompt_length tokens, and whether it was cut.
+) -> FittedPrompt:
+    """The prompt as the model reads it, cut to --max_prompt_length tokens.
 
     What stands before the last `mark` loses its end, so the question stays; a prompt without a mark loses its
     beginning, and a list of turns its oldest ones. Raises InputError when the question alone is too long.
@@ -280,17 +288,19 @@ def fit_prompt(
     if isinstance(prompt, list):
         for first in range(0, len(prompt), 2):  # what is left begins with a user's turn
             text = render(prompt[first:], tokenizer, args)
-            if len(tokenizer(text)["input_ids"]) <= args.max_prompt_length:
-                return text, first > 0
+            tokens = tokenizer(text)["input_ids"]
+            if len(tokens) <= args.max_prompt_length:
+                return FittedPrompt(text, tokens, is_cut=first > 0)
         chat = argparse.Namespace(**{**vars(args), "use_chat_template": True})
-        return fit_prompt(prompt[-1]["content"], tokenizer, chat, mark)[0], True
+        return fit_prompt(prompt[-1]["content"], tokenizer, chat, mark)._replace(is_cut=True)
     head, found, question = prompt.rpartition(mark)
     kept, tail = (head, found + question) if found else (prompt, "")
     while True:
         text = render(kept + tail, tokenizer, args)
-        excess = len(tokenizer(text)["input_ids"]) - args.max_prompt_length
+        tokens = tokenizer(text)["input_ids"]
+        excess = len(tokens) - args.max_prompt_length
         if excess <= 0:
-            return text, kept + tail != prompt
+            return FittedPrompt(text, tokens, is_cut=kept + tail != prompt)
         if not kept:
             raise InputError(
                 f"--max_prompt_length {args.max_prompt_length} is {excess} tokens short of the question "

@@ -185,11 +185,11 @@ def tatqa_prompt(
     return (
         "You are a financial analyst. Answer the question from the table and the text with the answer alone, followed "
         'by its scale (thousand, million, billion or percent) if it has one; separate several answers with ";".\n\n'
-        f"Table:\n{chr(10).join(rows)}{text}{QUESTION_MARK} {question['question'].strip()}\nAnswer:"
+        f"Table:\n{chr(10).join(rows)}{text}{QUESTION_PREFIX} {question['question'].strip()}\nAnswer:"
     )
 
 
-QUESTION_MARK = "\n\nQuestion:"  # truncation keeps a prompt from here on
+QUESTION_PREFIX = "\n\nQuestion:"  # truncation keeps a prompt from here on
 
 
 def tatqa_em_f1(question: dict, prediction: str | list[str], scale: str) -> tuple[float, float]:
@@ -327,9 +327,10 @@ def tatqa_parse(text: str) -> tuple[list[str], str]:
 
 
 def tatqa_questions(contexts: list[dict], *, limit: int, seed: int, **prompt_options) -> list[dict]:
-    """The evaluation questions [{"question_id", "question", "answer_type", "scale", "gold", "prompt"}, ...].
+    """The evaluation questions {"question_id", "question", "answer_type", "scale", "answer", "context", "prompt"}.
 
-    With `limit` > 0 they come from whole contexts in an order by `seed` that does not depend on the file's.
+    `answer` is gold as the file has it, `context` names the table. With `limit` > 0 the questions come from whole
+    contexts in an order by `seed` that does not depend on the file's.
     """
     contexts = sorted(
         (context for context in contexts if context["questions"]), key=lambda c: c["questions"][0]["uid"]
@@ -337,10 +338,7 @@ def tatqa_questions(contexts: list[dict], *, limit: int, seed: int, **prompt_opt
     questions = [
         {
             "question_id": question["uid"],
-            "question": question["question"],
-            "answer_type": question["answer_type"],
-            "scale": question["scale"],
-            "gold": question["answer"],
+            **{key: question[key] for key in ("question", "answer_type", "scale", "answer")},
             "context": context["questions"][0]["uid"],
             "prompt": tatqa_prompt(context, question, **prompt_options),
         }
@@ -348,6 +346,15 @@ def tatqa_questions(contexts: list[dict], *, limit: int, seed: int, **prompt_opt
         for question in context["questions"]
     ]
     return questions[: limit or None]
+
+
+def fit_questions(questions: list[dict], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[dict]:
+    """The questions with their prompts as the model reads them, and the `tokens` of these prompts."""
+    fitted = [fit_prompt(question["prompt"], tokenizer, args, QUESTION_PREFIX) for question in questions]
+    return [
+        {**question, "prompt": prompt.text, "tokens": prompt.tokens}
+        for question, prompt in zip(questions, fitted, strict=True)
+    ]
 
 
 def answer_tatqa(
@@ -363,17 +370,14 @@ def answer_tatqa(
     batch_size: int = 0,
     seed: int = 42,
     one_line: bool = True,
-    share_prefix: bool = True,
     use_cache: bool = False,
     renew: bool = False,
 ) -> list[dict]:
     """Answers and grades TAT-QA questions, reading what those on one context share once; returns a row per question.
 
-    A row: {"question_id", "answer_type", "question", "gold", "answer", "em_like", "em", "f1", "prefilled"}, written to
-    `path` (a ResultFile) as soon as it exists; a restart goes on with the questions that are missing. `questions` are
-    those of `tatqa_questions` with fitted prompts. With `one_line` an answer ends with its first line. `prefilled` is
-    the row's share of the prompt tokens that its batch put through the model. `use_cache` takes a greedy result from
-    the user's cache folder and puts it there. `renew`: see ResultFile.
+    `questions` are those of `fit_questions`; a row is that of `graded_row`, written to `path` (a ResultFile) as soon as
+    it exists, so that a restart continues with the questions that are missing. With `one_line` an answer ends with its
+    first line. `use_cache` and `renew`: see ResultFile; only greedy answers are cached.
     """
     import torch
     from tqdm import tqdm
@@ -385,53 +389,47 @@ def answer_tatqa(
     fingerprint = {**fingerprint, "questions": digest(questions), "generation": generation}
     results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache and temperature == 0)
     missing = results.missing(questions)
-
     line_break = line_break_tokens(model, tokenizer) if one_line and missing else None
-
-    def tokens_of(group: list[dict]) -> list[list[int]]:
-        return [tokens[question["question_id"]] for question in group]
-
-    def answer_batch(batch: list[list[dict]]) -> Iterator[tuple[int, tuple[list[list[int]], float]]]:
-        """(place, (new tokens of each question, prompt tokens read for each)) of every group of a batch."""
-        torch.manual_seed(seed ^ zlib.crc32(batch[0][0]["question_id"].encode()))
-        answers, prefilled = complete(
-            model, list(map(tokens_of, batch)), settings, max_new_tokens, line_break, share_prefix=share_prefix
-        )
-        prefilled_each, answers = prefilled / len(answers), iter(answers)
-        for place, group in enumerate(batch):
-            yield place, (list(itertools.islice(answers, len(group))), prefilled_each)
-
-    def grade(question: dict, answer: list[int]) -> dict:
-        text = strip_thinking(tokenizer.decode(answer, skip_special_tokens=True))
-        gold = {"answer": question["gold"], "answer_type": question["answer_type"], "scale": question["scale"]}
-        em, f1 = tatqa_em_f1(gold, *tatqa_parse(text))
-        kept = {key: question[key] for key in ("question_id", "answer_type", "question", "gold", "scale")}
-        return {**kept, "answer": text, "em_like": tatqa_em_like(gold, text), "em": em, "f1": f1}
-
-    tokens = {question["question_id"]: tokenizer(question["prompt"])["input_ids"] for question in missing}
     by_context = itertools.groupby(missing, key=lambda question: question["context"])
-    groups = sorted(([*group] for _, group in by_context), key=lambda group: len(tokens[group[0]["question_id"]]))
-    contexts_at_once = groups_at_once(model, list(map(tokens_of, groups)), max_new_tokens, batch_size)
+    groups = sorted(([*group] for _, group in by_context), key=lambda group: len(group[0]["tokens"]))
+
+    def answer_batch(batch: list[list[dict]]) -> Iterator[tuple[int, list[list[int]]]]:
+        """(place, new tokens of each question) of every group of a batch."""
+        torch.manual_seed(seed ^ zlib.crc32(batch[0][0]["question_id"].encode()))
+        prompts = [[question["tokens"] for question in group] for group in batch]
+        yield from enumerate(generate_grouped(model, prompts, settings, max_new_tokens, line_break))
+
     was_training = model.training
     model.eval()
     progress = tqdm(
         total=len(questions), initial=len(questions) - len(missing), desc=path.stem, unit="answer", disable=not missing
     )
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), progress:
-        for group, (answers, prefilled) in in_batches(groups, contexts_at_once, answer_batch):
+        size = groups_at_once(model, groups, max_new_tokens, batch_size)
+        for group, answers in in_batches(groups, size, answer_batch):
             for question, answer in zip(group, answers, strict=True):
-                results.append({**grade(question, answer), "prefilled": prefilled})
+                text = strip_thinking(tokenizer.decode(answer, skip_special_tokens=True))
+                results.append(graded_row(question, text))
                 progress.update()
     model.train(was_training)
     results.finish()
     return results.rows_of(questions)
 
 
+def graded_row(question: dict, text: str) -> dict:
+    """The row of a question and the model's text: {"question_id", "context", "question", "answer_type", "scale",
+    "gold", "answer", "em_like", "em", "f1"}; `gold` is the reference answer, `answer` the text."""
+    em, f1 = tatqa_em_f1(question, *tatqa_parse(text))
+    kept = {key: question[key] for key in ("question_id", "context", "question", "answer_type", "scale")}
+    graded = {"em_like": tatqa_em_like(question, text), "em": em, "f1": f1}
+    return {**kept, "gold": question["answer"], "answer": text, **graded}
+
+
 def groups_at_once(
-    model: PreTrainedModel | PeftModel, groups: list[list[list[int]]], max_new_tokens: int, batch_size: int = 0
+    model: PreTrainedModel | PeftModel, groups: list[list[dict]], max_new_tokens: int, batch_size: int = 0
 ) -> int:
-    """How many groups of token lists `complete` takes at once: enough for `batch_size` rows; 0 = by free memory."""
-    longest = max((len(prompt) for group in groups for prompt in group), default=0) + max_new_tokens
+    """How many groups of questions are answered at once: enough for `batch_size` rows; 0 = by free memory."""
+    longest = max((len(question["tokens"]) for group in groups for question in group), default=0) + max_new_tokens
     rows = batch_size or free_batch_size(model, longest)
     return math.ceil(rows / max(map(len, groups), default=1))
 
@@ -446,7 +444,7 @@ def line_break_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedT
     return line_break
 
 
-def complete(
+def generate_grouped(
     model: PreTrainedModel | PeftModel,
     groups: list[list[list[int]]],
     settings: GenerationConfig,
@@ -454,68 +452,84 @@ def complete(
     line_break: torch.Tensor | None = None,
     *,
     share_prefix: bool = True,
-) -> tuple[list[list[int]], int]:
-    """Continues the token lists of all groups in one batch; what a group begins with in common is read once.
+) -> list[list[list[int]]]:
+    """The new tokens, the end token included, of every token list of every group, generated in one batch.
 
-    Returns the new tokens of each, its end token included, and how many prompt tokens went through the model. With
-    `line_break` (see `line_break_tokens`) an answer also ends with its first line that is not empty.
+    What the lists of a group begin with in common is read once (unless not `share_prefix`). With `line_break` (see
+    `line_break_tokens`) an answer also ends with its first line that is not empty.
     """
     prompts = [prompt for group in groups for prompt in group]
+    cache = None
     if share_prefix:
-        cache, prefilled = read_prompts(model, groups, settings.pad_token_id)
-        prefilled += len(prompts)
-    else:
-        cache, prefilled = None, len(prompts) * max(map(len, prompts))
+        rows = [row for group in groups for row in read_group(model, group, settings.pad_token_id)]
+        cache = stack_left_padded(rows)
     by_row = dict(batched_answers(model, prompts, settings, max_new_tokens, cache=cache, line_break=line_break))
-    return [by_row[row] for row in range(len(prompts))], prefilled
+    answers = (by_row[row] for row in range(len(prompts)))
+    return [list(itertools.islice(answers, len(group))) for group in groups]
 
 
-def read_prompts(
-    model: PreTrainedModel | PeftModel, groups: list[list[list[int]]], pad_token_id: int, rows_at_once: int = 4
-) -> tuple[DynamicCache, int]:
-    """The key-value cache of prompts of two tokens or more, without their last, padded on the left; and the tokens read.
+def shared_length(prompts: list[list[int]]) -> int:
+    """How many tokens the prompts begin with in common; one less than the shortest prompt has at most.
 
-    A group's common beginning is read once, as one row. What follows it is read for a few prompts of like length at
-    once, padded on the right, where causal attention needs no mask: the lengths differ much, by the passages.
+    The last token of a prompt is never read ahead: `model.generate` needs a token of each.
+    """
+    columns = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    return min(sum(1 for _ in columns), min(map(len, prompts)) - 1)
+
+
+# The keys and values of one prompt without its last token, by layer: two tensors (heads, tokens, head size) each.
+CachedPrompt = list[tuple["torch.Tensor", "torch.Tensor"]]
+
+RESTS_AT_ONCE = 4  # the lengths differ much, by the passages, so larger batches would mostly read padding
+
+
+def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad_token_id: int) -> list[CachedPrompt]:
+    """Reads prompts of two tokens or more: their common beginning once, then the rests in small batches.
+
+    A rest is padded on the right, where causal attention needs no mask.
     """
     import torch
     from transformers import DynamicCache
 
-    def read(tokens: list[list[int]], cache: DynamicCache) -> int:
+    def read(tokens: list[list[int]], cache: DynamicCache) -> None:
         ids = torch.tensor(tokens, dtype=torch.long, device=model.device)
         if ids.numel():
             with torch.no_grad():
                 model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return ids.numel()
 
-    n_tokens, rows = 0, []  # a row: (keys, values) of each layer, (heads, tokens, head size)
-    for prompts in groups:
-        columns = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-        shared = min(sum(1 for _ in columns), min(map(len, prompts)) - 1)  # generate() needs a token of each
-        prefix = DynamicCache()
-        n_tokens += read([prompts[0][:shared]], prefix)
-        first_row = len(rows)
-        rows += [None] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        for start in range(0, len(order), rows_at_once):
-            some = order[start : start + rows_at_once]
-            rests = [prompts[index][shared:-1] for index in some]
-            longest = max(map(len, rests))
-            cache = DynamicCache([
-                [states.expand(len(some), -1, -1, -1) for states in (la.keys, la.values)] for la in prefix.layers
-            ])
-            n_tokens += read([rest + [pad_token_id] * (longest - len(rest)) for rest in rests], cache)
-            for place, index in enumerate(some):
-                end = len(prompts[index]) - 1
-                rows[first_row + index] = [(la.keys[place, :, :end], la.values[place, :, :end]) for la in cache.layers]
+    shared = shared_length(prompts)
+    prefix = DynamicCache()
+    read([prompts[0][:shared]], prefix)
+    rows: dict[int, CachedPrompt] = {}
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(by_length), RESTS_AT_ONCE):
+        batch = by_length[start : start + RESTS_AT_ONCE]
+        rests = [prompts[index][shared:-1] for index in batch]
+        longest = max(map(len, rests))
+        cache = DynamicCache([
+            [states.expand(len(batch), -1, -1, -1) for states in (layer.keys, layer.values)] for layer in prefix.layers
+        ])
+        read([rest + [pad_token_id] * (longest - len(rest)) for rest in rests], cache)
+        for place, index in enumerate(batch):
+            end = len(prompts[index]) - 1
+            rows[index] = [(layer.keys[place, :, :end], layer.values[place, :, :end]) for layer in cache.layers]
+    return [rows[index] for index in range(len(prompts))]
 
-    width = max(keys.shape[1] for (keys, _), *_ in rows)
 
-    def left_padded(states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return torch.stack([torch.nn.functional.pad(s, (0, 0, width - s.shape[1], 0)) for s in states])
+def stack_left_padded(rows: list[CachedPrompt]) -> DynamicCache:
+    """One cache of all rows, padded on the left to the longest: by layer two tensors (rows, heads, tokens, head size)."""
+    import torch
+    from transformers import DynamicCache
 
-    layers = [[left_padded(states) for states in zip(*layer, strict=True)] for layer in zip(*rows, strict=True)]
-    return DynamicCache(layers), n_tokens
+    width = max(row[0][0].shape[1] for row in rows)
+
+    def stacked(states: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([torch.nn.functional.pad(state, (0, 0, width - state.shape[1], 0)) for state in states])
+
+    return DynamicCache([
+        (stacked([row[layer][0] for row in rows]), stacked([row[layer][1] for row in rows]))
+        for layer in range(len(rows[0]))
+    ])
 
 
 def summarise_tatqa(rows: list[dict]) -> dict:
@@ -552,13 +566,10 @@ def tatqa_evaluation(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     contexts = read_tatqa(tatqa_file(args, args.eval_split), skipped)
     skipped.report("TAT-QA evaluation questions")
     questions = tatqa_questions(contexts, limit=args.eval_limit, seed=args.seed, **prompt_options(args))
-    fitted = [
-        {**question, "prompt": fit_prompt(question["prompt"], tokenizer, args, QUESTION_MARK)[0]}
-        for question in questions
-    ]
+    questions = fit_questions(questions, tokenizer, args)
     answer = functools.partial(
         answer_tatqa,
-        questions=fitted,
+        questions=questions,
         max_new_tokens=args.eval_max_new_tokens,
         temperature=args.eval_temperature,
         top_p=args.eval_top_p,
@@ -571,4 +582,4 @@ def tatqa_evaluation(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
         ("TAT-QA, official EM, %", lambda s: s["em"], "tatqa_em"),
         ("TAT-QA, official F1, %", lambda s: s["f1"], "tatqa_f1"),
     ]
-    return Evaluation("tatqa", len(fitted), answer, summarise_tatqa, compare_tatqa, lines)
+    return Evaluation("tatqa", len(questions), answer, summarise_tatqa, compare_tatqa, lines)

@@ -123,15 +123,15 @@ def test_a_long_prompt_keeps_its_question(demo_args, tokenizer, chat):
     args.use_chat_template = chat
     gold = question(rel_paragraphs=["1", "2"])
     prompt = tatqa_prompt(context(gold), gold)
-    whole, is_cut = generation.fit_prompt(prompt, tokenizer, args, tatqa.QUESTION_MARK)
+    whole, _, is_cut = generation.fit_prompt(prompt, tokenizer, args, tatqa.QUESTION_PREFIX)
     assert not is_cut and prompt in whole
     args.max_prompt_length = len(tokenizer(whole)["input_ids"]) - 40
-    text, is_cut = generation.fit_prompt(prompt, tokenizer, args, tatqa.QUESTION_MARK)
+    text, _, is_cut = generation.fit_prompt(prompt, tokenizer, args, tatqa.QUESTION_PREFIX)
     assert is_cut and "Question: What?\nAnswer:" in text and "You are a financial analyst" in text
     assert args.max_prompt_length - 5 <= len(tokenizer(text)["input_ids"]) <= args.max_prompt_length
     args.max_prompt_length = 5
     with pytest.raises(InputError, match="--max_prompt_length 5"):
-        generation.fit_prompt(prompt, tokenizer, args, tatqa.QUESTION_MARK)
+        generation.fit_prompt(prompt, tokenizer, args, tatqa.QUESTION_PREFIX)
 
 
 def test_a_first_character_of_several_tokens_is_cut_too(demo_args, tokenizer):
@@ -139,7 +139,7 @@ def test_a_first_character_of_several_tokens_is_cut_too(demo_args, tokenizer):
     prompt = "\U0001f98a what did it cost"
     whole = len(tokenizer(prompt)["input_ids"])
     for args.max_prompt_length in range(whole - 5, whole):
-        text, is_cut = generation.fit_prompt(prompt, tokenizer, args, mark="\0")
+        text, _, is_cut = generation.fit_prompt(prompt, tokenizer, args, mark="\0")
         assert is_cut and len(tokenizer(text)["input_ids"]) <= args.max_prompt_length and text.endswith("cost")
 
 

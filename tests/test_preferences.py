@@ -207,10 +207,12 @@ def test_a_dialogue_goes_through_the_chat_template_as_turns():
     tokenizer = models.load_tokenizer(args)
     turns = dialogue("First question?", "First answer.", "Second question of some more words?")
     whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    assert generation.fit_prompt(turns, tokenizer, args, mark="\0") == (whole, False)
+    tokens = tokenizer(whole)["input_ids"]
+    assert generation.fit_prompt(turns, tokenizer, args, mark="\0") == (whole, tokens, False)
     args.max_prompt_length = len(tokenizer(whole)["input_ids"]) - 1
     alone = tokenizer.apply_chat_template(turns[2:], tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    assert generation.fit_prompt(turns, tokenizer, args, mark="\0") == (alone, True)  # the oldest turns go first
+    tokens = tokenizer(alone)["input_ids"]  # the oldest turns go first
+    assert generation.fit_prompt(turns, tokenizer, args, mark="\0") == (alone, tokens, True)
     args.max_prompt_length = len(tokenizer(alone)["input_ids"]) - 2
-    text, is_cut = generation.fit_prompt(turns, tokenizer, args, mark="\0")
+    text, _, is_cut = generation.fit_prompt(turns, tokenizer, args, mark="\0")
     assert is_cut and "more words?" in text and "Second question" not in text

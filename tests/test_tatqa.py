@@ -1,5 +1,6 @@
 """TAT-QA: both metrics, the reading of answers, files and prompts, and answering table by table."""
 
+import functools
 import json
 
 import pytest
@@ -249,28 +250,60 @@ def questions(demo_args, tokenizer):
     contexts = tatqa.read_tatqa(DEMO / "tatqa" / "tatqa_dataset_dev.json", SkippedRows())
     chosen = tatqa.tatqa_questions(contexts, limit=20, seed=1)
     assert tatqa.tatqa_questions(contexts[::-1], limit=20, seed=1) == chosen
-    return chosen
+    return tatqa.fit_questions(chosen, tokenizer, demo_args)
 
 
-def test_reading_a_table_once_changes_no_answer(demo_args, tokenizer, questions, tmp_path):
-    model = models.load_model(demo_args)
-    answers, prefilled = {}, {}
+@pytest.fixture(scope="module")
+def model(demo_args):
+    return models.load_model(demo_args).eval()
+
+
+def prompt_tokens_read(model, run):
+    """The result of `run()`, and how many prompt tokens went through the model (more than one in a row)."""
+    read = []
+
+    def count(module, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        read.append(ids.numel() if ids.shape[1] > 1 else 0)
+
+    with model.register_forward_pre_hook(count, with_kwargs=True):
+        return run(), sum(read)
+
+
+@pytest.mark.slow
+def test_reading_a_table_once_changes_no_answer(model, tokenizer, questions, tmp_path, monkeypatch):
+    answers, read, grouped = {}, {}, tatqa.generate_grouped
     for share in (True, False):
+        monkeypatch.setattr(tatqa, "generate_grouped", functools.partial(grouped, share_prefix=share))
         for one_line in (True, False):
-            rows = tatqa.answer_tatqa(
-                model, tokenizer, questions, path=tmp_path / f"{share}_{one_line}.jsonl", fingerprint={},
-                max_new_tokens=12, one_line=one_line, share_prefix=share,
-            )  # fmt: skip
+            settings = dict(path=tmp_path / f"{share}_{one_line}.jsonl", fingerprint={}, max_new_tokens=12)
+            rows, read[share] = prompt_tokens_read(
+                model,
+                lambda settings=settings, one_line=one_line: tatqa.answer_tatqa(
+                    model, tokenizer, questions, one_line=one_line, **settings
+                ),
+            )
             assert [row["question_id"] for row in rows] == [question["question_id"] for question in questions]
             answers[share, one_line] = [row["answer"] for row in rows]
-            prefilled[share] = sum(row["prefilled"] for row in rows)
     assert answers[True, True] == answers[False, True] and answers[True, False] == answers[False, False]
     assert all("\n" not in answer for answer in answers[True, True])
-    assert prefilled[True] < 0.7 * prefilled[False]
+    assert read[True] < 0.7 * read[False]
 
 
-def test_groups_of_one_prompt_or_without_a_common_beginning(demo_args, tokenizer):
-    model = models.load_model(demo_args).eval()
+def test_a_row_holds_what_a_reader_needs(model, tokenizer, questions, tmp_path):
+    rows = tatqa.answer_tatqa(
+        model, tokenizer, questions[:2], path=tmp_path / "rows.jsonl", fingerprint={}, max_new_tokens=6
+    )
+    for row, asked in zip(rows, questions, strict=False):
+        assert set(row) == {
+            "question_id", "context", "question", "answer_type", "scale", "gold", "answer", "em_like", "em", "f1"
+        }  # fmt: skip
+        assert row["gold"] == asked["answer"] and row["context"] == asked["context"]
+        assert row["em_like"] is tatqa_em_like(asked, row["answer"])
+        assert (row["em"], row["f1"]) == tatqa_em_f1(asked, *tatqa_parse(row["answer"]))
+
+
+def test_groups_of_one_prompt_or_without_a_common_beginning(model, tokenizer):
     settings = generation.decoding_settings(model, tokenizer, temperature=0.0, top_p=1.0)
     texts = [
         ["What is 3 + 4?"],
@@ -278,22 +311,22 @@ def test_groups_of_one_prompt_or_without_a_common_beginning(demo_args, tokenizer
         ["Now add 5.", "Now add 5."],
     ]
     groups = [[tokenizer(text)["input_ids"] for text in group] for group in texts]
-    expected, read_alone = tatqa.complete(model, groups, settings, 8, share_prefix=False)
-    answers, read = tatqa.complete(model, groups, settings, 8)
-    assert answers == expected and len(answers) == 5
+    assert [tatqa.shared_length(group) for group in groups] == [len(groups[0][0]) - 1, 0, len(groups[2][0]) - 1]
+    expected, read_alone = prompt_tokens_read(
+        model, lambda: tatqa.generate_grouped(model, groups, settings, 8, share_prefix=False)
+    )
+    answers, read = prompt_tokens_read(model, lambda: tatqa.generate_grouped(model, groups, settings, 8))
+    assert answers == expected and list(map(len, answers)) == [1, 2, 2]
     assert read < read_alone
 
 
-def test_an_evaluation_goes_on_where_it_stopped(demo_args, tokenizer, questions, tmp_path, monkeypatch):
-    model = models.load_model(demo_args)
+def test_an_evaluation_goes_on_where_it_stopped(model, tokenizer, questions, tmp_path):
     settings = dict(fingerprint={"model": "demo"}, max_new_tokens=8)
     whole = tatqa.answer_tatqa(model, tokenizer, questions, path=tmp_path / "whole.jsonl", **settings)
     lines = (tmp_path / "whole.jsonl").read_bytes().split(b"\n")
     torn = tmp_path / "torn.jsonl"
     torn.write_bytes(b"\n".join(lines[:9]) + b"\n" + lines[9][:20])  # killed in the middle of a context and of a line
-    assert tatqa.answer_tatqa(model, tokenizer, questions, path=torn, **settings) == [
-        {**row, "prefilled": pytest.approx(row["prefilled"], rel=1)} for row in whole
-    ]
+    assert tatqa.answer_tatqa(model, tokenizer, questions, path=torn, **settings) == whole
     ids = [json.loads(line)["question_id"] for line in torn.read_text("utf-8").split("\n")[1:] if line]
     assert sorted(ids) == sorted(question["question_id"] for question in questions)
     with pytest.raises(InputError, match="max_new_tokens"):

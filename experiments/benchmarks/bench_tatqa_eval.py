@@ -9,54 +9,78 @@ the total times is the result. The answers must be identical; the prompt tokens 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import dpo_train  # noqa: E402
 from llm_alignment import files, flags, generation, models, tatqa  # noqa: E402
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Prints and returns the ratio of the times, the ratio of the prompt tokens, and the answers that differ."""
     parser = dpo_train.build_parser()
     parser.description = __doc__
-    parser.add_argument("--contexts", type=int, default=12, help="tables to answer on (12)")
+    parser.add_argument("--contexts", type=int, default=12, help="tables to answer on (%(default)s)")
     parser.set_defaults(no_4bit=True, tatqa_dir=str(flags.DEMO_DIR / "tatqa"))
     args: argparse.Namespace = parser.parse_args(argv)
-    path = tatqa.tatqa_file(args, args.eval_split)
-    contexts = tatqa.read_tatqa(path, files.SkippedRows())
-    options = tatqa.prompt_options(args)
-    questions = tatqa.tatqa_questions(contexts, limit=0, seed=args.seed, **options)
+    contexts = tatqa.read_tatqa(tatqa.tatqa_file(args, args.eval_split), files.SkippedRows())
+    questions = tatqa.tatqa_questions(contexts, limit=0, seed=args.seed, **tatqa.prompt_options(args))
     tokenizer, model = models.load_tokenizer(args), models.load_model(args).eval()
+    questions = tatqa.fit_questions(questions, tokenizer, args)
+    by_context = [[*group] for _, group in itertools.groupby(questions, key=lambda question: question["context"])]
+    groups = sorted(by_context[: args.contexts], key=lambda group: len(group[0]["tokens"]))
+    size = tatqa.groups_at_once(model, groups, args.eval_max_new_tokens, args.eval_batch_size)
+    prompts = [[question["tokens"] for question in group] for group in groups]
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     settings = generation.decoding_settings(model, tokenizer, temperature=0.0, top_p=1.0)
     line_break = None if args.use_chat_template else tatqa.line_break_tokens(model, tokenizer)
-    groups: dict[str, list[list[int]]] = {}
-    for question in questions:
-        prompt, _ = generation.fit_prompt(question["prompt"], tokenizer, args)
-        groups.setdefault(question["context"], []).append(tokenizer(prompt)["input_ids"])
+
+    def answer(batch: list[list[list[int]]], share: bool) -> list[list[list[int]]]:
+        return tatqa.generate_grouped(model, batch, settings, args.eval_max_new_tokens, line_break, share_prefix=share)
+
+    answer(batches[0][:1], True)  # warms up
     seconds, tokens, differing = {False: 0.0, True: 0.0}, {False: 0, True: 0}, 0
-    chosen = sorted(list(groups.values())[: args.contexts], key=lambda prompts: len(prompts[0]))
-    size = tatqa.groups_at_once(model, chosen, args.eval_max_new_tokens, args.eval_batch_size)
-    batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-    tatqa.complete(model, chosen[:1], settings, args.eval_max_new_tokens, line_break)  # warms up
     for number, batch in enumerate(batches):
         answers = {}
         for share in (False, True) if number % 2 else (True, False):
-            start = time.perf_counter()
-            answers[share], prefilled = tatqa.complete(
-                model, batch, settings, args.eval_max_new_tokens, line_break, share_prefix=share
-            )
-            seconds[share] += time.perf_counter() - start
-            tokens[share] += prefilled
-        differing += sum(a != b for a, b in zip(answers[False], answers[True], strict=True))
-    n_answers = sum(map(len, chosen))
-    print(f"{n_answers} questions on {len(chosen)} tables, {args.model}, up to {args.eval_max_new_tokens} new tokens")
+            with prompt_counter(model) as counted:
+                start = time.perf_counter()
+                answers[share] = answer(batch, share)
+                seconds[share] += time.perf_counter() - start
+            tokens[share] += sum(counted)
+        differing += sum(
+            a != b for before, after in zip(*answers.values(), strict=True) for a, b in zip(before, after, strict=True)
+        )
+    n_answers = sum(map(len, groups))
+    print(f"{n_answers} questions on {len(groups)} tables, {args.model}, up to {args.eval_max_new_tokens} new tokens")
     print(f"speed: {seconds[False] / seconds[True]:.2f}x as fast with the prefix read once")
     print(f"prompt tokens through the model: {tokens[False]} without, {tokens[True]} with")
     print(f"answers that differ: {differing} of {n_answers}")
     return {"speed_up": seconds[False] / seconds[True], "tokens": tokens[False] / tokens[True], "differing": differing}
+
+
+@contextlib.contextmanager
+def prompt_counter(model: PreTrainedModel) -> Iterator[list[int]]:
+    """Collects the sizes of the inputs of more than one token: those of prompts, not of generation's steps."""
+    sizes: list[int] = []
+
+    def count(module: object, args: tuple, kwargs: dict) -> None:
+        ids = args[0] if args else kwargs["input_ids"]
+        if ids.shape[1] > 1:
+            sizes.append(ids.numel())
+
+    with model.register_forward_pre_hook(count, with_kwargs=True):
+        yield sizes
 
 
 if __name__ == "__main__":

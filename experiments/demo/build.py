@@ -25,7 +25,7 @@ import world
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 from dpo_train import tatqa_pairs  # noqa: E402
-from llm_alignment.tatqa import QUESTION_MARK  # noqa: E402
+from llm_alignment.tatqa import QUESTION_PREFIX  # noqa: E402
 
 # Qwen3's template in small: a <think> block opens the last answer and is left out of the earlier ones.
 CHAT_TEMPLATE = r"""
@@ -392,7 +392,7 @@ def drill(rng: random.Random, tokenizer) -> tuple[list[int], list[bool]]:
     for pair in tatqa_pairs([world.context(rng, all_cells=True)], seed=0, only_rel_paras=False):
         prompt = pair["prompt"]
         if ids:
-            prompt = prompt[prompt.rindex(QUESTION_MARK) :]
+            prompt = prompt[prompt.rindex(QUESTION_PREFIX) :]
         asked = tokenizer.encode(prompt, add_special_tokens=False)
         reply = [*tokenizer.encode(" " + pair["chosen"], add_special_tokens=False), end]
         ids += asked + reply
