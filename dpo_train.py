@@ -48,7 +48,7 @@ from llm_alignment.tatqa import (
     tatqa_parse,
     tatqa_prompt,
 )
-from llm_alignment.training import find_checkpoint
+from llm_alignment.training import check_output_folder, newest_complete
 from mtbench_eval import mtbench_questions, scored_evaluations
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
@@ -179,11 +179,13 @@ def main(argv: list[str] | None = None) -> dict:
 def run(args: argparse.Namespace, record: dict) -> None:
     """Load, measure, train, measure again. Everything that can be wrong with the input is found before it writes."""
     check_flags(args)
-    checkpoint = find_checkpoint(args, neutral_flags(args))
+    check_output_folder(args, neutral_flags(args))
     tokenizer = load_tokenizer(args)
     pairs, data = [], {"source": args.tatqa_dir or "next-tat/TAT-QA"}
     if not args.no_train:
         pairs, data = load_pairs(args, args.tatqa_split, args.limit_pairs)
+    check_output_folder(args, neutral_flags(args), data)
+    checkpoint = newest_complete(args)
     evaluations = []
     if args.eval_pairs:
         trained_on = {pair["uid"] for pair in pairs}

@@ -40,7 +40,7 @@ from llm_alignment.flags import FINANCE_DEMO, new_parser, parse_arguments, posit
 from llm_alignment.models import load_tokenizer, main_process
 from llm_alignment.runs import recorded_run
 from llm_alignment.tatqa import tatqa_evaluation
-from llm_alignment.training import NEUTRAL_FLAGS, find_checkpoint
+from llm_alignment.training import FLAGS_THAT_DO_NOT_AFFECT_TRAINING, check_output_folder, newest_complete
 from mtbench_eval import load_questions, mtbench_questions, scored_evaluations
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     """Load, mix, measure, train, measure again. What can be wrong with the input is found before it writes."""
     shares = asked_shares(args)
     check_flags(args)
-    checkpoint = find_checkpoint(args, NEUTRAL_FLAGS | MEASURING_FLAGS)
+    ignored = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS
+    check_output_folder(args, ignored)
     tokenizer = load_tokenizer(args)
     asked = {"mtbench": (mtbench_questions(args), args.mtbench_max_tokens)} if args.do_mtbench else {}
     all_asked = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
@@ -128,7 +129,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if args.dry_run:
         print_plan(args, tokenizer, rows, evaluations)
         return
-    align(args, record, tokenizer, rows, evaluations, data_fingerprint(data, pairs), checkpoint)
+    fingerprint = data_fingerprint(data, pairs)
+    check_output_folder(args, ignored, fingerprint)
+    align(args, record, tokenizer, rows, evaluations, fingerprint, newest_complete(args))
     if main_process():
         folder = Path(args.output_dir)
         lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from llm_alignment.dpo import add_dpo_flags, build_trainer, check_flags, fit_chats, print_plan, train
 from llm_alignment.evaluation import Evaluation, measure, print_table, report, stored_rows
-from llm_alignment.files import InputError, differing, sample, write_atomic, write_json
+from llm_alignment.files import InputError, digest, sample, write_atomic, write_json
 from llm_alignment.finance import (
     MEASURING_FLAGS,
     TrainingData,
@@ -35,10 +35,17 @@ from llm_alignment.finance import (
     two_way_shares,
 )
 from llm_alignment.flags import FINANCE_DEMO, new_parser, parse_arguments, positive
-from llm_alignment.models import all_processes, load_model, load_tokenizer, main_process, new_adapter, on_main_process
+from llm_alignment.models import load_model, load_tokenizer, main_process, new_adapter, on_main_process
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.tatqa import tatqa_evaluation
-from llm_alignment.training import NEUTRAL_FLAGS, checkpoint_problem, find_checkpoint, seal_checkpoint
+from llm_alignment.training import (
+    FLAGS_THAT_DO_NOT_AFFECT_TRAINING,
+    check_output_folder,
+    check_same_run,
+    checkpoint_problem,
+    newest_complete,
+    write_manifest,
+)
 from mtbench_eval import load_questions, mtbench_questions, scored_evaluations
 
 if TYPE_CHECKING:
@@ -180,11 +187,7 @@ def finished_stage(args: argparse.Namespace, stage: int) -> dict:
         raise InputError(
             f"{folder}: stage {stage} cannot be built on, {problem}; --resume_from_stage {stage} does it anew"
         )
-    before = json.loads((folder / "run.json").read_text("utf-8"))["args"]
-    now = json.loads(json.dumps(vars(stage_arguments(args, stage))))
-    neutral = NEUTRAL_FLAGS
-    if {name: before[name] for name in before if name not in neutral} != {n: now[n] for n in now if n not in neutral}:
-        raise InputError(f"{folder}: stage {stage} had other flags ({differing(before, now)})")
+    check_same_run(folder, stage_arguments(args, stage), FLAGS_THAT_DO_NOT_AFFECT_TRAINING)
     record = json.loads((folder / "stage.json").read_text("utf-8"))
     if record["gate"] and not args.force_continue:
         raise InputError(f"{folder}: stage {stage} missed its gate ({record['gate']}); --force_continue goes on")
@@ -234,10 +237,14 @@ def run_stage(
     pairs: list[dict],
     evaluations: list[Evaluation],
     checkpoint: Path | None,
+    *,
+    device: dict,
+    data: dict,
 ) -> dict:
     """Trains a stage in its folder, measures it against the stage before, or the base, and returns its record.
 
-    `args` are those of `stage_arguments`. The folder is sealed last of all, so that later stages can rely on it.
+    `args` are those of `stage_arguments`; `device` and `data`, the fingerprint of the pairs, go to the stage's run.json.
+    The manifest is written last of all, so that later stages can rely on the folder.
     """
     folder = Path(args.output_dir)
     former = folder.with_name(f"stage{stage - 1}")
@@ -249,7 +256,8 @@ def run_stage(
     trainer = build_trainer(args, model, tokenizer, rows)
     if main_process():
         folder.mkdir(exist_ok=True)
-        write_json(folder / "run.json", {"args": vars(args)})
+        if not (folder / "run.json").exists():
+            write_json(folder / "run.json", {"args": vars(args), "device": device, "data": data})
     entry = {"stage": stage, "pairs": len(pairs), "baseline": {}, "final": {}, "delta": {}, "runtime_s": {}}
 
     def measure_to(where: Path, name: str, *, with_adapter: bool) -> None:
@@ -267,7 +275,7 @@ def run_stage(
         report(entry, folder, evaluations, before, stored_rows(folder, "final", evaluations))
         entry["gate"] = missed_gate(stage, entry["delta"], evaluations)
         write_json(folder / "stage.json", entry)
-        seal_checkpoint(folder)
+        write_manifest(folder)
     return on_main_process(lambda: entry)
 
 
@@ -290,11 +298,12 @@ def run(args: argparse.Namespace, record: dict) -> None:
     check_stage_flags(args, stages)
     record["stages"] = [finished_stage(args, stage) for stage in range(1, stages[0])]
     by_stage = {stage: stage_arguments(args, stage) for stage in stages}
-    neutral = NEUTRAL_FLAGS | MEASURING_FLAGS
+    ignored = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS
     checkpoints = dict.fromkeys(stages)
     do_anew = args.resume_from_stage and not args.resume_from_checkpoint  # with both, that command was interrupted
     if not do_anew:
-        checkpoints = {stage: find_checkpoint(by_stage[stage], neutral) for stage in stages}
+        for stage in stages:
+            check_output_folder(by_stage[stage], ignored)
     tokenizer = load_tokenizer(args)
     asked = {"mtbench": (mtbench_questions(args), args.mtbench_max_tokens)} if args.do_mtbench else {}
     all_asked = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
@@ -308,14 +317,30 @@ def run(args: argparse.Namespace, record: dict) -> None:
             rows = fit_chats(pairs[stage], tokenizer, by_stage[stage])
             print_plan(by_stage[stage], tokenizer, rows, evaluations)
         return
-    all_processes().wait_for_everyone()  # all have looked for checkpoints before the folder changes
+    fingerprints = {stage: {"pairs": len(pairs[stage]), "sha256": digest(pairs[stage])} for stage in stages}
+    if not do_anew:
+        for stage in stages:
+            check_output_folder(by_stage[stage], ignored, fingerprints[stage])
+            checkpoints[stage] = newest_complete(by_stage[stage])
     everything = [pair for stage in stages for pair in pairs[stage]]
     folder = begin(record, data_fingerprint(data, everything))
     if do_anew and main_process():
         for stage in stages:
             shutil.rmtree(stage_folder(args, stage), ignore_errors=True)
     for stage in stages:
-        entry = run_stage(by_stage[stage], stage, tokenizer, pairs[stage], evaluations, checkpoints[stage])
+        if args.resume_from_checkpoint and checkpoint_problem(stage_folder(args, stage)) is None:
+            entry = finished_stage(args, stage)
+        else:
+            entry = run_stage(
+                by_stage[stage],
+                stage,
+                tokenizer,
+                pairs[stage],
+                evaluations,
+                checkpoints[stage],
+                device=record["device"],
+                data=fingerprints[stage],
+            )
         record["stages"].append(entry)
         record["runtime_s"][f"stage{stage}"] = sum(entry["runtime_s"].values())
         record["kept_step"] = entry["kept_step"]

@@ -55,15 +55,18 @@ from llm_alignment.models import (
     processes,
 )
 from llm_alignment.rewards import RewardModel
-from llm_alignment.runs import NotFiniteError, begin, recorded_run, timed
+from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.stats import paired_delta
 from llm_alignment.training import (
-    NEUTRAL_FLAGS,
-    find_checkpoint,
+    FLAGS_THAT_DO_NOT_AFFECT_TRAINING,
+    check_output_folder,
     log_memory_plan,
+    newest_complete,
     optimiser_steps,
     run_training,
     save_adapter,
+    sort_by_length,
+    token_counts,
     training_arguments,
 )
 from mtbench_eval import compare_rows, load_questions, score_questions, summarise
@@ -187,7 +190,7 @@ def neutral_flags(args: argparse.Namespace) -> set[str]:
     measuring = {"skip_baseline_eval", "baseline_eval_samples"}
     if args.early_stop_patience is None:
         measuring |= {"reward_model", "eval_steps"} | {name for name in vars(args) if name.startswith("mtbench_")}
-    return NEUTRAL_FLAGS | measuring | {"kl_log_interval"}
+    return FLAGS_THAT_DO_NOT_AFFECT_TRAINING | measuring | {"kl_log_interval"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,6 +373,12 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
     from trl import SFTConfig, SFTTrainer
 
     class KLAnchoredTrainer(SFTTrainer):
+        def get_train_dataloader(self):
+            loader = super().get_train_dataloader()
+            if args.streaming or args.packing:  # a stream has no lengths beforehand; packed rows are full
+                return loader
+            return sort_by_length(loader, self.args, token_counts(self.train_dataset, "input_ids"))
+
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             """Also marks the KL positions of the step's batches, so that its KL is the mean over all of them."""
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -410,8 +419,6 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
                 sft_loss=args.sft_loss,
                 num_items=num_items_in_batch,
             )
-            if not loss.isfinite():
-                raise NotFiniteError(f"the loss is {loss.item()} at step {self.state.global_step + 1}")
             self.nll_since_log += nll.item()
             if kl_mask is not None:
                 self.kl_since_log += (kl * kl_mask.sum() / self.kl_items).item()
@@ -451,7 +458,11 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
     model = new_adapter(model, args)
     config = SFTConfig(
         **training_arguments(
-            args, weight_decay=0.01, warmup_ratio=args.warmup_ratio, logging_steps=args.kl_log_interval
+            args,
+            weight_decay=0.01,
+            warmup_ratio=args.warmup_ratio,
+            logging_steps=args.kl_log_interval,
+            longest=args.max_seq_length,
         ),
         max_steps=optimiser_steps(args, selection.rows("train")) if args.streaming else -1,
         max_length=args.max_seq_length,
@@ -508,8 +519,11 @@ def validation_nll(model: PeftModel, rows, collator, batch_size: int) -> tuple[l
     was_training = model.training
     model.eval()
     weight = model.get_base_model().get_output_embeddings().weight
-    sums, tokens = [], []
-    for batch in torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=collator):
+    lengths = token_counts(rows, "input_ids")
+    order = sorted(range(len(rows)), key=lambda row: -lengths[row])  # little padding
+    sums, tokens = [0.0] * len(rows), [0] * len(rows)
+    place = iter(order)
+    for batch in torch.utils.data.DataLoader(rows.select(order), batch_size=batch_size, collate_fn=collator):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         with (
@@ -519,8 +533,9 @@ def validation_nll(model: PeftModel, rows, collator, batch_size: int) -> tuple[l
         ):
             hidden = model(**batch, use_cache=False).logits[:, :-1]
         for row_hidden, row_labels in zip(hidden, labels, strict=True):
-            sums.append(fused_nll_kl(row_hidden, weight, row_labels, num_items=1)[1].item())
-            tokens.append(int((row_labels != -100).sum()))
+            row = next(place)
+            sums[row] = fused_nll_kl(row_hidden, weight, row_labels, num_items=1)[1].item()
+            tokens[row] = int((row_labels != -100).sum())
     model.train(was_training)
     return sums, tokens
 
@@ -571,8 +586,12 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(args: argparse.Namespace, record: dict) -> None:
     """Load, measure, train, measure again. Everything that can be wrong with the input is found before it writes."""
-    checkpoint = find_checkpoint(args, neutral_flags(args))
+    check_output_folder(args, neutral_flags(args))
     selection, examples = load_data(args)
+    rows = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
+    data = {"source": args.dataset, "rows": rows, "sha256": selection.sha256}
+    check_output_folder(args, neutral_flags(args), data)
+    checkpoint = newest_complete(args)
     questions = []
     if args.mtbench_ru != "none":
         questions = load_questions(
@@ -631,9 +650,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     trainer = build_trainer(args, model, tokenizer, train_dataset, validation, selection, measure)
     model, collator = trainer.model, DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     compared = trainer.eval_dataset.select(range(min(args.baseline_eval_samples, len(trainer.eval_dataset))))
-    trainer.accelerator.wait_for_everyone()
-    rows = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
-    folder = begin(record, {"source": args.dataset, "rows": rows, "sha256": selection.sha256})
+    folder = begin(record, data)
     log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in rows.items()))
 
     baseline, final, delta = record["baseline"], record["final"], record["delta"]

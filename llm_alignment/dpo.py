@@ -37,11 +37,13 @@ from llm_alignment.runs import begin, timed
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 from llm_alignment.tatqa import add_tatqa_flags
 from llm_alignment.training import (
-    NEUTRAL_FLAGS,
+    FLAGS_THAT_DO_NOT_AFFECT_TRAINING,
     log_memory_plan,
     optimiser_steps,
     run_training,
     save_adapter,
+    sort_by_length,
+    token_counts,
     training_arguments,
 )
 
@@ -173,7 +175,7 @@ def losses(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
 def neutral_flags(args: argparse.Namespace) -> set[str]:
     """Flags that do not change which adapter comes out."""
     measuring = {name for name in vars(args) if name.startswith(("eval_", "do_", "mtbench_", "instruct_"))}
-    return NEUTRAL_FLAGS | measuring | {"reward_model"}
+    return FLAGS_THAT_DO_NOT_AFFECT_TRAINING | measuring | {"reward_model"}
 
 
 def fit_pairs(
@@ -225,15 +227,25 @@ def build_trainer(
     if is_fresh:
         model = new_adapter(model, args)
     config = DPOConfig(
-        **training_arguments(args, weight_decay=0.0, warmup_ratio=0.05, logging_steps=5),
+        **training_arguments(args, weight_decay=0.0, warmup_ratio=0.05, logging_steps=5, longest=args.max_length),
         beta=args.beta,
         max_length=args.max_length,
         loss_type=loss_types,
         loss_weights=loss_weights,
         label_smoothing=args.label_smoothing,
     )
+
+    class LengthSortedTrainer(DPOTrainer):
+        def get_train_dataloader(self):
+            loader = super().get_train_dataloader()
+            if args.group_by_table:  # which decides itself what meets in a micro-batch
+                return loader
+            return sort_by_length(
+                loader, self.args, token_counts(self.train_dataset, "prompt_ids", "chosen_ids", "rejected_ids")
+            )
+
     with adapter_kept_in_float32(model):
-        trainer = DPOTrainer(
+        trainer = LengthSortedTrainer(
             model=model, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
         )
     if is_fresh:
@@ -397,7 +409,6 @@ def align(
     trainer = None if args.no_train else build_trainer(args, model, tokenizer, rows)
     if trainer is not None:
         model = trainer.model
-        trainer.accelerator.wait_for_everyone()  # all have looked for a checkpoint before the folder changes
     folder = begin(record, data)
     before = after = {}
     if args.eval_baseline:

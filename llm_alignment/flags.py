@@ -87,9 +87,19 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--learning_rate", type=positive(float), help="peak of the cosine (default: %(default)s)")
     group.add_argument(
         "--gradient_checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="recompute activations to save memory (default: on with a GPU, off without)",
+        nargs="?",
+        choices=["auto", "on", "off"],
+        const="on",
+        default="auto",
+        help="recompute activations to save memory; auto: only where the GPU would otherwise have less than a quarter "
+        "of its memory free (default: %(default)s)",
+    )
+    group.add_argument(
+        "--no-gradient_checkpointing",
+        dest="gradient_checkpointing",
+        action="store_const",
+        const="off",
+        help="the same as --gradient_checkpointing off",
     )
     group.add_argument("--save_steps", type=positive(int), default=50, help="steps between checkpoints (default: 50)")
     group.add_argument(

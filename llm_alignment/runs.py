@@ -8,16 +8,18 @@ import io
 import logging
 import logging.handlers
 import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from llm_alignment.files import InputError, append_record, write_json
-from llm_alignment.models import device_and_dtype, main_process, processes, versions
+from llm_alignment.models import all_processes, device_and_dtype, main_process, processes, versions
 
 log = logging.getLogger("llm_alignment")
 
@@ -26,13 +28,44 @@ class NotFiniteError(Exception):
     """The loss or a gradient is not finite; training stops with exit code 1 and the last checkpoint stays."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop; the exit code is 128 + `signum`."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal_name(signum))
+        self.signum = signum
+
+
+def signal_name(signum: int) -> str:
+    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+
+
+@contextlib.contextmanager
+def signals_go_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Inside, Ctrl-C, SIGTERM and SIGHUP call `handler(signum, frame)`; what `nohup` ignores stays ignored."""
+    stopping = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        stopping.append(signal.SIGHUP)
+    previous = {signum: signal.signal(signum, handler) for signum in stopping}
+    try:
+        yield
+    finally:
+        for signum, previous_handler in previous.items():
+            signal.signal(signum, previous_handler)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise Interrupted(signum)
+
+
 @contextlib.contextmanager
 def recorded_run(args: argparse.Namespace, argv: list[str], script: str) -> Iterator[dict]:
     """Wraps a run: yields its record, logs to console and run.log, and turns every end into an exit code and a record.
 
     Bad input (InputError): one line on stderr, exit code 2, no record, nothing written. A loss that is not finite: exit
-    code 1. Ctrl-C: 130. Any other exception goes on to its traceback after the record is written as failed. The
-    script calls `begin(record)` once its input is checked; `record["runtime_s"]` gets its total here.
+    code 1. Ctrl-C: 130, SIGTERM: 143, SIGHUP: 129. Any other exception goes on to its traceback after the record is
+    written as failed. The script calls `begin(record)` once its input is checked; `record["runtime_s"]` gets its total
+    here.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -73,7 +106,8 @@ def recorded_run(args: argparse.Namespace, argv: list[str], script: str) -> Iter
                 raise InputError(f"--output_dir {args.output_dir} is a file; name a folder")
             if Path(args.exp_log).is_dir():
                 raise InputError(f"--exp_log {args.exp_log} is a folder; name a file")
-            yield record
+            with signals_go_to(_interrupt):
+                yield record
             record["status"] = "completed"
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -84,11 +118,12 @@ def recorded_run(args: argparse.Namespace, argv: list[str], script: str) -> Iter
             print(f"error: {message}", file=sys.stderr)
             raise SystemExit(1) from error
         except KeyboardInterrupt as error:
-            record |= {"status": "interrupted", "reason": "Ctrl-C"}
+            signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
+            record |= {"status": "interrupted", "reason": signal_name(signum)}
             print(
                 "interrupted: the same command goes on, training with --resume_from_checkpoint auto", file=sys.stderr
             )
-            raise SystemExit(130) from error
+            raise SystemExit(128 + signum) from error
         except Exception as error:
             record["reason"] = f"{type(error).__name__}: {error}"
             log.removeHandler(console)  # the interpreter prints the traceback there; run.log gets it too
@@ -116,7 +151,10 @@ def finish(record: dict, args: argparse.Namespace, started: float) -> None:
 
 
 def begin(record: dict, data: dict) -> Path:
-    """Creates the output folder and writes run.json and run.log. `data` is the fingerprint of the data."""
+    """Creates the output folder and writes run.json and run.log. `data` is the fingerprint of the data.
+
+    A resumed run keeps the run.json that it was started with.
+    """
     device, dtype = device_and_dtype()
     import torch
 
@@ -129,10 +167,12 @@ def begin(record: dict, data: dict) -> Path:
     }
     record["data"] = data
     folder = Path(record["output_dir"])
+    all_processes().wait_for_everyone()  # all have looked at the folder before it changes
     if main_process():
         folder.mkdir(parents=True, exist_ok=True)
         keys = ("ts", "tag", "script", "argv", "args", "git", "versions", "device", "data")
-        write_json(folder / "run.json", {key: record[key] for key in keys})
+        if not (record["args"].get("resume_from_checkpoint") and (folder / "run.json").exists()):
+            write_json(folder / "run.json", {key: record[key] for key in keys})
         handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         held = log.handlers[1]

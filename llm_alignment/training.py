@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import logging
 import math
 import os
-import signal
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.files import InputError, differing, file_sha256, write_atomic, write_json
-from llm_alignment.models import LONGEST_WAIT, device_and_dtype, fetch_model, main_process, processes
-from llm_alignment.runs import NotFiniteError
+from llm_alignment.models import (
+    LONGEST_WAIT,
+    device_and_dtype,
+    fetch_model,
+    main_process,
+    new_adapter,
+    processes,
+)
+from llm_alignment.runs import Interrupted, NotFiniteError, signal_name, signals_go_to
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from accelerate.data_loader import DataLoaderShard
+    from datasets import Dataset
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
 log = logging.getLogger("llm_alignment")
 
 
 def training_arguments(
-    args: argparse.Namespace, *, weight_decay: float, warmup_ratio: float, logging_steps: int
+    args: argparse.Namespace, *, weight_decay: float, warmup_ratio: float, logging_steps: int, longest: int
 ) -> dict:
-    """The keyword arguments that SFTConfig and DPOConfig share here."""
+    """The keyword arguments that SFTConfig and DPOConfig share here; `longest`: the tokens of the longest example."""
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise InputError(f"--report_to {args.report_to}: it is not installed; python -m pip install {args.report_to}")
     device, dtype = device_and_dtype()
-    checkpointing = device.type == "cuda" if args.gradient_checkpointing is None else args.gradient_checkpointing
     import torch
 
     return dict(
@@ -47,7 +57,7 @@ def training_arguments(
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=device.type == "cpu",
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=uses_checkpointing(args, longest),
         logging_steps=logging_steps,
         logging_nan_inf_filter=False,
         save_steps=args.save_steps,
@@ -57,6 +67,8 @@ def training_arguments(
         run_name=args.exp_tag or Path(args.output_dir).name,
         disable_tqdm=not main_process(),
         ddp_timeout=int(LONGEST_WAIT.total_seconds()),
+        ddp_find_unused_parameters=False,
+        include_num_input_tokens_seen="non_padding",  # for the tokens per second in the log
     )
 
 
@@ -65,24 +77,139 @@ def optimiser_steps(args: argparse.Namespace, rows: int) -> int:
     return math.ceil(args.epochs * math.ceil(math.ceil(rows / (args.batch * processes())) / args.grad_acc))
 
 
-def log_memory_plan(args: argparse.Namespace, tokens: int) -> None:
-    """Says about how much memory training takes, with `tokens` the longest example; the weights are not loaded."""
+def memory_estimate(args: argparse.Namespace, tokens: int) -> dict[str, int]:
+    """Bytes that training takes on a device, by part, for examples of `tokens` tokens; a factor of 1.5 off at most.
+
+    "weights"; "adapter" with its gradient and Adam's two moments; "activations", what the layers keep for the backward
+    pass; "checkpointed", the same with gradient checkpointing; "logits" of the LM head's chunks. The weights are not
+    loaded. For DPO an example is a prompt and both answers.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(
-        fetch_model(args.model, args.model_revision, "--model"), trust_remote_code=args.trust_remote_code
-    )
+    folder = fetch_model(args.model, args.model_revision, "--model")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-    width = device_and_dtype()[1].itemsize
-    embeddings = sum(p.numel() for p in {model.get_input_embeddings().weight, model.get_output_embeddings().weight})
-    linear = model.num_parameters() - embeddings
-    weights = embeddings * width + linear * (width if args.no_4bit else 0.53)  # 4 bits and the scales of 64 values
-    kept_layers = config.num_hidden_layers * (1 if args.gradient_checkpointing is not False else 16)
-    activations = args.batch * tokens * config.hidden_size * width * kept_layers
-    logits = 2 * 128 * config.vocab_size * 4
-    log.info("memory: about %.1f GiB of weights, %.1f GiB of activations and logits", weights / 2**30, (activations + logits) / 2**30)  # fmt: skip
+        width = device_and_dtype()[1].itemsize
+        embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+        embedding_size = sum(parameter.numel() for parameter in embeddings)
+        rest = model.num_parameters() - embedding_size
+        model = new_adapter(model, args)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    config = config.get_text_config()
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    query, key = config.num_attention_heads * head, config.num_key_value_heads * head
+    # Per token and layer. The base is frozen, so its linear layers keep nothing; norms keep their input in float32.
+    layer = 4 * (2 * hidden + query + key)
+    layer += width * (2 * query + 2 * query + 3 * config.intermediate_size)  # attention with its output; gated MLP
+    # An adapter keeps its input in float32, with dropout the mask too.
+    inputs = sum(p.shape[1] for name, p in trained if "lora_A" in name) / layers
+    layer += inputs * (5 if args.lora_dropout else 4 * (width != 4))
+    rows = args.batch * tokens
+    return {
+        "weights": round(embedding_size * width + rest * (width if args.no_4bit else 0.53)),  # 4 bits and their scales
+        "adapter": 16 * sum(p.numel() for _, p in trained),
+        "activations": round(rows * layers * layer),
+        "checkpointed": round(rows * (layers * hidden * width + layer)),
+        "logits": 2 * 256 * config.vocab_size * 4 + rows * hidden * (width + 4),
+    }
+
+
+def uses_checkpointing(args: argparse.Namespace, tokens: int) -> bool:
+    """--gradient_checkpointing; auto: off on CPU, and where the estimate leaves a quarter of the GPU's memory free.
+
+    The weights are loaded already and count as what they take.
+    """
+    import torch
+
+    if args.gradient_checkpointing != "auto":
+        return args.gradient_checkpointing == "on"
+    if not torch.cuda.is_available():
+        return False
+    free, total = torch.cuda.mem_get_info()
+    needed = memory_estimate(args, tokens)
+    left = free - needed["adapter"] - needed["activations"] - needed["logits"]
+    is_on = left < total / 4
+    log.info(
+        "gradient checkpointing %s: without it, training would leave %.1f of %.1f GiB free",
+        "on" if is_on else "off", left / 2**30, total / 2**30,
+    )  # fmt: skip
+    return is_on
+
+
+def log_memory_plan(args: argparse.Namespace, tokens: int) -> None:
+    """Logs the `memory_estimate` of examples of `tokens` tokens."""
+    needed = {part: size / 2**30 for part, size in memory_estimate(args, tokens).items()}
+    common = needed["weights"] + needed["adapter"] + needed["logits"]
+    log.info(
+        "memory: about %.2f GiB with gradient checkpointing, %.2f GiB without (weights %.2f, adapter and optimizer %.2f, "
+        "activations %.2f or %.2f, logits %.2f); --gradient_checkpointing %s",
+        common + needed["checkpointed"], common + needed["activations"], needed["weights"], needed["adapter"],
+        needed["checkpointed"], needed["activations"], needed["logits"], args.gradient_checkpointing,
+    )  # fmt: skip
+
+
+def sorted_within_steps(order: list[int], lengths: Sequence[int], *, batch: int, step: int) -> list[int]:
+    """`order` in which each run of `step` examples, one optimiser step, is sorted by length, the longest first.
+
+    Cut into micro-batches of `batch`, a step then has little padding, and its examples are those that it had before. A
+    last micro-batch that is not full keeps its examples: a loss that is a mean over the micro-batch weighs them more.
+    """
+    result = []
+    for start in range(0, len(order), step):
+        examples = order[start : start + step]
+        full = len(examples) - len(examples) % batch
+        result += sorted(examples[:full], key=lambda index: -lengths[index]) + examples[full:]
+    return result
+
+
+class LengthSortedSampler:
+    """The order of `sampler`, an epoch's indices by the seed, sorted by length within each optimiser step.
+
+    Neighbouring micro-batches go to different processes, so these get similar lengths. `multiple` is what accelerate
+    fills an epoch up to, with examples from its beginning: that happens here, before the order changes.
+    """
+
+    def __init__(self, sampler: Any, lengths: Sequence[int], *, batch: int, step: int, multiple: int):
+        self.sampler, self.lengths, self.batch, self.step, self.multiple = sampler, lengths, batch, step, multiple
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(self.sampler)
+        order = list(itertools.islice(itertools.cycle(order), len(self)))
+        return iter(sorted_within_steps(order, self.lengths, batch=self.batch, step=self.step))
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.sampler) / self.multiple) * self.multiple
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+
+def sort_by_length(loader: DataLoaderShard, args: TrainingArguments, lengths: Sequence[int]) -> DataLoaderShard:
+    """Makes a Trainer's training loader sort the examples of each optimiser step by length (`LengthSortedSampler`).
+
+    `loader` is what `get_train_dataloader` returns, so its order is the one that the seed gave before; `lengths` are in
+    tokens, one for each example.
+    """
+    multiple = args.train_batch_size * args.world_size if args.world_size > 1 else 1
+    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # under several processes: inside
+    sampler = LengthSortedSampler(batches.sampler, lengths, batch=args.train_batch_size, step=step, multiple=multiple)
+    loader.set_sampler(sampler)
+    return loader
+
+
+def token_counts(dataset: Dataset, *columns: str) -> list[int]:
+    """The number of tokens of each row of a `datasets.Dataset`, summed over its columns of token ids."""
+    import pyarrow.compute
+
+    counts = []
+    for part in dataset.select_columns(list(columns)).with_format("arrow").iter(10_000):
+        sizes = [pyarrow.compute.list_value_length(part[column]).to_pylist() for column in columns]
+        counts += map(sum, zip(*sizes, strict=True))
+    return counts
 
 
 def save_adapter(trainer: Trainer, folder: Path) -> None:
@@ -96,61 +223,131 @@ def save_adapter(trainer: Trainer, folder: Path) -> None:
 
 
 def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Trains, from `checkpoint` if given, with complete checkpoints, a log on disk, and a stop that is never silent.
+    """Trains, from `checkpoint` if given, with complete checkpoints and a log on disk.
 
-    Ctrl-C ends the step in hand, saves a checkpoint and raises KeyboardInterrupt; a second one stops at once. A loss
-    or gradient that is not finite raises NotFiniteError before the optimiser steps.
+    A checkpoint of the last step is loaded and no further step is taken. Ctrl-C, SIGTERM and SIGHUP finish the
+    micro-batch in hand, save a checkpoint of the last whole optimiser step and raise Interrupted; a second signal stops
+    at once. A loss or gradient that is not finite in any process raises NotFiniteError in all of them at the same step.
     """
+    from transformers import TrainerState
+
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= state.max_steps:  # the Trainer itself would take one more step
+            log.info("training had ended at step %d; no further step is taken", state.global_step)
+            trainer.state = state
+            trainer._load_from_checkpoint(str(checkpoint))
+            return
+    keeper = new_run_keeper(trainer, checkpoint)
+    trainer.add_callback(keeper)
+    with signals_go_to(keeper.on_signal):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if keeper.signal:  # it came after the last micro-batch
+        raise Interrupted(keeper.signal)
+
+
+def new_run_keeper(trainer: Trainer, checkpoint: Path | None) -> TrainerCallback:
+    """The callback of `run_training`: it ends micro-batches together in all processes, marks checkpoints, writes the log."""
     import torch
     from transformers import TrainerCallback
 
-    folder = Path(trainer.args.output_dir)
-    interrupted = False
-
     class RunKeeper(TrainerCallback):
+        signal = 0  # the first one that came
+        in_steps = False  # False while the trainer loads or evaluates, which a signal stops at once
+        saved_step = None  # of the newest checkpoint in the run's folder
+        skipped_steps = 0
+        last_step = None  # random state and tokens seen at the end of the last whole step
+
+        def on_signal(self, signum: int, frame: Any) -> None:
+            if self.signal or not self.in_steps:
+                raise Interrupted(signum)
+            self.signal = signum
+            log.warning("%s: finishing this micro-batch, then saving a checkpoint; a second signal stops at once", signal_name(signum))  # fmt: skip
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            if checkpoint is not None:
+                trainer._load_rng_state(str(checkpoint))
+                if checkpoint.resolve().parent == Path(args.output_dir).resolve():
+                    self.saved_step = state.global_step
+            self.last_step = random_state(), state.num_input_tokens_seen
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.in_steps = True
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            """After every micro-batch but a step's last one. All processes meet here, so that they stop together."""
+            mine = torch.stack([trainer._tr_loss.float(), torch.tensor(float(self.signal), device=args.device)])
+            losses, signals = trainer.accelerator.gather(mine[None]).T.tolist()
+            for rank, loss in enumerate(losses):
+                if not math.isfinite(loss):
+                    where = f" in process {rank}" if len(losses) > 1 else ""
+                    raise NotFiniteError(f"the loss is {loss} at step {state.global_step + 1}{where}")
+            if any(signals):
+                if state.global_step != self.saved_step:
+                    generators, state.num_input_tokens_seen = self.last_step
+                    set_random_state(generators)
+                    trainer._save_checkpoint(trainer.model, None)
+                    self.on_save(args, state, control)
+                raise Interrupted(int(max(signals)))
+
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.on_substep_end(args, state, control)
             if not args.fp16:  # with fp16 the gradient scaler skips such steps and lowers its scale
                 gradients = [p.grad for p in model.parameters() if p.grad is not None]
                 if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
                     raise NotFiniteError(f"a gradient is not finite at step {state.global_step + 1}")
 
         def on_step_end(self, args, state, control, **kwargs):
-            if interrupted:
-                control.should_save = control.should_training_stop = True
+            self.skipped_steps = self.skipped_steps + 1 if trainer.accelerator.optimizer_step_was_skipped else 0
+            if self.skipped_steps == MAX_SKIPPED_STEPS:
+                raise NotFiniteError(f"{self.skipped_steps} steps in a row had gradients beyond fp16, up to step {state.global_step}")  # fmt: skip
+            self.last_step = random_state(), state.num_input_tokens_seen
+            self.in_steps = not control.should_evaluate
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            self.last_step = random_state(), state.num_input_tokens_seen
+            self.in_steps = True
 
         def on_save(self, args, state, control, **kwargs):
+            trainer.accelerator.wait_for_everyone()  # every process has written its own files
             if state.is_world_process_zero:
-                seal_checkpoint(folder / f"checkpoint-{state.global_step}")
+                write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self.saved_step = state.global_step
 
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "loss" in logs and not math.isfinite(logs["loss"]):
-                raise NotFiniteError(f"the loss is {logs['loss']} at step {state.global_step}")
+        def on_log(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
                 lines = [json.dumps(entry) + "\n" for entry in state.log_history]
-                write_atomic(folder / "train_log.jsonl", "".join(lines))
+                write_atomic(Path(args.output_dir) / "train_log.jsonl", "".join(lines))
 
-    def interrupt(*_: Any) -> None:
-        nonlocal interrupted
-        if interrupted:
-            raise KeyboardInterrupt
-        interrupted = True
-        log.warning("Ctrl-C: finishing this step, then saving a checkpoint; press it again to stop at once")
-
-    trainer.add_callback(RunKeeper())
-    former = signal.signal(signal.SIGINT, interrupt)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        signal.signal(signal.SIGINT, former)
-    if interrupted:
-        raise KeyboardInterrupt
+    return RunKeeper()
 
 
+def random_state() -> tuple:
+    """The state of every random generator that training uses; `set_random_state` takes it back."""
+    import numpy
+    import torch
+
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_random_state(state: tuple) -> None:
+    import numpy
+    import torch
+
+    random.setstate(state[0])
+    numpy.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3] is not None:
+        torch.cuda.set_rng_state(state[3])
+
+
+MAX_SKIPPED_STEPS = 20  # in a row, with fp16, before the run stops
 MANIFEST = "complete.json"
 
 
-def seal_checkpoint(folder: Path) -> None:
-    """Writes the manifest, last of all: name and SHA-256 of every file. A checkpoint without it is not complete."""
+def write_manifest(folder: Path) -> None:
+    """Marks a checkpoint complete: writes name and SHA-256 of every file, last of all."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
     write_json(folder / MANIFEST, {path.name: file_sha256(path) for path in files})
 
@@ -171,50 +368,83 @@ def checkpoint_problem(folder: Path) -> str | None:
     return None
 
 
-def find_checkpoint(args: argparse.Namespace, neutral: set[str]) -> Path | None:
-    """The checkpoint to go on from, or None to start anew; says which, and names the ones passed over.
+# Flags that never change what is trained; a script adds its own evaluation flags where they do not either.
+FLAGS_THAT_DO_NOT_AFFECT_TRAINING = {
+    "output_dir", "resume_from_checkpoint", "exp_log", "exp_tag", "report_to", "dry_run", "save_steps",
+    "eval_batch_size", "no_baseline_cache", "num_proc", "gradient_checkpointing",
+}  # fmt: skip
 
-    Raises InputError when --output_dir holds another run and none is to be resumed, when a training flag differs from
-    the interrupted run's (`neutral` flags do not change the training), or when the checkpoint named is not complete.
+
+def check_output_folder(args: argparse.Namespace, ignored: set[str], data: dict | None = None) -> None:
+    """Raises InputError, before anything is written, when --output_dir holds another run.
+
+    Without --resume_from_checkpoint that is any run; with it, one that `check_same_run` finds to be another. Call it
+    first of all, and again with the fingerprint of the data when that is known.
     """
     folder = Path(args.output_dir)
-    if not args.resume_from_checkpoint:
+    if args.resume_from_checkpoint is None:
         if (folder / "run.json").exists() or any(folder.glob("checkpoint-*")):
             raise InputError(
-                f"--output_dir {folder} holds another run; name another folder, or go on with that run by "
+                f"--output_dir {folder} holds another run; name another folder, or resume that run by "
                 "--resume_from_checkpoint auto"
             )
+        return
+    folders = {folder}
+    if args.resume_from_checkpoint != "auto":
+        folders.add(Path(args.resume_from_checkpoint).parent)
+    for folder in sorted(folders):
+        if (folder / "run.json").exists():
+            check_same_run(folder, args, ignored, data)
+        elif any(folder.glob("checkpoint-*")):
+            log.warning("no run.json in %s: the flags and data of its checkpoints cannot be checked", folder)
+
+
+def check_same_run(folder: Path, args: argparse.Namespace, ignored: set[str], data: dict | None = None) -> None:
+    """Raises InputError that lists the differences between the run in `folder` (its run.json) and this one.
+
+    Compared are the flags except those in `ignored`, the number of processes, the type of the weights, and with `data`
+    the fingerprint of the data.
+    """
+    path = folder / "run.json"
+    device, dtype = device_and_dtype()
+    now = {"args": vars(args), "device": {"processes": processes(), "dtype": str(dtype).removeprefix("torch.")}}
+    try:
+        stored = json.loads(path.read_bytes())
+        before, after = (
+            {f"--{name}": value for name, value in run["args"].items() if name not in ignored}
+            | {name: run["device"][name] for name in ("processes", "dtype")}
+            | ({f"data {name}": value for name, value in run["data"].items()} if data is not None else {})
+            for run in (stored, json.loads(json.dumps({**now, "data": data})))
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is damaged, so the run cannot be checked: put it back, or start again in another --output_dir"
+        ) from error
+    if before != after:
+        raise InputError(f"{folder}: the run to resume had other flags or data ({differing(before, after)})")
+
+
+def newest_complete(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to resume from, None to start from the first step; says which, and names the ones skipped.
+
+    Raises InputError when the checkpoint that --resume_from_checkpoint names is not complete.
+    """
+    folder = Path(args.output_dir)
+    if args.resume_from_checkpoint is None:
         return None
-    if args.resume_from_checkpoint == "auto":
-        steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
-        candidates = sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path]))
-    else:
-        candidates = [Path(args.resume_from_checkpoint)]
-        problem = checkpoint_problem(candidates[0])
+    if args.resume_from_checkpoint != "auto":
+        named = Path(args.resume_from_checkpoint)
+        problem = checkpoint_problem(named)
         if problem:
-            raise InputError(
-                f"--resume_from_checkpoint {candidates[0]}: {problem}; use auto to take the newest whole one"
-            )
-    run_file = (candidates[0].parent if candidates else folder) / "run.json"
-    if run_file.exists():
-        before = {
-            key: value for key, value in json.loads(run_file.read_text("utf-8"))["args"].items() if key not in neutral
-        }
-        now = {key: value for key, value in json.loads(json.dumps(vars(args))).items() if key not in neutral}
-        if before != now:
-            raise InputError(f"{run_file.parent}: the interrupted run had other flags ({differing(before, now)})")
-    for candidate in candidates:
+            raise InputError(f"--resume_from_checkpoint {named}: {problem}; use auto to take the newest complete one")
+        log.info("resuming from %s", named)
+        return named
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    for candidate in sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path])):
         problem = checkpoint_problem(candidate)
         if problem is None:
             log.info("resuming from %s", candidate)
             return candidate
-        log.warning("passed over %s: %s", candidate, problem)
+        log.warning("skipped %s: %s", candidate, problem)
     log.info("no complete checkpoint in %s: starting from the first step", folder)
     return None
-
-
-# Flags that never change what is trained; a script adds its own evaluation flags where they do not either.
-NEUTRAL_FLAGS = {
-    "output_dir", "resume_from_checkpoint", "exp_log", "exp_tag", "report_to", "dry_run", "save_steps",
-    "eval_batch_size", "no_baseline_cache", "num_proc",
-}  # fmt: skip

@@ -58,7 +58,7 @@ def judge(folder: Path, gate: str) -> None:
     """Makes a finished stage one that missed its gate, or with "" one that passed."""
     stage = json.loads((folder / "stage.json").read_text("utf-8"))
     files.write_json(folder / "stage.json", {**stage, "gate": gate})
-    training.seal_checkpoint(folder)
+    training.write_manifest(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,12 +197,12 @@ import os, sys
 sys.path.insert(0, {root!r})
 import dpo_train_mt_v2
 from llm_alignment import training
-seal = training.seal_checkpoint
+seal = training.write_manifest
 def seal_and_die(folder):
     seal(folder)
     if folder.parent.name == "stage2":
         os._exit(9)
-training.seal_checkpoint = seal_and_die
+training.write_manifest = seal_and_die
 dpo_train_mt_v2.main({argv!r})
 """
 

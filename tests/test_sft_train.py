@@ -5,20 +5,16 @@ import json
 import logging
 import os
 import random
-import re
 import shlex
-import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 
 import sft_train
-from llm_alignment import files, models, training
+from llm_alignment import files, models
 from llm_alignment.files import SkippedRows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -322,124 +318,6 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
         for key in {"loss", "nll", "kl"} & x.keys():
             assert x[key] == pytest.approx(y[key], rel=1e-4, abs=1e-7), key
     assert len(files.read_records(tmp_path / "log.jsonl")) == 2  # one record a run, not one a process
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs that end early
-
-
-def start(folder, *more):
-    """The script in a process of its own."""
-    command = [sys.executable, str(ROOT / "sft_train.py"), *flags(folder, *more)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
-    )
-
-
-def wait_for(path, process):
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.stderr.read()[-2000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def test_killed_while_it_saves_a_checkpoint_and_resumed(tmp_path, whole_run, capsys):
-    _, whole = whole_run
-    folder = tmp_path / "run"
-    process = start(folder)
-    wait_for(folder / "checkpoint-8", process)  # the folder is there, its files are being written
-    process.kill()
-    process.wait()
-    assert not (folder / "adapter_model.safetensors").exists()
-    record = sft_train.main(flags(folder, "--resume_from_checkpoint", "auto"))
-    assert record["status"] == "completed" and adapter(folder) == adapter(whole)
-    assert "resuming from" in capsys.readouterr().out
-
-
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, whole_run, capsys):
-    _, whole = whole_run
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    for path in folder.glob("adapter*"):
-        path.unlink()
-    newest = folder / "checkpoint-16" / "optimizer.pt"
-    newest.write_bytes(newest.read_bytes()[:-100])
-    sft_train.main(flags(folder, "--resume_from_checkpoint", "auto"))
-    printed = capsys.readouterr().out
-    assert "passed over" in printed and "checkpoint-16: optimizer.pt is damaged" in printed
-    assert "checkpoint-12" in printed and adapter(folder) == adapter(whole)
-
-
-def test_other_damage_is_passed_over_too(tmp_path, whole_run, capsys):
-    _, whole = whole_run
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    (folder / "checkpoint-16").rename(folder / "checkpoint-16 - Copy")  # what Windows names a copy
-    manifest = folder / "checkpoint-12" / "complete.json"
-    manifest.write_bytes(manifest.read_bytes()[:-9])
-    sft_train.main(flags(folder, "--resume_from_checkpoint", "auto"))
-    assert "checkpoint-12: complete.json is damaged" in capsys.readouterr().out and adapter(folder) == adapter(whole)
-
-
-def test_a_run_that_stopped_early_is_not_trained_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sft_train, "early_stop_reason", lambda *scores: "enough" if len(scores[1]) == 2 else None)
-    early = [
-        "--early_stop_patience",
-        "1",
-        "--eval_steps",
-        "4",
-        "--mtbench_questions_limit",
-        "2",
-        "--mtbench_max_tokens",
-        "4",
-    ]
-    early += ["--mtbench_ru", str(DEMO / "mt_bench_ru.jsonl"), "--reward_model", str(DEMO / "reward_model")]
-    record = sft_train.main(flags(tmp_path / "run", *early))
-    for path in [*(tmp_path / "run").glob("adapter_*"), tmp_path / "run" / "mtbench_final.jsonl"]:
-        path.unlink()  # as if killed after the stop
-    resumed = sft_train.main(flags(tmp_path / "run", *early, "--resume_from_checkpoint", "auto"))
-    assert "early stop at step 8: enough" in capsys.readouterr().out
-    assert resumed["kept_step"] == record["kept_step"] <= 8 and resumed["final"] == record["final"]
-    assert not (tmp_path / "run" / "checkpoint-12").exists()
-
-
-def test_ctrl_c_saves_a_checkpoint_and_is_recorded(tmp_path, whole_run):
-    _, whole = whole_run
-    folder = tmp_path / "run"
-    process = start(folder)
-    wait_for(folder / "checkpoint-4" / "complete.json", process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    (record,) = files.read_records(tmp_path / "log.jsonl")
-    assert record["status"] == "interrupted" and record["reason"] == "Ctrl-C"
-    assert not (folder / "adapter_model.safetensors").exists()
-    sft_train.main(flags(folder, "--resume_from_checkpoint", "auto"))
-    assert adapter(folder) == adapter(whole)
-
-
-def test_a_resume_with_other_flags_names_them(tmp_path, whole_run, capsys):
-    _, whole = whole_run
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    with pytest.raises(SystemExit) as stop:
-        sft_train.main(flags(whole, "--resume_from_checkpoint", "auto", "--learning_rate", "2e-3", "--lora_r", "4"))
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert "learning_rate: 0.001 -> 0.002" in error and "lora_r: 8 -> 4" in error and "kl_coef" not in error
-    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys):
-    folder = tmp_path / "run"
-    with pytest.raises(SystemExit) as stop:
-        sft_train.main(flags(folder, "--learning_rate", "1e30", "--save_steps", "1", "--warmup_ratio", "0"))
-    assert stop.value.code == 1
-    assert re.search(r"error: (the loss is|a gradient is not finite).* at step \d+", capsys.readouterr().err)
-    (record,) = files.read_records(tmp_path / "log.jsonl")
-    assert record["status"] == "failed" and "step" in record["reason"]
-    checkpoints = list(folder.glob("checkpoint-*"))
-    assert checkpoints and all(training.checkpoint_problem(path) is None for path in checkpoints)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,512 @@
+"""Checkpoints, resume, signals: runs of sft_train.py on the demo's files that end early and go on."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import transformers
+from conftest import DEMO, ROOT, run_error, write_rows
+
+import dpo_train
+import sft_train
+from llm_alignment import dpo, files, models, training
+from llm_alignment.files import SkippedRows
+
+EARLY_STOP = [
+    "--early_stop_patience", "1", "--eval_steps", "2", "--mtbench_questions_limit", "2", "--mtbench_max_tokens", "4",
+    "--mtbench_ru", str(DEMO / "mt_bench_ru.jsonl"), "--reward_model", str(DEMO / "reward_model"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """18 rows to train on, of different lengths, and 2 held out."""
+    rows = [row for _, row in files.read_rows(DEMO / "twix.jsonl", SkippedRows()) if row["subset"] == "general"]
+    distinct = {str(sft_train.prompt_of(row)): row for row in rows}
+    return write_rows(tmp_path_factory.mktemp("data") / "twix.jsonl", list(distinct.values())[:20])
+
+
+@pytest.fixture(scope="module")
+def flags(dataset):
+    """flags(folder, *more): a run of 8 steps, 1.5 epochs of 5 steps, the last of an epoch of one micro-batch."""
+
+    def of_run(folder, *more):
+        return [
+            "--demo", "--output_dir", str(folder), "--exp_log", str(folder.parent / "log.jsonl"),
+            "--dataset", str(dataset), "--sample_ratio", "1", "--val_split", "0.1", "--epochs", "1.5", "--batch", "2",
+            "--grad_acc", "2", "--max_seq_length", "48", "--learning_rate", "1e-3", "--kl_coef", "0.2",
+            "--kl_start_step", "2", "--kl_warmup_steps", "4", "--lora_dropout", "0.1", "--kl_log_interval", "2",
+            "--save_steps", "2", "--mtbench_ru", "none", "--no_4bit", "--skip_baseline_eval",
+            "--target_modules", "q_proj,v_proj", *more,
+        ]  # fmt: skip
+
+    return of_run
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """The folder of a run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert sft_train.main(flags(folder))["kept_step"] == 8
+    return folder
+
+
+def adapter(folder):
+    return files.file_sha256(folder / "adapter_model.safetensors")
+
+
+def contents(folder):
+    """Every file's bytes but the log's, which says that the run was resumed."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "run.log"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def start(argv):
+    """sft_train.py in a process of its own."""
+    command = [sys.executable, str(ROOT / "sft_train.py"), *argv]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    )
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def signal_in(monkeypatch, micro_batch, signum):
+    """The process gets `signum` while it computes its micro-batch number `micro_batch`, from 1."""
+    training_step, count = transformers.Trainer.training_step, 0
+
+    def step(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == micro_batch:
+            os.kill(os.getpid(), signum)
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "micro_batch, saved", [(1, 0), (3, 1), (4, 1), (10, 5), (11, 5)], ids=["first", "middle", "last", "epoch", "2nd"]
+)
+def test_a_signal_ends_the_micro_batch_and_the_resumed_run_is_the_same(
+    micro_batch, saved, flags, whole, tmp_path, monkeypatch, capsys
+):
+    """A step takes 2 micro-batches, the fifth one, so number 10 is the first of the second epoch."""
+    folder = tmp_path / "run"
+    signal_in(monkeypatch, micro_batch, signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        sft_train.main(flags(folder))
+    assert stop.value.code == 143
+    assert "SIGTERM: finishing this micro-batch" in capsys.readouterr().out
+    (record,) = files.read_records(tmp_path / "log.jsonl")
+    assert record["status"] == "interrupted" and record["reason"] == "SIGTERM"
+    assert training.checkpoint_problem(folder / f"checkpoint-{saved}") is None
+    assert not (folder / f"checkpoint-{saved + 1}").exists()
+    monkeypatch.undo()
+    sft_train.main(flags(folder, "--resume_from_checkpoint", "auto"))
+    assert f"checkpoint-{saved}" in capsys.readouterr().out and adapter(folder) == adapter(whole)
+    assert (folder / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
+
+
+def test_a_checkpoint_that_exists_is_not_saved_again(flags, tmp_path, monkeypatch):
+    saved = []
+    save = transformers.Trainer._save_checkpoint
+    monkeypatch.setattr(
+        transformers.Trainer,
+        "_save_checkpoint",
+        lambda self, *a: saved.append(self.state.global_step) or save(self, *a),
+    )
+    signal_in(monkeypatch, 5, signal.SIGHUP)  # the first micro-batch of step 3, after the checkpoint of step 2
+    with pytest.raises(SystemExit) as stop:
+        sft_train.main(flags(tmp_path / "run"))
+    assert stop.value.code == 129 and saved == [2]
+
+
+def test_ctrl_c_saves_a_checkpoint_and_is_recorded(flags, whole, tmp_path):
+    folder = tmp_path / "run"
+    process = start(flags(folder))
+    wait_for(folder / "checkpoint-2" / "complete.json", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    (record,) = files.read_records(tmp_path / "log.jsonl")
+    assert record["status"] == "interrupted" and record["reason"] == "Ctrl-C"
+    assert not (folder / "adapter_model.safetensors").exists()
+    sft_train.main(flags(folder, "--resume_from_checkpoint", "auto"))
+    assert adapter(folder) == adapter(whole)
+
+
+def test_a_second_signal_stops_at_once(flags, tmp_path, monkeypatch):
+    def step(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the second signal came back")
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", step)
+    with pytest.raises(SystemExit) as stop:
+        sft_train.main(flags(tmp_path / "run"))
+    assert stop.value.code == 143 and not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_signal_outside_training_is_recorded_too(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft_train, "build_trainer", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        sft_train.main(flags(tmp_path / "run"))
+    (record,) = files.read_records(tmp_path / "log.jsonl")
+    assert stop.value.code == 143 and record["status"] == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handlers are those of before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resume
+
+
+def test_killed_while_it_saves_a_checkpoint_and_resumed(flags, whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    process = start(flags(folder))
+    wait_for(folder / "checkpoint-4", process)  # the folder is there, its files are being written
+    process.kill()
+    process.wait()
+    assert not (folder / "adapter_model.safetensors").exists()
+    record = sft_train.main(flags(folder, "--resume_from_checkpoint", "auto"))
+    assert record["status"] == "completed" and adapter(folder) == adapter(whole)
+    assert "resuming from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--streaming", "--epochs", "1"], [*EARLY_STOP, "--early_stop_patience", "9"]],
+    ids=["plain", "stream", "early"],
+)
+def test_a_finished_run_that_is_resumed_changes_nothing(more, flags, whole, tmp_path, capsys):
+    """With a fractional number of epochs and with a stream, the Trainer alone would take one more step each time."""
+    folder = tmp_path / "run" if more else whole
+    if more:
+        sft_train.main(flags(folder, *more))
+    before = contents(folder)
+    for _ in range(2):
+        sft_train.main(flags(folder, *more, "--resume_from_checkpoint", "auto"))
+    assert "no further step is taken" in capsys.readouterr().out
+    after = contents(folder)
+    assert [name for name in before | after if before.get(name) != after.get(name)] == []
+
+
+def test_a_damaged_checkpoint_is_named_and_skipped(flags, whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for path in folder.glob("adapter*"):
+        path.unlink()
+    newest = folder / "checkpoint-8" / "optimizer.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    sft_train.main(flags(folder, "--resume_from_checkpoint", "auto"))
+    printed = capsys.readouterr().out
+    assert "skipped" in printed and "checkpoint-8: optimizer.pt is damaged" in printed
+    assert "checkpoint-6" in printed and adapter(folder) == adapter(whole)
+
+
+def test_other_damage_is_skipped_too(flags, whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "checkpoint-8").rename(folder / "checkpoint-8 - Copy")  # what Windows names a copy
+    manifest = folder / "checkpoint-6" / "complete.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    sft_train.main(flags(folder, "--resume_from_checkpoint", "auto"))
+    assert "checkpoint-6: complete.json is damaged" in capsys.readouterr().out and adapter(folder) == adapter(whole)
+
+
+def test_a_manifest_names_a_truncated_file_of_another_process(tmp_path):
+    for name in ("rng_state_0.pth", "rng_state_1.pth"):
+        (tmp_path / name).write_bytes(name.encode())
+    training.write_manifest(tmp_path)
+    assert training.checkpoint_problem(tmp_path) is None
+    (tmp_path / "rng_state_1.pth").write_bytes(b"rng")
+    assert training.checkpoint_problem(tmp_path) == "rng_state_1.pth is damaged"
+
+
+def test_a_run_that_stopped_early_is_not_trained_on(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sft_train, "early_stop_reason", lambda *scores: "enough" if len(scores[1]) == 2 else None)
+    record = sft_train.main(flags(tmp_path / "run", *EARLY_STOP))
+    for path in [*(tmp_path / "run").glob("adapter_*"), tmp_path / "run" / "mtbench_final.jsonl"]:
+        path.unlink()  # as if killed after the stop
+    resumed = sft_train.main(flags(tmp_path / "run", *EARLY_STOP, "--resume_from_checkpoint", "auto"))
+    assert "early stop at step 4: enough" in capsys.readouterr().out
+    assert resumed["kept_step"] == record["kept_step"] <= 4 and resumed["final"] == record["final"]
+    assert not (tmp_path / "run" / "checkpoint-6").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another run: refused before anything is written
+
+
+def test_a_resume_with_other_flags_names_them(flags, whole, capsys):
+    before = contents(whole)
+    argv = flags(whole, "--resume_from_checkpoint", "auto", "--learning_rate", "2e-3", "--lora_r", "4")
+    error = run_error(capsys, sft_train.main, *argv)
+    assert "--learning_rate: 0.001 -> 0.002" in error and "--lora_r: 8 -> 4" in error and "kl_coef" not in error
+    assert contents(whole) == before
+
+
+def test_a_resume_on_other_data_names_what_differs(flags, dataset, whole, capsys):
+    before = contents(whole)
+    text = dataset.read_text("utf-8")
+    try:
+        dataset.write_text(text.replace("а", "о"), encoding="utf-8")
+        error = run_error(capsys, sft_train.main, *flags(whole, "--resume_from_checkpoint", "auto"))
+        assert "data sha256: " in error and "learning_rate" not in error
+        dataset.write_text("".join(text.splitlines(keepends=True)[:15]), encoding="utf-8")
+        error = run_error(capsys, sft_train.main, *flags(whole, "--resume_from_checkpoint", "auto"))
+        assert "data rows: " in error and "'general_train': 18" in error
+    finally:
+        dataset.write_text(text, encoding="utf-8")
+    assert contents(whole) == before
+
+
+def test_a_resume_by_another_number_of_processes_is_refused(flags, whole, monkeypatch, capsys):
+    monkeypatch.setattr(training, "processes", lambda: 2)
+    error = run_error(capsys, sft_train.main, *flags(whole, "--resume_from_checkpoint", "auto"))
+    assert "processes: 1 -> 2" in error
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"args": 3}', '{"args": {}}'])
+def test_a_damaged_run_file_is_named(text, flags, whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "run.json").write_text(text, encoding="utf-8")
+    before = contents(folder)
+    error = run_error(capsys, sft_train.main, *flags(folder, "--resume_from_checkpoint", "auto"))
+    assert "run.json is damaged" in error and contents(folder) == before
+
+
+def test_a_folder_that_holds_another_run_is_refused(flags, whole, capsys):
+    assert "holds another run" in run_error(capsys, sft_train.main, *flags(whole))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values that are not finite
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(flags, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        sft_train.main(flags(folder, "--learning_rate", "1e30", "--save_steps", "1", "--warmup_ratio", "0"))
+    assert stop.value.code == 1
+    assert re.search(r"error: (the loss is|a gradient is not finite).* at step \d+", capsys.readouterr().err)
+    (record,) = files.read_records(tmp_path / "log.jsonl")
+    assert record["status"] == "failed" and "step" in record["reason"]
+    checkpoints = list(folder.glob("checkpoint-*"))
+    assert checkpoints and all(training.checkpoint_problem(path) is None for path in checkpoints)
+
+
+TWO_PROCESSES = """
+import sys, time
+sys.path.insert(0, {root!r})
+import torch, transformers
+import sft_train
+save, step, steps = transformers.Trainer._save_rng_state, sft_train.fused_nll_kl, 0
+def late(self, folder):
+    time.sleep(2 * self.args.process_index)
+    save(self, folder)
+def poisoned(*args, **kwargs):
+    global steps
+    steps += torch.is_grad_enabled()
+    loss, *rest = step(*args, **kwargs)
+    return (loss * (float("nan") if steps == 6 and torch.distributed.get_rank() == 1 else 1), *rest)
+transformers.Trainer._save_rng_state = late
+sft_train.fused_nll_kl = poisoned
+sft_train.main({argv!r})
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step_and_wait_for_each_other_s_files(flags, tmp_path):
+    """Process 1 writes its part of a checkpoint late, and its loss of micro-batch 6, the first of step 4, is NaN."""
+    folder, script = tmp_path / "run", tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES.format(root=str(ROOT), argv=flags(folder)), encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(
+        launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, encoding="utf-8", errors="replace"
+    )
+    reason = "the loss is nan at step 4 in process 1"
+    assert done.returncode == 1 and done.stderr.count(f"error: {reason}") == 2, done.stderr[-3000:]
+    (record,) = files.read_records(tmp_path / "log.jsonl")
+    assert record["status"] == "failed" and record["reason"] == reason
+    manifest = json.loads((folder / "checkpoint-2" / "complete.json").read_text("utf-8"))
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= manifest.keys()
+    assert training.checkpoint_problem(folder / "checkpoint-2") is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Micro-batches sorted by length
+
+
+def test_sorting_keeps_the_examples_of_each_step():
+    order, lengths = [5, 0, 3, 1, 4, 2, 6], [10, 40, 20, 30, 60, 50, 70]
+    result = training.sorted_within_steps(order, lengths, batch=2, step=4)
+    # the second step has 3 examples: its last micro-batch is not full and keeps example 6
+    assert result == [5, 1, 3, 0, 4, 2, 6]
+
+
+@pytest.fixture(scope="module")
+def sft_trainer(dataset, tmp_path_factory):
+    """sft_trainer(*more): the trainer of a run without dropout on the demo's model, in float32."""
+    import datasets
+
+    def build(*more):
+        folder = tmp_path_factory.mktemp("trainer")
+        args = sft_train.parse_arguments(
+            sft_train.build_parser(),
+            ["--demo", "--output_dir", str(folder), "--dataset", str(dataset), "--sample_ratio", "1", "--no_4bit"]
+            + ["--val_split", "0.1", "--batch", "2", "--grad_acc", "3", "--epochs", "9", "--learning_rate", "1e-3"]
+            + ["--max_seq_length", "64", "--kl_coef", "0.2", "--kl_limit_seq", "9", *more],
+            sft_train.DEMO,
+        )
+        selection, examples = sft_train.load_data(args)
+        rows = datasets.Dataset.from_list(list(examples("train")))
+        model, tokenizer = sft_train.load_model(args), sft_train.load_tokenizer(args)
+        return sft_train.build_trainer(args, model, tokenizer, rows, rows, selection, None)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def dpo_trainer(tmp_path_factory):
+    """dpo_trainer(): the trainer of dpo_train.py on 17 pairs of different lengths."""
+
+    def build():
+        args = dpo_train.parse_arguments(
+            dpo_train.build_parser(),
+            ["--demo", "--output_dir", str(tmp_path_factory.mktemp("trainer")), "--no_4bit", "--batch", "2"]
+            + ["--grad_acc", "3", "--epochs", "9", "--limit_pairs", "17"],
+            dpo_train.DPO_DEMO,
+        )
+        tokenizer = models.load_tokenizer(args)
+        pairs, _ = dpo_train.load_pairs(args, "train", 17)
+        for number, pair in enumerate(pairs):
+            pair["prompt"] = "note " * (7 * number % 40) + pair["prompt"]
+        rows = dpo.fit_pairs(pairs, tokenizer, args, dpo_train.QUESTION_MARK)
+        return dpo.build_trainer(args, models.load_model(args), tokenizer, rows)
+
+    return build
+
+
+def batches_of(trainer, epoch):
+    loader = trainer.get_train_dataloader()
+    loader.set_epoch(epoch)
+    return [sorted(tuple(row[row >= 0].tolist()) for row in batch["labels"]) for batch in loader]
+
+
+def unsorted(monkeypatch):
+    for module in (sft_train, dpo):
+        monkeypatch.setattr(module, "sort_by_length", lambda loader, *_: loader)
+
+
+def test_a_step_has_the_examples_that_the_seed_gave_before(sft_trainer, monkeypatch):
+    trainer = sft_trainer()
+    by_length = [batches_of(trainer, epoch) for epoch in (0, 1)]
+    unsorted(monkeypatch)
+    before = [batches_of(trainer, epoch) for epoch in (0, 1)]
+    assert before[0] != before[1] and by_length != before
+    for sorted_epoch, epoch in zip(by_length, before, strict=True):
+        for step in range(0, len(epoch), 3):
+            a, b = (sorted(sum(batches[step : step + 3], [])) for batches in (sorted_epoch, epoch))
+            assert a == b
+
+
+@pytest.mark.parametrize("n", [4, 9, 12, 13])
+def test_processes_get_neighbours_and_the_examples_that_they_had_together(n):
+    """accelerate fills the last step with examples from the beginning, and so does the sampler before it sorts."""
+    import torch
+    from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+
+    lengths = [(7 * index) % 31 + 1 for index in range(n)]
+    plain = SeedableRandomSampler(range(n), data_seed=7)
+    by_length = training.LengthSortedSampler(plain, lengths, batch=2, step=8, multiple=4)
+    steps = []
+    for sampler in (plain, by_length):
+        shards = []
+        for rank in (0, 1):
+            sampler.set_epoch(1)
+            shards.append(list(BatchSamplerShard(torch.utils.data.BatchSampler(sampler, 2, False), 2, rank)))
+        assert len(shards[0]) == len(shards[1]) == math.ceil(n / 4)
+        both = [a + b for a, b in zip(*shards, strict=True)]
+        steps.append([sorted(sum(both[start : start + 2], [])) for start in range(0, len(both), 2)])
+    assert steps[0] == steps[1]
+    for a, b in zip(*shards, strict=True):  # the longest of one process is not longer than the other's shortest
+        assert min(lengths[index] for index in a) >= max(lengths[index] for index in b)
+
+
+def step_gradient(trainer):
+    """The adapter's gradient of the second optimiser step, in float64."""
+    trainer.model.double()
+    trainer.state.global_step = 1
+    batches = iter(trainer.get_train_dataloader())
+    trainer.get_batch_samples(batches, 3, "cpu")
+    batches, items = trainer.get_batch_samples(batches, 3, "cpu")
+    trainer.current_gradient_accumulation_steps = 3
+    for batch in batches:
+        trainer.training_step(trainer.model, batch, items)
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_sorted_step_has_the_same_gradient(kind, sft_trainer, dpo_trainer, monkeypatch):
+    import torch
+
+    gradients = []
+    for is_sorted in (True, False):
+        if not is_sorted:
+            unsorted(monkeypatch)
+        trainer = {"sft": sft_trainer, "dpo": dpo_trainer}[kind]()
+        torch.manual_seed(0)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name and parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        gradients.append(step_gradient(trainer))
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).norm() <= 1e-6 * gradient.norm(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_ten_sorted_steps_end_with_the_same_adapter(kind, sft_trainer, dpo_trainer, monkeypatch):
+    adapters = []
+    for is_sorted in (True, False):
+        if not is_sorted:
+            unsorted(monkeypatch)
+        trainer = {"sft": sft_trainer, "dpo": dpo_trainer}[kind]()
+        trainer.args.max_steps = 10
+        trainer.train()
+        adapters.append({name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    for name, parameter in adapters[0].items():
+        assert (parameter - adapters[1][name]).norm() <= 1e-5 * parameter.norm(), name
+
+
+def test_padding_of_a_mix_of_lengths():
+    """Lengths as in a chat set, log-normal around 180 tokens and cut at 1,024, in steps of 16 micro-batches of 8."""
+    rng = random.Random(1)
+    lengths = [min(1024, max(8, int(rng.lognormvariate(5.2, 0.9)))) for _ in range(4096)]
+    order = rng.sample(range(4096), 4096)
+    ratios = []
+    for indices in (order, training.sorted_within_steps(order, lengths, batch=8, step=128)):
+        batches = [[lengths[index] for index in indices[start : start + 8]] for start in range(0, 4096, 8)]
+        ratios.append(sum(8 * max(batch) for batch in batches) / sum(lengths))
+    assert ratios[0] > 2.5 and ratios[1] < 1.12
