@@ -317,13 +317,18 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.write(to_bytes(data) if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())  # before the name, so that a power cut leaves the old file or the new one
         replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def to_bytes(text: str) -> bytes:
+    """UTF-8. What Python could not decode of a path, in a locale without UTF-8, becomes its own bytes again."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def replace(source: Path, target: Path) -> None:
@@ -353,7 +358,7 @@ def append_lines(path: Path, rows: list[dict]) -> None:
 
     A write that fails (a full disk) leaves the file as it was.
     """
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+    lines = to_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     with path.open("a+b", buffering=0) as file:  # unbuffered, so that what failed is not written again at the end
         size = file.seek(0, os.SEEK_END)
         if size:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
+import json
 import logging
 import logging.handlers
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llm_alignment.files import InputError, append_record, write_json
 from llm_alignment.models import all_processes, device_and_dtype, main_process, processes, versions
@@ -42,7 +46,13 @@ def signal_name(signum: int) -> str:
 
 @contextlib.contextmanager
 def signals_go_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Inside, Ctrl-C, SIGTERM and SIGHUP call `handler(signum, frame)`; what `nohup` ignores stays ignored."""
+    """Inside, Ctrl-C, SIGTERM and SIGHUP call `handler(signum, frame)`; what `nohup` ignores stays ignored.
+
+    Python handles signals in the main thread alone, so in another one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     stopping = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         stopping.append(signal.SIGHUP)
@@ -62,26 +72,106 @@ def _interrupt(signum: int, frame: Any) -> None:
 def recorded_run(args: argparse.Namespace, argv: list[str], script: str) -> Iterator[dict]:
     """Wraps a run: yields its record, logs to console and run.log, and turns every end into an exit code and a record.
 
-    Bad input (InputError): one line on stderr, exit code 2, no record, nothing written. A loss that is not finite: exit
-    code 1. Ctrl-C: 130, SIGTERM: 143, SIGHUP: 129. Any other exception goes on to its traceback after the record is
-    written as failed. The script calls `begin(record)` once its input is checked; `record["runtime_s"]` gets its total
-    here.
+    `ending` has the table of exit codes. Bad input that is found before `begin` and a dry run leave no record and no
+    file. The script calls `begin(record)` once its input is checked; `record["runtime_s"]` gets its total here. Ctrl-C
+    exits with 130 on the command line; a caller of `main(argv)`, such as pytest, gets the KeyboardInterrupt.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a Windows console may not know every Russian letter
-    # What libraries say to one another: their deprecations, and bitsandbytes missing an optional CPU kernel.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    console = logging.StreamHandler(sys.stdout)
-    held = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)  # until run.log has a folder
-    log.handlers = [console, held] if main_process() else []
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    if "WORLD_SIZE" not in os.environ:  # one process drives one device, and transformers would use all that it sees
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     started = time.time()
-    record = {
+    with console_and_log():
+        record = new_record(args, argv, script, started)
+        keeps_record = main_process() and not args.dry_run
+        try:
+            with signals_go_to(_interrupt), run_folder(args):
+                yield record
+            record["status"] = "completed"
+        except BaseException as error:
+            code, reason, line = ending(error, args)
+            record["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            if not isinstance(error, SystemExit):  # there the script has given its reason
+                record["reason"] = reason
+            if code is None:  # the interpreter prints it on the console
+                log_to_file("".join(traceback.format_exception(error)))
+            elif line:
+                log_to_file(line)
+            if keeps_record and (code != 2 or record["device"] is not None):
+                line += finish(record, args, started)
+            if line:
+                print(line, file=sys.stderr)
+            if code is None or (isinstance(error, KeyboardInterrupt) and argv != sys.argv[1:]):
+                raise
+            raise SystemExit(code) from error
+        if keeps_record:
+            problem = finish(record, args, started)
+            if problem:
+                print(f"error: the run is complete{problem}", file=sys.stderr)
+                raise SystemExit(1)
+            log.info("record appended to %s", args.exp_log)
+
+
+def ending(error: BaseException, args: argparse.Namespace) -> tuple[int | None, str, str]:
+    """(exit code, reason for the record, line for the console) of a run that ends by `error`.
+
+    Bad input: 2. Packages that cannot be imported: 2. A loss that is not finite, a full disk: 1. Signals: 128 + their
+    number. The code is None for any other error, which goes on to its traceback.
+    """
+    go_on = f"the same command goes on in {args.output_dir}, training with --resume_from_checkpoint auto"
+    if isinstance(error, InputError):
+        return 2, str(error), f"error: {error}"
+    if isinstance(error, NotFiniteError):
+        advice = f"the last checkpoint in {args.output_dir} is whole: lower --learning_rate and rerun"
+        return 1, str(error), f"error: {error}; {advice}"
+    if isinstance(error, KeyboardInterrupt):
+        signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
+        return 128 + signum, signal_name(signum), f"interrupted: {go_on}"
+    if isinstance(error, SystemExit):
+        return None, "", ""
+    if reason := import_problem(error):
+        return 2, reason, f"error: {reason}"
+    if reason := disk_problem(error):
+        return 1, reason, f"error: {reason}; free space or give write access, then {go_on}"
+    return None, f"{type(error).__name__}: {error}", ""
+
+
+def import_problem(error: BaseException) -> str:
+    """Which package cannot be imported or used, why, and what helps; "" when `error` has another cause."""
+    causes = [error]
+    while causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)
+    for cause in reversed(causes):
+        frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        reason = str(cause).strip().split("\n")[0]
+        if any(frame.f_globals.get("__name__") == "bitsandbytes.cextension" for frame in frames):
+            return (
+                "bitsandbytes has no native library for this machine; install it again (pip install --force-reinstall "
+                "bitsandbytes), or add --no_4bit to train without it"
+            )
+        imported = [frame.f_globals["__name__"] for frame in frames if frame.f_code.co_name == "<module>"]
+        if imported or isinstance(cause, ImportError):
+            package = (getattr(cause, "name", None) or (imported or ["a package"])[-1]).partition(".")[0]
+            return f"{package} cannot be imported ({reason}); install the project again: pip install -e . or poetry install"
+    return ""
+
+
+DISK_ERRORS = {"EACCES", "EDQUOT", "EFBIG", "EIO", "ENAMETOOLONG", "ENOSPC", "EPERM", "EROFS"}
+FULL_DISK = re.compile(
+    r"No space left on device|os error 28|quota exceeded|PytorchStreamWriter|inline_container", re.I
+)
+
+
+def disk_problem(error: BaseException | None) -> str:
+    """What the disk refused; "" when `error` has another cause. Libraries wrap the system's error or only quote it."""
+    while error is not None:
+        if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in DISK_ERRORS:
+            return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        if FULL_DISK.search(str(error)):
+            return f"a file cannot be written ({str(error).strip().splitlines()[0]})"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def new_record(args: argparse.Namespace, argv: list[str], script: str, started: float) -> dict:
+    """The record of a run that begins; its keys are those of every line of --exp_log."""
+    return {
         "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "tag": args.exp_tag,
         "script": script,
@@ -100,54 +190,150 @@ def recorded_run(args: argparse.Namespace, argv: list[str], script: str) -> Iter
         "status": "failed",
         "output_dir": args.output_dir,
     }
+
+
+def finish(record: dict, args: argparse.Namespace, started: float) -> str:
+    """Adds the total runtime and appends the record to --exp_log. Returns what went wrong there, "" when nothing did.
+
+    A record that cannot be appended is kept in the output folder, or else printed.
+    """
+    record["runtime_s"]["total"] = round(time.time() - started, 1)
     try:
-        try:
-            if Path(args.output_dir).is_file():
-                raise InputError(f"--output_dir {args.output_dir} is a file; name a folder")
-            if Path(args.exp_log).is_dir():
-                raise InputError(f"--exp_log {args.exp_log} is a folder; name a file")
-            with signals_go_to(_interrupt):
-                yield record
-            record["status"] = "completed"
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from error
-        except NotFiniteError as error:
-            record["reason"] = str(error)
-            message = f"{error}; the last checkpoint in {args.output_dir} is whole: lower --learning_rate and rerun"
-            print(f"error: {message}", file=sys.stderr)
-            raise SystemExit(1) from error
-        except KeyboardInterrupt as error:
-            signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
-            record |= {"status": "interrupted", "reason": signal_name(signum)}
-            print(
-                "interrupted: the same command goes on, training with --resume_from_checkpoint auto", file=sys.stderr
-            )
-            raise SystemExit(128 + signum) from error
-        except Exception as error:
-            record["reason"] = f"{type(error).__name__}: {error}"
-            log.removeHandler(console)  # the interpreter prints the traceback there; run.log gets it too
-            log.error("%s", traceback.format_exc())
-            raise
-    except BaseException as error:
-        bad_input = isinstance(error.__cause__, InputError)
-        if main_process() and not bad_input and not args.dry_run:
-            finish(record, args, started)
-        raise
+        append_record(Path(args.exp_log), record)
+    except OSError as error:
+        problem = f"; its record could not be appended to {args.exp_log} ({error.strerror})"
     else:
-        if main_process() and not args.dry_run:
-            finish(record, args, started)
-            log.info("record appended to %s", args.exp_log)
+        return ""
+    try:
+        write_json(Path(args.output_dir) / "record.json", record)
+    except OSError:
+        print(json.dumps(record, ensure_ascii=False))
+        return f"{problem} and is printed on stdout"
+    return f"{problem} and is in {Path(args.output_dir) / 'record.json'}"
+
+
+class Console:
+    """A stream to print on that outlives its reader: after `| head -1`, or closed, it takes text and drops it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(lambda: self.stream.flush())
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (OSError, ValueError):  # a pipe without a reader; a closed stream
+            nowhere = open(os.devnull, "w", encoding="utf-8")
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # what C code prints, and the rest of the buffer
+            self.stream = nowhere
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def console_and_log() -> Iterator[None]:
+    """Inside, printing never ends the run, and the project's log goes to stdout and to memory until run.log is open."""
+    first_free = os.open(os.devnull, os.O_RDWR)
+    while first_free < 3:  # a closed stdin, stdout or stderr: no file of the run may get its number
+        first_free = os.open(os.devnull, os.O_RDWR)
+    os.close(first_free)
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a Windows console may not know every Russian letter
+    sys.stdout, sys.stderr = (Console(stream or open(os.devnull, "w", encoding="utf-8")) for stream in streams)
+    # What libraries say to one another: their deprecations, and bitsandbytes missing an optional CPU kernel.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    raise_exceptions, logging.raiseExceptions = logging.raiseExceptions, False  # a log on a full disk is no traceback
+    held = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+    log.handlers = [logging.StreamHandler(sys.stdout), held] if main_process() else [logging.NullHandler()]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if "WORLD_SIZE" not in os.environ:  # one process drives one device, and transformers would use all that it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    try:
+        yield
     finally:
         for handler in log.handlers:
             handler.close()
         log.handlers = []
+        logging.raiseExceptions = raise_exceptions
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = streams
 
 
-def finish(record: dict, args: argparse.Namespace, started: float) -> None:
-    """Adds the total runtime and appends the record to --exp_log."""
-    record["runtime_s"]["total"] = round(time.time() - started, 1)
-    append_record(Path(args.exp_log), record)
+def log_to_file(text: str) -> None:
+    """Writes to run.log alone."""
+    for handler in log.handlers[1:]:
+        handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None))
+
+
+@contextlib.contextmanager
+def run_folder(args: argparse.Namespace) -> Iterator[None]:
+    """Makes and locks the output folder, and looks whether --exp_log can be written; a run that leaves no file removes it.
+
+    Raises InputError when another run works in the folder, or when folder or log cannot be written. The lock of a
+    process that died is free.
+    """
+    from filelock import FileLock, Timeout
+
+    if not main_process():
+        yield
+        return
+    folder = Path(args.output_dir)
+    check_writable(Path(args.exp_log), "--exp_log")
+    made, lock = [], FileLock(folder / "run.lock", blocking=False)
+    try:
+        if folder.is_file():
+            raise InputError(f"--output_dir {folder} is a file; name a folder")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"--output_dir {folder}: another run is working in this folder; wait for its end or name another folder"
+        ) from error
+    except OSError as error:
+        reason = "a link to nowhere" if folder.is_symlink() and not folder.exists() else error.strerror
+        raise InputError(f"--output_dir {folder}: cannot be written ({reason}); name another folder") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if os.name != "nt":  # while it is held, so that nobody else loses a lock taken since
+                Path(lock.lock_file).unlink()
+        lock.release()
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+            for path in made:  # a folder with files in it stays
+                path.rmdir()
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Raises InputError when the file that `flag` names cannot be written; touches nothing."""
+    try:
+        if path.is_dir():
+            raise InputError(f"{flag} {path} is a folder; name a file")
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{flag} {path} is a link to nowhere; name another file")
+        name_limit = 255 - len(b".4194304.tmp")
+        if len(os.fsencode(path.name)) > name_limit:
+            raise InputError(f"{flag} {path.name[:40]}...: the name is too long; name another file")
+        existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be written ({error.strerror}); name another file") from error
+    if (existing != path and not existing.is_dir()) or not os.access(existing, os.W_OK):
+        raise InputError(f"{flag} {path}: cannot be written, {existing} does not allow it; name another file")
 
 
 def begin(record: dict, data: dict) -> Path:
@@ -173,12 +359,12 @@ def begin(record: dict, data: dict) -> Path:
         keys = ("ts", "tag", "script", "argv", "args", "git", "versions", "device", "data")
         if not (record["args"].get("resume_from_checkpoint") and (folder / "run.json").exists()):
             write_json(folder / "run.json", {key: record[key] for key in keys})
-        handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+        handler = logging.FileHandler(folder / "run.log", encoding="utf-8", errors="surrogateescape")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        held = log.handlers[1]
+        console, held = log.handlers
         held.setTarget(handler)
         held.flush()
-        log.handlers[1] = handler
+        log.handlers = [console, handler]
     return folder
 
 
