@@ -304,7 +304,7 @@ def run_folder(args: argparse.Namespace) -> Iterator[None]:
             f"--output_dir {folder}: another run is working in this folder; wait for its end or name another folder"
         ) from error
     except OSError as error:
-        reason = "a link to nowhere" if folder.is_symlink() and not folder.exists() else error.strerror
+        reason = "a link to nowhere" if os.path.islink(folder) and not os.path.exists(folder) else error.strerror
         raise InputError(f"--output_dir {folder}: cannot be written ({reason}); name another folder") from error
     try:
         yield

@@ -163,7 +163,6 @@ def test_what_cannot_be_written_is_found_at_once(tmp_path, capsys):
         ({"exp_log": str(tmp_path / ("x" * 300))}, "cannot be written"),
         ({"exp_log": str(tmp_path / ("ж" * 125))}, "too long"),
         ({"exp_log": str(tmp_path / "nowhere")}, "a link to nowhere"),
-        ({"exp_log": "/proc/nothing/log.jsonl"}, "cannot be written"),
     ]:
         if "/proc" in str(change) and not Path("/proc").is_dir():
             continue
