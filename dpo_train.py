@@ -13,27 +13,31 @@ rewards of held-out pairs are measured before and after.
 from __future__ import annotations
 
 import argparse
+import functools
+import logging
 import random
 import re
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llm_alignment.dpo import (
     add_dpo_flags,
     align,
     check_flags,
+    fit_chats,
     fit_pairs,
     neutral_flags,
     print_plan,
     reward_evaluation,
 )
 from llm_alignment.evaluation import save_answers, stored_rows
-from llm_alignment.files import InputError, SkippedRows, file_sha256
+from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
 from llm_alignment.flags import DPO_DEMO, new_parser, not_negative, parse_arguments
 from llm_alignment.instructions import instruct_questions
+from llm_alignment.leaks import leak_finder, without_leaks
 from llm_alignment.models import load_tokenizer, main_process
+from llm_alignment.preferences import read_pairs, transcript
 from llm_alignment.runs import recorded_run
 from llm_alignment.tatqa import (
     QUESTION_PREFIX,
@@ -49,11 +53,9 @@ from llm_alignment.tatqa import (
     tatqa_prompt,
 )
 from llm_alignment.training import check_output_folder, newest_complete
-from mtbench_eval import mtbench_questions, scored_evaluations
+from mtbench_eval import load_questions, mtbench_questions, scored_evaluations
 
-# torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
-if TYPE_CHECKING:
-    pass
+log = logging.getLogger("llm_alignment")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -67,7 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--eval_pairs",
         type=not_negative(int),
         default=0,
-        help="pairs of --eval_split, none of them trained on, whose reward accuracy is measured; 0 (default) = none",
+        help="pairs, none of them trained on, whose reward accuracy against the base is measured: of --eval_split, or "
+        "a part of --pairs that a hash chooses; 0 = none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pairs",
+        default="",
+        metavar="FILE",
+        help="train on your own pairs instead of TAT-QA's: JSONL, JSON or Parquet with prompt, chosen, rejected, texts "
+        "or lists of turns; they go through the chat template. TAT-QA stays an evaluation",
     )
     parser.set_defaults(output_dir="qwen3_tatqa_dpo_base")
     return parser
@@ -179,18 +189,16 @@ def main(argv: list[str] | None = None) -> dict:
 def run(args: argparse.Namespace, record: dict) -> None:
     """Load, measure, train, measure again. Everything that can be wrong with the input is found before it writes."""
     check_flags(args)
+    check_pairs_flags(args, record["argv"])
     check_output_folder(args, neutral_flags(args))
     tokenizer = load_tokenizer(args)
-    pairs, data = [], {"source": args.tatqa_dir or "next-tat/TAT-QA"}
-    if not args.no_train:
-        pairs, data = load_pairs(args, args.tatqa_split, args.limit_pairs)
+    pairs, held_out, data = own_pairs(args) if args.pairs else table_pairs(args)
     check_output_folder(args, neutral_flags(args), data)
     checkpoint = newest_complete(args)
+    fit = fit_chats if args.pairs else functools.partial(fit_pairs, mark=QUESTION_PREFIX)
     evaluations = []
-    if args.eval_pairs:
-        trained_on = {pair["uid"] for pair in pairs}
-        held_out, _ = load_pairs(args, args.eval_split, args.eval_pairs, without=trained_on)
-        evaluations.append(reward_evaluation(args, held_out, fit_pairs(held_out, tokenizer, args, QUESTION_PREFIX)))
+    if held_out:
+        evaluations.append(reward_evaluation(args, held_out, fit(held_out, tokenizer, args)))
     if args.do_eval:
         evaluations.append(tatqa_evaluation(args, tokenizer))
     asked = {}
@@ -199,7 +207,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if args.do_instruct:
         asked["instruct"] = instruct_questions(args.instruct_limit, args.seed), args.instruct_max_tokens
     evaluations += scored_evaluations(args, asked)
-    rows = fit_pairs(pairs, tokenizer, args, QUESTION_PREFIX)
+    rows = fit(pairs, tokenizer, args)
     if args.dry_run:
         print_plan(args, tokenizer, rows, evaluations)
         return
@@ -208,6 +216,78 @@ def run(args: argparse.Namespace, record: dict) -> None:
         folder, stages = Path(args.output_dir), ("baseline", "final")
         answers = {stage: stored_rows(folder, stage, evaluations).get("tatqa", []) for stage in stages}
         save_answers(args, answers)
+
+
+def check_pairs_flags(args: argparse.Namespace, argv: list[str]) -> None:
+    """Raises InputError for flags that --pairs does not go with."""
+    if not args.pairs:
+        return
+    if any(flag.partition("=")[0] == "--tatqa_split" for flag in argv):
+        raise InputError("--pairs and --tatqa_split: both name what is trained on; leave one of them out")
+    if args.no_train and not args.eval_pairs:
+        raise InputError(f"--pairs {args.pairs}: with --no_train it is used by --eval_pairs N alone; add it")
+
+
+def own_pairs(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict]:
+    """Pairs to train on and held-out ones from --pairs, and the fingerprint of the data.
+
+    Pairs that contain a question of an evaluation are left out and counted. --eval_pairs are taken prompt by prompt in
+    the order of a hash, at most half of the prompts, so that no prompt is on both sides and the choice does not depend
+    on the seed. Raises InputError when there are not two prompts.
+    """
+    counts: dict[str, int] = {}
+    pairs = without_leaks(read_pairs(args.pairs, "--pairs"), leak_finder(asked_texts(args)), "pairs", counts)
+    by_prompt: dict[str, list[dict]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(transcript(pair["prompt"]), []).append(pair)
+    if len(by_prompt) < 2:
+        raise InputError(
+            f"--pairs {args.pairs}: {len(pairs)} usable pairs on {len(by_prompt)} prompts; pairs on two prompts or "
+            "more are needed"
+        )
+    held_out: list[dict] = []
+    for prompt in sorted(by_prompt, key=lambda text: digest("held out", text))[: len(by_prompt) // 2]:
+        if len(held_out) < args.eval_pairs:
+            held_out += by_prompt.pop(prompt)
+    if len(held_out) < args.eval_pairs:
+        log.warning("--eval_pairs %d: half of the prompts give %d", args.eval_pairs, len(held_out))
+    pairs = [] if args.no_train else [pair for group in by_prompt.values() for pair in group]
+    if 0 < args.limit_pairs < len(pairs):
+        pairs = random.Random(args.seed).sample(pairs, args.limit_pairs)
+    return (
+        pairs,
+        held_out[: args.eval_pairs],
+        {
+            "source": args.pairs,
+            "rows": {"pairs": len(pairs), "held_out": len(held_out[: args.eval_pairs]), **counts},
+            "sha256": digest([pair["uid"] for pair in pairs]),
+        },
+    )
+
+
+def asked_texts(args: argparse.Namespace) -> dict[str, list[str]]:
+    """What the evaluations ask, by kind."""
+    texts = {}
+    if args.do_eval:
+        contexts = read_tatqa(tatqa_file(args, args.eval_split), SkippedRows())
+        texts["TAT-QA question"] = [question["question"] for c in contexts for question in c["questions"]]
+    if args.do_mtbench:
+        mtbench_questions(args)  # fetches the file when it is missing
+        questions = load_questions(args.mtbench_file, flag="--mtbench_file")
+        texts["MT-Bench question"] = [question["turns"][0] for question in questions]
+    if args.do_instruct:
+        texts["instruction"] = [question["turns"][0] for question in instruct_questions(0, args.seed)]
+    return texts
+
+
+def table_pairs(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict]:
+    """TAT-QA pairs to train on, held-out ones of --eval_split, and the fingerprint of the data."""
+    pairs, held_out, data = [], [], {"source": args.tatqa_dir or "next-tat/TAT-QA"}
+    if not args.no_train:
+        pairs, data = load_pairs(args, args.tatqa_split, args.limit_pairs)
+    if args.eval_pairs:
+        held_out, _ = load_pairs(args, args.eval_split, args.eval_pairs, without={pair["uid"] for pair in pairs})
+    return pairs, held_out, data
 
 
 def load_pairs(

@@ -6,6 +6,7 @@ import argparse
 import functools
 import logging
 import math
+import random
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,9 +31,10 @@ from llm_alignment.models import (
     main_process,
     matmul_float32,
     new_adapter,
+    processes,
 )
-from llm_alignment.prefixes import GroupedOrder, add_prefix_sharing, groups_of, no_sharing_reason
-from llm_alignment.reference import add_reference
+from llm_alignment.prefixes import GroupedOrder, add_prefix_sharing, groups_of, no_sharing_reason, shared_lengths
+from llm_alignment.reference import PAIRS_AT_ONCE, add_reference
 from llm_alignment.runs import begin, timed
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 from llm_alignment.tatqa import add_tatqa_flags
@@ -135,7 +137,16 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if args.eval_save_json and Path(args.eval_save_json).is_dir():
         raise InputError(f"--eval_save_json {args.eval_save_json} is a folder; name a file")
+    if args.eval_save_json and not args.do_eval:
+        raise InputError(
+            f"--eval_save_json {args.eval_save_json}: there are no TAT-QA rows to write without --do_eval"
+        )
     losses(args)
+    if args.load_adapter and not (Path(args.load_adapter) / "adapter_config.json").is_file():
+        raise InputError(
+            f"--load_adapter {args.load_adapter}: no adapter_config.json in this folder; name the output folder of a "
+            "training run"
+        )
     if args.adapter_trainable and not args.load_adapter:
         raise InputError("--adapter_trainable needs --load_adapter DIR: which adapter is to be trained on")
     if args.load_adapter and not args.adapter_trainable and not args.no_train:
@@ -202,7 +213,7 @@ def fit_pairs(
 
 
 def fit_chats(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[dict[str, str]]:
-    """The pairs as the trainer reads them, through the chat template; a prompt that is too long loses its beginning."""
+    """`fit_pairs` through the chat template; a prompt that is too long loses its beginning."""
     chat = argparse.Namespace(**{**vars(args), "use_chat_template": True})
     return fit_pairs(pairs, tokenizer, chat, mark="\0")
 
@@ -430,11 +441,64 @@ def align(
 def print_plan(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, rows: list[dict], evaluations: list[Evaluation]
 ) -> None:
-    """What a run would do: pairs, steps, tokens, memory, evaluations."""
-    lengths = [len(tokenizer(row["prompt"] + row["chosen"] + row["rejected"])["input_ids"]) for row in rows]
+    """What a run would do: one pair as the model reads it, pairs, steps, tokens, memory, evaluations."""
+    trained = 0
     if rows:
-        log.info("pairs: %d of %.0f tokens, prompt read once (%.2f M tokens an epoch)", len(rows), statistics.fmean(lengths), sum(lengths) / 1e6)  # fmt: skip
-        log.info("steps: %d of %d pairs each", optimiser_steps(args, len(rows)), args.batch * args.grad_acc)
-        log_memory_plan(args, max(lengths))
+        first, end = rows[0], tokenizer.eos_token
+        log.info("the first pair as the model reads it:\n%s", first["prompt"])
+        log.info("chosen: %s%s\nrejected: %s%s", first["chosen"], end, first["rejected"], end)
+        trained = log_training_plan(args, tokenizer, rows)
+    generated = 0
     for evaluation in evaluations:
-        log.info("%s: %d questions before and after", evaluation.name, evaluation.size)
+        most = evaluation.size * NEW_TOKENS.get(evaluation.name, lambda args: 0)(args)
+        tokens = f", at most {most / 1e3:.1f} k new tokens each time" if most else ""
+        log.info("%s: %d questions before and after%s", evaluation.name, evaluation.size, tokens)
+        generated += 2 * most
+    if rows and generated:
+        share = 100 * generated / (generated + 3 * trained)  # a backward pass costs two forward ones
+        log.info("evaluation: at most %.0f %% of the tokens that pass through the model", share)
+
+
+# New tokens that an evaluation may take for a question, by its name.
+NEW_TOKENS = {
+    "tatqa": lambda args: args.eval_max_new_tokens,
+    "mtbench": lambda args: 2 * args.mtbench_max_tokens,
+    "instruct": lambda args: args.instruct_max_tokens,
+    "finance_instruct": lambda args: args.instruct_max_tokens,
+    "reddit": lambda args: args.reddit_max_tokens,
+}
+
+
+def log_training_plan(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> float:
+    """Logs pairs, steps, passes, tokens and memory; returns the tokens that training puts through the model."""
+    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    texts = [row["prompt"] + row[side] for side in ("chosen", "rejected") for row in rows]
+    lengths = [min(args.max_length, len(ids) + 1) for ids in tokenizer(texts)["input_ids"]]
+    both = [a + b for a, b in zip(lengths[: len(rows)], lengths[len(rows) :], strict=True)]
+    order = list(range(len(rows)))
+    random.Random(args.seed).shuffle(order)
+    if args.group_by_table:
+        order = list(GroupedOrder(groups_of(prompts), args.seed))
+    read = padded = 0
+    for start in range(0, len(order), args.batch):
+        batch = order[start : start + args.batch]
+        padded += 2 * len(batch) * max(lengths[side + index] for side in (0, len(rows)) for index in batch)
+        read += sum(both[index] - len(prompts[index]) for index in batch)
+        read -= sum(shared for _, shared in shared_lengths([prompts[index] for index in batch]))
+    if args.no_prefix_sharing:
+        read = padded
+    steps = optimiser_steps(args, len(rows))
+    passes = steps * args.grad_acc * processes()
+    epochs = steps * args.batch * args.grad_acc * processes() / len(rows)
+    log.info("pairs: %d, %.0f tokens each with the prompt read for each answer", len(rows), statistics.fmean(both))
+    log.info(
+        "steps: %d of %d pairs each; %d forward and backward passes; the reference: %d forward passes, once per base "
+        "and data",
+        steps, args.batch * args.grad_acc * processes(), passes, math.ceil(len(rows) / PAIRS_AT_ONCE),
+    )  # fmt: skip
+    log.info(
+        "tokens a step: %.0f of the pairs, %.0f padded as TRL reads them, %.0f read here",
+        *(total * epochs / steps for total in (sum(both), padded, read)),
+    )
+    log_memory_plan(args, max(both))
+    return read * epochs

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.files import SkippedRows, read_results, write_atomic, write_json
+from llm_alignment.files import SkippedRows, read_results, write_atomic, write_json, write_rows
 from llm_alignment.models import adapter_off, adapter_sha256, model_fingerprint, on_main_process
 
 if TYPE_CHECKING:
@@ -116,10 +116,12 @@ def report(
 
 
 def save_answers(args: argparse.Namespace, answers: dict[str, list[dict]]) -> None:
-    """Writes --eval_save_json: TAT-QA's rows by stage."""
+    """Writes TAT-QA's rows, as --eval_save_json X.jsonl asks: X_baseline.jsonl and, after training, X_post.jsonl."""
     path = Path(args.eval_save_json)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, answers)
+    for stage, name in (("baseline", "baseline"), ("final", "post")):
+        if answers[stage]:
+            write_rows(path.with_name(f"{path.stem}_{name}.jsonl"), answers[stage])
 
 
 def print_table(title: str, rows: list[tuple[str, float | None, float | None, dict | None]]) -> None:

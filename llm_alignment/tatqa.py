@@ -59,7 +59,12 @@ def add_tatqa_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eval_max_new_tokens", type=positive(int), default=64, help="tokens of an answer (64)")
     group.add_argument("--eval_temperature", type=not_negative(float), default=0.0, help="0 (default) = greedy")
     group.add_argument("--eval_top_p", type=ratio, default=1.0)
-    group.add_argument("--eval_save_json", default="", metavar="FILE", help="also write TAT-QA's answers to this file")
+    group.add_argument(
+        "--eval_save_json",
+        default="",
+        metavar="X.jsonl",
+        help="also write TAT-QA's rows to X_baseline.jsonl and X_post.jsonl",
+    )
 
 
 def prompt_options(args: argparse.Namespace) -> dict[str, Any]:

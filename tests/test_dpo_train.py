@@ -1,4 +1,4 @@
-"""DPO on TAT-QA: reading, the official metric, pairs, the shared-prefix trainer against TRL's, evaluation, whole runs."""
+"""DPO on TAT-QA and on own pairs: the pairs, and whole runs."""
 
 import copy
 import json
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import DEMO, ROOT, write_rows
 
 import dpo_train
 from dpo_train import tatqa_pairs
@@ -20,8 +21,6 @@ from llm_alignment import dpo, generation, models, tatqa
 from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.tatqa import tatqa_em_f1, tatqa_parse, tatqa_prompt
 
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "experiments" / "demo"
 REAL = ROOT.parent / "shared" / "data" / "tatqa"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real TAT-QA files are not here")
 
@@ -157,8 +156,9 @@ def own_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_a_run_from_start_to_finish(tmp_path, capsys):
-    argv = [*SMALL, "--output_dir", "out", "--exp_log", "log.jsonl", "--eval_save_json", "new/answers.json"]
+    argv = [*SMALL, "--output_dir", "out", "--exp_log", "log.jsonl", "--eval_save_json", "new/answers.jsonl"]
     record = dpo_train.main(argv)
     out = tmp_path / "out"
     assert record["status"] == "completed" and record["kept_step"] == 6
@@ -170,7 +170,9 @@ def test_a_run_from_start_to_finish(tmp_path, capsys):
     names = {"adapter_model.safetensors", "adapter_config.json", "README.md", "run.json", "train_log.jsonl"}
     names |= {"metrics.json", "loss.png", "rewards.png", "mtbench.png", "run.log", "tatqa_final.jsonl"}
     assert names <= {path.name for path in out.iterdir()}
-    assert len(json.loads((tmp_path / "new" / "answers.json").read_text("utf-8"))["final"]) == 8
+    for name in ("baseline", "post"):
+        lines = (tmp_path / "new" / f"answers_{name}.jsonl").read_text("utf-8").splitlines()
+        assert len(lines) == 8 and {"question_id", "answer", "gold", "em"} <= json.loads(lines[0]).keys()
     log = [json.loads(line) for line in (out / "train_log.jsonl").read_text("utf-8").split("\n") if line]
     assert "rewards/margins" in log[0] and log[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
     assert "TAT-QA, official EM" in capsys.readouterr().out
@@ -189,6 +191,7 @@ def test_a_run_from_start_to_finish(tmp_path, capsys):
     assert not (tmp_path / "on" / "ref").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_adapter(tmp_path):
     argv = [*SMALL, "--exp_log", "log.jsonl", "--do_eval", "--no-do_mtbench", "--no-do_instruct"]
     dpo_train.main([*argv, "--output_dir", "whole"])
@@ -221,13 +224,22 @@ def test_a_killed_run_ends_with_the_same_adapter(tmp_path):
         (["--target_modules", "nope"], "--target_modules nope"),
         (["--eval_save_json", "."], "--eval_save_json"),
         (["--adapter_trainable"], "--load_adapter"),
-        (["--load_adapter", "x"], "--adapter_trainable"),
+        (["--load_adapter", "other"], "--adapter_trainable"),
+        (["--load_adapter", "nowhere", "--adapter_trainable", "--dry_run"], "nowhere: no adapter_config.json"),
+        (["--eval_save_json", "x.jsonl", "--no-do_eval"], "--eval_save_json x.jsonl"),
+        (["--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--pairs", "own.jsonl", "--tatqa_split=train"], "--tatqa_split"),
+        (["--pairs", "own.jsonl", "--no_train", "--load_adapter", "other", "--eval_pairs", "0"], "--eval_pairs"),
+        (["--pairs", "own.jsonl"], "1 usable pairs on 1 prompts"),
+        (["--pairs", "bad.jsonl"], "no usable row"),
         (["--load_adapter", "other", "--adapter_trainable"], "does not fit"),
         (["--tatqa_dir", "broken"], "no pairs left"),
         (["--eval_split", "train", "--limit_pairs", "0"], "all of them are trained on"),
     ],
 )
 def test_bad_input_ends_before_anything_is_written(tmp_path, capsys, flags, words):
+    write_rows(Path("own.jsonl"), [{"prompt": "one", "chosen": "two", "rejected": "three"}])
+    write_rows(Path("bad.jsonl"), [{"prompt": "one"}, "not JSON"])
     if "other" in flags:
         from peft import LoraConfig, get_peft_model
         from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -248,10 +260,60 @@ def test_bad_input_ends_before_anything_is_written(tmp_path, capsys, flags, word
     assert not (tmp_path / "out").exists() and not (tmp_path / "log.jsonl").exists()
 
 
+def own_rows():
+    """Own pairs in three formats, one with two rejected answers, one with an evaluation's question."""
+    rows = [{"prompt": f"Say {n}.", "chosen": f"{n}", "rejected": f"not {n}"} for n in range(20)]
+    rows.append({"prompt": "Say 3.", "chosen": "3", "rejected": "4"})
+    turns = [{"role": "user", "content": "Name a day."}, {"role": "assistant", "content": "Monday"}]
+    turns.append({"role": "user", "content": "Another one."})
+    rows.append({
+        "chosen": [*turns, {"role": "assistant", "content": "Sunday"}],
+        "rejected": [*turns, {"role": "assistant", "content": "Blue"}],
+    })
+    asked = json.loads((DEMO / "tatqa" / "tatqa_dataset_dev.json").read_text("utf-8"))[0]["questions"][0]["question"]
+    rows.append({"question": asked, "chosen": "1", "rejected": "2"})
+    return rows
+
+
+@pytest.mark.slow
+def test_own_pairs(tmp_path, capsys):
+    write_rows(tmp_path / "own.jsonl", own_rows())
+    argv = [*SMALL, "--pairs", "own.jsonl", "--eval_pairs", "6", "--limit_pairs", "0", "--no-do_mtbench"]
+    argv += ["--no-do_instruct", "--exp_log", "log.jsonl", "--no_4bit"]
+    record = dpo_train.main([*argv, "--output_dir", "out"])
+    out = capsys.readouterr().out
+    assert "pairs: 1 of 23 left out" in out
+    rows = record["data"]["rows"]
+    assert rows["pairs_leaks"] == 1 and rows["held_out"] == 6 and 15 <= rows["pairs"] <= 16
+    assert record["final"]["tatqa"]["n"] == 8 and record["final"]["held_out"]["n"] == 6
+    held_out = [json.loads(line) for line in Path("out/held_out_final.jsonl").read_text("utf-8").splitlines()[1:]]
+    # the choice depends on the file alone, and no prompt is on both sides
+    args = dpo_train.build_parser().parse_args([*argv, "--seed", "7", "--tatqa_dir", str(DEMO / "tatqa")])
+    pairs, others, _ = dpo_train.own_pairs(args)
+    assert {pair["uid"] for pair in others} == {row["question_id"] for row in held_out}
+    assert not {str(pair["prompt"]) for pair in pairs} & {str(pair["prompt"]) for pair in others}
+    # SFT or DPO before it: the adapter that is loaded is the reference at the start
+    dpo_train.main([
+        *argv,
+        "--output_dir",
+        "on",
+        "--load_adapter",
+        "out",
+        "--adapter_trainable",
+        "--learning_rate",
+        "1e-9",
+    ])
+    log = [json.loads(line) for line in Path("on/train_log.jsonl").read_text("utf-8").split("\n") if line]
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     dpo_train.main([*SMALL, "--dry_run", "--output_dir", "out", "--exp_log", "log.jsonl"])
     out = capsys.readouterr().out
     assert "pairs: 12" in out and "steps: 6" in out and "tatqa: 8 questions" in out and "memory" in out
+    assert "Question:" in out and "chosen: " in out and "<|im_end|>\nrejected: " in out  # a pair as the model reads it
+    assert "6 forward and backward passes" in out and "2 forward passes, once" in out and "tokens a step" in out
+    assert "% of the tokens" in out
     assert not list(tmp_path.iterdir())
 
 

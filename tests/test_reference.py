@@ -49,6 +49,7 @@ def difference(one, other):
     return math.sqrt(squares[1] / squares[0])
 
 
+@pytest.mark.slow
 def test_the_reference_is_read_once(reference_passes, monkeypatch, capsys, tmp_path):
     record = dpo_train.main([*TRAIN_ALONE, "--output_dir", "first", "--epochs", "2"])
     assert record["kept_step"] == 10 and len(reference_passes) == math.ceil(20 / reference.PAIRS_AT_ONCE)
