@@ -239,7 +239,9 @@ def from_record(record: dict) -> Run:
     if "total" in record["runtime_s"]:
         facts["runtime_s"] = record["runtime_s"]["total"]
     origin = "imported" if "imported" in record else "new"
-    if record["status"] != "completed":
+    if record.get("measured") is False:
+        origin += ", not measured"
+    elif record["status"] != "completed":
         origin += f", {record['status']}"
     return Run(
         name=record_name(record),

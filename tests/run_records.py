@@ -12,8 +12,9 @@ from llm_alignment import files
 
 EXPERIMENTS = ROOT / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
-commands, compare, noise, records, rerun, report, seeds, tables = map(
-    importlib.import_module, ("commands", "compare", "noise", "records", "rerun", "report", "seeds", "tables")
+campaign, commands, compare, noise, old_records, records, rerun, report, seeds, tables = map(
+    importlib.import_module,
+    ("campaign", "commands", "compare", "noise", "old_records", "records", "rerun", "report", "seeds", "tables"),
 )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_records import EXPERIMENTS, commands, make_record, records, rerun, write_log
+from run_records import EXPERIMENTS, campaign, commands, make_record, old_records, records, rerun, write_log
 
 from llm_alignment import files
 
@@ -141,10 +141,10 @@ def test_what_cannot_be_rerun_is_one_line_and_exit_code_2(argv, words, capsys):
 
 
 @pytest.fixture
-def laboratory(tmp_path, monkeypatch) -> Path:
+def project(tmp_path, monkeypatch) -> Path:
     """A project folder with an empty experiments/ folder that rerun.py and report.py take for theirs."""
     (tmp_path / "experiments").mkdir()
-    for module in (records, rerun):
+    for module in (records, campaign, old_records):
         monkeypatch.setattr(module, "HERE", tmp_path / "experiments")
     return tmp_path
 
@@ -155,10 +155,10 @@ def test_a_published_run_is_found_by_its_aliases(name):
         assert records.find_run(alias)["id"] == name
 
 
-def test_a_record_is_found_by_its_output_folder_and_without_a_tag_called_by_it(laboratory, capsys):
-    folder = laboratory / "runs" / "my run"
+def test_a_record_is_found_by_its_output_folder_and_without_a_tag_called_by_it(project, capsys):
+    folder = project / "runs" / "my run"
     record = make_record("", output_dir=str(folder), argv=["--seed", "2"])
-    write_log(laboratory / "experiments" / "sft_experiments.jsonl", record)
+    write_log(project / "experiments" / "sft_experiments.jsonl", record)
     for name in ("my run", str(folder)):
         assert rerun.main([name, "--print"]) == 0
         assert capsys.readouterr().out == "poetry run python sft_train.py --seed 2\n"
@@ -166,9 +166,9 @@ def test_a_record_is_found_by_its_output_folder_and_without_a_tag_called_by_it(l
     assert "  my run  " in capsys.readouterr().out
 
 
-def test_a_record_is_found_by_tag_and_by_line_and_the_newest_tag_counts(laboratory, capsys):
+def test_a_record_is_found_by_tag_and_by_line_and_the_newest_tag_counts(project, capsys):
     log = write_log(
-        laboratory / "experiments" / "sft_experiments.jsonl",
+        project / "experiments" / "sft_experiments.jsonl",
         make_record("twice", ts="2025-01-02T00:00:00Z", argv=["--seed", "2"]),
         make_record("twice", ts="2025-01-01T00:00:00Z", argv=["--seed", "1"]),
     )
@@ -180,12 +180,10 @@ def test_a_record_is_found_by_tag_and_by_line_and_the_newest_tag_counts(laborato
     assert "sft_experiments.jsonl:2" in listed and "twice" in listed and "S4" in listed
 
 
-def test_a_rerun_uses_this_python_and_gives_back_the_exit_code(laboratory, capfd):
+def test_a_rerun_uses_this_python_and_gives_back_the_exit_code(project, capfd):
     script = "import sys; print(sys.executable, sys.argv[1:]); sys.exit(7)"
-    (laboratory / "sft_train.py").write_text(script, encoding="utf-8")
-    write_log(
-        laboratory / "experiments" / "sft_experiments.jsonl", make_record("mine", argv=["--a", "x y", "--b", "1"])
-    )
+    (project / "sft_train.py").write_text(script, encoding="utf-8")
+    write_log(project / "experiments" / "sft_experiments.jsonl", make_record("mine", argv=["--a", "x y", "--b", "1"]))
     assert rerun.main(["mine", "--b", "2"]) == 7
     printed, ran = capfd.readouterr().out.strip().split("\n")
     assert printed == "poetry run python sft_train.py --a 'x y' --b 2"
@@ -193,16 +191,16 @@ def test_a_rerun_uses_this_python_and_gives_back_the_exit_code(laboratory, capfd
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
-def test_ctrl_c_lets_the_script_save_and_gives_back_130(laboratory):
-    (laboratory / "sft_train.py").write_text(
+def test_ctrl_c_lets_the_script_save_and_gives_back_130(project):
+    (project / "sft_train.py").write_text(
         "import pathlib, sys, time\n"
         "try:\n    print('ready', flush=True); time.sleep(60)\n"
         "except KeyboardInterrupt:\n    time.sleep(0.6); pathlib.Path(__file__).with_name('saved').touch(); sys.exit(130)\n",
         encoding="utf-8",
     )
-    log = write_log(laboratory / "log.jsonl", make_record("mine"))
-    code = f"import sys; sys.path.insert(0, {str(EXPERIMENTS)!r}); import pathlib, records, rerun\n"
-    code += f"records.HERE = rerun.HERE = pathlib.Path({str(laboratory / 'experiments')!r}); sys.exit(rerun.main([{f'{log}:1'!r}]))"
+    log = write_log(project / "log.jsonl", make_record("mine"))
+    code = f"import sys; sys.path.insert(0, {str(EXPERIMENTS)!r}); import pathlib, records, campaign, rerun\n"
+    code += f"records.HERE = campaign.HERE = pathlib.Path({str(project / 'experiments')!r}); sys.exit(rerun.main([{f'{log}:1'!r}]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
@@ -212,7 +210,186 @@ def test_ctrl_c_lets_the_script_save_and_gives_back_130(laboratory):
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=30) == 130
-    assert (laboratory / "saved").exists()
+    assert (project / "saved").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Campaigns
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Stands for sft_train.py: appends its arguments to started.txt and a record to --exp_log. A run whose folder holds a
+# file "fails" ends with exit code 1, "stops" with 143, as a run that SIGTERM has stopped.
+FAKE_SCRIPT = """
+import json, pathlib, sys
+words = sys.argv[1:]
+value = lambda flag: words[words.index(flag) + 1]
+folder = pathlib.Path(value("--output_dir"))
+with open(pathlib.Path(__file__).with_name("started.txt"), "a") as file:
+    file.write(" ".join(words) + "\\n")
+if "--dry_run" in words:
+    print("steps: 12 of 128 sequences each")
+    sys.exit()
+folder.mkdir(exist_ok=True)
+code = 1 if (folder / "fails").exists() else 143 if (folder / "stops").exists() else 0
+record = json.loads(pathlib.Path(__file__).with_name("record.json").read_text())
+record |= {"argv": words, "tag": value("--exp_tag") if "--exp_tag" in words else "", "output_dir": str(folder)}
+record["args"]["kl_coef"] = value("--kl_coef")
+record["args"]["seed"] = int(value("--seed")) if "--seed" in words else 42
+record["status"] = {0: "completed", 1: "failed", 143: "interrupted"}[code]
+with open(value("--exp_log"), "a") as file:
+    file.write(json.dumps(record) + "\\n")
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def fake_sft(project, monkeypatch) -> Path:
+    """`project` with a stand-in for sft_train.py, as the current folder."""
+    (project / "sft_train.py").write_text(FAKE_SCRIPT, encoding="utf-8")
+    (project / "record.json").write_text(json.dumps(make_record("")), encoding="utf-8")
+    monkeypatch.chdir(project)
+    return project
+
+
+def started(folder: Path) -> list[str]:
+    """The arguments of every start, one line each; the file is emptied."""
+    lines = (folder / "started.txt").read_text(encoding="utf-8").splitlines()
+    (folder / "started.txt").write_text("", encoding="utf-8")
+    return lines
+
+
+def test_a_campaign_runs_every_seed_once_goes_on_after_a_failure_and_where_it_was_stopped(fake_sft, capfd):
+    argv = ["Exp1-1.7B", "S4", "--seeds", "1", "2", "--exp_log", "log.jsonl"]
+    folders = [f"qwen3_1p7b_exp1_aggressive_seed{seed}" for seed in (1, 2)]
+    folders += [f"qwen3_1p7b_s4_e2_mix20_kl003_lr1e-5_b12ga11_seed{seed}" for seed in (1, 2)]
+    for folder, what in ((folders[0], "fails"), (folders[2], "stops")):
+        (fake_sft / folder).mkdir()
+        (fake_sft / folder / what).touch()
+    assert rerun.main(argv) == 143
+    first = started(fake_sft)
+    assert [line.split("--output_dir ")[1].split()[0] for line in first] == folders[:3]
+    assert ["--resume_from_checkpoint auto" in line for line in first] == [True, False, True]  # where a folder was
+    assert "--seed 2" in first[1] and "--exp_tag Exp1-1.7B-seed2" in first[1]
+    printed = capfd.readouterr()
+    assert "exit code 1; going on" in printed.out and "stopped at S4 seed 1" in printed.out
+    (fake_sft / folders[0] / "fails").unlink()
+    (fake_sft / folders[2] / "stops").unlink()
+    assert rerun.main(argv) == 0
+    again = started(fake_sft)
+    assert [line.split("--output_dir ")[1].split()[0] for line in again] == [folders[0], folders[2], folders[3]]
+    assert all(("--resume_from_checkpoint auto" in line) == (folders[3] not in line) for line in again)
+    table = capfd.readouterr().out
+    assert "| Exp1-1.7B, 2 seeds | MT-Bench, 1-10 |" in table and "| S4, 2 seeds |" in table
+    assert rerun.main(argv) == 0 and started(fake_sft) == []
+    assert capfd.readouterr().out.count("completed 2025-01-02") == 4
+
+
+def test_the_plan_is_every_dry_run_and_the_sum_and_starts_nothing(fake_sft, capfd):
+    argv = ["Exp1-1.7B", "S4", "--exp_log", "log.jsonl"]
+    assert rerun.main([*argv, "--plan"]) == 0
+    assert all("--dry_run" in line for line in started(fake_sft))
+    assert "sum: 2 runs: 2 to start; 24 optimiser steps" in capfd.readouterr().out
+    assert not (fake_sft / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["S4", "S9"], ["S9", "--list"]),
+        (["S4", "S4"], ["S4", "output folder", "qwen3_1p7b_s4"]),
+        (["reddit_only", "hybrid_2way", "hybrid_2way_optimized"], ["hybrid_2way_optimized", "_hybrid"]),
+        (["S4", "--seeds", "1", "2", "1"], ["--seeds", "1 stands twice"]),
+        (["S4", "--seeds", "1", "--seed", "3"], ["--seeds", "--seed"]),
+        (["S4", "progressive_2stage"], ["not logged", "progressive_2stage_1"]),
+    ],
+)
+def test_a_campaign_that_cannot_be_is_one_line_and_exit_code_2(argv, words, fake_sft, capsys):
+    assert rerun.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert all(word in captured.err for word in words)
+    assert not (fake_sft / "started.txt").exists()
+
+
+def test_the_same_command_is_known_in_another_order_and_with_resuming():
+    same = commands.same_command
+    assert same(["--a", "1", "--b=2"], ["--b", "2", "--a", "1", "--resume_from_checkpoint", "auto"])
+    assert same(["--load_adapter", ""], ["--load_adapter="])
+    assert not same(["--a", "1"], ["--a", "2"]) and not same(["--a", "1"], ["--a", "1", "--b"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records of the original scripts
+# ---------------------------------------------------------------------------------------------------------------------
+
+OLD_RUN = {
+    "ts": "2025-09-01T10:00:00",
+    "tag": "old_beta",
+    "model": "Qwen/Qwen3-1.7B",
+    "params": {
+        "beta": 0.02, "epochs": 1, "batch": 1, "grad_acc": 32, "learning_rate": 5e-06, "use_4bit": False,
+        "use_chat_template": True, "lora": {"r": 16, "alpha": 32, "dropout": 0.1, "targets": ["q_proj", "k_proj"]},
+    },
+    "eval": {"baseline": {"n": 1668, "acc": 0.435}, "post": {"n": 1668, "acc": 0.489}},
+    "mtbench": {"baseline": {"n": 50, "avg_score": 1.48}, "post": None},
+    "instruct": {"baseline": None, "post": {"n": 25, "avg_score": 6.72, "success_rate": 40}},
+}  # fmt: skip
+OLD_MT_RUN = OLD_RUN | {
+    "tag": "old_reddit",
+    "params": OLD_RUN["params"] | {"reddit": {"min_post_chars": 99, "sample_rate": 0.2, "shuffle": 1}},
+    "reddit": {"baseline": {"n": 100, "avg_score": 3.5}, "post": {"n": 100, "avg_score": 3.6}},
+}
+OLD_STAGES = {
+    "timestamp": "2025-09-02T10:00:00",
+    "model": "Qwen/Qwen3-1.7B",
+    "method": "progressive_dpo",
+    "tag": "old_stages",
+    "stages": {"1": {"tatqa": 42.0}},
+    "config": {"progressive": True, "stage1_beta": 0.011, "do_eval": False, "load_adapter": None, "gone_flag": 3},
+}
+
+
+def test_records_of_the_original_scripts_are_imported_listed_reported_and_rerun(project, capsys):
+    old = project / "old.jsonl"
+    rows = [OLD_RUN, OLD_MT_RUN, OLD_STAGES, OLD_STAGES | {"tag": "second"}, {"neither": 1}]
+    old.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert rerun.main(["--import", str(old)]) == 0
+    assert "imported 4 records" in capsys.readouterr().out
+    assert rerun.main(["--import", str(old)]) == 0
+    assert "imported 0 records" in capsys.readouterr().out
+    rerun.main(["--list"])
+    listed = capsys.readouterr().out
+    assert all(tag in listed for tag in ("old_beta", "old_reddit", "old_stages", "second"))
+    assert rerun.main(["old_beta", "--print"]) == 0
+    expected = (
+        "dpo_train.py --model Qwen/Qwen3-1.7B --beta 0.02 --epochs 1 --batch 1 --grad_acc 32 --learning_rate 5e-06 "
+    )
+    expected += "--use_chat_template --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --target_modules 'q_proj,k_proj' "
+    assert capsys.readouterr().out == f"poetry run python {expected}--no_4bit --exp_tag old_beta\n"
+    rerun.main(["old_reddit", "--print"])
+    printed = capsys.readouterr().out
+    assert "dpo_train_mt.py" in printed and "--reddit_min_post_chars 99 --reddit_sample_rate 0.2" in printed
+    rerun.main(["old_stages", "--print"])
+    printed = capsys.readouterr().out
+    assert "dpo_train_mt_v2.py" in printed and "--progressive --stage1_beta 0.011 --no-do_eval" in printed
+    runs = {run.name: run for run in records.load_runs(records.record_files()) if not run.is_logged}
+    assert runs["old_beta"].before == {"tatqa": 43.5, "mtbench": 1.48}
+    assert runs["old_beta"].after == {"tatqa": pytest.approx(48.9), "instruct": 6.72, "instruct_success": 40}
+    assert runs["old_reddit"].after["finance_instruct"] == 6.72 and runs["old_reddit"].before["reddit"] == 3.5
+    assert "shuffle 1" in runs["old_reddit"].source["note"]
+    assert not runs["old_stages"].measured and "gone_flag 3" in runs["old_stages"].source["note"]
+    assert not runs["old_stages"].before
+
+
+@pytest.mark.parametrize("content", [None, "", "not json\n", '{"a": 1}\n', '{"params": 3, "eval": 4}\n'])
+def test_a_file_without_old_records_is_one_line_and_exit_code_2(content, project, capsys):
+    path = project / "old.jsonl"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    assert rerun.main(["--import", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "old.jsonl" in error
+    assert not (project / "experiments" / old_records.IMPORTED).exists()
 
 
 def test_a_line_torn_by_a_crash_is_skipped_with_a_warning_and_the_rest_is_used(tmp_path, logged):

@@ -1,0 +1,180 @@
+"""A campaign: several runs one after the other, each of several seeds; stopped and started again, it goes on."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from commands import apply_changes, command_line, flag_groups, flag_name, join_empty, same_command
+from records import HERE, find_run, from_record, load_records, record_files, run_arguments
+from seeds import merge_seeds
+from tables import deltas_table, markdown_table
+
+from llm_alignment.files import InputError
+
+RESUME = ["--resume_from_checkpoint", "auto"]
+
+
+@dataclasses.dataclass
+class PlannedRun:
+    """One run of a campaign: its script, the words after it, and where its files and its record go."""
+
+    name: str
+    script: str
+    arguments: list[str]
+    output_dir: Path
+    exp_log: Path
+
+    def record(self) -> dict | None:
+        """The newest record of this very command; resuming and the order of flags do not matter."""
+        files = dict.fromkeys([*record_files(), *([self.exp_log.resolve()] if self.exp_log.is_file() else [])])
+        found = [
+            record
+            for path in files
+            for record in load_records(path)
+            if "argv" in record and record["script"] == self.script and same_command(record["argv"], self.arguments)
+        ]
+        return max(reversed(found), key=lambda record: record["ts"], default=None)
+
+    def completed(self) -> bool:
+        record = self.record()
+        return record is not None and record["status"] == "completed"
+
+    def resuming(self) -> list[str]:
+        """The arguments, with --resume_from_checkpoint auto where an earlier start has left something."""
+        if self.output_dir.exists() and "resume_from_checkpoint" in parse(self.script, self.arguments):
+            return apply_changes(self.arguments, RESUME)
+        return self.arguments
+
+
+def parse(script: str, arguments: list[str]) -> argparse.Namespace:
+    """What the script's own parser makes of the arguments; it ends the program with exit code 2 where they are wrong."""
+    return importlib.import_module(Path(script).stem).build_parser().parse_args(arguments)
+
+
+def plan_runs(names: list[str], seeds: list[int], changes: list[str]) -> list[PlannedRun]:
+    """The runs of `names`, each at every seed (at its own where there are none), with `changes`.
+
+    A run of several seeds goes to OUTPUT_DIR_seedN and is tagged TAG-seedN. Raises InputError for a run that is not
+    known, a seed that stands twice, and two runs with one output folder.
+    """
+    changed = {flag_name(group) for group in flag_groups(changes)}
+    if len(set(seeds)) < len(seeds):
+        twice = next(seed for seed in seeds if seeds.count(seed) > 1)
+        raise InputError(f"--seeds: {twice} stands twice; give every seed once")
+    if seeds and "--seed" in changed:
+        raise InputError("--seeds and --seed: give one of them")
+    planned: dict[Path, PlannedRun] = {}
+    for name in names:
+        run = find_run(name)
+        arguments = apply_changes(run_arguments(run), changes)
+        for seed in seeds or [None]:
+            new = plan_run(name, run, arguments, seed)
+            other = planned.setdefault(new.output_dir.resolve(), new)
+            if other is not new:
+                raise InputError(
+                    f"{other.name} and {new.name} share the output folder {new.output_dir}; run them one by one with an "
+                    "--output_dir each"
+                )
+    return list(planned.values())
+
+
+def plan_run(name: str, run: dict, arguments: list[str], seed: int | None) -> PlannedRun:
+    """One run as it will be started; `seed` None keeps the command's own."""
+    args = parse(run["script"], arguments)
+    given = {flag_name(group) for group in flag_groups(arguments)}
+    folder = args.output_dir
+    if args.demo and "--output_dir" not in given:
+        folder = f"demo_{re.sub(r'[^0-9A-Za-z._-]+', '_', name)}"
+        arguments = apply_changes(arguments, ["--output_dir", folder])
+    if seed is not None:
+        folder = f"{folder}_seed{seed}"
+        tag = f"{args.exp_tag or name}-seed{seed}"
+        name = f"{name} seed {seed}"
+        arguments = apply_changes(arguments, ["--seed", str(seed), "--output_dir", folder, "--exp_tag", tag])
+    if getattr(args, "use_3way_hybrid", False):  # dpo_train_mt.py adds these to the name
+        folder += "_3way_hybrid"
+    elif getattr(args, "use_hybrid", False):
+        folder += "_hybrid"
+    return PlannedRun(name, run["script"], join_empty(arguments), Path(folder), Path(args.exp_log))
+
+
+def execute(script: str, arguments: list[str]) -> int:
+    """Runs a script of the project with this Python; its exit code, or 128 + the signal that ended it."""
+    process = subprocess.Popen([sys.executable, str(HERE.parent / script), *arguments])
+    # Ctrl-C reaches the script too, which saves a checkpoint and its record: wait for it. SIGTERM is handed on.
+    handlers = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+    }
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def run_campaign(runs: list[PlannedRun]) -> int:
+    """Runs what is not completed, goes on after failures, prints the results.
+
+    The exit code is 0 when all are completed, 130 or 143 when it was stopped, else 1.
+    """
+    stopped, failed = 0, []
+    for place, run in enumerate(runs, 1):
+        record = run.record()
+        if record and record["status"] == "completed":
+            print(f"[{place}/{len(runs)}] {run.name}: completed {record['ts']} ({record['place']})", flush=True)
+            continue
+        arguments = run.resuming()
+        print(f"[{place}/{len(runs)}] {run.name}: {command_line(run.script, arguments)}", flush=True)
+        code = execute(run.script, arguments)
+        if code in {130, 143}:
+            stopped = code
+            print(f"stopped at {run.name}; the same command goes on from there", flush=True)
+            break
+        if code:
+            failed.append(run.name)
+            print(f"{run.name} ended with exit code {code}; going on with the next run", flush=True)
+    print_results(runs)
+    if failed:
+        print(f"failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
+    return stopped or int(bool(failed) or not all(run.completed() for run in runs))
+
+
+def print_results(runs: list[PlannedRun]) -> None:
+    """The status of every run, then the differences with their intervals; several seeds of one run are one row."""
+    found = [(run, run.record()) for run in runs]
+    rows = [[run.name, record["status"] if record else "no record", str(run.output_dir)] for run, record in found]
+    print(f"\n{markdown_table(['Run', 'Status', 'Output folder'], rows)}")
+    table = deltas_table(merge_seeds([from_record(record) for _, record in found if record]))
+    if table:
+        print(f"\n{table}", flush=True)
+
+
+def print_plan(runs: list[PlannedRun]) -> int:
+    """Prints the dry run of every run that is not completed, and the sum; 0, or 1 when a dry run failed."""
+    counts = {"completed": 0, "to resume": 0, "to start": 0, "not possible": 0}
+    steps = 0
+    for run in runs:
+        if run.completed():
+            counts["completed"] += 1
+            print(f"{run.name}: completed", flush=True)
+            continue
+        arguments = apply_changes(run.resuming(), ["--dry_run"])
+        print(f"{run.name}: {command_line(run.script, arguments)}", flush=True)
+        command = [sys.executable, str(HERE.parent / run.script), *arguments]
+        dry_run = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace", check=False)
+        print(dry_run.stdout, flush=True)
+        steps += sum(int(n.replace(",", "")) for n in re.findall(r"^steps: (\d[\d,]*)", dry_run.stdout, re.MULTILINE))
+        resumes = "--resume_from_checkpoint" in arguments
+        counts["not possible" if dry_run.returncode else "to resume" if resumes else "to start"] += 1
+    shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    print(f"sum: {len(runs)} runs: {shown}; {steps} optimiser steps", flush=True)
+    return int(counts["not possible"] > 0)

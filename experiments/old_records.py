@@ -1,0 +1,161 @@
+"""Records of the original scripts, turned into records here.
+
+Two forms: {ts, tag, model, params, eval, mtbench, instruct, reddit?} with a baseline and a post side each, which may be
+null; and {timestamp, model, method, tag, stages, config} of a run in stages, whose figures were never measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any
+
+from records import HERE, flatten, load_records
+
+from llm_alignment.files import InputError, SkippedRows, append_record, read_rows
+
+IMPORTED = "imported_runs.jsonl"
+OLD_KEYS = {"ts", "timestamp", "tag", "model", "params", "eval", "mtbench", "instruct", "reddit", "stages", "config"}
+RENAMED = {
+    "lora.r": "lora_r",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "lora.targets": "target_modules",
+}
+# section and key of an old record -> evaluation and key of a record here, on the scales of the published runs
+FIGURES = {
+    ("eval", "acc"): ("tatqa", "em_like"),
+    ("mtbench", "avg_score"): ("mtbench", "avg_logged"),
+    ("instruct", "avg_score"): ("instruct", "keyword_avg"),
+    ("instruct", "success_rate"): ("instruct", "keyword_success"),
+    ("reddit", "avg_score"): ("reddit", "avg_logged"),
+}
+MT_FIGURES = {  # the multi-task script's instructions are those of Finance-Instruct
+    ("instruct", "avg_score"): ("finance_instruct", "avg_logged"),
+    ("instruct", "success_rate"): ("finance_instruct", "success_logged"),
+}
+
+
+def import_records(path: Path) -> tuple[int, int]:
+    """Appends the records of `path` to imported_runs.jsonl; how many, and how many were there already.
+
+    Raises InputError when the file holds none.
+    """
+    if not path.is_file():
+        raise InputError(f"--import {path}: no such file; name a JSONL file of the original scripts")
+    skipped, found = SkippedRows(), []
+    for place, old in read_rows(path, skipped):
+        try:
+            found.append(convert(old, place))
+        except InputError as error:
+            skipped.add(place, str(error))
+    if not found:
+        raise InputError(
+            f"--import {path}: no record of the original scripts ({'; '.join(skipped.places) or 'it is empty'}); those "
+            "have the keys ts, params and eval, or timestamp, stages and config"
+        )
+    skipped.report(f"lines of {path}")
+    target = HERE / IMPORTED
+    known = [(record["ts"], record["argv"]) for record in (load_records(target) if target.is_file() else [])]
+    new = [record for record in found if (record["ts"], record["argv"]) not in known]
+    for record in new:
+        append_record(target, record)
+    return len(new), len(found) - len(new)
+
+
+def convert(old: dict, place: str) -> dict:
+    """A record here, from one of either form. Raises InputError when it is neither, or when its flags do not parse."""
+    try:
+        if old.keys() >= {"stages", "config"}:
+            return convert_stages(old, place)
+        if old.keys() >= {"params"} and old.keys() & {"eval", "mtbench", "instruct", "reddit"}:
+            return convert_run(old, place)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise InputError(f"another form than that of the original scripts: {type(error).__name__} {error}") from error
+    raise InputError("not a record of the original scripts")
+
+
+def convert_run(old: dict, place: str) -> dict:
+    """The form with a baseline and a post side."""
+    script = "dpo_train_mt.py" if "reddit" in old["params"] or "reddit" in old else "dpo_train.py"
+    values = {RENAMED.get(key, key): value for key, value in flatten(old["params"]).items()}
+    if "use_4bit" in values:
+        values["no_4bit"] = not values.pop("use_4bit")
+    figures = FIGURES | MT_FIGURES if script == "dpo_train_mt.py" else FIGURES
+    sides: dict[str, dict] = {"baseline": {}, "post": {}}
+    for (section, key), (evaluation, name) in figures.items():
+        for side, measured in sides.items():
+            value = ((old.get(section) or {}).get(side) or {}).get(key)
+            if value is not None:
+                n = old[section][side].get("n")
+                measured.setdefault(evaluation, {"n": n})[name] = 100 * value if key == "acc" else value
+    return new_record(old, place, script, values) | {"baseline": sides["baseline"], "final": sides["post"]}
+
+
+def convert_stages(old: dict, place: str) -> dict:
+    """The form of a run in stages: its figures were constants, so it counts as not measured."""
+    record = new_record(old, place, "dpo_train_mt_v2.py", dict(old["config"]))
+    return record | {"measured": False, "stages": old["stages"]}
+
+
+def new_record(old: dict, place: str, script: str, values: dict[str, Any]) -> dict:
+    """A record without figures. What its script's parser does not know of `values` is kept as a note."""
+    parser = importlib.import_module(Path(script).stem).build_parser()
+    values = {"model": old.get("model"), **values, "exp_tag": old.get("tag") or values.get("exp_tag")}
+    argv, unknown = flags(parser, values)
+    unknown += [f"{key} {value}" for key, value in old.items() if key not in OLD_KEYS]
+    args = parse(parser, argv)
+    record = {
+        "ts": old.get("ts") or old["timestamp"],
+        "tag": args.exp_tag,
+        "script": script,
+        "argv": argv,
+        "args": vars(args),
+        "git": None,
+        "versions": {},
+        "device": None,
+        "data": None,
+        "baseline": {},
+        "final": {},
+        "delta": {},
+        "runtime_s": {},
+        "kept_step": None,
+        "status": "completed",
+        "output_dir": args.output_dir,
+        "imported": place,
+    }
+    if unknown:
+        record["note"] = f"what {script} has no flag for: {', '.join(unknown)}"
+    return record
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """As the parser does, but a wrong flag is an InputError."""
+
+    def refuse(message: str) -> None:
+        raise InputError(message)
+
+    parser.error = refuse
+    return parser.parse_args(argv)
+
+
+def flags(parser: argparse.ArgumentParser, values: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """`values` as the parser's flags, and as "key value" what it has no flag for. A null is left out."""
+    actions = {action.option_strings[0]: action for action in parser._actions if action.option_strings}
+    argv, unknown = [], []
+    for key, value in values.items():
+        names = [f"--{name}" for name in (key, key.replace(".", "_"), key.rpartition(".")[2])]
+        flag = next((name for name in names if name in actions), None)
+        if value is None:
+            continue
+        if flag is None:
+            unknown.append(f"{key} {value}")
+        elif isinstance(value, bool):
+            if value:
+                argv.append(flag)
+            elif isinstance(actions[flag], argparse.BooleanOptionalAction):
+                argv.append(flag.replace("--", "--no-", 1))
+        else:
+            argv += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return argv, unknown
