@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.dpo import add_dpo_flags, build_trainer, check_flags, fit_chats, print_plan, train
+from llm_alignment.dpo import add_dpo_flags, build_trainer, check_common_flags, fit_chats, print_plan, train
 from llm_alignment.evaluation import Evaluation, measure, print_table, report, stored_rows
 from llm_alignment.files import InputError, digest, sample, write_atomic, write_json
 from llm_alignment.finance import (
@@ -57,9 +57,8 @@ log = logging.getLogger("llm_alignment")
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
-BY_STAGE = ("epochs", "beta", "learning_rate", "lora_r", "lora_alpha")  # flags of their own: --stage1_epochs ...
 DEMO = {
-    **{name: value for name, value in FINANCE_DEMO.items() if name not in BY_STAGE},
+    **{name: FINANCE_DEMO[name] for name in FINANCE_DEMO.keys() - {"beta", "learning_rate", "general_pairs"}},
     "output_dir": "demo_progressive",
     "force_continue": True,
     "stage1_epochs": 1.0,
@@ -76,43 +75,48 @@ SOURCES = {1: {"general"}, 2: {"finance"}, 3: {"reddit", "finance"}}
 # Flags that shape the training pairs of one source alone: a stage without it does not depend on them.
 SOURCE_FLAGS = {
     "general": {"general_dataset"},
-    "finance": {"finance_instruct_pairs"},
+    "finance": {"finance_instruct_pairs", "finance_temperature"},
     "reddit": {
         "reddit_sample_rate", "reddit_score_margin", "reddit_length_tol", "reddit_max_pairs_per_post",
         "reddit_min_comment_chars", "hybrid_ratio", "mix_policy",
     },
 }  # fmt: skip
-# The least change of each domain that lets a stage pass: points on the 1-10 scale, for TAT-QA percentage points.
+# The smallest change of each domain with which a stage passes: points of the 1-10 scale, for TAT-QA percentage points
+# (-1.0 is -0.01 as a share of the questions).
 GATES = {
     1: {"mtbench": 0.01},
     2: {"finance_instruct": 0.05, "mtbench": -0.02},
     3: {"tatqa": -1.0, "mtbench": -0.01, "finance_instruct": -0.01, "reddit": -0.01},
 }
-FLAG_OF = {"tatqa": "do_eval", "mtbench": "do_mtbench", "finance_instruct": "do_instruct", "reddit": "do_reddit"}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Defaults are those of the published runs where they had one."""
     parser = new_parser("dpo_train_mt_v2.py", __doc__)
-    add_dpo_flags(parser)
+    add_dpo_flags(parser, in_stages=True)
     add_data_flags(parser)
-    group = parser.add_argument_group("stages")
-    group.add_argument("--progressive", action="store_true", help="train in stages, which this script always does")
-    group.add_argument("--stage", type=int, choices=[0, 1, 2, 3], default=0, help="run this stage alone; 0 = all (0)")
-    group.add_argument(
-        "--resume_from_stage", type=int, choices=[1, 2, 3], default=None, help="do this stage and the later ones anew"
+    add = parser.add_argument_group("stages").add_argument
+    add("--progressive", action="store_true", help="train in stages, which this script always does")
+    add("--stage", type=int, choices=[0, 1, 2, 3], default=0, help="run this stage alone; 0 = all (%(default)s)")
+    add(
+        "--resume_from_stage", type=int, choices=[1, 2, 3], help="run this stage and the later ones again from scratch"
     )
-    group.add_argument(
-        "--force_continue", action=argparse.BooleanOptionalAction, default=False, help="go on after a missed gate"
+    add(
+        "--force_continue",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="continue after a missed gate (%(default)s)",
     )
-    for number, values in {
-        1: (0.25, 0.01, 2e-6, 8, 16),
-        2: (0.75, 0.018, 3.5e-6, 12, 24),
-        3: (1.0, 0.025, 4e-6, 16, 32),
-    }.items():
-        for name, value in zip(BY_STAGE, values, strict=True):
-            group.add_argument(f"--stage{number}_{name}", type=positive(type(value)), default=value, help=f"({value})")
-    group.add_argument("--stage1_general_pairs", type=positive(int), default=800, help="pairs of stage 1 (800)")
+    published = {1: (0.25, 0.01, 2e-6, 8, 16), 2: (0.75, 0.018, 3.5e-6, 12, 24), 3: (1.0, 0.025, 4e-6, 16, 32)}
+    for stage, (epochs, beta, learning_rate, lora_r, lora_alpha) in published.items():
+        add = parser.add_argument_group(f"stage {stage}: {' and '.join(sorted(SOURCES[stage]))} pairs").add_argument
+        add(f"--stage{stage}_epochs", type=positive(float), default=epochs, help="passes over them (%(default)s)")
+        add(f"--stage{stage}_beta", type=positive(float), default=beta, help="pull to the reference (%(default)s)")
+        add(f"--stage{stage}_learning_rate", type=positive(float), default=learning_rate, help="(%(default)s)")
+        add(f"--stage{stage}_lora_r", type=positive(int), default=lora_r, help="rank of the adapter (%(default)s)")
+        add(f"--stage{stage}_lora_alpha", type=positive(int), default=lora_alpha, help="its scale (%(default)s)")
+        if stage == 1:
+            add("--stage1_general_pairs", type=positive(int), default=800, help="most pairs (%(default)s)")
     parser.set_defaults(
         output_dir="qwen3_progressive_dpo",
         exp_log="experiments/dpo_experiments_3stage.jsonl",
@@ -123,48 +127,67 @@ def build_parser() -> argparse.ArgumentParser:
         reddit_sample_rate=0.25,
         eval_limit=250,
         instruct_limit=50,
-        **dict.fromkeys(BY_STAGE),
     )
     return parser
 
 
 def check_stage_flags(args: argparse.Namespace, stages: list[int]) -> None:
     """Raises InputError for flags that do not go together."""
-    check_flags(args)
-    for name in BY_STAGE:
-        if getattr(args, name) is not None:
-            raise InputError(
-                f"--{name}: every stage has its own; give --stage1_{name}, --stage2_{name}, --stage3_{name}"
-            )
-    for name in ("no_train", "load_adapter", "eval_save_json"):
-        if getattr(args, name):
-            raise InputError(f"--{name} has no meaning in stages; dpo_train_mt.py takes it")
+    check_common_flags(args)
     if args.stage and args.resume_from_stage:
         raise InputError(
             "--stage and --resume_from_stage: the one runs a stage alone, the other all from it; give one"
         )
-    if args.resume_from_checkpoint not in {None, "auto"}:
-        raise InputError("--resume_from_checkpoint takes auto here: the stages know their checkpoints")
     if not args.stage1_lora_r <= args.stage2_lora_r <= args.stage3_lora_r:
         raise InputError("--stage1_lora_r, --stage2_lora_r, --stage3_lora_r: an adapter can only grow")
     judged = {name for stage in stages for name in GATES[stage]}
-    missing = sorted(FLAG_OF[name] for name in judged if not getattr(args, FLAG_OF[name]))
-    if not args.eval_baseline and 1 in stages:
-        missing.append("eval_baseline")
+    is_on = {
+        "do_mtbench": args.do_mtbench or "mtbench" not in judged,
+        "do_instruct": args.do_instruct or "finance_instruct" not in judged,
+        "do_eval": args.do_eval or "tatqa" not in judged,
+        "do_reddit": args.do_reddit or "reddit" not in judged,
+        "eval_baseline": args.eval_baseline or 1 not in stages,
+    }
+    missing = [flag for flag, on in is_on.items() if not on]
     if missing and not args.force_continue:
         raise InputError(f"--no-{missing[0]}: the gates are judged by it; leave it on, or add --force_continue")
 
 
 def stage_arguments(args: argparse.Namespace, stage: int) -> argparse.Namespace:
-    """What a stage is trained with, under the names that the other scripts know."""
-    common = {name: value for name, value in vars(args).items() if not name.startswith("stage")}
-    own = {name: getattr(args, f"stage{stage}_{name}") for name in BY_STAGE}
-    others = set().union(*(SOURCE_FLAGS[source] for source in SOURCE_FLAGS.keys() - SOURCES[stage]))
-    for name in {"resume_from_stage", "force_continue", "progressive"} | others:
-        del common[name]
-    if stage == 1:
-        own["general_pairs"] = args.stage1_general_pairs
-    return argparse.Namespace(**{**common, **own, "output_dir": str(stage_folder(args, stage))})
+    """What a stage is trained with, under the names that the other scripts use, without what it does not depend on."""
+    kept = {name: value for name, value in vars(args).items() if name not in unused_flags(args, stage)}
+    own = {
+        1: {
+            "epochs": args.stage1_epochs,
+            "beta": args.stage1_beta,
+            "learning_rate": args.stage1_learning_rate,
+            "lora_r": args.stage1_lora_r,
+            "lora_alpha": args.stage1_lora_alpha,
+            "general_pairs": args.stage1_general_pairs,
+        },
+        2: {
+            "epochs": args.stage2_epochs,
+            "beta": args.stage2_beta,
+            "learning_rate": args.stage2_learning_rate,
+            "lora_r": args.stage2_lora_r,
+            "lora_alpha": args.stage2_lora_alpha,
+        },
+        3: {
+            "epochs": args.stage3_epochs,
+            "beta": args.stage3_beta,
+            "learning_rate": args.stage3_learning_rate,
+            "lora_r": args.stage3_lora_r,
+            "lora_alpha": args.stage3_lora_alpha,
+        },
+    }[stage]
+    return argparse.Namespace(**{**kept, **own, "output_dir": str(stage_folder(args, stage))})
+
+
+def unused_flags(args: argparse.Namespace, stage: int) -> set[str]:
+    """The flags of stages, and those that shape only the pairs of sources that this stage does not train on."""
+    of_stages = {name for name in vars(args) if name.startswith("stage")}
+    of_stages |= {"resume_from_stage", "force_continue", "progressive"}
+    return of_stages.union(*(flags for source, flags in SOURCE_FLAGS.items() if source not in SOURCES[stage]))
 
 
 def stage_folder(args: argparse.Namespace, stage: int) -> Path:

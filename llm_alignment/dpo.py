@@ -66,18 +66,20 @@ LOSS_TYPES = (
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
 
 
-def add_dpo_flags(parser: argparse.ArgumentParser) -> None:
-    """What every DPO script takes; a script sets its own defaults with `parser.set_defaults`."""
+def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
+    """What every DPO script takes; a script sets its own defaults with `parser.set_defaults`.
+
+    A script that trains `in_stages` has some of them for each stage, and begins with a fresh adapter.
+    """
     on_off = argparse.BooleanOptionalAction
     add_model_flags(parser)
-    add_lora_flags(parser)
-    add_training_flags(parser)
+    add_lora_flags(parser, in_stages=in_stages)
+    add_training_flags(parser, in_stages=in_stages)
     add_run_flags(parser, exp_log="experiments/dpo_experiments.jsonl")
     add_tatqa_flags(parser)
     parser.add_argument("--output_dir", help="folder of the run (default: %(default)s)")
 
     group = parser.add_argument_group("DPO", "dropout is off, as in TRL: policy and reference agree at the first step")
-    group.add_argument("--beta", type=positive(float), default=0.03, help="pull towards the reference (0.03)")
     group.add_argument(
         "--loss_type",
         default="sigmoid",
@@ -109,12 +111,18 @@ def add_dpo_flags(parser: argparse.ArgumentParser) -> None:
         help="train on pairs whose prompts begin alike (one table, one system prompt) one after the other and read "
         "what they share once; it changes which pairs meet in an optimiser step",
     )
-    group.add_argument("--no_train", action="store_true", help="only evaluate")
     group.add_argument(
         "--limit_pairs", type=not_negative(int), default=0, help="a sample of N pairs; 0 (default) = all"
     )
-    group.add_argument("--load_adapter", default="", metavar="DIR", help="start from this adapter")
-    group.add_argument("--adapter_trainable", action="store_true", help="go on training it; it is the reference too")
+    if not in_stages:
+        group.add_argument(
+            "--beta", type=positive(float), default=0.03, help="pull towards the reference (default: %(default)s)"
+        )
+        group.add_argument("--no_train", action="store_true", help="only evaluate")
+        group.add_argument("--load_adapter", default="", metavar="DIR", help="start from this adapter")
+        group.add_argument(
+            "--adapter_trainable", action="store_true", help="continue its training; it is the reference too"
+        )
 
     group = parser.add_argument_group("measuring")
     group.add_argument("--eval_baseline", action=on_off, default=True, help="measure before training too")
@@ -125,11 +133,27 @@ def add_dpo_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--do_instruct", action=on_off, default=True, help="instruction following")
     group.add_argument("--instruct_limit", type=not_negative(int), default=25, help="instructions (25)")
     group.add_argument("--instruct_max_tokens", type=positive(int), default=512, help="new tokens (512)")
-    parser.set_defaults(batch=2, grad_acc=16, learning_rate=5e-6)
+    parser.set_defaults(batch=2, grad_acc=16)
+    if not in_stages:
+        parser.set_defaults(learning_rate=5e-6)
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises InputError for flags that do not go together."""
+    check_common_flags(args)
+    if args.load_adapter and not (Path(args.load_adapter) / "adapter_config.json").is_file():
+        raise InputError(
+            f"--load_adapter {args.load_adapter}: no adapter_config.json in this folder; name the output folder of a "
+            "training run"
+        )
+    if args.adapter_trainable and not args.load_adapter:
+        raise InputError("--adapter_trainable needs --load_adapter DIR: which adapter is to be trained on")
+    if args.load_adapter and not args.adapter_trainable and not args.no_train:
+        raise InputError("--load_adapter: add --adapter_trainable to train it on, or --no_train to only measure it")
+
+
+def check_common_flags(args: argparse.Namespace) -> None:
+    """`check_flags` for the flags that a script in stages has too."""
     if args.max_prompt_length >= args.max_length:
         raise InputError(
             f"--max_prompt_length {args.max_prompt_length} leaves no room for an answer within --max_length "
@@ -142,15 +166,6 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--eval_save_json {args.eval_save_json}: there are no TAT-QA rows to write without --do_eval"
         )
     losses(args)
-    if args.load_adapter and not (Path(args.load_adapter) / "adapter_config.json").is_file():
-        raise InputError(
-            f"--load_adapter {args.load_adapter}: no adapter_config.json in this folder; name the output folder of a "
-            "training run"
-        )
-    if args.adapter_trainable and not args.load_adapter:
-        raise InputError("--adapter_trainable needs --load_adapter DIR: which adapter is to be trained on")
-    if args.load_adapter and not args.adapter_trainable and not args.no_train:
-        raise InputError("--load_adapter: add --adapter_trainable to train it on, or --no_train to only measure it")
 
 
 def losses(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:

@@ -64,10 +64,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--thinking", action="store_true", help="leave Qwen3's thinking on, in training and evaluation")
 
 
-def add_lora_flags(parser: argparse.ArgumentParser) -> None:
+def add_lora_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
+    """The adapter's flags; a script that trains `in_stages` has rank and alpha of its own for each stage."""
     group = parser.add_argument_group("LoRA")
-    group.add_argument("--lora_r", type=positive(int), default=8, help="rank (default: 8)")
-    group.add_argument("--lora_alpha", type=positive(int), default=16, help="scale is alpha / rank (default: 16)")
+    if not in_stages:
+        group.add_argument("--lora_r", type=positive(int), default=8, help="rank (default: %(default)s)")
+        group.add_argument(
+            "--lora_alpha", type=positive(int), default=16, help="scale is alpha / rank (default: %(default)s)"
+        )
     group.add_argument("--lora_dropout", type=ratio, default=0.05, help="dropout before the adapter (default: 0.05)")
     group.add_argument(
         "--target_modules",
@@ -76,15 +80,25 @@ def add_lora_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """What every training script trains with; each script sets its own defaults with `parser.set_defaults`."""
+def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
+    """What every training script trains with; each script sets its own defaults with `parser.set_defaults`.
+
+    A script that trains `in_stages` has epochs and learning rate of its own for each stage, and takes no checkpoint
+    by its path: the stages know theirs.
+    """
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive(float), default=1.0, help="passes over the data, 0.5 is fine")
+    if not in_stages:
+        group.add_argument(
+            "--epochs",
+            type=positive(float),
+            default=1.0,
+            help="passes over the data, 0.5 is fine (default: %(default)s)",
+        )
+        group.add_argument("--learning_rate", type=positive(float), help="peak of the cosine (default: %(default)s)")
     group.add_argument(
         "--batch", type=positive(int), help="examples per device and forward pass (default: %(default)s)"
     )
     group.add_argument("--grad_acc", type=positive(int), default=16, help="passes per optimiser step (default: 16)")
-    group.add_argument("--learning_rate", type=positive(float), help="peak of the cosine (default: %(default)s)")
     group.add_argument(
         "--gradient_checkpointing",
         nargs="?",
@@ -104,7 +118,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save_steps", type=positive(int), default=50, help="steps between checkpoints (default: 50)")
     group.add_argument(
         "--resume_from_checkpoint",
-        metavar="auto|PATH",
+        choices=["auto"] if in_stages else None,
+        metavar="auto" if in_stages else "auto|PATH",
         default=None,
         help="go on from a checkpoint; auto takes the newest complete one in --output_dir (default: start anew)",
     )
@@ -150,7 +165,7 @@ DPO_DEMO = dict(
     instruct_max_tokens=32,
 )
 FINANCE_DEMO = {
-    **DPO_DEMO,
+    **{name: value for name, value in DPO_DEMO.items() if name != "eval_pairs"},  # a flag of dpo_train.py alone
     "reddit_dataset": str(DEMO_DIR / "reddit.jsonl"),
     "finance_dataset": str(DEMO_DIR / "finance_instruct.jsonl"),
     "general_dataset": str(DEMO_DIR / "orca_pairs.jsonl"),
