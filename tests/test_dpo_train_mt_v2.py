@@ -67,8 +67,11 @@ def judge(folder: Path, gate: str) -> None:
 
 def test_logged_command_parses_with_the_published_defaults():
     runs = [json.loads(line) for line in LOGGED.read_text("utf-8").split("\n") if line]
-    [run] = [run for run in runs if run["id"] == "progressive_3stage"]
-    args = build_parser().parse_args(shlex.split(run["command"])[4:])
+    commands = {run["id"]: run["command"] for run in runs if run["command"] and "_mt_v2.py" in run["command"]}
+    assert len(commands) == 4
+    for command in commands.values():
+        build_parser().parse_args(shlex.split(command)[4:])
+    args = build_parser().parse_args(shlex.split(commands["progressive-quickstart"])[4:])
     assert args.output_dir == "qwen3_3stage_progressive_experiment"
     stages = [stage_arguments(args, stage) for stage in (1, 2, 3)]
     assert [stage.lora_r for stage in stages] == [8, 12, 16]
@@ -81,8 +84,6 @@ def test_logged_command_parses_with_the_published_defaults():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lora_r", "8"], "give --stage1_lora_r"),
-        (["--no_train"], "--no_train has no meaning"),
         (["--stage", "2", "--resume_from_stage", "2"], "give one"),
         (["--stage2_lora_r", "4"], "can only grow"),
         (["--no-do_mtbench", "--no-force_continue"], "--no-do_mtbench: the gates are judged by it"),
@@ -93,6 +94,29 @@ def test_logged_command_parses_with_the_published_defaults():
 def test_flags_that_do_not_go_together(flags, message, tmp_path, capsys):
     assert message in run_error(capsys, main, *arguments(tmp_path / "run", *flags))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--lora_r 8", "--lora_alpha 8", "--epochs 1", "--beta 0.1", "--learning_rate 1e-5", "--no_train",
+     "--load_adapter x", "--adapter_trainable", "--eval_pairs 5", "--general_pairs 5", "--resume_from_checkpoint x"],
+)  # fmt: skip
+def test_flags_that_it_does_not_take_are_not_in_its_parser(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args(flags.split())
+    assert stop.value.code == 2
+    name = flags.split()[0]
+    assert f"unrecognized arguments: {name}" in (error := capsys.readouterr().err) or "invalid choice: 'x'" in error
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    assert name not in known or name == "--resume_from_checkpoint"
+
+
+def test_the_demo_fills_only_flags_that_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo = flags.parse_arguments(build_parser(), ["--demo"], dpo_train_mt_v2.DEMO)
+    assert vars(demo).keys() == vars(build_parser().parse_args([])).keys()
+    demo, plain = dpo_train_mt.parse(["--demo"]), dpo_train_mt.parse([])
+    assert vars(demo).keys() == vars(plain).keys()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
