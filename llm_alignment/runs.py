@@ -97,7 +97,7 @@ def recorded_run(args: argparse.Namespace, argv: list[str], script: str) -> Iter
                 line += finish(record, args, started)
             if line:
                 print(line, file=sys.stderr)
-            if code is None or (isinstance(error, KeyboardInterrupt) and argv != sys.argv[1:]):
+            if code is None or (code == 128 + signal.SIGINT and argv != sys.argv[1:]):
                 raise
             raise SystemExit(code) from error
         if keeps_record:
