@@ -36,7 +36,7 @@ from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
 from llm_alignment.flags import DPO_DEMO, new_parser, not_negative, parse_arguments
 from llm_alignment.instructions import instruct_questions
 from llm_alignment.leaks import leak_finder, without_leaks
-from llm_alignment.models import load_tokenizer, main_process
+from llm_alignment.models import check_model, load_tokenizer, main_process
 from llm_alignment.preferences import read_pairs, transcript
 from llm_alignment.runs import recorded_run
 from llm_alignment.tatqa import (
@@ -192,6 +192,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     check_pairs_flags(args, record["argv"])
     check_output_folder(args, neutral_flags(args))
     tokenizer = load_tokenizer(args)
+    check_model(args, tokenizer, adapter=args.load_adapter)
     pairs, held_out, data = own_pairs(args) if args.pairs else table_pairs(args)
     check_output_folder(args, neutral_flags(args), data)
     checkpoint = newest_complete(args)

@@ -37,7 +37,7 @@ from llm_alignment.finance import (
     two_way_shares,
 )
 from llm_alignment.flags import FINANCE_DEMO, new_parser, parse_arguments, positive, ratio
-from llm_alignment.models import load_tokenizer, main_process
+from llm_alignment.models import check_model, load_tokenizer, main_process
 from llm_alignment.runs import recorded_run
 from llm_alignment.tatqa import tatqa_evaluation
 from llm_alignment.training import FLAGS_THAT_DO_NOT_AFFECT_TRAINING, check_output_folder, newest_complete
@@ -113,6 +113,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     ignored = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS
     check_output_folder(args, ignored)
     tokenizer = load_tokenizer(args)
+    check_model(args, tokenizer, adapter=args.load_adapter)
     asked = {"mtbench": (mtbench_questions(args), args.mtbench_max_tokens)} if args.do_mtbench else {}
     all_asked = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
     data = load_data(args, set() if args.no_train else set(shares), all_asked)

@@ -35,7 +35,7 @@ from llm_alignment.finance import (
     two_way_shares,
 )
 from llm_alignment.flags import FINANCE_DEMO, new_parser, parse_arguments, positive
-from llm_alignment.models import load_model, load_tokenizer, main_process, new_adapter, on_main_process
+from llm_alignment.models import check_model, load_model, load_tokenizer, main_process, new_adapter, on_main_process
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.tatqa import tatqa_evaluation
 from llm_alignment.training import (
@@ -328,6 +328,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         for stage in stages:
             check_output_folder(by_stage[stage], ignored)
     tokenizer = load_tokenizer(args)
+    check_model(by_stage[stages[0]], tokenizer)
     asked = {"mtbench": (mtbench_questions(args), args.mtbench_max_tokens)} if args.do_mtbench else {}
     all_asked = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
     data = load_data(args, set().union(*(SOURCES[stage] for stage in stages)), all_asked)

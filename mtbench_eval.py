@@ -49,13 +49,14 @@ from llm_alignment.generation import MAX_BATCH_SIZE, generate, strip_thinking
 from llm_alignment.instructions import check_rate
 from llm_alignment.models import (
     adapter_sha256,
+    check_model,
     load_adapter,
     load_model,
     load_tokenizer,
     main_process,
     model_fingerprint,
 )
-from llm_alignment.rewards import RewardModel, to_logged_scale, to_score
+from llm_alignment.rewards import RewardModel, load_reward_model, to_logged_scale, to_score
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.stats import paired_delta
 
@@ -318,9 +319,9 @@ SCORED = {
 def scored_evaluations(args: argparse.Namespace, asked: dict[str, tuple[list[dict], int]]) -> list[Evaluation]:
     """Evaluations that the reward model scores; `asked`: {name of SCORED: (questions, tokens of an answer)}.
 
-    The reward model is loaded in the main process, and not for a dry run.
+    The reward model is loaded in the main process.
     """
-    reward_model = RewardModel(args.reward_model) if asked and not args.dry_run and main_process() else None
+    reward_model = load_reward_model(args) if asked and main_process() else None
     return [
         scored_evaluation(args, name, questions, max_new_tokens, reward_model)
         for name, (questions, max_new_tokens) in asked.items()
@@ -436,7 +437,9 @@ def main(argv: list[str] | None = None) -> dict:
         )
         measured, earlier = earlier_results(args.compare) if args.compare else ({}, [])
         tokenizer = load_tokenizer(args)
+        check_model(args, tokenizer, adapter=args.adapter)
         if args.dry_run:
+            load_reward_model(args)
             turns = sum(len(question["turns"]) for question in questions)
             limit = args.mtbench_max_tokens
             log.info("%d questions, %d answers of up to %d tokens each", len(questions), turns, limit)
@@ -445,7 +448,7 @@ def main(argv: list[str] | None = None) -> dict:
             model = load_model(args)
             if args.adapter:
                 model = load_adapter(model, args.adapter)
-            reward_model = RewardModel(args.reward_model, batch_size=args.eval_batch_size)
+            reward_model = load_reward_model(args)
         settings = dict(
             max_new_tokens=args.mtbench_max_tokens,
             temperature=args.mtbench_temperature,

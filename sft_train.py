@@ -46,6 +46,8 @@ from llm_alignment.flags import (
 from llm_alignment.models import (
     adapter_kept_in_float32,
     adapter_sha256,
+    check_head,
+    check_model,
     load_model,
     load_tokenizer,
     main_process,
@@ -54,7 +56,7 @@ from llm_alignment.models import (
     on_main_process,
     processes,
 )
-from llm_alignment.rewards import RewardModel
+from llm_alignment.rewards import load_reward_model
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.stats import paired_delta
 from llm_alignment.training import (
@@ -604,9 +606,12 @@ def run(args: argparse.Namespace, record: dict) -> None:
     elif args.early_stop_patience is not None:
         raise InputError("--early_stop_patience decides by MT-Bench: leave out --mtbench_ru none or the patience")
     tokenizer = load_tokenizer(args)
+    check_model(args, tokenizer)
     if args.assistant_only_loss:
         check_assistant_mask(args, tokenizer)
     if args.dry_run:
+        if questions:
+            load_reward_model(args)
         print_plan(args, selection, examples, tokenizer, questions)
         record["status"] = "completed"
         return
@@ -617,7 +622,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
 
     validation = datasets.Dataset.from_list(list(examples("validation")))
     model = load_model(args)
-    reward_model = RewardModel(args.reward_model) if questions and main_process() else None
+    check_head(model, f"--model {args.model}")
+    reward_model = load_reward_model(args) if questions and main_process() else None
 
     def mtbench(name: str, adapter: str, use_cache: bool = False) -> list[dict]:
         return score_questions(

@@ -26,6 +26,7 @@ from llm_alignment.generation import fit_prompt
 from llm_alignment.models import (
     adapter_kept_in_float32,
     adapter_off,
+    check_head,
     load_adapter,
     load_model,
     main_process,
@@ -430,6 +431,7 @@ def align(
     An adapter that is trained on is its own baseline.
     """
     model = load_model(args)
+    check_head(model, f"--model {args.model}")
     if args.load_adapter:
         model = load_adapter(model, args.load_adapter, trainable=args.adapter_trainable)
     trainer = None if args.no_train else build_trainer(args, model, tokenizer, rows)

@@ -57,10 +57,21 @@ def new_parser(script: str, docstring: str) -> argparse.ArgumentParser:
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="Qwen/Qwen3-1.7B", help="hub id or local folder (default: %(default)s)")
-    group.add_argument("--model_revision", default=None, help="branch, tag or commit on the hub (default: main)")
+    group.add_argument(
+        "--model_revision", default=None, help="branch, tag or commit on the hub (default: the main branch)"
+    )
     group.add_argument("--no_4bit", action="store_true", help="load the base in full precision, not in 4 bits")
-    group.add_argument("--quant_type", choices=["nf4", "fp4"], default="nf4", help="4-bit format (default: nf4)")
-    group.add_argument("--trust_remote_code", action="store_true", help="run code that the model's repository ships")
+    group.add_argument(
+        "--quant_type", choices=["nf4", "fp4"], default="nf4", help="4-bit format (default: %(default)s)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=["auto", "bf16", "fp16", "fp32"],
+        default="auto",
+        help="type of the weights and of computing; auto: bf16 where the GPU has it, else fp16, fp32 on CPU "
+        "(default: %(default)s)",
+    )
+    group.add_argument("--trust_remote_code", action="store_true", help="run code that a model's repository ships")
     group.add_argument("--thinking", action="store_true", help="leave Qwen3's thinking on, in training and evaluation")
 
 
@@ -72,11 +83,13 @@ def add_lora_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) 
         group.add_argument(
             "--lora_alpha", type=positive(int), default=16, help="scale is alpha / rank (default: %(default)s)"
         )
-    group.add_argument("--lora_dropout", type=ratio, default=0.05, help="dropout before the adapter (default: 0.05)")
+    group.add_argument(
+        "--lora_dropout", type=ratio, default=0.05, help="dropout before the adapter (default: %(default)s)"
+    )
     group.add_argument(
         "--target_modules",
         default="q_proj,v_proj",
-        help="comma-separated layers that get an adapter, or all-linear (default: q_proj,v_proj)",
+        help="comma-separated layers that get an adapter, or all-linear (default: %(default)s)",
     )
 
 
@@ -98,7 +111,9 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
     group.add_argument(
         "--batch", type=positive(int), help="examples per device and forward pass (default: %(default)s)"
     )
-    group.add_argument("--grad_acc", type=positive(int), default=16, help="passes per optimiser step (default: 16)")
+    group.add_argument(
+        "--grad_acc", type=positive(int), default=16, help="passes per optimiser step (default: %(default)s)"
+    )
     group.add_argument(
         "--gradient_checkpointing",
         nargs="?",
@@ -115,34 +130,52 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
         const="off",
         help="the same as --gradient_checkpointing off",
     )
-    group.add_argument("--save_steps", type=positive(int), default=50, help="steps between checkpoints (default: 50)")
+    group.add_argument(
+        "--save_steps", type=positive(int), default=50, help="steps between checkpoints (default: %(default)s)"
+    )
     group.add_argument(
         "--resume_from_checkpoint",
         choices=["auto"] if in_stages else None,
         metavar="auto" if in_stages else "auto|PATH",
         default=None,
-        help="go on from a checkpoint; auto takes the newest complete one in --output_dir (default: start anew)",
+        help="continue from a checkpoint; auto takes the newest complete one in --output_dir (default: from the start)",
     )
 
 
 def add_run_flags(parser: argparse.ArgumentParser, exp_log: str) -> None:
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=not_negative(int), default=42, help="seed of everything random (default: 42)")
-    group.add_argument("--dry_run", action="store_true", help="load and check the data, print the plan, and exit")
+    group.add_argument(
+        "--seed", type=not_negative(int), default=42, help="seed of everything random (default: %(default)s)"
+    )
+    group.add_argument(
+        "--dry_run", action="store_true", help="check data, model files and adapter, print the plan, and exit"
+    )
     group.add_argument("--demo", action="store_true", help="a miniature of the experiment: CPU, minutes, no downloads")
-    group.add_argument("--report_to", choices=["none", "trackio", "tensorboard", "wandb"], default="none")
+    group.add_argument(
+        "--report_to",
+        choices=["none", "trackio", "tensorboard", "wandb"],
+        default="none",
+        help="tracker of the training (default: %(default)s)",
+    )
     group.add_argument(
         "--exp_log", default=exp_log, help="JSONL file that gets the run's record (default: %(default)s)"
     )
     group.add_argument("--exp_tag", default="", help="a name for the run in that file, for rerun.py and report.py")
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval_batch_size", type=not_negative(int), default=0, help="0 (default) = by free memory")
+    group.add_argument(
+        "--eval_batch_size",
+        type=not_negative(int),
+        default=0,
+        help="answers in one batch, and rewards; 0 = by free memory (default: %(default)s)",
+    )
     group.add_argument(
         "--reward_model",
         default="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
         help="hub id or folder of a sequence classifier with one label (default: %(default)s)",
     )
-    group.add_argument("--no_baseline_cache", action="store_true", help="answer the baseline anew, not from the cache")
+    group.add_argument(
+        "--no_baseline_cache", action="store_true", help="answer the baseline again, not from the cache"
+    )
 
 
 DEMO_DIR = Path(__file__).resolve().parents[1] / "experiments" / "demo"

@@ -8,18 +8,25 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.files import InputError, hub_errors
+from llm_alignment.files import InputError, digest, file_sha256, hub_errors
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+log = logging.getLogger("llm_alignment")
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # --dtype -> torch's name
 
 
 def main_process() -> bool:
@@ -32,15 +39,27 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def device_and_dtype() -> tuple[torch.device, torch.dtype]:
-    """This process's device, and bf16 where the GPU has it, else fp16, else fp32 on CPU."""
+def device_and_dtype(choice: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """This process's device and the type of the base's weights; `choice` is --dtype.
+
+    auto: bf16 where the GPU has it, else fp16; fp32 on CPU. Raises InputError for bf16 on a GPU without it, and for
+    several GPUs on Windows, where torch has no NCCL.
+    """
     import torch
 
     if not torch.cuda.is_available():
-        return torch.device("cpu"), torch.float32
+        return torch.device("cpu"), getattr(torch, DTYPES.get(choice, "float32"))
+    if processes() > 1 and sys.platform == "win32":
+        raise InputError(
+            "several GPUs need NCCL, which torch does not have on Windows (it has gloo, for CPU): start one process, "
+            "without accelerate launch, or use WSL"
+        )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
-    return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if choice == "bf16" and not has_bf16:
+        raise InputError(f"--dtype bf16: {torch.cuda.get_device_name(device)} has no bf16; take --dtype fp16")
+    return device, getattr(torch, DTYPES.get(choice) or ("bfloat16" if has_bf16 else "float16"))
 
 
 def matmul_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -74,44 +93,206 @@ def fetch_model(name: str, revision: str | None, flag: str) -> Path:
     return folder
 
 
-def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, with a pad token. Raises InputError when it has no chat template."""
+def check_files(folder: Path, what: str) -> None:
+    """Raises InputError for files of a model that cannot be loaded; reads no weights. `what`: the flag and its value.
+
+    That is: a config that is no JSON object or names a quantisation, weights that are missing, cut off, or a Git LFS
+    pointer, and a tokenizer that is no JSON.
+    """
+    config = read_json(folder / "config.json", what)
+    stored_as = config.get("quantization_config")
+    if stored_as:
+        method = stored_as.get("quant_method", "a quantised form") if isinstance(stored_as, dict) else stored_as
+        raise InputError(f"{what}: this model is stored in {method}; name the one that is not quantised")
+    shards = sorted(folder.glob("*.safetensors"))
+    if (folder / "model.safetensors.index.json").is_file():
+        index = read_json(folder / "model.safetensors.index.json", what)
+        names = sorted(set(index.get("weight_map", {}).values()))
+        shards = [folder / name for name in names]
+    elif shards and not (folder / "model.safetensors").is_file():
+        raise InputError(
+            f"{what}: neither model.safetensors nor model.safetensors.index.json is there; fetch it again"
+        )
+    if not shards:
+        raise InputError(f"{what}: no .safetensors weights in this folder; name the folder of a model")
+    for path in shards:
+        check_safetensors(path, what)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            read_json(folder / name, what)
+
+
+def read_json(path: Path, what: str) -> dict:
+    """The JSON object in a file of a model. Raises InputError that names the file when it holds none."""
+    content = path.read_bytes()
+    try:
+        value = json.loads(content)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+        reason = LFS_POINTER if content.startswith(b"version https://git-lfs") else f"not valid JSON ({error})"
+        raise InputError(f"{what}: {path.name} cannot be read: {reason}; fetch it again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{what}: {path.name} is no JSON object; fetch it again")
+    return value
+
+
+LFS_POINTER = "it is a Git LFS pointer, not the file itself (git lfs pull fetches it)"
+
+
+def check_safetensors(path: Path, what: str) -> None:
+    """Raises InputError when a file of weights is missing, cut off or something else; reads its header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputError(f"{what}: {path.name} is missing; fetch it again")
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            reason = LFS_POINTER if file.read(23) == b"version https://git-lfs" else f"cut off or damaged ({error})"
+        raise InputError(f"{what}: {path.name} cannot be read: {reason}; fetch it again") from error
+
+
+def read_tokenizer(folder: Path, what: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder. Raises InputError when it is damaged or has no chat template."""
     from transformers import AutoTokenizer
 
-    folder = fetch_model(args.model, args.model_revision, "--model")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the Rust tokenizers raise plain Exceptions
+        raise InputError(f"{what}: its tokenizer cannot be read ({one_line(error)}); fetch it again") from error
     if tokenizer.chat_template is None:
-        raise InputError(f"--model {args.model}: its tokenizer has no chat template; name a chat model")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        raise InputError(f"{what}: its tokenizer has no chat template; name a chat model")
     return tokenizer
 
 
-def load_model(args: argparse.Namespace) -> PreTrainedModel:
+def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, with a pad token, and with the template's end of turn as its `eos_token`.
+
+    Raises InputError when its files or those of the model cannot be read, or when it has no chat template.
+    """
+    what = f"--model {args.model}"
+    folder = fetch_model(args.model, args.model_revision, "--model")
+    check_files(folder, what)
+    tokenizer = read_tokenizer(folder, what, trust_remote_code=args.trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    end = end_of_turn(tokenizer, what)
+    if end and end != tokenizer.eos_token:  # as in Qwen3-Base: what is trained and generated ends as a turn does
+        log.warning("an answer ends with %s, the template's end of a turn, not with %s", end, tokenizer.eos_token)
+        tokenizer.eos_token = end
+    return tokenizer
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, what: str) -> str | None:
+    """The token with which the chat template ends an assistant's turn; None when it ends with plain text.
+
+    Raises InputError when the template cannot render a question and its answer.
+    """
+    from jinja2 import TemplateError
+
+    turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError as error:
+        raise InputError(f"{what}: its chat template cannot render a question and an answer ({error})") from error
+    rest = text.rpartition("ANSWER")[2].lstrip()
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return max((token for token in added if rest.startswith(token)), key=len, default=None)
+
+
+def from_pretrained(
+    auto_class: type, folder: Path, what: str, *, advice: str = "fetch it again or name another model", **options: Any
+) -> PreTrainedModel:
+    """`auto_class.from_pretrained`, whose failures become an InputError: also weights that do not fill the model.
+
+    `what` is the flag and its value, and `advice` what to do, for the message.
+    """
+    from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # its load report is the error below
+    try:
+        model, loading = auto_class.from_pretrained(folder, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" in str(error):
+            raise
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{what}: this model needs code of its repository; --trust_remote_code runs it, if you trust it"
+            ) from error
+        raise InputError(f"{what}: it cannot be loaded ({one_line(error)}); {advice}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        count = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{what}: {missing[0]}{count} not in its weights; {advice}")
+    unused = sorted(loading["unexpected_keys"])
+    if unused:
+        log.warning("%s: %d tensors of its weights are not used, the first is %s", what, len(unused), unused[0])
+    return model
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's text, or its type's name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, what: str) -> None:
+    """Raises InputError when the tokenizer has a token that the embedding has not."""
+    tokens, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]
+    if tokens > rows:
+        raise InputError(
+            f"{what}: the tokenizer has {tokens} tokens, the model {rows}; take the tokenizer that belongs to the model"
+        )
+
+
+def check_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, *, adapter: str = "") -> None:
+    """Raises InputError for a model, adapter or --target_modules that would not load; reads no weights of the base.
+
+    The model is built on torch's meta device, where loading looks at names and shapes alone. With `adapter`, a folder,
+    that adapter is checked; else the layers that get a fresh one, where the flags ask for it.
+    """
+    model = load_model(args, on_meta=True)
+    check_vocabulary(tokenizer, model, f"--model {args.model}")
+    if adapter:
+        load_adapter(model, adapter)
+    elif hasattr(args, "target_modules"):
+        new_adapter(model, args)
+
+
+def load_model(args: argparse.Namespace, *, on_meta: bool = False) -> PreTrainedModel:
     """The base model on this process's device: 4-bit with double quantisation unless --no_4bit.
 
-    Raises InputError when the folder holds no weights.
+    A former model that only reference cycles keep alive is freed first. `on_meta` gives a model without weights. Raises InputError when its files do not make a whole model.
     """
+    import gc
+
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    what = f"--model {args.model}"
     folder = fetch_model(args.model, args.model_revision, "--model")
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"--model {args.model}: no .safetensors weights in this folder; name the folder of a model")
-    device, dtype = device_and_dtype()
+    check_files(folder, what)
+    device, dtype = device_and_dtype(args.dtype)
     quantization = None
-    if not args.no_4bit:
+    if not args.no_4bit and not on_meta:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=args.quant_type,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(
+    gc.collect()  # a former model may be held by reference cycles alone; both would need memory at once
+    model = from_pretrained(
+        AutoModelForCausalLM,
         folder,
+        what,
         dtype=dtype,
         quantization_config=quantization,
-        device_map={"": device},
+        device_map="meta" if on_meta else {"": device},
         trust_remote_code=args.trust_remote_code,
     )
     model.name_or_path = model.config._name_or_path = args.model  # what adapter_config.json will call the base
@@ -119,26 +300,95 @@ def load_model(args: argparse.Namespace) -> PreTrainedModel:
         if isinstance(module, Linear4bit):
             # CPUs with AVX512-BF16: the first evaluation would repack the weights for a kernel without a backward
             module.support_avx512bf16_for_cpu = False
+    if not on_meta:
+        check_finite(dict(model.named_parameters()), what)
     return model
 
 
-def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False) -> PeftModel:
-    """Puts a saved LoRA adapter on `model`. Raises InputError for a damaged adapter or one of another base."""
-    from peft import PeftModel
-    from safetensors import SafetensorError
+def check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
+    """Raises InputError when a tensor of floats holds a value that is not finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(f"{what}: {name} holds values that are not finite; train or fetch it again")
 
+
+def check_head(model: PreTrainedModel, what: str) -> None:
+    """Raises InputError unless the logits are the last hidden states times the head, with nothing before or after.
+
+    The fused losses compute them so. Models that cap, scale or bias their logits (Gemma 2, Cohere, Phi) would train and
+    measure something else. The head's own output is compared, so that rounding plays no part.
+    """
+    import torch
+
+    head, seen = model.get_output_embeddings(), {}
+
+    def keep(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        seen["hidden"], seen["logits"] = inputs[0], output
+
+    ids = torch.arange(min(8, head.weight.shape[0]), device=model.device)[None]
+    with torch.no_grad(), head.register_forward_hook(keep):
+        logits = model(ids, use_cache=False).logits
+    with torch.no_grad():
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state
+    if not logits.isfinite().all():
+        raise InputError(f"{what}: its logits are not finite; take another --dtype or fetch the model again")
+    is_plain = getattr(head, "bias", None) is None and torch.equal(logits, seen["logits"].to(logits.dtype))
+    if not is_plain or not torch.allclose(hidden, seen["hidden"], rtol=1e-3, atol=1e-3):
+        raise InputError(
+            f"{what}: its logits are not its hidden states times its head (they are capped, scaled or biased), and the "
+            "losses here need that; name another model"
+        )
+
+
+def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False) -> PeftModel:
+    """Puts a saved LoRA adapter on `model`, which may be on torch's meta device to check that it fits.
+
+    Raises InputError when the adapter cannot be read, holds values that are not finite, or does not fit tensor by
+    tensor: PEFT itself takes what fits and leaves the rest as it was.
+    """
+    import warnings
+
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
+    from safetensors.torch import load_file
+
+    what = f"adapter {folder}"
     if not (Path(folder) / "adapter_config.json").is_file():
-        raise InputError(f"{folder}: no adapter_config.json in this folder; name the output folder of a training run")
+        raise InputError(f"{what}: no adapter_config.json in this folder; name the output folder of a training run")
+    config = read_json(Path(folder) / "adapter_config.json", what)
+    if config.get("peft_type") not in list(PEFT_TYPE_TO_CONFIG_MAPPING):
+        raise InputError(f"{what}: adapter_config.json names no known peft_type ({config.get('peft_type')!r})")
+    weights = Path(folder) / "adapter_model.safetensors"
+    check_safetensors(weights, what)
+    check_finite(load_file(weights), what)
     try:
-        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{folder}: adapter_config.json is no JSON ({error}); train or copy it again") from error
-    except (RuntimeError, ValueError) as error:  # sizes or layers that this base does not have
-        base = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PEFT warns of is an error below, or the meta device
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # sizes or layers that this base does not have
         reason = str(error).strip().split("\n")[-1].strip()
-        raise InputError(f"{folder}: an adapter of {base} does not fit {model.name_or_path} ({reason})") from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder}: the adapter cannot be read ({error}); train or copy it again") from error
+        base = config.get("base_model_name_or_path")
+        raise InputError(f"{what} of {base} does not fit {model.name_or_path} ({reason})") from error
+    check_adapter_fits(adapted, weights, f"{what} of {config.get('base_model_name_or_path')}")
+    return adapted
+
+
+def check_adapter_fits(model: PeftModel, weights: Path, what: str) -> None:
+    """Raises InputError unless the file holds every tensor of the model's adapter and no others."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(weights, "pt") as file:
+        stored = set(file.keys())
+    foreign = sorted(stored - wanted - {f"base_model.model.{name}" for name in model.get_base_model().state_dict()})
+    absent = sorted(wanted - stored)
+    base = model.get_base_model().name_or_path
+    if foreign and len(foreign) == len(stored):
+        raise InputError(f"{what}: none of its tensors belongs to {base} (the first is {foreign[0]})")
+    if foreign:
+        raise InputError(f"{what} holds {len(foreign)} tensors that {base} has not (the first is {foreign[0]})")
+    if absent:
+        raise InputError(f"{what} lacks {len(absent)} of {len(wanted)} tensors for {base} (the first is {absent[0]})")
 
 
 def adapter_off(model: PreTrainedModel | PeftModel) -> contextlib.AbstractContextManager[None]:
@@ -155,27 +405,29 @@ def adapter_sha256(model: PreTrainedModel | PeftModel) -> str:
 
     if not isinstance(model, PeftModel):
         return "none"
-    tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
     return hashlib.sha256(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})).hexdigest()
 
 
 def model_fingerprint(args: argparse.Namespace, adapter: str) -> dict:
     """What a model's answers depend on besides the generation settings. `adapter`: its SHA-256, or "none".
 
-    The base is known by its hub commit, or for a local folder by the sizes and both ends of its weight files.
+    The weights are known by the sizes and both ends of their files, the tokenizer and its template by their files.
     """
     folder = fetch_model(args.model, args.model_revision, "--model")
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    weights = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             size = path.stat().st_size
-            digest.update(str(size).encode() + file.read(2**20))
+            weights.update(str(size).encode() + file.read(2**20))
             file.seek(max(0, size - 2**20))
-            digest.update(file.read())
-    device, dtype = device_and_dtype()
+            weights.update(file.read())
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    device, dtype = device_and_dtype(args.dtype)
     return {
         "model": args.model,
-        "weights": digest.hexdigest(),
+        "weights": weights.hexdigest(),
+        "tokenizer": digest({name: file_sha256(folder / name) for name in names if (folder / name).is_file()}),
         "quantization": "none" if args.no_4bit else args.quant_type,
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
@@ -193,21 +445,44 @@ def new_adapter(model: PreTrainedModel, args: argparse.Namespace) -> PeftModel:
     """Puts the fresh LoRA adapter on `model` that the flags ask for. Raises InputError for layers it does not have."""
     from peft import get_peft_model
 
+    config, what = lora_config(args), f"--target_modules {args.target_modules}"
+    if config.target_modules != "all-linear":
+        names = {name for name, _ in model.named_modules()}
+        head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+        for layer in config.target_modules:
+            if not any(name == layer or name.endswith(f".{layer}") for name in names):
+                raise InputError(
+                    f"{what}: this model has no layer {layer!r}; it has {', '.join(linear_layers(model))}"
+                )
+            if head.split(".")[-1] == layer.split(".")[-1]:
+                raise InputError(f"{what}: the head, {layer}, cannot be trained here; leave it out")
     try:
-        return get_peft_model(model, lora_config(args))
+        return get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"--target_modules {args.target_modules}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{what}: {one_line(error)}") from error
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """The names, such as q_proj, of the linear layers within the blocks of a model."""
+    import torch
+
+    return sorted({
+        name.split(".")[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    })
 
 
 def lora_config(args: argparse.Namespace) -> LoraConfig:
-    """The LoRA adapter that the flags ask for."""
+    """The LoRA adapter that the flags ask for; blanks around the names in --target_modules are ignored."""
     from peft import LoraConfig
 
+    layers = [layer.strip() for layer in args.target_modules.split(",")]
     return LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules="all-linear" if args.target_modules == "all-linear" else args.target_modules.split(","),
+        target_modules="all-linear" if layers == ["all-linear"] else layers,
         task_type="CAUSAL_LM",
     )
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llm_alignment.files import InputError, file_sha256
 from llm_alignment.generation import in_batches
-from llm_alignment.models import device_and_dtype, fetch_model
+from llm_alignment.models import (
+    check_files,
+    check_vocabulary,
+    device_and_dtype,
+    fetch_model,
+    from_pretrained,
+    read_tokenizer,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -19,31 +27,47 @@ class RewardModel:
     """A sequence classifier with one label that scores conversations ending with the assistant's answer.
 
     Follows the cards of Skywork-Reward-V2: the reward model's own chat template, one BOS, the raw logit. Always in
-    float32: bf16 moves scores by up to 0.1 and makes ties. `device` None takes the GPU when there is one. Raises
-    InputError when `name` is no such model.
+    float32: bf16 moves scores by up to 0.1 and makes ties. `device` None takes the GPU when there is one. Code of its
+    repository runs only with `trust_remote_code`. Raises InputError when `name` is no such model.
     """
 
-    def __init__(self, name: str, *, device: torch.device | str | None = None, batch_size: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        device: torch.device | str | None = None,
+        batch_size: int = 0,
+        trust_remote_code: bool = False,
+    ) -> None:
         import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
+        what = f"--reward_model {name}"
         folder = fetch_model(name, None, "--reward_model")
-        weights = sorted(folder.glob("*.safetensors"))
-        if not weights:
-            raise InputError(f"--reward_model {name}: no .safetensors weights in this folder; name a reward model")
-        device = torch.device(device) if device else device_and_dtype()[0]
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model, loading = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
+        check_files(folder, what)
+        self.tokenizer = read_tokenizer(folder, what, trust_remote_code=trust_remote_code)
+        self.model = from_pretrained(
+            AutoModelForSequenceClassification,
+            folder,
+            what,
+            advice="name a chat sequence classifier with one label",
+            dtype=torch.float32,
+            device_map={"": torch.device(device) if device else device_and_dtype()[0]},
+            trust_remote_code=trust_remote_code,
         )
-        if self.model.config.num_labels != 1 or loading["missing_keys"] or self.tokenizer.chat_template is None:
-            raise InputError(f"--reward_model {name}: not a chat sequence classifier with one label; name another")
-        self.model.to(device).eval()
+        if self.model.config.num_labels != 1:
+            raise InputError(f"{what}: {self.model.config.num_labels} labels; name a classifier with one label")
+        check_vocabulary(self.tokenizer, self.model, what)
+        self.model.eval()
         self.batch_size = batch_size or 16
         config = self.model.config.get_text_config()
         self.max_length = min(config.max_position_embeddings, self.tokenizer.model_max_length)
         self.default_system = default_system_turn(self.tokenizer)
-        self.fingerprint = {"name": name, "weights": [file_sha256(path)[:16] for path in weights]}
+        self.fingerprint = {
+            "name": name,
+            "weights": [file_sha256(path)[:16] for path in sorted(folder.glob("*.safetensors"))],
+            "dtype": "float32",
+        }
 
     def score(self, conversations: list[list[dict]]) -> list[float]:
         """Raw rewards. A long conversation loses the beginning of its oldest turns, never any of its answer."""
@@ -93,20 +117,32 @@ class RewardModel:
             oldest["content"] = oldest["content"][offsets[excess - 1][1] :] if excess < len(offsets) else ""
 
 
+def load_reward_model(args: argparse.Namespace) -> RewardModel:
+    """The reward model that the flags ask for; on torch's meta device, without weights, for a dry run."""
+    return RewardModel(
+        args.reward_model,
+        device="meta" if args.dry_run else None,
+        batch_size=args.eval_batch_size,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
 def default_system_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The system turn that a chat template adds on its own, as Qwen2.5's does; "" when it adds none."""
+    """The system turn that a chat template adds by itself; "" when it adds none.
+
+    Qwen2.5's template renders the user turn Q as "<|im_start|>system\\nYou are Qwen, ...<|im_end|>\\n" followed by
+    "<|im_start|>user\\nQ<|im_end|>\\n"; the result is the first of the two. A second user turn shows what stands
+    before every user turn; the rest of what stands before the first one is the system turn.
+    """
     from jinja2 import TemplateError
 
-    def render(*contents: str) -> str:
-        turns = [{"role": "user", "content": content} for content in contents]
-        return tokenizer.apply_chat_template(turns, tokenize=False)
-
+    question, second = ({"role": "user", "content": text} for text in ("QUESTION", "SECOND"))
     try:
-        head, tail = render("QUESTION").split("QUESTION")
-        header = render("QUESTION", "SECOND").split("QUESTION")[1].split("SECOND")[0].removeprefix(tail)
+        one, two = (tokenizer.apply_chat_template(turns, tokenize=False) for turns in ([question], [question, second]))
     except TemplateError:  # templates that insist on alternating roles: none of them adds a system turn
         return ""
-    return head.removesuffix(header).removeprefix(tokenizer.bos_token or "")
+    header = two.removeprefix(one).partition("SECOND")[0]
+    return one.partition("QUESTION")[0].removesuffix(header).removeprefix(tokenizer.bos_token or "")
 
 
 def to_score(reward: float) -> float:

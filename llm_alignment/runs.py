@@ -341,7 +341,7 @@ def begin(record: dict, data: dict) -> Path:
 
     A resumed run keeps the run.json that it was started with.
     """
-    device, dtype = device_and_dtype()
+    device, dtype = device_and_dtype(record["args"]["dtype"])
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

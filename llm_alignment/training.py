@@ -40,7 +40,7 @@ def training_arguments(
     """The keyword arguments that SFTConfig and DPOConfig share here; `longest`: the tokens of the longest example."""
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise InputError(f"--report_to {args.report_to}: it is not installed; python -m pip install {args.report_to}")
-    device, dtype = device_and_dtype()
+    device, dtype = device_and_dtype(args.dtype)
     import torch
 
     return dict(
@@ -91,7 +91,7 @@ def memory_estimate(args: argparse.Namespace, tokens: int) -> dict[str, int]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-        width = device_and_dtype()[1].itemsize
+        width = device_and_dtype(args.dtype)[1].itemsize
         embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
         embedding_size = sum(parameter.numel() for parameter in embeddings)
         rest = model.num_parameters() - embedding_size
@@ -406,7 +406,7 @@ def check_same_run(folder: Path, args: argparse.Namespace, ignored: set[str], da
     the fingerprint of the data.
     """
     path = folder / "run.json"
-    device, dtype = device_and_dtype()
+    device, dtype = device_and_dtype(args.dtype)
     now = {"args": vars(args), "device": {"processes": processes(), "dtype": str(dtype).removeprefix("torch.")}}
     try:
         stored = json.loads(path.read_bytes())
