@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.dpo import add_dpo_flags, build_trainer, check_common_flags, fit_chats, print_plan, train
-from llm_alignment.evaluation import Evaluation, measure, print_table, report, stored_rows
+from llm_alignment.evaluation import METRICS, Evaluation, TableRow, measure, print_table, report, stored_rows
 from llm_alignment.files import InputError, digest, sample, write_atomic, write_json
 from llm_alignment.finance import (
     MEASURING_FLAGS,
@@ -245,11 +245,13 @@ def missed_gate(stage: int, delta: dict[str, dict], evaluations: list[Evaluation
     """By how much a stage misses its gate; "" when it passes."""
     missed = []
     for evaluation in evaluations:
-        title, _, key = evaluation.lines[0]
-        least = GATES[stage].get(evaluation.name)
+        key = evaluation.name
+        least = GATES[stage].get(key)
         if least is not None and key in delta and delta[key]["mean"] < least:
             mean = delta[key]["mean"]
-            missed.append(f"{title} {mean:+.3f} where {least:+.2f} is the least, {least - mean:.3f} short")
+            missed.append(
+                f"{METRICS[key].title} {mean:+.3f} where {least:+.2f} is the least, {least - mean:.3f} short"
+            )
     return "; ".join(missed)
 
 
@@ -425,11 +427,13 @@ def finish(record: dict, folder: Path, last: Path, evaluations: list[Evaluation]
     report(record, folder, evaluations, before, after)
     table = []
     for evaluation in evaluations:
-        title, value, key = evaluation.lines[0]
+        metric, key = METRICS[evaluation.name], evaluation.name
         for entry in record["stages"]:
-            summaries = [entry[when].get(evaluation.name) for when in ("baseline", "final")]
-            values = [summary and value(summary) for summary in summaries]
-            table.append((f"{entry['stage']}: {title}", *values, entry["delta"].get(key)))
+            values = [metric.read(entry[when]) for when in ("baseline", "final")]
+            row = TableRow(
+                f"{entry['stage']}: {metric.title}", *values, entry["delta"].get(key), metric.lower_is_better
+            )
+            table.append(row)
     print_table(f"{folder}, by stage, each against the one before", table)
 
 

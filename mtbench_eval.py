@@ -1,14 +1,13 @@
-"""Measure a chat model: MT-Bench answers scored by a reward model, paired statistics, and the record of every run.
+"""MT-Bench: two-turn questions answered by a chat model and scored by a reward model.
 
-The four training scripts import what measures and records from here; on its own this file scores any model or adapter:
+The training scripts measure with these functions before and after training. The command line scores any model or
+adapter later:
 
     poetry run python mtbench_eval.py --model Qwen/Qwen3-1.7B --adapter OUTPUT_DIR --questions mt_bench_ru.json \
         --output_dir DIR
 
-Two turns are answered with the chat template, greedily, in batches; every conversation is scored by a reward model;
-every question is one JSONL line written as soon as it exists, so that a killed evaluation goes on where it stopped.
-Two parts: FOUNDATION (files, flags, models, checkpoints, run records) and MEASURING (questions, generation, reward,
-statistics, tables, plots, command line).
+Every turn is answered with the chat template and the whole conversation so far, greedily, in batches. Every question
+is one JSONL line, written as soon as it exists, so the same command continues an evaluation that was stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.evaluation import Evaluation, plot_categories, print_table
+from llm_alignment.evaluation import Evaluation, pair_rows, report
 from llm_alignment.files import (
     InputError,
     ResultFile,
@@ -58,7 +57,7 @@ from llm_alignment.models import (
 )
 from llm_alignment.rewards import RewardModel, load_reward_model, to_logged_scale, to_score
 from llm_alignment.runs import begin, recorded_run, timed
-from llm_alignment.stats import paired_delta
+from llm_alignment.stats import equal_length_delta, in_per_cent, mcnemar, paired_delta
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
 if TYPE_CHECKING:
@@ -68,27 +67,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("llm_alignment")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# FOUNDATION: errors and files
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FOUNDATION: flags
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FOUNDATION: models
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FOUNDATION: training, checkpoints and the way back to them
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FOUNDATION: the run and its record
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# MEASURING: questions
+# Questions
 
 # Where the two MT-Bench sets live on the hub: (repository, its kind, file). The English one is FastChat's own file.
 MT_BENCH = {
@@ -105,35 +84,51 @@ def load_questions(
     `source` is a JSONL file, a JSON list, or "auto": mt_bench_ru.json or mt_bench_en.json in the working folder,
     fetched from the hub when it is not there. A row holds `turns`, or one turn in `prompt`, `question` or `text`.
     `limit` > 0 takes a sample by `seed` that does not depend on the order of the file. Raises InputError naming file
-    and line for a file that is empty, damaged, or has a row without turns or an id that came before, and naming
-    `flag` when the hub cannot be reached.
+    and line for a file that is empty, damaged, or has a row without turns or with a duplicate id, and naming `flag` when
+    the hub cannot be reached.
     """
     path = Path(f"mt_bench_{language}.json" if source == "auto" else source)
     for known in MT_BENCH:
         if str(path) == f"mt_bench_{known}.json" and not path.exists():
             fetch_questions(known, path, flag)
-    skipped, questions, seen = SkippedRows(), [], {}
+    skipped, questions, first_places = SkippedRows(), [], {}
     for number, (place, row) in enumerate(read_rows(path, skipped), 1):
-        turns = next((row[key] for key in ("turns", "prompt", "question", "text") if key in row), None)
-        turns = [turns] if isinstance(turns, str) else turns
-        if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
-            raise InputError(f"{path}, {place}: no turns; give every question a list of texts named turns")
-        question_id = row.get("question_id", number)
-        if question_id in seen:
+        question = as_question(row, number, f"{path}, {place}")
+        question_id = question["question_id"]
+        if question_id in first_places:
             raise InputError(
-                f"{path}, {place}: question_id {question_id} stands at {seen[question_id]} too; rename one"
+                f"{path}, {place}: duplicate question_id {question_id} (first at {first_places[question_id]}); give "
+                "every question an id of its own"
             )
-        seen[question_id] = place
-        questions.append({"question_id": question_id, "category": str(row.get("category", "general")), "turns": turns})
+        first_places[question_id] = place
+        questions.append(question)
     if skipped.count:
         raise InputError(f"{path}: {skipped.places[0]}; repair the file or fetch it again")
     if not questions:
         raise InputError(f"{path}: no questions in this file; fetch it again or name another")
     if 0 < limit < len(questions):
         by_id = sorted(questions, key=lambda question: str(question["question_id"]))
-        chosen = {question["question_id"] for question in random.Random(seed).sample(by_id, limit)}
-        questions = [question for question in questions if question["question_id"] in chosen]
+        sampled = {question["question_id"] for question in random.Random(seed).sample(by_id, limit)}
+        questions = [question for question in questions if question["question_id"] in sampled]
     return questions
+
+
+def as_question(row: dict, number: int, place: str) -> dict:
+    """{"question_id", "category", "turns"} of a row; a column that is null counts as absent, and so `number` is the id.
+
+    Raises InputError naming `place` for a row without turns or with an id that is neither a number nor a text.
+    """
+    row = {key: value for key, value in row.items() if value is not None}
+    turns = next((row[key] for key in ("turns", "prompt", "question", "text") if key in row), None)
+    turns = [turns] if isinstance(turns, str) else turns
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
+        raise InputError(f"{place}: no turns; give every question a list of texts named turns")
+    question_id = row.get("question_id", number)
+    if isinstance(question_id, float) and question_id.is_integer():  # how a table with gaps stores whole numbers
+        question_id = int(question_id)
+    if not isinstance(question_id, int | str):
+        raise InputError(f"{place}: question_id {json.dumps(question_id)}; make it a whole number or a text")
+    return {"question_id": question_id, "category": str(row.get("category", "general")), "turns": turns}
 
 
 def fetch_questions(language: str, path: Path, flag: str) -> None:
@@ -150,15 +145,7 @@ def fetch_questions(language: str, path: Path, flag: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# MEASURING: answers
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# MEASURING: rewards
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# MEASURING: evaluation
+# Answers and scores
 
 
 def evaluation_fingerprint(
@@ -278,85 +265,77 @@ def summarise(rows: list[dict]) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# MEASURING: statistics
+# Before and after
 
 
-def compare_rows(before_rows: list[dict], after_rows: list[dict]) -> dict:
-    """Paired differences over the questions that both hold: {"score": paired_delta, "raw": paired_delta}.
+def compare_rows(before: list[dict], after: list[dict]) -> dict[str, dict]:
+    """Paired differences over the questions on both sides; a question counts as the mean of its turns.
 
-    Raises InputError when they hold no question in common, or other turns under one id.
+    {"score": 1-10, "raw": raw reward, "length": new tokens of an answer, "equal_length": the difference in score that
+    is left at equal length}. Raises InputError when no question is on both sides, or other turns under one id.
     """
-    before = {row["question_id"]: row for row in before_rows}
-    pairs = [(before[row["question_id"]], row) for row in after_rows if row["question_id"] in before]
-    if not pairs or any(old["turns"] != new["turns"] for old, new in pairs):
+    pairs = pair_rows(before, after)
+    if any(old["turns"] != new["turns"] for old, new in pairs):
         raise InputError("the two evaluations asked different questions; compare files of one question set")
     mean = statistics.fmean
-    return {
-        name: paired_delta([mean(old[key]) for old, _ in pairs], [mean(new[key]) for _, new in pairs])
-        for name, key in (("score", "scores"), ("raw", "rewards"))
+    sides = {
+        name: [[mean(row[key]) for row in side] for side in zip(*pairs, strict=True)]
+        for name, key in (("score", "scores"), ("raw", "rewards"), ("length", "answer_tokens"))
     }
+    change, longer = ([new - old for old, new in zip(*sides[name], strict=True)] for name in ("score", "length"))
+    deltas = {name: paired_delta(*values) for name, values in sides.items()}
+    return {**deltas, "equal_length": equal_length_delta(change, longer)}
 
 
-def summarise_success(rows: list[dict]) -> dict:
-    """`summarise` with the share of answers that score 7 or more, in per cent."""
-    return {**summarise(rows), "success_rate": 100 * statistics.fmean(row["scores"][0] >= 7 for row in rows)}
+def compare_scored(name: str, before: list[dict], after: list[dict]) -> dict[str, dict]:
+    """`compare_rows` by the names of METRICS, with the differences in success and in checks passed, in points."""
+    deltas = compare_rows(before, after)
+    named = {f"{name}_{key}": deltas[key] for key in ("equal_length", "raw", "length")}
+    sides = list(zip(*pair_rows(before, after), strict=True))
+    if name in ("instruct", "finance_instruct"):
+        named[f"{name}_success"] = in_per_cent(mcnemar(*([row["scores"][0] >= 7 for row in side] for side in sides)))
+    if name == "instruct":
+        named[f"{name}_checks"] = paired_delta(*([check_rate([row]) for row in side] for side in sides))
+    return {name: deltas["score"], **named}
 
 
-def summarise_instruct(rows: list[dict]) -> dict:
-    """`summarise_success` with the share of checks passed, in per cent."""
-    return {**summarise_success(rows), "check_rate": check_rate(rows)}
-
-
-# What the reward model scores: name in the record -> (title, summary)
-SCORED = {
-    "mtbench": ("MT-Bench", summarise),
-    "instruct": ("instructions", summarise_instruct),
-    "finance_instruct": ("Finance-Instruct", summarise_success),
-    "reddit": ("Reddit replies", summarise),
-}
+def summarise_scored(name: str, rows: list[dict]) -> dict[str, dict]:
+    """{name: `summarise`}; for instructions with the shares, in per cent, of scores of 7 or more and checks passed."""
+    summary = summarise(rows)
+    if name in ("instruct", "finance_instruct"):
+        summary["success_rate"] = 100 * statistics.fmean(row["scores"][0] >= 7 for row in rows)
+    if name == "instruct":
+        summary["check_rate"] = check_rate(rows)
+    return {name: summary}
 
 
 def scored_evaluations(args: argparse.Namespace, asked: dict[str, tuple[list[dict], int]]) -> list[Evaluation]:
-    """Evaluations that the reward model scores; `asked`: {name of SCORED: (questions, tokens of an answer)}.
+    """Evaluations that the reward model scores; `asked`: {name in EVALUATIONS: (questions, tokens of an answer)}.
 
     The reward model is loaded in the main process.
     """
     reward_model = load_reward_model(args) if asked and main_process() else None
     return [
-        scored_evaluation(args, name, questions, max_new_tokens, reward_model)
+        scored_evaluation(args, name, questions, reward_model, max_new_tokens=max_new_tokens)
         for name, (questions, max_new_tokens) in asked.items()
     ]
 
 
 def scored_evaluation(
-    args: argparse.Namespace, name: str, questions: list[dict], max_new_tokens: int, reward_model: RewardModel | None
+    args: argparse.Namespace, name: str, questions: list[dict], reward_model: RewardModel | None, **generation: Any
 ) -> Evaluation:
-    """Questions answered by the chat template and scored by the reward model."""
-    title, summarise_rows = SCORED[name]
+    """Questions answered by the chat template and scored; `generation`: max_new_tokens, temperature, backend."""
     answer = functools.partial(
         score_questions,
         reward_model=reward_model,
         questions=questions,
-        max_new_tokens=max_new_tokens,
         batch_size=args.eval_batch_size,
         thinking=args.thinking,
         seed=args.seed,
+        **generation,
     )
-
-    def compare(before: list[dict], after: list[dict]) -> dict[str, dict]:
-        deltas = compare_rows(before, after)
-        return {name: deltas["score"], f"{name}_raw": deltas["raw"]}
-
-    lines = [
-        (f"{title}, 1-10", lambda s: s["avg"], name),
-        (f"{title}, raw reward", lambda s: s["raw_mean"], f"{name}_raw"),
-        (f"{title}, published scale", lambda s: s["avg_logged"], None),
-    ]
-    if name in {"instruct", "finance_instruct"}:
-        lines.append((f"{title}, score of 7 or more, %", lambda s: s["success_rate"], None))
-    if name == "instruct":
-        lines.append((f"{title}, checks passed, %", lambda s: s["check_rate"], None))
-    return Evaluation(name, len(questions), answer, summarise_rows, compare, lines)
+    summarise_rows, compare = functools.partial(summarise_scored, name), functools.partial(compare_scored, name)
+    return Evaluation(name, len(questions), answer, summarise_rows, compare)
 
 
 def mtbench_questions(args: argparse.Namespace) -> list[dict]:
@@ -365,11 +344,7 @@ def mtbench_questions(args: argparse.Namespace) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# MEASURING: tables and plots
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# MEASURING: the command line
+# The command line
 
 DEMO = {
     "model": str(DEMO_DIR / "model"),
@@ -384,44 +359,92 @@ def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("mtbench_eval.py", __doc__)
     add_model_flags(parser)
     group = parser.add_argument_group("what to measure")
-    group.add_argument("--adapter", default="", help="output folder of a training run (default: the base model)")
-    group.add_argument("--questions", default="auto", help="JSONL or JSON file; auto fetches MT-Bench (default: auto)")
-    group.add_argument("--language", choices=["ru", "en"], default="ru", help="which set auto fetches (default: ru)")
-    group.add_argument("--compare", default="", help="per-question file of an earlier evaluation to compare with")
+    group.add_argument("--adapter", default="", help="output folder of a training run (default: none, the base model)")
+    group.add_argument(
+        "--questions", default="auto", help="JSONL or JSON file; auto fetches MT-Bench (default: %(default)s)"
+    )
+    group.add_argument(
+        "--language", choices=["ru", "en"], default="ru", help="which set auto fetches (default: %(default)s)"
+    )
+    group.add_argument(
+        "--compare", default="", help="per-question file of an earlier evaluation to compare with (default: none)"
+    )
     group.add_argument("--output_dir", default="mtbench_results", help="folder of the results (default: %(default)s)")
     group.add_argument(
         "--mtbench_questions_limit",
         "--limit",
         type=not_negative(int),
         default=0,
-        help="ask a sample of this many (default: 0 = all)",
-    )
-    group.add_argument("--mtbench_questions_seed", type=int, default=42, help="seed of that sample (default: 42)")
-    group.add_argument(
-        "--mtbench_temperature", type=not_negative(float), default=0.0, help="0 (default) answers greedily"
+        help="ask a sample of this many; 0 = all (default: %(default)s)",
     )
     group.add_argument(
-        "--mtbench_max_tokens", type=positive(int), default=1024, help="longest answer in tokens (default: 1024)"
+        "--mtbench_questions_seed", type=int, default=42, help="seed of that sample (default: %(default)s)"
+    )
+    group.add_argument(
+        "--mtbench_temperature",
+        type=not_negative(float),
+        default=0.0,
+        help="0 answers greedily (default: %(default)s)",
+    )
+    group.add_argument(
+        "--mtbench_max_tokens",
+        type=positive(int),
+        default=1024,
+        help="longest answer in tokens (default: %(default)s)",
     )
     group.add_argument(
         "--mtbench_backend",
         choices=["simple", "auto"],
         default="simple",
-        help="auto uses continuous batching on CUDA (default: simple)",
+        help="auto uses continuous batching on CUDA (default: %(default)s)",
     )
-    add_run_flags(parser, "experiments/mtbench_evaluations.jsonl")
-    parser.set_defaults(resume_from_checkpoint=None)  # the same command simply goes on
+    add_run_flags(parser, "experiments/mtbench_evaluations.jsonl", trains=False)
+    parser.set_defaults(resume_from_checkpoint=None)  # the same command continues the evaluation
     return parser
 
 
-def earlier_results(path: str) -> tuple[dict, list[dict]]:
-    """The fingerprint and the rows of the MT-Bench file that --compare names. Raises InputError for another file."""
+def earlier_results(path: str, questions: list[dict]) -> tuple[dict, list[dict]]:
+    """The fingerprint of the MT-Bench file that --compare names, and its rows for `questions`.
+
+    Raises InputError when it is another kind of file or answers none of the questions with these turns.
+    """
     skipped = SkippedRows()
     fingerprint, rows = read_results(Path(path), skipped)
     if not rows or not all("rewards" in row for row in rows):
         raise InputError(f"--compare {path}: no per-question results; name an mtbench_*.jsonl of an output folder")
     skipped.report(f"damaged lines of {path}")
+    turns = {question["question_id"]: question["turns"] for question in questions}
+    rows = [row for row in rows if row["question_id"] in turns]
+    other = [row["question_id"] for row in rows if row["turns"] != turns[row["question_id"]]]
+    if not rows or other:
+        what = f"asked other turns under question_id {other[0]}" if other else "answered none of these questions"
+        raise InputError(f"--compare {path} {what}; compare evaluations of one question set")
     return fingerprint, rows
+
+
+def check_settings(args: argparse.Namespace, earlier: dict, now: dict) -> None:
+    """Warns when the answers to compare with were generated otherwise. Raises InputError for another reward model."""
+    if earlier["reward_model"] != now["reward_model"]:
+        other = differing(earlier["reward_model"], now["reward_model"])
+        raise InputError(
+            f"--compare {args.compare} was scored by another reward model ({other}); score it by this one"
+        )
+    if earlier["generation"] != now["generation"]:
+        other = differing(earlier["generation"], now["generation"])
+        log.warning(
+            "--compare %s was answered otherwise (%s): part of the difference comes from that", args.compare, other
+        )
+
+
+def print_plan(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, questions: list[dict]) -> None:
+    """What the evaluation would do, and its first question as the model will read it."""
+    turns = sum(len(question["turns"]) for question in questions)
+    log.info("%d questions, %d answers of up to %d tokens each", len(questions), turns, args.mtbench_max_tokens)
+    first = [{"role": "user", "content": questions[0]["turns"][0]}]
+    text = tokenizer.apply_chat_template(
+        first, tokenize=False, add_generation_prompt=True, enable_thinking=args.thinking
+    )
+    log.info("question %s as the model reads it:\n%s", questions[0]["question_id"], text)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -429,86 +452,57 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(build_parser(), argv, DEMO)
     with recorded_run(args, argv, "mtbench_eval.py") as record:
-        questions = load_questions(
-            args.questions,
-            language=args.language,
-            limit=args.mtbench_questions_limit,
-            seed=args.mtbench_questions_seed,
-        )
-        measured, earlier = earlier_results(args.compare) if args.compare else ({}, [])
-        tokenizer = load_tokenizer(args)
-        check_model(args, tokenizer, adapter=args.adapter)
-        if args.dry_run:
-            load_reward_model(args)
-            turns = sum(len(question["turns"]) for question in questions)
-            limit = args.mtbench_max_tokens
-            log.info("%d questions, %d answers of up to %d tokens each", len(questions), turns, limit)
-            return record
-        with timed(record, "load"):
-            model = load_model(args)
-            if args.adapter:
-                model = load_adapter(model, args.adapter)
-            reward_model = load_reward_model(args)
-        settings = dict(
-            max_new_tokens=args.mtbench_max_tokens,
-            temperature=args.mtbench_temperature,
-            backend=args.mtbench_backend,
-            thinking=args.thinking,
-            seed=args.seed,
-        )
-        model_settings = model_fingerprint(args, adapter_sha256(model))
-        path = Path(args.output_dir) / "mtbench.jsonl"
-        fingerprint = evaluation_fingerprint(model_settings, questions, reward_model, **settings)
-        if earlier and measured["reward_model"] != fingerprint["reward_model"]:
-            other = differing(measured["reward_model"], fingerprint["reward_model"])
-            raise InputError(
-                f"--compare {args.compare} was scored by another reward model ({other}); score it by this one"
-            )
-        if earlier and measured["generation"] != fingerprint["generation"]:
-            other = differing(measured["generation"], fingerprint["generation"])
-            log.warning(
-                "--compare %s was answered otherwise (%s): part of the difference comes from that", args.compare, other
-            )
-        ResultFile(path, fingerprint)  # refuses the folder of another evaluation before anything in it changes
-        folder = begin(record, {"questions": args.questions, "n": len(questions), "sha256": fingerprint["questions"]})
-        with timed(record, "final"):
-            rows = score_questions(
-                model,
-                tokenizer,
-                reward_model,
-                questions,
-                path=path,
-                fingerprint=model_settings,
-                batch_size=args.eval_batch_size,
-                use_cache=not (args.adapter or args.no_baseline_cache),
-                **settings,
-            )
-        final = record["final"]["mtbench"] = summarise(rows)
-        baseline, delta = {}, {}
-        if earlier:
-            delta = compare_rows(earlier, rows)
-            shared = {row["question_id"] for row in earlier} & {row["question_id"] for row in rows}
-            earlier, rows = ([row for row in side if row["question_id"] in shared] for side in (earlier, rows))
-            log.info("compared on the %d questions that both answered", len(rows))
-            final, baseline = summarise(rows), summarise(earlier)
-            record["baseline"]["mtbench"], record["final"]["mtbench"] = baseline, final
-            record["delta"] = {"mtbench": delta["score"], "mtbench_raw": delta["raw"]}
-            plot_categories(baseline, final, folder / "mtbench_categories.png")
-        write_json(folder / "metrics.json", {key: record[key] for key in ("baseline", "final", "delta")})
-        table = [
-            ("MT-Bench, 1-10", baseline.get("avg"), final["avg"], delta.get("score")),
-            ("raw reward", baseline.get("raw_mean"), final["raw_mean"], delta.get("raw")),
-            ("MT-Bench, logged scale", baseline.get("avg_logged"), final["avg_logged"], None),
-        ]
-        for number, score in enumerate(final["by_turn"]):
-            before = baseline["by_turn"][number] if baseline else None
-            table.append((f"turn {number + 1}", before, score, None))
-        for category, score in final["by_category"].items():
-            table.append((category, baseline.get("by_category", {}).get(category), score, None))
-        for name, key in (("tokens an answer", "answer_tokens"), ("share unfinished", "unfinished")):
-            table.append((name, baseline.get(key), final[key], None))
-        print_table(f"{args.model} {args.adapter}, {len(rows)} questions", table)
+        run(args, record)
     return record
+
+
+def run(args: argparse.Namespace, record: dict) -> None:
+    """Answer, score, summarise, compare. Everything that can be wrong with the input is found before it writes."""
+    questions = load_questions(
+        args.questions, language=args.language, limit=args.mtbench_questions_limit, seed=args.mtbench_questions_seed
+    )
+    earlier_fingerprint, earlier = earlier_results(args.compare, questions) if args.compare else ({}, [])
+    tokenizer = load_tokenizer(args)
+    check_model(args, tokenizer, adapter=args.adapter)
+    if args.dry_run:
+        load_reward_model(args)
+        print_plan(args, tokenizer, questions)
+        return
+    with timed(record, "load"):
+        model = load_model(args)
+        if args.adapter:
+            model = load_adapter(model, args.adapter)
+        reward_model = load_reward_model(args)
+    settings = dict(
+        max_new_tokens=args.mtbench_max_tokens, temperature=args.mtbench_temperature, backend=args.mtbench_backend
+    )
+    evaluation = scored_evaluation(args, "mtbench", questions, reward_model, **settings)
+    model_settings = model_fingerprint(args, adapter_sha256(model))
+    fingerprint = evaluation_fingerprint(
+        model_settings, questions, reward_model, **settings, thinking=args.thinking, seed=args.seed
+    )
+    if earlier:
+        check_settings(args, earlier_fingerprint, fingerprint)
+    path = Path(args.output_dir) / "mtbench.jsonl"
+    ResultFile(path, fingerprint)  # refuses the folder of another evaluation before anything in it changes
+    folder = begin(record, {"questions": args.questions, "n": len(questions), "sha256": fingerprint["questions"]})
+    with timed(record, "final"):
+        rows = evaluation.answer(
+            model,
+            tokenizer,
+            path=path,
+            fingerprint=model_settings,
+            use_cache=not (args.adapter or args.no_baseline_cache),
+        )
+    title = f"{args.model} {args.adapter}".strip() + f", {len(rows)} questions"
+    if earlier:
+        both = [new for _, new in pair_rows(earlier, rows)]
+        record["baseline"] |= summarise_scored("mtbench", earlier)
+        record["final"]["mtbench_compared"] = summarise(both)
+        record["delta"] |= compare_scored("mtbench", earlier, both)
+        if len(both) < len(rows):
+            title += f"; baseline and differences on the {len(both)} that both answered"
+    report(record, folder, [evaluation], {}, {"mtbench": rows}, title=title, details=True)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.anchored_loss import fused_nll_kl, kl_coefficient, tail_mask
-from llm_alignment.evaluation import plot_categories, plot_curves, print_table
+from llm_alignment.evaluation import Evaluation, measure, pair_rows, plot_curves, report
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
-from llm_alignment.files import InputError, SkippedRows, open_dataset, write_json
+from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, open_dataset
 from llm_alignment.flags import (
     DEMO_DIR,
     add_lora_flags,
@@ -45,15 +45,12 @@ from llm_alignment.flags import (
 )
 from llm_alignment.models import (
     adapter_kept_in_float32,
-    adapter_sha256,
     check_head,
     check_model,
     load_model,
     load_tokenizer,
     main_process,
-    model_fingerprint,
     new_adapter,
-    on_main_process,
     processes,
 )
 from llm_alignment.rewards import load_reward_model
@@ -71,7 +68,7 @@ from llm_alignment.training import (
     token_counts,
     training_arguments,
 )
-from mtbench_eval import compare_rows, load_questions, score_questions, summarise
+from mtbench_eval import load_questions, scored_evaluation, summarise
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -542,13 +539,49 @@ def validation_nll(model: PeftModel, rows, collator, batch_size: int) -> tuple[l
     return sums, tokens
 
 
-def loss_deltas(before: list[float], after: list[float], tokens: list[int]) -> dict[str, dict]:
-    """Paired differences of the token-weighted validation loss and of the perplexity, its exponential."""
-    mean_tokens = sum(tokens) / len(tokens)
-    delta = paired_delta([x / mean_tokens for x in before], [x / mean_tokens for x in after])
-    perplexity = math.exp(sum(before) / sum(tokens))
-    ends = {key: delta[key] and perplexity * math.expm1(delta[key]) for key in ("mean", "low", "high")}
-    return {"val_loss": delta, "ppl": {**delta, **ends}}
+def validation_evaluation(name: str, rows, collator, batch_size: int) -> Evaluation:
+    """The validation loss of prepared rows (a `datasets.Dataset`): "validation" = those that are compared,
+    "validation_full" = all of them, measured after training alone."""
+    questions = [{"question_id": number} for number in range(len(rows))]
+
+    def answer(model, tokenizer, *, path: Path, fingerprint: dict, use_cache: bool, renew: bool) -> list[dict]:
+        fingerprint = {**fingerprint, "rows": digest(rows[:]), "batch": batch_size}
+        results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache)
+        if results.missing(questions):
+            sums, tokens = validation_nll(model, rows, collator, batch_size)
+            done = {row["question_id"] for row in results.rows}
+            for number, (nll, count) in enumerate(zip(sums, tokens, strict=True)):
+                if number not in done:
+                    results.append({"question_id": number, "nll": nll, "tokens": count})
+        results.finish()
+        return results.rows_of(questions)
+
+    summarise_rows = summarise_full_validation if name == "validation_full" else summarise_validation
+    return Evaluation(name, len(rows), answer, summarise_rows, compare_validation)
+
+
+def summarise_validation(rows: list[dict]) -> dict:
+    """Loss in nats a token and perplexity, token-weighted, and the mean of row means that the published runs logged."""
+    loss = sum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows)
+    row_mean = sum(row["nll"] / row["tokens"] for row in rows) / len(rows)
+    return {"val_loss": loss, "val_loss_row_mean": row_mean, "ppl": math.exp(loss)}
+
+
+def summarise_full_validation(rows: list[dict]) -> dict:
+    return {"val_loss_full": summarise_validation(rows)["val_loss"], "val_rows_full": len(rows)}
+
+
+def compare_validation(before: list[dict], after: list[dict]) -> dict[str, dict]:
+    """Paired differences of the token-weighted validation loss, of the perplexity, its exponential, and of row means."""
+    pairs = pair_rows(before, after)
+    mean_tokens = sum(row["tokens"] for _, row in pairs) / len(pairs)
+    sides = [[row["nll"] / mean_tokens for row in side] for side in zip(*pairs, strict=True)]
+    row_means = [[row["nll"] / row["tokens"] for row in side] for side in zip(*pairs, strict=True)]
+    delta, perplexity = paired_delta(*sides), math.exp(sum(sides[0]) / len(pairs))
+    ends = {
+        key: None if delta[key] is None else perplexity * math.expm1(delta[key]) for key in ("mean", "low", "high")
+    }
+    return {"val_loss": delta, "val_loss_row_mean": paired_delta(*row_means), "ppl": {**delta, **ends}}
 
 
 def print_plan(
@@ -625,58 +658,29 @@ def run(args: argparse.Namespace, record: dict) -> None:
     check_head(model, f"--model {args.model}")
     reward_model = load_reward_model(args) if questions and main_process() else None
 
-    def mtbench(name: str, adapter: str, use_cache: bool = False) -> list[dict]:
-        return score_questions(
-            model,
-            tokenizer,
-            reward_model,
-            questions,
-            path=folder / f"mtbench_{name}.jsonl",
-            fingerprint=model_fingerprint(args, adapter),
-            max_new_tokens=args.mtbench_max_tokens,
-            temperature=args.mtbench_temperature,
-            batch_size=args.eval_batch_size,
-            backend=args.mtbench_backend,
-            thinking=args.thinking,
-            seed=args.seed,
-            use_cache=use_cache,
-            renew=True,
-        )
-
-    def measure(step: int) -> dict:
+    def measure_step(step: int) -> dict:
         """Validation loss and MT-Bench of the adapter as it is at a training step."""
+        rows = measure(args, model, tokenizer, evaluations, folder, f"step_{step}", with_adapter=True)
+        loss, score = summarise_validation(rows["validation"])["val_loss"], summarise(rows["mtbench"])["avg"]
+        return {"loss": loss, "mtbench": score}
 
-        def compute() -> dict:
-            nll, tokens = validation_nll(model, compared, collator, args.batch)
-            rows = mtbench(f"step_{step}", adapter_sha256(model))
-            return {"loss": sum(nll) / sum(tokens), "mtbench": summarise(rows)["avg"]}
-
-        return on_main_process(compute)
-
-    trainer = build_trainer(args, model, tokenizer, train_dataset, validation, selection, measure)
+    trainer = build_trainer(args, model, tokenizer, train_dataset, validation, selection, measure_step)
     model, collator = trainer.model, DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     compared = trainer.eval_dataset.select(range(min(args.baseline_eval_samples, len(trainer.eval_dataset))))
+    evaluations = [validation_evaluation("validation", compared, collator, args.batch)]
+    if questions:
+        settings = dict(
+            max_new_tokens=args.mtbench_max_tokens, temperature=args.mtbench_temperature, backend=args.mtbench_backend
+        )
+        evaluations.append(scored_evaluation(args, "mtbench", questions, reward_model, **settings))
     folder = begin(record, data)
     log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in rows.items()))
-
-    baseline, final, delta = record["baseline"], record["final"], record["delta"]
-
-    def measure_baseline() -> dict:
-        measured = {}
-        with model.disable_adapter():
-            nll, tokens = validation_nll(model, compared, collator, args.batch)
-            measured |= {"val_loss": sum(nll) / sum(tokens), "ppl": math.exp(sum(nll) / sum(tokens)), "nll": nll}
-            if questions:
-                measured["rows"] = mtbench("baseline", "none", use_cache=not args.no_baseline_cache)
-                measured["mtbench"] = summarise(measured["rows"])
-        return measured
 
     before = {}
     if not args.skip_baseline_eval:
         with timed(record, "baseline"):
-            before = on_main_process(measure_baseline)
-        baseline |= {name: before[name] for name in ("val_loss", "ppl", "mtbench") if name in before}
-        trainer.baseline_score = baseline["mtbench"]["avg"] if questions else None
+            before = measure(args, model, tokenizer, evaluations, folder, "baseline", with_adapter=False)
+        trainer.baseline_score = summarise(before["mtbench"])["avg"] if questions else None
 
     with timed(record, "train"):
         if checkpoint and args.early_stop_patience is not None:
@@ -691,24 +695,19 @@ def run(args: argparse.Namespace, record: dict) -> None:
         log.info("kept the adapter of step %d, the best by MT-Bench", record["kept_step"])
     save_adapter(trainer, folder)
 
+    step_file = folder / f"mtbench_step_{record['kept_step']}.jsonl"
+    if main_process() and step_file.exists() and not (folder / "mtbench_final.jsonl").exists():
+        shutil.copyfile(step_file, folder / "mtbench_final.jsonl")  # the kept adapter is measured already
+    evaluations.append(validation_evaluation("validation_full", trainer.eval_dataset, collator, args.batch))
+    with timed(record, "final"):
+        after = measure(args, model, tokenizer, evaluations, folder, "final", with_adapter=True)
     if main_process():
-        with timed(record, "final"):
-            nll, tokens = validation_nll(model, trainer.eval_dataset, collator, args.batch)
-            n = len(compared)
-            final |= {"val_loss": sum(nll[:n]) / sum(tokens[:n]), "ppl": math.exp(sum(nll[:n]) / sum(tokens[:n]))}
-            final |= {"val_loss_full": sum(nll) / sum(tokens), "val_rows_full": len(nll)}
-            if before:
-                delta |= loss_deltas(before["nll"], nll[:n], tokens[:n])
-            if questions:
-                step_file = folder / f"mtbench_step_{record['kept_step']}.jsonl"
-                if step_file.exists() and not (folder / "mtbench_final.jsonl").exists():
-                    shutil.copyfile(step_file, folder / "mtbench_final.jsonl")  # the kept adapter is measured already
-                after_rows = mtbench("final", adapter_sha256(model))
-                final["mtbench"] = summarise(after_rows)
-                if before:
-                    compared_rows = compare_rows(before["rows"], after_rows)
-                    delta |= {"mtbench": compared_rows["score"], "mtbench_raw": compared_rows["raw"]}
-        report(record, folder, trainer.state.log_history)
+        history, final = trainer.state.log_history, record["final"]
+        plot_curves(history, {"loss": ["loss", "nll", "eval_loss"]}, folder / "loss.png")
+        plot_curves(history, {"KL": ["kl"], "KL coefficient": ["kl_coef"]}, folder / "kl.png")
+        title = f"{record['output_dir']}, step {record['kept_step']}"
+        report(record, folder, evaluations, before, after, title=title)
+        log.info("validation loss on all %d held-out rows: %.4f", final["val_rows_full"], final["val_loss_full"])
 
 
 def check_assistant_mask(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -723,29 +722,6 @@ def check_assistant_mask(args: argparse.Namespace, tokenizer: PreTrainedTokenize
                 f"--assistant_only_loss: the chat template of {args.model} does not mark the assistant's turns and TRL "
                 "knows none that does; leave the flag out"
             ) from error
-
-
-def report(record: dict, folder: Path, history: list[dict]) -> None:
-    """metrics.json, the plots and the table."""
-    baseline, final, delta = record["baseline"], record["final"], record["delta"]
-    write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
-    plot_curves(history, {"loss": ["loss", "nll", "eval_loss"]}, folder / "loss.png")
-    plot_curves(history, {"KL": ["kl"], "KL coefficient": ["kl_coef"]}, folder / "kl.png")
-    table = [
-        ("validation loss", baseline.get("val_loss"), final["val_loss"], delta.get("val_loss")),
-        ("perplexity", baseline.get("ppl"), final["ppl"], delta.get("ppl")),
-    ]
-    if "mtbench" in final:
-        before, after = baseline.get("mtbench"), final["mtbench"]
-        plot_categories(before, after, folder / "mtbench.png")
-        table += [
-            ("MT-Bench, 1-10", before and before["avg"], after["avg"], delta.get("mtbench")),
-            ("MT-Bench, raw reward", before and before["raw_mean"], after["raw_mean"], delta.get("mtbench_raw")),
-            ("MT-Bench, as published", before and before["avg_logged"], after["avg_logged"], None),
-        ]
-    print_table(f"{record['output_dir']}, step {record['kept_step']}", table)
-    log.info("validation loss on all %d held-out rows: %.4f", final["val_rows_full"], final["val_loss_full"])
-    log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.evaluation import Evaluation, measure, plot_curves, report
+from llm_alignment.evaluation import Evaluation, measure, pair_rows, plot_curves, report
 from llm_alignment.files import InputError, ResultFile, digest
 from llm_alignment.flags import (
     add_lora_flags,
@@ -388,8 +388,10 @@ def summarise_rewards(rows: list[dict]) -> dict:
 
 def compare_rewards(before: list[dict], after: list[dict]) -> dict[str, dict]:
     """Differences in reward accuracy, in percentage points, by the exact McNemar test, and in the reward margin."""
+    pairs = pair_rows(before, after)
     accuracies, margins = (
-        [list(map(measure, rows)) for rows in (before, after)] for measure in (_reward_accuracy, _reward_margin)
+        [[measure(row) for row in rows] for rows in zip(*pairs, strict=True)]
+        for measure in (_reward_accuracy, _reward_margin)
     )
     return {
         "reward_accuracy": in_per_cent(mcnemar(*accuracies)),
@@ -410,11 +412,9 @@ def reward_evaluation(args: argparse.Namespace, pairs: list[dict], rows: list[di
     """The rewards of held-out pairs; `rows` are those that `fit_pairs` made of `pairs`."""
     rows = [{**row, "question_id": pair["uid"]} for row, pair in zip(rows, pairs, strict=True)]
     answer = functools.partial(reward_pairs, pairs=rows, beta=args.beta, max_length=args.max_length)
-    lines = [
-        ("held-out pairs, reward accuracy, %", lambda s: s["accuracy"], "reward_accuracy"),
-        ("held-out pairs, reward margin", lambda s: s["margin"], "reward_margin"),
-    ]
-    return Evaluation("held_out", len(rows), answer, summarise_rewards, compare_rewards, lines)
+    return Evaluation(
+        "held_out", len(rows), answer, lambda rows: {"held_out": summarise_rewards(rows)}, compare_rewards
+    )
 
 
 def align(

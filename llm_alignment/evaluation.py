@@ -9,10 +9,11 @@ import io
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from llm_alignment.files import SkippedRows, read_results, write_atomic, write_json, write_rows
+from llm_alignment.files import InputError, SkippedRows, read_results, write_atomic, write_json, write_rows
 from llm_alignment.models import adapter_off, adapter_sha256, model_fingerprint, on_main_process
+from llm_alignment.stats import holm, too_few_changed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,13 +23,74 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llm_alignment")
 
+# Evaluations with a file of rows (NAME_baseline.jsonl, NAME_final.jsonl): name -> title
+EVALUATIONS = {
+    "validation": "validation",
+    "drift": "drift",
+    "tatqa": "TAT-QA",
+    "held_out": "held-out pairs",
+    "mtbench": "MT-Bench",
+    "instruct": "instructions",
+    "finance_instruct": "Finance-Instruct",
+    "reddit": "Reddit replies",
+}
+SCORED = ("mtbench", "instruct", "finance_instruct", "reddit")  # by the reward model
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One figure: a record's `baseline` and `final` hold it at `keys`, its `delta` under the metric's name.
+
+    Without `keys` there is a difference alone. The title ends with the unit where it has one.
+    """
+
+    title: str
+    keys: tuple[str, ...] = ()
+    lower_is_better: bool = False
+
+    def read(self, summaries: dict) -> float | None:
+        """The figure in a record's `baseline` or `final`; None where it was not measured."""
+        value = summaries if self.keys else None
+        for key in self.keys:
+            value = value.get(key) if value else None
+        return value
+
+
+def scored_metrics(name: str, title: str) -> dict[str, Metric]:
+    """The metrics of an evaluation that the reward model scores."""
+    return {
+        name: Metric(f"{title}, 1-10", (name, "avg")),
+        f"{name}_equal_length": Metric(f"{title}, at equal length"),
+        f"{name}_raw": Metric(f"{title}, raw reward", (name, "raw_mean")),
+        f"{name}_published": Metric(f"{title}, published scale", (name, "avg_logged")),
+        f"{name}_success": Metric(f"{title}, 7 or more, %", (name, "success_rate")),
+        f"{name}_checks": Metric(f"{title}, checks passed, %", (name, "check_rate")),
+        f"{name}_length": Metric(f"{title}, answer tokens", (name, "answer_tokens")),
+        f"{name}_unfinished": Metric(f"{title}, share unfinished", (name, "unfinished"), lower_is_better=True),
+    }
+
+
+# Every metric that a run can report, in the order of the tables. A metric named like its evaluation is the main one.
+METRICS = {
+    "val_loss": Metric("validation loss", ("val_loss",), lower_is_better=True),
+    "val_loss_row_mean": Metric("validation loss, mean of rows", ("val_loss_row_mean",), lower_is_better=True),
+    "ppl": Metric("perplexity", ("ppl",), lower_is_better=True),
+    "drift": Metric("drift, KL from the base", ("drift",), lower_is_better=True),
+    "tatqa": Metric("TAT-QA, published metric, %", ("tatqa", "em_like")),
+    "tatqa_em": Metric("TAT-QA, official EM, %", ("tatqa", "em")),
+    "tatqa_f1": Metric("TAT-QA, official F1, %", ("tatqa", "f1")),
+    "reward_accuracy": Metric("held-out pairs, accuracy, %", ("held_out", "accuracy")),
+    "reward_margin": Metric("held-out pairs, reward margin", ("held_out", "margin")),
+} | {key: metric for name in SCORED for key, metric in scored_metrics(name, EVALUATIONS[name]).items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One thing measured before and after training; `name` is its key in the record and the stem of its files.
+    """One thing measured before and after training; `name` is a key of EVALUATIONS and the stem of its files.
 
-    `answer(model, tokenizer, path=, fingerprint=, use_cache=, renew=)` gives a row per question,
-    `compare(before, after)` the record's deltas by key. `lines` are those of the table: (title, value of a summary, key of the delta or None).
+    `answer(model, tokenizer, path=, fingerprint=, use_cache=, renew=)` gives a row with a "question_id" per item.
+    `summarise(rows)` is what the record's `baseline` and `final` get, `compare(before, after)` what its `delta` gets:
+    a difference for each name of METRICS. `size` is the number of items.
     """
 
     name: str
@@ -36,7 +98,18 @@ class Evaluation:
     answer: Callable[..., list[dict]]
     summarise: Callable[[list[dict]], dict]
     compare: Callable[[list[dict], list[dict]], dict[str, dict]]
-    lines: list[tuple[str, Callable[[dict], float], str | None]]
+
+
+def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
+    """The rows of both sides by question_id, in the order of `after`; an id on one side alone is left out.
+
+    Raises InputError when no id is on both sides.
+    """
+    by_id = {row["question_id"]: row for row in before}
+    pairs = [(by_id[row["question_id"]], row) for row in after if row["question_id"] in by_id]
+    if not pairs:
+        raise InputError("the two evaluations have no question in common; compare files of one question set")
+    return pairs
 
 
 def measure(
@@ -49,9 +122,9 @@ def measure(
     *,
     with_adapter: bool,
 ) -> dict[str, list[dict]]:
-    """The rows of every evaluation by name, kept in NAME_STAGE.jsonl; without the adapter it is the base that answers.
+    """The rows of every evaluation by name, kept in NAME_STAGE.jsonl; without the adapter the base answers.
 
-    Baselines are shared with other runs by the cache. Under several processes the main one answers.
+    Rows of the stage "baseline" are shared with other runs by the cache. With several processes the main one answers.
     """
     with contextlib.nullcontext() if with_adapter else adapter_off(model):
         adapter = adapter_sha256(model) if with_adapter else "none"
@@ -71,16 +144,15 @@ def measure(
         )
 
 
-def stored_rows(folder: Path, name: str, evaluations: list[Evaluation]) -> dict[str, list[dict]]:
-    """The rows that a measurement left in `folder`, by evaluation, sorted by id."""
+def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> dict[str, list[dict]]:
+    """The rows that a measurement left in `folder`, by evaluation."""
     rows = {}
     for evaluation in evaluations:
-        path = folder / f"{evaluation.name}_{name}.jsonl"
+        path = folder / f"{evaluation.name}_{stage}.jsonl"
         if path.exists():
             skipped = SkippedRows()
-            _, stored = read_results(path, skipped)
+            _, rows[evaluation.name] = read_results(path, skipped)
             skipped.report(f"damaged lines of {path}")
-            rows[evaluation.name] = sorted(stored, key=lambda row: str(row["question_id"]))
     return rows
 
 
@@ -90,29 +162,106 @@ def report(
     evaluations: list[Evaluation],
     before: dict[str, list[dict]],
     after: dict[str, list[dict]],
+    *,
+    title: str = "",
+    details: bool = False,
 ) -> None:
-    """Fills the record's baseline, final and delta; writes metrics.json and the plots; prints the table."""
+    """Fills the record's baseline, final and delta; writes metrics.json and the plots; prints the table.
+
+    `before` and `after` are what `measure` gave. `details` adds a line for every turn and category.
+    """
     baseline, final, delta = record["baseline"], record["final"], record["delta"]
-    table = []
     for evaluation in evaluations:
         name = evaluation.name
-        if name in before:
-            baseline[name] = evaluation.summarise(before[name])
-        if name in after:
-            final[name] = evaluation.summarise(after[name])
+        for summaries, rows in ((baseline, before), (final, after)):
+            if name in rows:
+                summaries |= evaluation.summarise(rows[name])
         if name in before and name in after:
             delta |= evaluation.compare(before[name], after[name])
-            if "by_category" in final[name]:
-                plot_categories(baseline[name], final[name], folder / f"{name}.png")
-        for title, value, key in evaluation.lines:
-            values = [value(summaries[name]) if name in summaries else None for summaries in (baseline, final)]
-            table.append((title, *values, delta.get(key)))
-            for kind in (delta.get(key) or {}).get("by_type", {}):
-                values = [value(summaries[name]["by_type"][kind]) for summaries in (baseline, final)]
-                table.append((f"  {kind}", *values, delta[key]["by_type"][kind]))
+        if "by_category" in final.get(name, {}) and name in after:
+            plot_categories(baseline.get(name), final[name], folder / f"{name}.png")
     write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
-    print_table(str(folder), table)
+    print_table(title or str(folder), table_rows(baseline, final, delta, details=details))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
+
+
+class TableRow(NamedTuple):
+    """A line of the table: the figures before and after (None = not measured) and a delta as from `paired_delta`."""
+
+    title: str
+    before: float | None
+    after: float | None
+    delta: dict | None = None
+    lower_is_better: bool = False
+
+
+def table_rows(baseline: dict, final: dict, delta: dict, *, details: bool = False) -> list[TableRow]:
+    """The lines of every metric that was measured, with those of its answer types, and with `details` of its parts."""
+    rows = []
+    for name, metric in METRICS.items():
+        values = [metric.read(summaries) for summaries in (baseline, final)]
+        if values == [None, None] and name not in delta:
+            continue
+        rows.append(TableRow(metric.title, *values, delta.get(name), metric.lower_is_better))
+        for kind, change in (delta.get(name) or {}).get("by_type", {}).items():
+            values = [side[metric.keys[0]]["by_type"][kind][metric.keys[-1]] for side in (baseline, final)]
+            rows.append(TableRow(f"  {kind}", *values, change))
+        if details and "by_turn" in final.get(name, {}):
+            before = baseline.get(name, {"by_turn": [], "by_category": {}})
+            for turn, score in enumerate(final[name]["by_turn"]):
+                rows.append(TableRow(f"  turn {turn + 1}", dict(enumerate(before["by_turn"])).get(turn), score))
+            for category, score in final[name]["by_category"].items():
+                rows.append(TableRow(f"  {category}", before["by_category"].get(category), score))
+    return rows
+
+
+def verdict(delta: dict, *, lower_is_better: bool = False) -> str:
+    """What the test says of a difference, in words: "" when it is clear (p of 0.05 or less)."""
+    if not delta["n"] or delta["p"] is None or delta["p"] <= 0.05:
+        return ""
+    if too_few_changed(delta):
+        return f"{delta['changed']} of {delta['n']} changed: too few to tell"
+    bound = f"a rise above {abs(delta['high']):.2g}" if lower_is_better else f"a loss above {abs(delta['low']):.2g}"
+    return f"no detectable change; {bound} is excluded"
+
+
+def print_table(title: str, rows: list[TableRow]) -> None:
+    """Prints the lines, each difference with interval, p, number of items that changed and verdict.
+
+    A p value that stays below 0.05 after Holm's correction for the table's p values is marked *. Plain ASCII, at most
+    120 columns.
+    """
+    from rich.box import Box
+    from rich.console import Console
+    from rich.table import Table
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:#.4g}".rstrip(".")
+
+    rows = [TableRow(*row) for row in rows]
+    rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
+    table = Table(title=title, title_style="", title_justify="left", box=rules, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for column in ("baseline", "final", "difference [95 % interval]", "p", "changed"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    p_values = [row.delta["p"] for row in rows if row.delta and row.delta["p"] is not None]
+    corrected = iter(holm(p_values))
+    marked = 0
+    for row in rows:
+        cells = [row.title, number(row.before), number(row.after)]
+        delta = row.delta
+        if delta and delta["p"] is not None:
+            stays = next(corrected) < 0.05
+            marked += stays
+            interval = "none" if delta["low"] is None else f"[{number(delta['low'])}, {number(delta['high'])}]"
+            cells += [f"{delta['mean']:+#.4g} {interval}", f"{delta['p']:.2g}{'*' if stays else ' '}"]
+            cells += [f"{delta['changed']}/{delta['n']}", verdict(delta, lower_is_better=row.lower_is_better)]
+        table.add_row(*cells)
+    console = Console(width=120, color_system=None, legacy_windows=False, markup=False, highlight=False)
+    console.print(table)
+    if p_values:
+        console.print(f"{len(p_values)} p values; {marked} (*) stay below 0.05 after Holm's correction")
 
 
 def save_answers(args: argparse.Namespace, answers: dict[str, list[dict]]) -> None:
@@ -124,41 +273,14 @@ def save_answers(args: argparse.Namespace, answers: dict[str, list[dict]]) -> No
             write_rows(path.with_name(f"{path.stem}_{name}.jsonl"), answers[stage])
 
 
-def print_table(title: str, rows: list[tuple[str, float | None, float | None, dict | None]]) -> None:
-    """Prints (metric, baseline, final, delta) rows; `delta` as from `paired_delta`. Plain ASCII, at most 120 columns."""
-    from rich.box import Box
-    from rich.console import Console
-    from rich.table import Table
-
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:#.4g}".rstrip(".")
-
-    rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
-    table = Table(title=title, title_style="", title_justify="left", box=rules, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for column in ("baseline", "final", "difference [95 % interval]", "p"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for metric, baseline, final, delta in rows:
-        cells = [metric, number(baseline), number(final)]
-        if delta and delta["n"]:
-            cells.append(f"{delta['mean']:+#.4g} [{number(delta['low'])}, {number(delta['high'])}]")
-            cells.append(f"{delta['p']:.2g}")
-            cells.append("" if delta["p"] <= 0.05 else "no detectable change")
-        table.add_row(*cells)
-    Console(width=120, color_system=None, legacy_windows=False, markup=False, highlight=False).print(table)
-
-
-def plot_categories(before_summary: dict | None, after_summary: dict, path: Path) -> None:
+def plot_categories(before: dict | None, after: dict, path: Path) -> None:
     """Draws the 1-10 score by category, before (if it was measured) and after, as a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    categories = sorted(after_summary["by_category"])
-    figure, axes = pyplot.subplots(figsize=(max(6, 1.1 * len(categories) + 2), 4), layout="constrained")
-    summaries = {"before": before_summary, "after": after_summary} if before_summary else {"after": after_summary}
+    categories = sorted(after["by_category"])
+    figure = Figure(figsize=(max(6, 1.1 * len(categories) + 2), 4), layout="constrained")
+    axes = figure.subplots()
+    summaries = {"before": before, "after": after} if before else {"after": after}
     for shift, (label, summary) in zip((-0.2, 0.2), summaries.items(), strict=False):
         heights = [summary["by_category"].get(category, 0) for category in categories]
         bars = axes.bar([place + shift for place in range(len(categories))], heights, 0.4, label=label)
@@ -168,10 +290,7 @@ def plot_categories(before_summary: dict | None, after_summary: dict, path: Path
     axes.set_ylabel("reward-model score, 1-10")
     axes.set_title(", ".join(f"{label} {summary['avg']:.2f}" for label, summary in summaries.items()))
     axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    pyplot.close(figure)
-    write_atomic(path, picture.getvalue())
+    save_figure(figure, path)
 
 
 def plot_curves(history: list[dict], panels: dict[str, list[str]], path: Path) -> None:

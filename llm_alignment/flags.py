@@ -142,7 +142,8 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
     )
 
 
-def add_run_flags(parser: argparse.ArgumentParser, exp_log: str) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool = True) -> None:
+    """Flags of every run; --report_to is there for a script that trains."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--seed", type=not_negative(int), default=42, help="seed of everything random (default: %(default)s)"
@@ -151,12 +152,13 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str) -> None:
         "--dry_run", action="store_true", help="check data, model files and adapter, print the plan, and exit"
     )
     group.add_argument("--demo", action="store_true", help="a miniature of the experiment: CPU, minutes, no downloads")
-    group.add_argument(
-        "--report_to",
-        choices=["none", "trackio", "tensorboard", "wandb"],
-        default="none",
-        help="tracker of the training (default: %(default)s)",
-    )
+    if trains:
+        group.add_argument(
+            "--report_to",
+            choices=["none", "trackio", "tensorboard", "wandb"],
+            default="none",
+            help="tracker of the training (default: %(default)s)",
+        )
     group.add_argument(
         "--exp_log", default=exp_log, help="JSONL file that gets the run's record (default: %(default)s)"
     )

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.evaluation import Evaluation
+from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, hub_errors
 from llm_alignment.flags import not_negative, positive, ratio
 from llm_alignment.generation import (
@@ -554,7 +554,7 @@ def compare_tatqa(before: list[dict], after: list[dict]) -> dict[str, dict]:
 
     def difference(key: str, kind: str | None = None) -> dict:
         test = paired_delta if key == "f1" else mcnemar
-        pairs = [pair for pair in zip(before, after, strict=True) if kind in (None, pair[0]["answer_type"])]
+        pairs = [pair for pair in pair_rows(before, after) if kind in (None, pair[0]["answer_type"])]
         return in_per_cent(test([old[key] for old, _ in pairs], [new[key] for _, new in pairs]))
 
     kinds = sorted({row["answer_type"] for row in after})
@@ -582,9 +582,4 @@ def tatqa_evaluation(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
         seed=args.seed,
         one_line=not args.use_chat_template,
     )
-    lines = [
-        ("TAT-QA, as published, %", lambda s: s["em_like"], "tatqa"),
-        ("TAT-QA, official EM, %", lambda s: s["em"], "tatqa_em"),
-        ("TAT-QA, official F1, %", lambda s: s["f1"], "tatqa_f1"),
-    ]
-    return Evaluation("tatqa", len(questions), answer, summarise_tatqa, compare_tatqa, lines)
+    return Evaluation("tatqa", len(questions), answer, lambda rows: {"tatqa": summarise_tatqa(rows)}, compare_tatqa)
