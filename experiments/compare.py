@@ -11,9 +11,9 @@ from records import HERE, find_run, flatten
 from tables import delta_cells, number, signed
 
 from llm_alignment import dpo, tatqa
-from llm_alignment.evaluation import print_table
+from llm_alignment.evaluation import TableRow, print_table, table_rows
 from llm_alignment.files import InputError, SkippedRows, read_results, write_atomic
-from mtbench_eval import compare_rows, summarise, summarise_instruct, summarise_success
+from mtbench_eval import compare_scored, summarise_scored
 
 EVALUATIONS = {
     "mtbench": "MT-Bench",
@@ -23,7 +23,6 @@ EVALUATIONS = {
     "finance_instruct": "Finance-Instruct",
     "reddit": "Reddit",
 }
-SUMMARIES = {"instruct": summarise_instruct, "finance_instruct": summarise_success}
 
 
 def answer_files(name: str, files: list[Path]) -> dict[str, Path]:
@@ -107,33 +106,25 @@ def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict:
             and settings_a.get(name) != settings_b.get(name)
         ],
         "deltas": deltas,
-        "table": [[title, number(a), number(b), *delta_cells(delta)] for title, a, b, delta in deltas],
+        "table": [
+            [row.title, number(row.before), number(row.after), *delta_cells(row.delta)] for row in deltas if row.delta
+        ],
         "changed": sum(question["change"] != 0 for question in questions),
         "questions": questions,
     }
 
 
-def comparison_table(key: str, pairs: list[tuple[dict, dict]]) -> list[tuple[str, float, float, dict]]:
-    """Rows for `print_table`: (metric, mean of A, mean of B, difference with interval and p)."""
+def comparison_table(key: str, pairs: list[tuple[dict, dict]]) -> list[TableRow]:
+    """The lines of `print_table`: every metric of A and of B, with the difference."""
     sides = [a for a, _ in pairs], [b for _, b in pairs]
     if key == "tatqa":
-        summaries, deltas = map(tatqa.summarise_tatqa, sides), tatqa.compare_tatqa(*sides)
-        lines = [
-            ("as published, %", "em_like", "tatqa"),
-            ("official EM, %", "em", "tatqa_em"),
-            ("official F1, %", "f1", "tatqa_f1"),
-        ]
-    elif key == "held_out":
-        summaries, deltas = map(dpo.summarise_rewards, sides), dpo.compare_rewards(*sides)
-        lines = [
-            ("reward accuracy, %", "accuracy", "reward_accuracy"),
-            ("reward margin", "margin", "reward_margin"),
-        ]
-    else:
-        summaries, deltas = map(SUMMARIES.get(key, summarise), sides), compare_rows(*sides)
-        lines = [("score, 1-10", "avg", "score"), ("raw reward", "raw_mean", "raw")]
-    before, after = summaries
-    return [(title, before[field], after[field], deltas[delta]) for title, field, delta in lines]
+        before, after = ({key: tatqa.summarise_tatqa(rows)} for rows in sides)
+        return table_rows(before, after, tatqa.compare_tatqa(*sides))
+    if key == "held_out":
+        before, after = ({key: dpo.summarise_rewards(rows)} for rows in sides)
+        return table_rows(before, after, dpo.compare_rewards(*sides))
+    before, after = (summarise_scored(key, rows) for rows in sides)
+    return table_rows(before, after, compare_scored(key, *sides))
 
 
 def question_score(key: str, row: dict) -> float:

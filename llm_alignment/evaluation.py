@@ -220,7 +220,8 @@ def verdict(delta: dict, *, lower_is_better: bool = False) -> str:
     if not delta["n"] or delta["p"] is None or delta["p"] <= 0.05:
         return ""
     if too_few_changed(delta):
-        return f"{delta['changed']} of {delta['n']} changed: too few to tell"
+        where = f", in {delta['changed_clusters']} of {delta['clusters']} clusters" if delta["clusters"] else ""
+        return f"{delta['changed']} of {delta['n']} changed{where}: too few to tell"
     bound = f"a rise above {abs(delta['high']):.2g}" if lower_is_better else f"a loss above {abs(delta['low']):.2g}"
     return f"no detectable change; {bound} is excluded"
 
@@ -240,11 +241,11 @@ def print_table(title: str, rows: list[TableRow]) -> None:
 
     rows = [TableRow(*row) for row in rows]
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
-    table = Table(title=title, title_style="", title_justify="left", box=rules, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
+    table = Table(box=rules, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold")
     for column in ("baseline", "final", "difference [95 % interval]", "p", "changed"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("")
+        table.add_column(column, justify="right", no_wrap=True, overflow="fold")
+    table.add_column("", min_width=24, overflow="fold")
     p_values = [row.delta["p"] for row in rows if row.delta and row.delta["p"] is not None]
     corrected = iter(holm(p_values))
     marked = 0
@@ -256,9 +257,10 @@ def print_table(title: str, rows: list[TableRow]) -> None:
             marked += stays
             interval = "none" if delta["low"] is None else f"[{number(delta['low'])}, {number(delta['high'])}]"
             cells += [f"{delta['mean']:+#.4g} {interval}", f"{delta['p']:.2g}{'*' if stays else ' '}"]
-            cells += [f"{delta['changed']}/{delta['n']}", verdict(delta, lower_is_better=row.lower_is_better)]
+            cells += [f"{delta.get('changed', '-')}/{delta['n']}", verdict(delta, lower_is_better=row.lower_is_better)]
         table.add_row(*cells)
     console = Console(width=120, color_system=None, legacy_windows=False, markup=False, highlight=False)
+    console.print(title, soft_wrap=True)
     console.print(table)
     if p_values:
         console.print(f"{len(p_values)} p values; {marked} (*) stay below 0.05 after Holm's correction")

@@ -168,6 +168,8 @@ def _bca(sums: Any, sizes: Any) -> tuple[float, float]:
 
 def too_few_changed(delta: dict) -> bool:
     """Whether so few items (or clusters) changed that the sign-flip test could not reach 0.05 in any case."""
+    if "changed" not in delta:  # a record of an earlier version
+        return False
     changed = delta["changed"] if delta["clusters"] is None else delta["changed_clusters"]
     return changed < ENOUGH
 

@@ -286,7 +286,10 @@ def test_held_out_rewards_are_those_of_training(demo_args, tokenizer, rows, tmp_
 
 def test_reward_accuracy_by_hand():
     def rows(*rewards):
-        return [{"chosen_reward": chosen, "rejected_reward": rejected} for chosen, rejected in rewards]
+        return [
+            {"question_id": n, "chosen_reward": chosen, "rejected_reward": rejected}
+            for n, (chosen, rejected) in enumerate(rewards)
+        ]
 
     before, after = rows((0, 0), (0, 0), (0, 0), (0, 0)), rows((1, 0), (-1, -3), (0, 0.5), (2, 0))
     assert dpo.summarise_rewards(before) == {"accuracy": 50, "margin": 0, "n": 4}

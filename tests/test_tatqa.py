@@ -339,10 +339,11 @@ def test_summary_and_comparison_by_answer_type():
 
     before = [row("span", True, 1.0, 1.0), row("span", False, 0.0, 0.5), row("count", False, 0.0, 0.0)]
     after = [row("span", True, 1.0, 1.0), row("span", True, 1.0, 1.0), row("count", True, 0.0, 0.0)]
+    before, after = ([{"question_id": n, **row} for n, row in enumerate(rows)] for rows in (before, after))
     summary = tatqa.summarise_tatqa(before)
     assert summary["em_like"] == pytest.approx(100 / 3) and summary["f1"] == pytest.approx(50)
     assert summary["by_type"]["span"] == {"em_like": 50, "em": 50, "f1": 75, "n": 2}
-    deltas = tatqa.compare_tatqa(before, after)
+    deltas = tatqa.compare_tatqa(before, after[::-1])  # rows are paired by id
     assert deltas["tatqa"]["mean"] == pytest.approx(200 / 3)
     assert deltas["tatqa"]["p"] == 0.5  # two changed, both gained: exact McNemar
     assert deltas["tatqa_em"]["by_type"]["span"]["mean"] == pytest.approx(50)
