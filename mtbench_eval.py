@@ -29,7 +29,6 @@ from llm_alignment.files import (
     SkippedRows,
     differing,
     digest,
-    hub_errors,
     read_jsonl,
     read_results,
     read_rows,
@@ -45,6 +44,7 @@ from llm_alignment.flags import (
     positive,
 )
 from llm_alignment.generation import MAX_BATCH_SIZE, generate, strip_thinking
+from llm_alignment.hub import hub_files
 from llm_alignment.instructions import check_rate
 from llm_alignment.models import (
     adapter_sha256,
@@ -133,14 +133,9 @@ def as_question(row: dict, number: int, place: str) -> dict:
 
 def fetch_questions(language: str, path: Path, flag: str) -> None:
     """Downloads an MT-Bench set and writes it to `path` as a JSON list."""
-    import huggingface_hub
-
     repository, kind, name = MT_BENCH[language]
-    with hub_errors(repository, flag):
-        # asked once and briefly: the download itself would retry an unreachable hub for half a minute
-        huggingface_hub.HfApi().repo_info(repository, repo_type=kind, timeout=10)
-        fetched = huggingface_hub.hf_hub_download(repository, name, repo_type=kind)
-    write_json(path, [json.loads(line) for _, line in read_jsonl(Path(fetched))])
+    fetched = hub_files(repository, flag, [name], kind=kind) / name
+    write_json(path, [json.loads(line) for _, line in read_jsonl(fetched)])
     log.info("%s: the questions of %s, fetched", path, repository)
 
 

@@ -30,7 +30,7 @@ from llm_alignment.anchored_loss import fused_nll_kl, kl_coefficient, tail_mask
 from llm_alignment.evaluation import Evaluation, measure, pair_rows, plot_curves, report
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
-from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, open_dataset
+from llm_alignment.files import InputError, ResultFile, SkippedRows, digest
 from llm_alignment.flags import (
     DEMO_DIR,
     add_lora_flags,
@@ -43,6 +43,7 @@ from llm_alignment.flags import (
     positive,
     ratio,
 )
+from llm_alignment.hub import open_dataset
 from llm_alignment.models import (
     adapter_kept_in_float32,
     check_head,

@@ -1,4 +1,4 @@
-"""Rows in, results out: JSONL, JSON and Parquet readers, hub data sets, atomic writes, results that survive a kill."""
+"""Rows in, results out: JSONL, JSON and Parquet readers, atomic writes, results that survive a kill, hashes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -268,47 +268,6 @@ def depth(value: Any) -> int:
     return level
 
 
-def open_dataset(source: str, flag: str, *, split: str = "train", streaming: bool = False) -> Callable[..., Iterator]:
-    """Returns `rows(skipped) -> Iterator[(place, row)]`, callable repeatedly, over a local path or a hub data set.
-
-    Columns that are null are left out of a row. Raises InputError, within 30 s, when `source` is neither a local path
-    nor on the hub; it names `flag`.
-    """
-    path = Path(source)
-    if path.exists():
-        files = data_files(path)
-        return lambda skipped: (pair for file in files for pair in read_rows(file, skipped))
-    looks_local = source.count("/") != 1 or data_suffix(path) in DATA_SUFFIXES
-    if looks_local:
-        raise InputError(f"{flag} {source}: no such file or folder, and not a hub id of the form owner/name")
-    import datasets
-    import huggingface_hub
-
-    with hub_errors(source, flag):
-        # asked once and briefly: load_dataset itself would retry an unreachable hub for half a minute
-        revision = huggingface_hub.HfApi().dataset_info(source, timeout=10).sha
-        rows = datasets.load_dataset(source, split=split, revision=revision, streaming=streaming)
-    return lambda skipped: ((f"{source}: row {number}", without_nulls(row)) for number, row in enumerate(rows, 1))
-
-
-@contextlib.contextmanager
-def hub_errors(source: str, flag: str) -> Iterator[None]:
-    """Turns a hub that cannot be reached, or that does not know `source`, into an InputError that names `flag`."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-    try:
-        yield
-    except HfHubHTTPError as error:
-        raise InputError(
-            f"{flag} {source}: the hub answers {error.response.status_code}; check the name and the access rights, "
-            f"or give {flag} a local path"
-        ) from error
-    except (HTTPError, OSError) as error:  # no connection, offline mode, or not in the cache
-        raise InputError(
-            f"{flag} {source}: not on this disk and the hub cannot be reached; connect, or give {flag} a local path"
-        ) from error
-
-
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Writes to a temporary name beside `path` and renames it, so that nobody ever reads half a file.
 
@@ -541,26 +500,3 @@ def cache_folder() -> Path:
 def sample(items: list[dict], size: int, seed: int) -> list[dict]:
     """The first `size` items in an order of the seed's that does not depend on how they stand."""
     return sorted(items, key=lambda item: digest(seed, item["uid"]))[:size]
-
-
-def read_usable(source: str, flag: str, problem: Callable[[dict], str | None], needs: str) -> list[dict]:
-    """The rows in which `problem` finds none, each once; the others are counted and reported.
-
-    Raises InputError naming the flag, and what the rows need, when no row is left.
-    """
-    skipped, usable, seen = SkippedRows(), [], set()
-    for place, row in open_dataset(source, flag)(skipped):
-        reason = problem(row)
-        key = None if reason else digest(row)
-        if key in seen:
-            reason = "the same row stands before it"
-        if reason:
-            skipped.add(place, reason)
-        else:
-            seen.add(key)
-            usable.append(row)
-    if not usable:
-        places = "; ".join(skipped.places) or "it is empty"
-        raise InputError(f"{flag} {source}: no usable row ({places}); it needs the columns {needs}")
-    skipped.report(f"rows of {source}")
-    return usable

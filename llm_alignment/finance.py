@@ -12,9 +12,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, read_usable, sample
+from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, sample
 from llm_alignment.flags import not_negative, positive, ratio
 from llm_alignment.generation import generate, strip_thinking
+from llm_alignment.hub import read_usable
 from llm_alignment.leaks import (
     hold_out_instructions,
     hold_out_posts,

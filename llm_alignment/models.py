@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.files import InputError, digest, file_sha256, hub_errors
+from llm_alignment.files import InputError, digest, file_sha256
+from llm_alignment.hub import hub_files
 
 if TYPE_CHECKING:
     import torch
@@ -83,11 +84,8 @@ def fetch_model(name: str, revision: str | None, flag: str) -> Path:
     if not folder.exists():
         if name.count("/") != 1 or name.startswith((".", "~", "/")):
             raise InputError(f"{flag} {name}: no such folder, and not a hub id of the form owner/name")
-        import huggingface_hub
-
-        with hub_errors(name, flag):
-            kinds = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
-            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=kinds))
+        kinds = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
+        folder = hub_files(name, flag, kinds, revision=revision)
     if not (folder / "config.json").is_file():
         raise InputError(f"{flag} {name}: no config.json in this folder; name the folder of a model")
     return folder

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from llm_alignment.files import digest, read_usable
+from llm_alignment.files import digest
+from llm_alignment.hub import read_usable
 
 GENERAL_COLUMNS = (
     "question, chosen, rejected and perhaps system (as Intel/orca_dpo_pairs); prompt, chosen, rejected; or chosen and "

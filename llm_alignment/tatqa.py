@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.evaluation import Evaluation, pair_rows
-from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, hub_errors
+from llm_alignment.files import InputError, ResultFile, SkippedRows, digest
 from llm_alignment.flags import not_negative, positive, ratio
 from llm_alignment.generation import (
     batched_answers,
@@ -28,6 +28,7 @@ from llm_alignment.generation import (
     in_batches,
     strip_thinking,
 )
+from llm_alignment.hub import hub_files
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 
 if TYPE_CHECKING:
@@ -90,10 +91,8 @@ def tatqa_file(args: argparse.Namespace, split: str) -> Path:
     """The JSON file of a split: in --tatqa_dir, else fetched from the hub."""
     if args.tatqa_dir:
         return Path(args.tatqa_dir) / TATQA_FILES[split]
-    import huggingface_hub
-
-    with hub_errors("next-tat/TAT-QA", "--tatqa_dir"):
-        return Path(huggingface_hub.hf_hub_download("next-tat/TAT-QA", TATQA_FILES[split], repo_type="dataset"))
+    name = TATQA_FILES[split]
+    return hub_files("next-tat/TAT-QA", "--tatqa_dir", [name], kind="dataset") / name
 
 
 def read_tatqa(path: Path, skipped: SkippedRows) -> list[dict]:

@@ -16,6 +16,7 @@ from conftest import write_rows
 
 from llm_alignment import files
 from llm_alignment.files import InputError, ResultFile, SkippedRows
+from llm_alignment.hub import open_dataset
 
 MODEL = {"model": "m", "adapter": "none"}
 
@@ -160,7 +161,7 @@ def test_a_folder_names_what_it_does_not_read(tmp_path, logged):
         write_rows(folder / name, [{"n": 9}])
     write_rows(folder / "dataset_info.json", ["{"])
     for _ in range(2):
-        rows = files.open_dataset(str(folder), "--dataset")(SkippedRows())
+        rows = open_dataset(str(folder), "--dataset")(SkippedRows())
         assert sorted(row["n"] for _, row in rows) == [1, 2, 3, 4]
     for name in ("test-00000-of-00001.jsonl", "a_dev.json", "v.jsonl", "README.md", "dataset_info.json"):
         assert name in logged.text
@@ -168,7 +169,7 @@ def test_a_folder_names_what_it_does_not_read(tmp_path, logged):
     with pytest.raises(InputError, match="data.README.md"):
         (tmp_path / "empty" / "data").mkdir(parents=True)
         (tmp_path / "empty" / "data" / "README.md").write_text("", encoding="utf-8")
-        files.open_dataset(str(tmp_path / "empty"), "--dataset")
+        open_dataset(str(tmp_path / "empty"), "--dataset")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_train_mt import main, parse
-from llm_alignment import files, finance, generation, models
+from llm_alignment import finance, generation, hub, models
 from llm_alignment.files import InputError
 from llm_alignment.finance import mix_counts, reddit_pairs
 from mtbench_eval import load_questions
@@ -107,7 +107,7 @@ def test_reddit_rows_that_cannot_be_used(tmp_path, capsys, logged):
         comment("q", None, 0.5), comment("", "x" * 50, 0.5), {"id": "r", "title": "t"}, usable[0],
     ]  # fmt: skip
     path = str_rows(tmp_path / "reddit.jsonl", usable + broken)
-    rows = files.read_usable(path, "--reddit_dataset", finance.reddit_problem, "columns")
+    rows = hub.read_usable(path, "--reddit_dataset", finance.reddit_problem, "columns")
     assert rows == usable
     assert (
         "skipped 7 rows" in logged.text and "reddit.jsonl:3 (missing columns: comment_normalized_score" in logged.text

@@ -127,24 +127,6 @@ def test_an_unreachable_hub_is_told_at_once(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_auto_fetches_once_and_writes_the_working_folder(tmp_path, monkeypatch):
-    hub = write_lines(
-        tmp_path / "question.jsonl", {"question_id": 81, "category": "writing", "turns": ["Эссе", "Ещё"]}
-    )
-    asked = []
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **kw: asked.append((args, kw)) or str(hub))
-    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *args, **kw: None)
-    monkeypatch.chdir(tmp_path)
-    fetched = me.load_questions("auto", language="ru")
-    assert fetched[0]["turns"] == ["Эссе", "Ещё"]
-    assert asked == [(("t-tech/ru-mt-bench", "raw/question.jsonl"), {"repo_type": "dataset"})]
-    assert me.load_questions("mt_bench_ru.json") == fetched and len(asked) == 1
-    me.load_questions("mt_bench_en.json")
-    assert asked[1][0] == ("lmsys/mt-bench", "data/mt_bench/question.jsonl")
-    with pytest.raises(files.InputError):
-        me.load_questions("elsewhere.json")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluation
 

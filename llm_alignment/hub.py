@@ -1,0 +1,190 @@
+"""What comes from the hub: files, data sets, and one line when they cannot be had."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_alignment.files import (
+    DATA_SUFFIXES,
+    InputError,
+    SkippedRows,
+    data_files,
+    data_suffix,
+    digest,
+    read_rows,
+    without_nulls,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def hub_files(
+    source: str, flag: str, patterns: list[str], *, kind: str = "model", revision: str | None = None
+) -> Path:
+    """The folder of those files of a hub repository that match `patterns`; what is not in the cache is downloaded.
+
+    `kind` is model, dataset or space. Raises InputError, within 30 s, when the hub does not give them; it names `flag`.
+    """
+    import huggingface_hub
+
+    with hub_errors(source, flag, kind):
+        folder = Path(
+            huggingface_hub.snapshot_download(source, repo_type=kind, revision=revision, allow_patterns=patterns)
+        )
+    absent = [pattern for pattern in patterns if "*" not in pattern and not (folder / pattern).is_file()]
+    if absent:
+        raise InputError(f"{flag} {source}: the repository has no {absent[0]}; give {flag} a local path")
+    return folder
+
+
+def open_dataset(
+    source: str, flag: str, *, streaming: bool = False
+) -> Callable[[SkippedRows], Iterator[tuple[str, dict]]]:
+    """Returns `rows(skipped) -> Iterator[(place, row)]`, callable repeatedly, over a local path or a hub data set.
+
+    Columns that are null are left out of a row. Raises InputError, within 30 s, when `source` is neither a local path
+    nor on the hub; it names `flag`.
+    """
+    path = Path(source)
+    if path.exists():
+        files = data_files(path)
+        return lambda skipped: (pair for file in files for pair in read_rows(file, skipped))
+    return hub_rows(source, flag, hub_dataset(source, flag, streaming=streaming))
+
+
+def hub_dataset(source: str, flag: str, *, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+    """The training split of a hub data set, on the disk, or with `streaming` read as it is needed.
+
+    Raises InputError, within 30 s, when `source` is not on the hub; it names `flag`.
+    """
+    looks_local = source.count("/") != 1 or data_suffix(Path(source)) in DATA_SUFFIXES
+    if looks_local:
+        raise InputError(f"{flag} {source}: no such file or folder, and not a hub id of the form owner/name")
+    import datasets
+    import huggingface_hub
+
+    rows = None
+    try:
+        with hub_errors(source, flag, "dataset"):
+            revision = None  # without the hub: what the cache has
+            if not huggingface_hub.constants.HF_HUB_OFFLINE:
+                # asked once and briefly: load_dataset itself would retry an unreachable hub for half a minute
+                revision = huggingface_hub.HfApi().dataset_info(source, timeout=10).sha
+            rows = datasets.load_dataset(source, split="train", revision=revision, streaming=streaming)
+    except InputError:
+        for file in rows.cache_files if isinstance(rows, datasets.Dataset) else []:  # made of a damaged download
+            shutil.rmtree(Path(file["filename"]).parent, ignore_errors=True)
+        raise
+    return rows
+
+
+def hub_rows(
+    source: str, flag: str, dataset: datasets.Dataset | datasets.IterableDataset
+) -> Callable[[SkippedRows], Iterator[tuple[str, dict]]]:
+    """The rows of a hub data set as `open_dataset` gives them; one that is streamed is read from the hub meanwhile."""
+
+    def rows(skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
+        with hub_errors(source, flag, "dataset"):
+            for number, row in enumerate(dataset, 1):
+                yield f"{source}: row {number}", without_nulls(row)
+
+    return rows
+
+
+def read_usable(source: str, flag: str, problem: Callable[[dict], str | None], needs: str) -> list[dict]:
+    """The rows in which `problem` finds none, each once; the others are counted and reported.
+
+    Raises InputError naming the flag, and what the rows need, when no row is left.
+    """
+    skipped, usable, seen = SkippedRows(), [], set()
+    for place, row in open_dataset(source, flag)(skipped):
+        reason = problem(row)
+        key = None if reason else digest(row)
+        if key in seen:
+            reason = "the same row stands before it"
+        if reason:
+            skipped.add(place, reason)
+        else:
+            seen.add(key)
+            usable.append(row)
+    if not usable:
+        places = "; ".join(skipped.places) or "it is empty"
+        raise InputError(f"{flag} {source}: no usable row ({places}); it needs the columns {needs}")
+    skipped.report(f"rows of {source}")
+    return usable
+
+
+@contextlib.contextmanager
+def hub_errors(source: str, flag: str, kind: str = "model") -> Iterator[None]:
+    """Around what downloads: turns what goes wrong into an InputError that names `flag`.
+
+    A file whose content is not the one that its ETag names is deleted, so that the next start fetches it again.
+    """
+    started = time.time()
+    try:
+        yield
+    except Exception as error:
+        reason = damaged_download(source, kind, started) or hub_problem(error)
+        if not reason:
+            raise
+        raise InputError(f"{flag} {source}: {reason}, or give {flag} a local path") from error
+    reason = damaged_download(source, kind, started)
+    if reason:
+        raise InputError(f"{flag} {source}: {reason}, or give {flag} a local path")
+
+
+def hub_problem(error: BaseException) -> str:
+    """What the hub or the network did and what to do, without an end; "" for an error of another kind."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    causes = [error]
+    while causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)
+    statuses = [cause.response.status_code for cause in causes if getattr(cause, "response", None) is not None]
+    if statuses and statuses[0] >= 500:
+        return f"the hub answers {statuses[0]}; start again later"
+    if statuses:
+        return f"the hub answers {statuses[0]}; check the name and the access rights (HF_TOKEN)"
+    if any("Consistency check" in str(cause) or "peer closed" in str(cause) for cause in causes):
+        return "the download broke off; start again, which goes on with it"
+    if any(isinstance(cause, OSError) and cause.filename is not None for cause in causes):
+        return ""  # the disk
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        return "not on this disk, and HF_HUB_OFFLINE is set; unset it"
+    if any(isinstance(cause, HTTPError) for cause in causes) or isinstance(error, OSError):
+        return "not on this disk and the hub cannot be reached; connect"
+    if isinstance(error, DatasetsError | ValueError):
+        first = str(error).strip().split("\n")[0]
+        return f"cannot be read as a data set ({first}); look at its files"
+    return ""
+
+
+def damaged_download(source: str, kind: str, started: float) -> str:
+    """Deletes downloads since `started` whose content is not what their name in the cache, the ETag, says; and says so.
+
+    The ETag is the SHA-256 of a large file and git's SHA-1 of a small one.
+    """
+    from huggingface_hub import constants, file_download
+
+    cache = Path(constants.HF_HUB_CACHE) / file_download.repo_folder_name(repo_id=source, repo_type=kind)
+    blobs = [path for path in cache.glob("blobs/*") if len(path.name) in (40, 64)]
+    damaged = ""
+    for path in blobs:
+        if path.stat().st_mtime < started - 2:
+            continue
+        with path.open("rb") as file:
+            hashed = hashlib.sha256() if len(path.name) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+            while piece := file.read(2**20):
+                hashed.update(piece)
+        if hashed.hexdigest() != path.name:
+            path.unlink()
+            damaged = "the hub sent another file than its ETag says; start again, which fetches it again"
+    return damaged

@@ -1,0 +1,186 @@
+"""The hub's clients against a hub on the loopback: names instead of paths, and everything a hub can do wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hub as local_hub
+import pytest
+from conftest import ROOT, run_error
+
+from llm_alignment import hub as hub_module
+from llm_alignment.files import InputError, SkippedRows
+from llm_alignment.hub import hub_files, open_dataset
+from mtbench_eval import load_questions
+
+SCRIPTS = ["sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2", "mtbench_eval"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[local_hub.Hub]:
+    with local_hub.serve() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(server: local_hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> local_hub.Hub:
+    """The local hub as this process's hub, with caches and a working folder of the test's own."""
+    import datasets
+    import huggingface_hub
+
+    server.faults.clear()
+    server.requests.clear()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)  # between its retries
+    monkeypatch.chdir(tmp_path)
+    return server
+
+
+def fetched(hub: local_hub.Hub) -> list[str]:
+    """The contents asked for since the last look."""
+    files = [line for line in hub.requests if line.startswith("GET") and ("/cdn/" in line or "/resolve/" in line)]
+    hub.requests.clear()
+    return files
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_takes_everything_from_the_hub_once(script, hub, capsys):
+    """With the names that the script has by default."""
+    main = importlib.import_module(script).main
+    argv = ["--dry_run", "--no_4bit", "--exp_log", "log.jsonl"]
+    main(argv)
+    first, shown = fetched(hub), capsys.readouterr().out
+    assert any("/cdn/" in line for line in first), "large files came by a redirect"
+    main(argv)
+    assert fetched(hub) == []
+    assert capsys.readouterr().out.count("\n") <= shown.count("\n") + 1
+
+
+def ask(what: str) -> object:
+    if what == "model":
+        return hub_files("Qwen/Qwen3-1.7B", "--model", ["*.json", "*.safetensors"])
+    if what == "file":
+        return hub_files("t-tech/ru-mt-bench", "--questions", ["raw/question.jsonl"], kind="dataset")
+    return list(open_dataset("Intel/orca_dpo_pairs", "--general_dataset")(SkippedRows()))
+
+
+@pytest.mark.parametrize("what, flag", [("model", "--model"), ("file", "--questions"), ("data", "--general_dataset")])
+@pytest.mark.parametrize(
+    "fault, told",
+    [
+        ({"/api/": 401}, "answers 401"),
+        ({"/api/": 403}, "answers 403"),
+        ({"/api/": 404}, "answers 404"),
+        ({"/api/": 500}, "answers 500"),
+        ({"/resolve/": 500}, "answers 500"),
+        ({"/cdn/": "cut"}, "broke off"),
+        ({"/cdn/": "other"}, "another file than its ETag says"),
+    ],
+    ids=lambda value: "-".join(f"{key.strip('/')}-{fault}" for key, fault in value.items()) if value is dict else None,
+)
+def test_what_a_hub_does_wrong_is_one_line_and_the_next_start_goes_on(what, flag, fault, told, hub):
+    hub.faults.update(fault)
+    with pytest.raises(InputError) as error:
+        ask(what)
+    assert (
+        told in str(error.value)
+        and str(error.value).startswith(f"{flag} ")
+        and f"give {flag} a local path" in str(error.value)
+    )
+    assert "\n" not in str(error.value)
+    hub.faults.clear()
+    assert ask(what)
+    fetched(hub)
+    assert ask(what) and fetched(hub) == []
+
+
+def test_a_download_that_broke_off_goes_on_where_it_was(hub):
+    hub.faults["/cdn/"] = "cut once"
+    folder = hub_files("Qwen/Qwen3-1.7B", "--model", ["*.safetensors"])
+    assert (folder / "model.safetensors").read_bytes() == (local_hub.DEMO / "model/model.safetensors").read_bytes()
+    assert len(fetched(hub)) == 2
+
+
+def test_questions_are_fetched_once_and_written_to_the_working_folder(hub):
+    fetched_now = load_questions("auto", language="ru")
+    rows = (local_hub.DEMO / "mt_bench_ru.jsonl").read_text("utf-8").split("\n")
+    assert fetched_now[0]["turns"] == json.loads(rows[0])["turns"] and "\\u" not in Path("mt_bench_ru.json").read_text(
+        "utf-8"
+    )
+    assert any("/api/datasets/t-tech/ru-mt-bench/" in line for line in hub.requests) and len(fetched(hub)) == 1
+    assert load_questions("mt_bench_ru.json") == fetched_now and hub.requests == []
+    load_questions("mt_bench_en.json")
+    assert any("/api/spaces/lmsys/mt-bench/" in line for line in hub.requests) and len(fetched(hub)) == 1
+    with pytest.raises(InputError):
+        load_questions("elsewhere.json")
+
+
+def test_names_that_the_hub_does_not_have(hub):
+    with pytest.raises(InputError, match="--model nobody/nothing: the hub answers 401"):
+        hub_files("nobody/nothing", "--model", ["*.json"])
+    with pytest.raises(InputError, match="--dataset nobody/nothing: the hub answers 401"):
+        open_dataset("nobody/nothing", "--dataset")
+    with pytest.raises(InputError, match="--questions t-tech/ru-mt-bench: the repository has no missing.json"):
+        hub_files("t-tech/ru-mt-bench", "--questions", ["missing.json"], kind="dataset")
+    with pytest.raises(InputError, match="no such file or folder, and not a hub id"):
+        open_dataset("rows.jsonl", "--dataset")
+
+
+def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
+    import huggingface_hub
+
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nobody)
+    for what in ("model", "file", "data"):
+        with pytest.raises(InputError, match="cannot be reached"):
+            ask(what)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    ask("model")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nobody)
+    assert ask("model"), "what is in the cache needs no hub"
+
+
+def test_a_full_disk_is_not_the_hub(tmp_path):
+    with pytest.raises(OSError, match="No space"), hub_module.hub_errors("a/b", "--model"):
+        raise OSError(28, "No space left on device", "blob")
+
+
+def test_a_script_ends_with_2(hub, capsys):
+    hub.faults["/api/"] = 401
+    main = importlib.import_module("sft_train").main
+    assert "--model Qwen/Qwen3-1.7B" in run_error(capsys, main, "--dry_run", "--exp_log", "log.jsonl")
+    assert not list(Path().glob("*.jsonl"))
+
+
+def test_every_recipe_is_known_by_its_id():
+    known = local_hub.commands()
+    assert {"readme-1", "S4", "dpo-quickstart", "progressive-quickstart"} <= set(known)
+    for command in known.values():
+        words = local_hub.words_of(command)
+        assert words[0] == sys.executable and any(Path(word).is_file() for word in words[1:])
+
+
+@pytest.mark.slow
+def test_a_recipe_of_the_readme_runs_to_its_end(tmp_path):
+    """To the letter, with the hub's names, in a process of its own; all of them: python tests/hub.py all."""
+    command = [sys.executable, str(ROOT / "tests" / "hub.py"), "dpo-quickstart", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    shown = (tmp_path / "dpo-quickstart.txt").read_text("utf-8")
+    assert done.returncode == 0, shown[-2000:]
+    assert (tmp_path / "mt_bench_ru.json").exists() and "TAT-QA" in shown
