@@ -91,7 +91,7 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
         "--loss_weights",
         default="",
         metavar="W[,W...]",
-        help="a number for each of --loss_type (default: 1 for each)",
+        help="a number for each of --loss_type; without it each counts 1",
     )
     group.add_argument(
         "--label_smoothing",
@@ -99,8 +99,18 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
         default=0.0,
         help=f"share of pairs taken to be labelled the wrong way round, for {', '.join(SMOOTHED)} (default: %(default)s)",
     )
-    group.add_argument("--max_prompt_length", type=positive(int), default=2048, help="tokens a prompt is cut to")
-    group.add_argument("--max_length", type=positive(int), default=3072, help="tokens of prompt and answer together")
+    group.add_argument(
+        "--max_prompt_length",
+        type=positive(int),
+        default=2048,
+        help="tokens a prompt is cut to (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max_length",
+        type=positive(int),
+        default=3072,
+        help="tokens of prompt and answer together (default: %(default)s)",
+    )
     group.add_argument(
         "--use_chat_template", action="store_true", help="wrap prompts in it (plain text, as published)"
     )
@@ -113,7 +123,7 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
         "what they share once; it changes which pairs meet in an optimiser step",
     )
     group.add_argument(
-        "--limit_pairs", type=not_negative(int), default=0, help="a sample of N pairs; 0 (default) = all"
+        "--limit_pairs", type=not_negative(int), default=0, help="a sample of N pairs; 0 = all (default: %(default)s)"
     )
     if not in_stages:
         group.add_argument(
@@ -128,12 +138,22 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
     group = parser.add_argument_group("measuring")
     group.add_argument("--eval_baseline", action=on_off, default=True, help="measure before training too")
     group.add_argument("--do_mtbench", action=on_off, default=True, help="MT-Bench")
-    group.add_argument("--mtbench_file", default="mt_bench_ru.json", help="questions, fetched when missing")
-    group.add_argument("--mtbench_limit", type=not_negative(int), default=50, help="a sample of N; 0 = all (50)")
-    group.add_argument("--mtbench_max_tokens", type=positive(int), default=256, help="new tokens a turn (256)")
+    group.add_argument(
+        "--mtbench_file", default="mt_bench_ru.json", help="questions, fetched when missing (default: %(default)s)"
+    )
+    group.add_argument(
+        "--mtbench_limit", type=not_negative(int), default=50, help="a sample of N; 0 = all (default: %(default)s)"
+    )
+    group.add_argument(
+        "--mtbench_max_tokens", type=positive(int), default=256, help="new tokens a turn (default: %(default)s)"
+    )
     group.add_argument("--do_instruct", action=on_off, default=True, help="instruction following")
-    group.add_argument("--instruct_limit", type=not_negative(int), default=25, help="instructions (25)")
-    group.add_argument("--instruct_max_tokens", type=positive(int), default=512, help="new tokens (512)")
+    group.add_argument(
+        "--instruct_limit", type=not_negative(int), default=25, help="instructions (default: %(default)s)"
+    )
+    group.add_argument(
+        "--instruct_max_tokens", type=positive(int), default=512, help="new tokens (default: %(default)s)"
+    )
     parser.set_defaults(batch=2, grad_acc=16)
     if not in_stages:
         parser.set_defaults(learning_rate=5e-6)
