@@ -287,6 +287,8 @@ def run_folder(args: argparse.Namespace) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    if processes() > 1:
+        all_processes().wait_for_everyone()  # the demo's folder is the first free one: all have looked by now
     if not main_process():
         yield
         return

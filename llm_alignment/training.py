@@ -28,7 +28,7 @@ from llm_alignment.runs import Interrupted, NotFiniteError, signal_name, signals
 if TYPE_CHECKING:
     from accelerate.data_loader import DataLoaderShard
     from datasets import Dataset
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
 
 log = logging.getLogger("llm_alignment")
@@ -229,16 +229,23 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
     micro-batch in hand, save a checkpoint of the last whole optimiser step and raise Interrupted; a second signal stops
     at once. A loss or gradient that is not finite in any process raises NotFiniteError in all of them at the same step.
     """
-    from transformers import TrainerState
+    from transformers import TrainerCallback, TrainerState
 
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:  # the Trainer itself would take one more step
             log.info("training had ended at step %d; no further step is taken", state.global_step)
+            history = Path(trainer.args.output_dir) / "train_log.jsonl"
+            if history.exists():  # it has what was logged after that checkpoint too
+                state.log_history = [json.loads(line) for line in history.read_text("utf-8").splitlines()]
             trainer.state = state
             trainer._load_from_checkpoint(str(checkpoint))
             return
-    keeper = new_run_keeper(trainer, checkpoint)
+
+    class Keeper(RunKeeper, TrainerCallback):
+        """A module that imports no transformers cannot name the base class before."""
+
+    keeper = Keeper(trainer, checkpoint)
     trainer.add_callback(keeper)
     with signals_go_to(keeper.on_signal):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -246,80 +253,89 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
         raise Interrupted(keeper.signal)
 
 
-def new_run_keeper(trainer: Trainer, checkpoint: Path | None) -> TrainerCallback:
-    """The callback of `run_training`: it ends micro-batches together in all processes, marks checkpoints, writes the log."""
-    import torch
-    from transformers import TrainerCallback
+class RunKeeper:
+    """What `run_training` adds to a Trainer, as the methods of a TrainerCallback.
 
-    class RunKeeper(TrainerCallback):
-        signal = 0  # the first one that came
-        in_steps = False  # False while the trainer loads or evaluates, which a signal stops at once
-        saved_step = None  # of the newest checkpoint in the run's folder
-        skipped_steps = 0
-        last_step = None  # random state and tokens seen at the end of the last whole step
+    It ends micro-batches in all processes together, saves when a signal came, marks checkpoints, writes the log.
+    """
 
-        def on_signal(self, signum: int, frame: Any) -> None:
-            if self.signal or not self.in_steps:
-                raise Interrupted(signum)
-            self.signal = signum
-            log.warning("%s: finishing this micro-batch, then saving a checkpoint; a second signal stops at once", signal_name(signum))  # fmt: skip
+    def __init__(self, trainer: Trainer, checkpoint: Path | None):
+        self.trainer, self.checkpoint = trainer, checkpoint
+        self.signal = 0  # the first one that came
+        self.in_steps = False  # False while the trainer loads or evaluates, which a signal stops at once
+        self.saved_step = None  # of the newest checkpoint in the run's folder
+        self.skipped_steps = 0
+        self.last_step = None  # random state and tokens seen at the end of the last whole step
 
-        def on_train_begin(self, args, state, control, **kwargs):
-            if checkpoint is not None:
-                trainer._load_rng_state(str(checkpoint))
-                if checkpoint.resolve().parent == Path(args.output_dir).resolve():
-                    self.saved_step = state.global_step
-            self.last_step = random_state(), state.num_input_tokens_seen
+    def on_signal(self, signum: int, frame: Any) -> None:
+        if self.signal or not self.in_steps:
+            raise Interrupted(signum)
+        self.signal = signum
+        log.warning(
+            "%s: finishing this micro-batch, then saving a checkpoint; a second signal stops at once",
+            signal_name(signum),
+        )
 
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.in_steps = True
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.checkpoint is not None:
+            self.trainer._load_rng_state(str(self.checkpoint))
+            if self.checkpoint.resolve().parent == Path(args.output_dir).resolve():
+                self.saved_step = state.global_step
+        self.last_step = random_state(), state.num_input_tokens_seen
 
-        def on_substep_end(self, args, state, control, **kwargs):
-            """After every micro-batch but a step's last one. All processes meet here, so that they stop together."""
-            mine = torch.stack([trainer._tr_loss.float(), torch.tensor(float(self.signal), device=args.device)])
-            losses, signals = trainer.accelerator.gather(mine[None]).T.tolist()
-            for rank, loss in enumerate(losses):
-                if not math.isfinite(loss):
-                    where = f" in process {rank}" if len(losses) > 1 else ""
-                    raise NotFiniteError(f"the loss is {loss} at step {state.global_step + 1}{where}")
-            if any(signals):
-                if state.global_step != self.saved_step:
-                    generators, state.num_input_tokens_seen = self.last_step
-                    set_random_state(generators)
-                    trainer._save_checkpoint(trainer.model, None)
-                    self.on_save(args, state, control)
-                raise Interrupted(int(max(signals)))
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.in_steps = True
 
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            self.on_substep_end(args, state, control)
-            if not args.fp16:  # with fp16 the gradient scaler skips such steps and lowers its scale
-                gradients = [p.grad for p in model.parameters() if p.grad is not None]
-                if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
-                    raise NotFiniteError(f"a gradient is not finite at step {state.global_step + 1}")
+    def on_substep_end(self, args, state, control, **kwargs):
+        """After every micro-batch but a step's last one. All processes meet here, so that they stop together."""
+        import torch
 
-        def on_step_end(self, args, state, control, **kwargs):
-            self.skipped_steps = self.skipped_steps + 1 if trainer.accelerator.optimizer_step_was_skipped else 0
-            if self.skipped_steps == MAX_SKIPPED_STEPS:
-                raise NotFiniteError(f"{self.skipped_steps} steps in a row had gradients beyond fp16, up to step {state.global_step}")  # fmt: skip
-            self.last_step = random_state(), state.num_input_tokens_seen
-            self.in_steps = not control.should_evaluate
+        mine = torch.stack([self.trainer._tr_loss.float(), torch.tensor(float(self.signal), device=args.device)])
+        losses, signals = self.trainer.accelerator.gather(mine[None]).T.tolist()
+        for rank, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                where = f" in process {rank}" if len(losses) > 1 else ""
+                raise NotFiniteError(f"the loss is {loss} at step {state.global_step + 1}{where}")
+        if any(signals):
+            if state.global_step != self.saved_step:
+                generators, state.num_input_tokens_seen = self.last_step
+                set_random_state(generators)
+                self.trainer._save_checkpoint(self.trainer.model, None)
+                self.on_save(args, state, control)
+            raise Interrupted(int(max(signals)))
 
-        def on_evaluate(self, args, state, control, **kwargs):
-            self.last_step = random_state(), state.num_input_tokens_seen
-            self.in_steps = True
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        import torch
 
-        def on_save(self, args, state, control, **kwargs):
-            trainer.accelerator.wait_for_everyone()  # every process has written its own files
-            if state.is_world_process_zero:
-                write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            self.saved_step = state.global_step
+        self.on_substep_end(args, state, control)
+        if not args.fp16:  # with fp16 the gradient scaler skips such steps and lowers its scale
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+                raise NotFiniteError(f"a gradient is not finite at step {state.global_step + 1}")
 
-        def on_log(self, args, state, control, **kwargs):
-            if state.is_world_process_zero:
-                lines = [json.dumps(entry) + "\n" for entry in state.log_history]
-                write_atomic(Path(args.output_dir) / "train_log.jsonl", "".join(lines))
+    def on_step_end(self, args, state, control, **kwargs):
+        self.skipped_steps = self.skipped_steps + 1 if self.trainer.accelerator.optimizer_step_was_skipped else 0
+        if self.skipped_steps == MAX_SKIPPED_STEPS:
+            raise NotFiniteError(
+                f"a gradient is not finite in fp16 in {self.skipped_steps} steps in a row, up to step {state.global_step}"
+            )
+        self.last_step = random_state(), state.num_input_tokens_seen
+        self.in_steps = not control.should_evaluate
 
-    return RunKeeper()
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.last_step = random_state(), state.num_input_tokens_seen
+        self.in_steps = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.accelerator.wait_for_everyone()  # every process has written its own files
+        if state.is_world_process_zero:
+            write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self.saved_step = state.global_step
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            lines = [json.dumps(entry) + "\n" for entry in state.log_history]
+            write_atomic(Path(args.output_dir) / "train_log.jsonl", "".join(lines))
 
 
 def random_state() -> tuple:
