@@ -13,16 +13,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import itertools
-import json
 import logging
 import math
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +26,7 @@ from llm_alignment.anchored_loss import fused_nll_kl, kl_coefficient, tail_mask
 from llm_alignment.evaluation import Evaluation, measure, pair_rows, plot_curves, report
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
-from llm_alignment.files import InputError, ResultFile, SkippedRows, digest
+from llm_alignment.files import InputError, ResultFile, digest
 from llm_alignment.flags import (
     DEMO_DIR,
     add_lora_flags,
@@ -43,7 +39,6 @@ from llm_alignment.flags import (
     positive,
     ratio,
 )
-from llm_alignment.hub import open_dataset
 from llm_alignment.models import (
     adapter_kept_in_float32,
     check_head,
@@ -69,11 +64,11 @@ from llm_alignment.training import (
     token_counts,
     training_arguments,
 )
+from llm_alignment.twix import ChatEncoder, Examples, Selection, load_data, sized_stream, tokenise, training_stream
 from mtbench_eval import load_questions, scored_evaluation, summarise
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
     from trl import SFTTrainer
 
 log = logging.getLogger("llm_alignment")
@@ -194,161 +189,6 @@ def neutral_flags(args: argparse.Namespace) -> set[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: which rows, and on which side of the split
-
-
-def row_problem(row: dict) -> str | None:
-    """Why a row of {messages: [{role, content}]} cannot be trained on; None when it can."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        return "no messages"
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-            return f"unknown role {message.get('role')!r}" if isinstance(message, dict) else "a message is no object"
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
-            return f"empty {message['role']} turn"
-    if messages[-1]["role"] != "assistant":
-        return "no answer at the end"
-    if not isinstance(row.get("subset", "general"), str):
-        return "the subset is no text"
-    return None
-
-
-def unit_hash(*parts: object) -> float:
-    """A number in [0, 1) that depends on `parts` alone: the same rows are drawn whatever their order."""
-    digest = hashlib.blake2b(json.dumps(parts, ensure_ascii=False).encode("utf-8", "surrogatepass"), digest_size=8)
-    return int.from_bytes(digest.digest(), "big") / 2**64
-
-
-def turns_of(row: dict) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"]) for message in row["messages"]]
-
-
-def prompt_of(row: dict) -> list[tuple[str, str]]:
-    """The turns before the first answer."""
-    return list(itertools.takewhile(lambda turn: turn[0] != "assistant", turns_of(row)))
-
-
-@dataclass
-class Selection:
-    """Which rows are used: a row is in when its hash is at most its subset's threshold.
-
-    So a sample of 0.10 is a part of the sample of 0.25, streaming draws the same rows as loading, and a prompt is on one
-    side of the validation split with all of its answers.
-    """
-
-    seed: int
-    threshold: dict[str, float]  # by subset; a subset that is not asked for has none
-    validation_threshold: float
-    counts: Counter  # (subset, "train" | "validation") -> rows
-    sha256: str  # of the rows' hashes, sorted: the fingerprint of the data
-
-    def side(self, row: dict) -> str | None:
-        """ "train", "validation", or None for a row that is not used."""
-        if row_problem(row) or unit_hash(self.seed, turns_of(row)) > self.threshold.get(
-            row.get("subset", "general"), -1
-        ):
-            return None
-        return "validation" if unit_hash(self.seed, "prompt", prompt_of(row)) <= self.validation_threshold else "train"
-
-    def rows(self, side: str) -> int:
-        return sum(count for (_, its_side), count in self.counts.items() if its_side == side)
-
-
-def select_rows(rows: Callable[[SkippedRows], Iterator[tuple[str, dict]]], args: argparse.Namespace) -> Selection:
-    """Reads every row once and decides the sample, the reasoning mix and the validation split.
-
-    Raises InputError when the data holds no usable row, none of the subset, or none to train on after the split.
-    """
-    if args.mix_reasoning_ratio is not None and args.subset != "both":
-        raise InputError(f"--mix_reasoning_ratio mixes two subsets and --subset is {args.subset}; add --subset both")
-    wanted = {"general", "reasoning"} if args.subset == "both" else {args.subset}
-    hashes: dict[str, list[tuple[float, float]]] = {subset: [] for subset in sorted(wanted)}
-    others = Counter()
-    skipped = SkippedRows()
-    for place, row in rows(skipped):
-        problem = row_problem(row)
-        if problem:
-            skipped.add(place, problem)
-        elif row.get("subset", "general") not in wanted:
-            others[row["subset"]] += 1
-        else:
-            key = unit_hash(args.sample_seed, turns_of(row)), unit_hash(args.sample_seed, "prompt", prompt_of(row))
-            hashes[row.get("subset", "general")].append(key)
-    skipped.report("rows")
-    found = {subset: len(keys) for subset, keys in hashes.items()}
-    if not sum(found.values()):
-        seen = f"; it has {dict(others)}" if others else ""
-        places = f" ({'; '.join(skipped.places)})" if skipped.places else ""
-        raise InputError(
-            f"--dataset {args.dataset}: no usable row of subset {args.subset}{seen}{places}; choose others"
-        )
-
-    total = round(args.sample_ratio * sum(found.values()))
-    take = {subset: round(args.sample_ratio * count) for subset, count in found.items()}
-    if args.mix_reasoning_ratio is not None:
-        take["reasoning"] = min(round(args.mix_reasoning_ratio * total), found["reasoning"])
-        take["general"] = min(total - take["reasoning"], found["general"])
-        reached = take["reasoning"] / max(1, sum(take.values()))
-        log.info("reasoning rows: asked for %.1f %%, reached %.1f %%", 100 * args.mix_reasoning_ratio, 100 * reached)
-        if round(args.mix_reasoning_ratio * total) > found["reasoning"]:
-            log.warning("too few reasoning rows (%d): general rows fill the rest", found["reasoning"])
-    used = {subset: sorted(keys)[: take[subset]] for subset, keys in hashes.items()}
-    prompts = sorted({prompt for keys in used.values() for _, prompt in keys})
-    if len(prompts) < 2:
-        raise InputError(f"--sample_ratio {args.sample_ratio}: {len(prompts)} prompts left; at least 2 are needed")
-    validation_threshold = prompts[min(max(1, round(args.val_split * len(prompts))), len(prompts) - 1) - 1]
-    return Selection(
-        seed=args.sample_seed,
-        threshold={subset: keys[-1][0] for subset, keys in used.items() if keys},
-        validation_threshold=validation_threshold,
-        counts=Counter(
-            (subset, "validation" if prompt <= validation_threshold else "train")
-            for subset, keys in used.items()
-            for _, prompt in keys
-        ),
-        sha256=hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest(),
-    )
-
-
-def load_data(args: argparse.Namespace) -> tuple[Selection, Callable[[str, str | None], Iterator[dict]]]:
-    """The selection, and `examples(side, subset=None)`, which yields its rows as TRL takes them, read anew each time."""
-    rows = open_dataset(args.dataset, "--dataset", streaming=args.streaming)
-    selection = select_rows(rows, args)
-
-    def examples(side: str, subset: str | None = None) -> Iterator[dict]:
-        for _, row in rows(SkippedRows()):
-            if subset in {None, row.get("subset", "general")} and selection.side(row) == side:
-                messages = [{"role": role, "content": content} for role, content in turns_of(row)]
-                yield {"messages": messages, "chat_template_kwargs": {"enable_thinking": args.thinking}}
-
-    return selection, examples
-
-
-def training_set(args: argparse.Namespace, selection: Selection, examples: Callable[..., Iterator[dict]]):
-    """A `datasets.Dataset` of the training rows, or with --streaming a shuffled `IterableDataset` of the same rows."""
-    import datasets
-
-    if not args.streaming:
-        return datasets.Dataset.from_list(list(examples("train")))
-    if args.packing:
-        raise InputError("--packing cannot count its sequences in a stream; leave out --streaming or --packing")
-    counts = {subset: selection.counts[subset, "train"] for subset in selection.threshold}
-    streams = [
-        datasets.IterableDataset.from_generator(examples, gen_kwargs={"side": "train", "subset": subset})
-        for subset in counts
-    ]
-    # a stream may hold one subset after the other: draw from both in their shares
-    stream = datasets.interleave_datasets(
-        streams,
-        probabilities=[count / sum(counts.values()) for count in counts.values()],
-        seed=args.seed,
-        stopping_strategy="all_exhausted_without_replacement",
-    )
-    return stream.shuffle(seed=args.seed, buffer_size=10_000)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -366,8 +206,12 @@ def without_head(model: PeftModel) -> Iterator[None]:
         base.set_output_embeddings(head)
 
 
-def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection, measure) -> SFTTrainer:
-    """TRL's SFTTrainer with the fused loss. `measure(step) -> dict` gives what evaluation at a step returns."""
+def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, rows, measure) -> SFTTrainer:
+    """TRL's SFTTrainer with the fused loss, on data sets with "input_ids" and "labels".
+
+    `rows`: how many there are to train on, which a stream does not know. `measure(step) -> dict` gives what evaluation
+    at a step returns.
+    """
     import torch
     from transformers import TrainerCallback, set_seed
     from trl import SFTConfig, SFTTrainer
@@ -464,12 +308,11 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
             logging_steps=args.kl_log_interval,
             longest=args.max_seq_length,
         ),
-        max_steps=optimiser_steps(args, selection.rows("train")) if args.streaming else -1,
+        max_steps=optimiser_steps(args, rows) if args.streaming else -1,
         max_length=args.max_seq_length,
         packing=args.packing,
         eval_packing=False,
-        assistant_only_loss=args.assistant_only_loss,
-        dataset_num_proc=args.num_proc if selection.rows("train") > 20_000 else None,  # a worker takes 10 s to start
+        dataset_num_proc=args.num_proc if rows > 20_000 else None,  # a worker takes 10 s to start
         eval_strategy="steps" if early else "no",
         eval_steps=args.eval_steps if early else None,
         metric_for_best_model="mtbench" if early else None,
@@ -484,13 +327,17 @@ def build_trainer(args, model, tokenizer, train_dataset, eval_dataset, selection
             processing_class=tokenizer,
             callbacks=[EvaluateLastStep()] if early else [],
         )
-    for name, rows in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
+    for name, dataset in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
         # TRL leaves out rows without a target token, and says so
-        if not args.streaming and not len(rows):
+        if next(iter(dataset), None) is None:
             folder = Path(args.output_dir)
             if main_process() and not any(folder.iterdir()):
                 folder.rmdir()  # the trainer has made it
             raise InputError(f"no {name} row has an answer within --max_seq_length {args.max_seq_length}; raise it")
+    if args.streaming:
+        trainer.train_dataset = sized_stream(
+            trainer.train_dataset, rows, batch=args.batch, step=args.batch * args.grad_acc * processes()
+        )
     trainer.nll_since_log = trainer.kl_since_log = trainer.steps_since_log = 0
     trainer.baseline_score = None
     return trainer
@@ -585,17 +432,13 @@ def compare_validation(before: list[dict], after: list[dict]) -> dict[str, dict]
     return {"val_loss": delta, "val_loss_row_mean": paired_delta(*row_means), "ppl": {**delta, **ends}}
 
 
-def print_plan(
-    args, selection: Selection, examples, tokenizer: PreTrainedTokenizerBase, questions: list[dict]
-) -> None:
-    """What a run would do: rows by source, steps, tokens, memory, evaluations."""
+def print_plan(args, selection: Selection, examples: Examples, encoder: ChatEncoder, questions: list[dict]) -> None:
+    """What a run would do: rows by source, one of them as the model reads it, steps, tokens, memory, evaluations."""
     for (subset, side), count in sorted(selection.counts.items()):
         log.info("%-10s %-10s %9d rows", subset, side, count)
     sample = list(itertools.islice(examples("train"), 200))
-    lengths = [
-        len(tokenizer.apply_chat_template(row["messages"], **row["chat_template_kwargs"], return_dict=False))
-        for row in sample
-    ]
+    log.info("a row as the model reads it, trained on in [[ ]]:\n%s", encoder.marked(sample[0], args.max_seq_length))
+    lengths = [len(encoder(row)["input_ids"]) for row in sample]
     mean = sum(min(length, args.max_seq_length) for length in lengths) / len(lengths)
     cut = sum(length > args.max_seq_length for length in lengths) / len(lengths)
     sequences = math.ceil(selection.rows("train") * (mean / args.max_seq_length if args.packing else 1))
@@ -623,9 +466,11 @@ def main(argv: list[str] | None = None) -> dict:
 def run(args: argparse.Namespace, record: dict) -> None:
     """Load, measure, train, measure again. Everything that can be wrong with the input is found before it writes."""
     check_output_folder(args, neutral_flags(args))
-    selection, examples = load_data(args)
-    rows = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
-    data = {"source": args.dataset, "rows": rows, "sha256": selection.sha256}
+    tokenizer = load_tokenizer(args)
+    encoder = ChatEncoder(tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
+    selection, examples = load_data(args, encoder)
+    counts = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
+    data = {"source": args.dataset, "rows": counts, "sha256": selection.sha256}
     check_output_folder(args, neutral_flags(args), data)
     checkpoint = newest_complete(args)
     questions = []
@@ -639,22 +484,20 @@ def run(args: argparse.Namespace, record: dict) -> None:
         )
     elif args.early_stop_patience is not None:
         raise InputError("--early_stop_patience decides by MT-Bench: leave out --mtbench_ru none or the patience")
-    tokenizer = load_tokenizer(args)
     check_model(args, tokenizer)
-    if args.assistant_only_loss:
-        check_assistant_mask(args, tokenizer)
     if args.dry_run:
         if questions:
             load_reward_model(args)
-        print_plan(args, selection, examples, tokenizer, questions)
-        record["status"] = "completed"
+        print_plan(args, selection, examples, encoder, questions)
         return
-    train_dataset = training_set(args, selection, examples)
-    import datasets
+    if args.streaming:
+        rows = {**examples.stored("validation"), "train": training_stream(args, selection, examples)}
+    else:
+        rows = examples.stored("train", "validation")
+    rows = {side: tokenise(rows[side], encoder, args.num_proc) for side in rows}
     from transformers import TrainerState
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    validation = datasets.Dataset.from_list(list(examples("validation")))
     model = load_model(args)
     check_head(model, f"--model {args.model}")
     reward_model = load_reward_model(args) if questions and main_process() else None
@@ -665,7 +508,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
         loss, score = summarise_validation(rows["validation"])["val_loss"], summarise(rows["mtbench"])["avg"]
         return {"loss": loss, "mtbench": score}
 
-    trainer = build_trainer(args, model, tokenizer, train_dataset, validation, selection, measure_step)
+    trainer = build_trainer(
+        args, model, tokenizer, rows["train"], rows["validation"], selection.rows("train"), measure_step
+    )
     model, collator = trainer.model, DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     compared = trainer.eval_dataset.select(range(min(args.baseline_eval_samples, len(trainer.eval_dataset))))
     evaluations = [validation_evaluation("validation", compared, collator, args.batch)]
@@ -675,7 +520,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         )
         evaluations.append(scored_evaluation(args, "mtbench", questions, reward_model, **settings))
     folder = begin(record, data)
-    log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in rows.items()))
+    log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in counts.items()))
 
     before = {}
     if not args.skip_baseline_eval:
@@ -709,20 +554,6 @@ def run(args: argparse.Namespace, record: dict) -> None:
         title = f"{record['output_dir']}, step {record['kept_step']}"
         report(record, folder, evaluations, before, after, title=title)
         log.info("validation loss on all %d held-out rows: %.4f", final["val_rows_full"], final["val_loss_full"])
-
-
-def check_assistant_mask(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError when the assistant's turns cannot be told from the rest in this chat template."""
-    from trl.chat_template_utils import get_training_chat_template
-
-    if "{% generation %}" not in tokenizer.chat_template:
-        try:
-            get_training_chat_template(tokenizer)
-        except ValueError as error:
-            raise InputError(
-                f"--assistant_only_loss: the chat template of {args.model} does not mark the assistant's turns and TRL "
-                "knows none that does; leave the flag out"
-            ) from error
 
 
 if __name__ == "__main__":

@@ -1,24 +1,20 @@
 """sft_train.py from end to end on the demo's files: data, runs, bad input, and runs that are killed and go on."""
 
-import argparse
 import json
-import logging
 import os
-import random
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import DEMO, ROOT, write_rows
 
 import sft_train
-from llm_alignment import files, models
+from llm_alignment import files, models, twix
 from llm_alignment.files import SkippedRows
-
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "experiments" / "demo"
 
 
 def chat(prompt, answer, subset="general", system=None):
@@ -27,14 +23,9 @@ def chat(prompt, answer, subset="general", system=None):
     return {"messages": turns, "subset": subset}
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 TWIX = [row for _, row in files.read_rows(DEMO / "twix.jsonl", SkippedRows())]
 FOLDER = tempfile.TemporaryDirectory()
-DISTINCT = {str(sft_train.prompt_of(row)): row for row in TWIX if row["subset"] == "general"}
+DISTINCT = {str(twix.prompt_of(twix.turns_of(row))): row for row in TWIX if row["subset"] == "general"}
 DATASET = write_rows(Path(FOLDER.name) / "twix.jsonl", list(DISTINCT.values())[:130])  # 128 to train on, 2 held out
 
 
@@ -54,125 +45,11 @@ def adapter(folder):
     return files.file_sha256(folder / "adapter_model.safetensors")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def logged(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("llm_alignment"), "propagate", True)
-    caplog.set_level(logging.INFO, logger="llm_alignment")
-    return caplog
-
-
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """A run that nobody interrupts."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     return sft_train.main(flags(folder)), folder
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def select(rows, **changes):
-    arguments = dict(
-        dataset="rows", subset="both", sample_ratio=1.0, sample_seed=42, val_split=0.1, mix_reasoning_ratio=None
-    )
-    args = argparse.Namespace(**(arguments | changes))
-    return sft_train.select_rows(lambda skipped: ((f"row {n}", row) for n, row in enumerate(rows)), args)
-
-
-MANY = [chat(f"question {n % 150}", f"answer {n}", "reasoning" if n % 10 == 0 else "general") for n in range(600)]
-
-
-def sides(selection, rows=MANY):
-    return {json.dumps(row): selection.side(row) for row in rows}
-
-
-def test_no_prompt_is_on_both_sides():
-    chosen = sides(select(MANY))
-    prompts = {
-        side: {json.loads(row)["messages"][0]["content"] for row in chosen if chosen[row] == side}
-        for side in ("train", "validation")
-    }
-    assert not prompts["train"] & prompts["validation"]
-    assert len(prompts["validation"]) == 15  # 10 % of the 150 prompts
-
-
-def test_the_sample_does_not_depend_on_order_and_samples_are_nested():
-    small, large = select(MANY, sample_ratio=0.1), select(MANY, sample_ratio=0.25)
-    assert small.rows("train") + small.rows("validation") == 60
-    shuffled = random.Random(0).sample(MANY, len(MANY))
-    assert sides(select(shuffled, sample_ratio=0.1)) == sides(small) and select(shuffled).sha256 == select(MANY).sha256
-    inside = {row for row, side in sides(small).items() if side}
-    assert inside < {row for row, side in sides(large).items() if side}
-    assert sides(select(MANY, sample_ratio=0.1, sample_seed=1)) != sides(small)
-
-
-def test_the_counts_are_the_rows_that_are_used():
-    selection = select(MANY, sample_ratio=0.3)
-    used = [(row["subset"], selection.side(row)) for row in MANY if selection.side(row)]
-    assert {key: used.count(key) for key in set(used)} == dict(selection.counts)
-
-
-def test_the_reasoning_share_is_what_was_asked_for(logged):
-    selection = select(MANY, sample_ratio=0.25, mix_reasoning_ratio=0.2)
-    reasoning = sum(count for (subset, _), count in selection.counts.items() if subset == "reasoning")
-    assert reasoning == 30 and sum(selection.counts.values()) == 150
-    selection = select(MANY, sample_ratio=0.5, mix_reasoning_ratio=0.4)  # only 60 of the 120 asked for are there
-    assert "reached 20.0 %" in logged.text and "too few reasoning rows (60)" in logged.text
-    assert sum(selection.counts.values()) == 300
-
-
-def test_rows_that_cannot_be_used_are_named(tmp_path, logged):
-    good = [json.dumps(chat(f"q{n}", "line\u2028separator")).encode() for n in range(3)]
-    bad = [
-        b'{"subset": "general"}',
-        b'{"messages": [{"role": "tool", "content": "x"}], "subset": "general"}',
-        json.dumps(chat("q", "  ")).encode(),
-        b'{"messages": [{"role": "user", "content": "\xff"}]}',
-        b"{not json",
-        json.dumps({"messages": [{"role": "user", "content": "no answer"}]}).encode(),
-        b'{"messages": [{"role": ["user"], "content": "x"}], "subset": "general"}',
-        json.dumps(chat("q", "a", subset=["general"])).encode(),
-    ]
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\n".join(good + bad) + b"\n")
-    args = sft_train.build_parser().parse_args(["--dataset", str(path), "--sample_ratio", "1"])
-    selection, examples = sft_train.load_data(args)
-    assert selection.rows("train") + selection.rows("validation") == 3
-    text = logged.text
-    assert "skipped 8 rows" in text and "; ..." in text
-    assert "rows.jsonl:4 (no messages)" in text and "rows.jsonl:5 (unknown role 'tool')" in text
-    assert "rows.jsonl:6 (empty assistant turn)" in text and "rows.jsonl:7 (not UTF-8)" in text
-    assert "rows.jsonl:8 (not valid JSON)" in text
-
-
-def test_all_turns_are_kept_and_thinking_is_off(tmp_path):
-    rows = [chat(f"q{n}", "a", system="Be brief.") for n in range(3)]
-    rows[0]["messages"] += [{"role": "user", "content": "more"}, {"role": "assistant", "content": "b"}]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    args = sft_train.build_parser().parse_args(["--dataset", str(path), "--sample_ratio", "1"])
-    _, examples = sft_train.load_data(args)
-    found = {len(example["messages"]): example for side in ("train", "validation") for example in examples(side)}
-    assert found[5]["messages"] == rows[0]["messages"]
-    assert found[3]["chat_template_kwargs"] == {"enable_thinking": False}
-
-
-def test_streaming_reads_the_rows_that_loading_reads(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", MANY)
-    common = ["--dataset", str(path), "--subset", "both", "--mix_reasoning_ratio", "0.2", "--sample_ratio", "0.25"]
-
-    def rows(*more):
-        args = sft_train.build_parser().parse_args([*common, *more])
-        selection, examples = sft_train.load_data(args)
-        return [json.dumps(row["messages"]) for row in sft_train.training_set(args, selection, examples)]
-
-    loaded, streamed = rows(), rows("--streaming")
-    assert sorted(loaded) == sorted(streamed) and loaded != streamed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,14 +137,12 @@ def test_packed_examples_do_not_see_one_another(tmp_path):
         + ["--max_seq_length", "64", "--kl_limit_seq", "5", "--output_dir", str(tmp_path), "--lora_dropout", "0"]
     )
     tokenizer = models.load_tokenizer(args)
-    rows = datasets.Dataset.from_list([
-        {"messages": chat(f"Привет, {n}", "ответ " * (n + 3))["messages"]} for n in range(9)
-    ])
-    selection = select(MANY)
+    encoder = twix.ChatEncoder(tokenizer, thinking=False, assistant_only=False)
+    rows = datasets.Dataset.from_list([encoder(chat(f"Привет, {n}", "ответ " * (n + 3))) for n in range(9)])
     losses = []
     for packing in (True, False):
         args.packing = packing
-        trainer = sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows, selection, None)
+        trainer = sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows, 9, None)
         torch.manual_seed(0)
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
@@ -320,6 +195,48 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
     assert len(files.read_records(tmp_path / "log.jsonl")) == 2  # one record a run, not one a process
 
 
+@pytest.mark.slow
+def test_a_stream_has_epochs_and_partial_steps_like_loaded_rows(tmp_path):
+    """18 rows, 8 a step: the third step of each pass has 2 rows and does not go on into the next pass."""
+    rows = write_rows(tmp_path / "rows.jsonl", list(DISTINCT.values())[:19])
+    more = [
+        "--dataset",
+        str(rows),
+        "--val_split",
+        "0.01",
+        "--epochs",
+        "2.5",
+        "--kl_log_interval",
+        "1",
+        "--save_steps",
+        "2",
+    ]
+    logs = {}
+    for name in ("streamed", "loaded"):
+        folder = tmp_path / name
+        still = ["--learning_rate", "1e-12", "--kl_coef", "0", "--streaming"]
+        record = sft_train.main(flags(folder, *more, *(still if name == "streamed" else still[:-1])))
+        assert record["kept_step"] == 8  # of 3 + 3 + 2
+        log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text("utf-8").split("\n") if line]
+        logs[name] = [entry["nll"] for entry in log if "nll" in entry]
+    assert max(logs["streamed"]) < 1.3 * min(logs["streamed"])  # a step that accumulated two would have twice the loss
+    assert sum(logs["streamed"][:3]) == pytest.approx(sum(logs["loaded"][:3]), rel=0.1)
+    assert logs["streamed"][0] != logs["streamed"][3]  # the next pass has another order
+
+
+@pytest.mark.slow
+def test_a_stream_resumes_in_its_second_pass(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", list(DISTINCT.values())[:19])
+    more = ["--dataset", str(rows), "--val_split", "0.01", "--epochs", "2.5", "--save_steps", "5", "--streaming"]
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    sft_train.main(flags(whole, *more))
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoint-8")
+    (folder / "adapter_model.safetensors").unlink()
+    sft_train.main(flags(folder, *more, "--resume_from_checkpoint", "auto"))
+    assert adapter(folder) == adapter(whole)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit code 2, nothing written
 
@@ -366,6 +283,10 @@ def bad_inputs(tmp_path):
         "early stopping without MT-Bench": (["--early_stop_patience", "2"], "--early_stop_patience"),
         "a tracker that is not installed": (["--report_to", "trackio"], "python -m pip install trackio"),
         "packing a stream": (["--packing", "--streaming"], "--packing"),
+        "a stream of answers beyond the length": (
+            ["--assistant_only_loss", "--max_seq_length", "2", "--streaming"],
+            "no training row has an answer within --max_seq_length 2",
+        ),
         "a checkpoint that is none": (["--resume_from_checkpoint", str(tmp_path)], "it was not finished"),
     }
 
@@ -379,7 +300,7 @@ def few(folder):
     "a ratio above 1", "a negative ratio", "a sample of nothing", "an empty question file",
     "a mix of one subset", "layers that the model lacks", "answers beyond the length",
     "a truncated question file", "questions without turns", "a model without weights", "no such model",
-    "no such reward model", "early stopping without MT-Bench", "a tracker that is not installed", "packing a stream", "a checkpoint that is none",
+    "no such reward model", "early stopping without MT-Bench", "a tracker that is not installed", "packing a stream", "a checkpoint that is none", "a stream of answers beyond the length",
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, capsys):
     changes, expected = bad_inputs(tmp_path)[case]

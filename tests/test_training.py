@@ -19,7 +19,7 @@ from conftest import DEMO, ROOT, run_error, write_rows
 
 import dpo_train
 import sft_train
-from llm_alignment import dpo, files, models, training
+from llm_alignment import dpo, files, models, training, twix
 from llm_alignment.files import SkippedRows
 
 EARLY_STOP = [
@@ -32,7 +32,7 @@ EARLY_STOP = [
 def dataset(tmp_path_factory):
     """18 rows to train on, of different lengths, and 2 held out."""
     rows = [row for _, row in files.read_rows(DEMO / "twix.jsonl", SkippedRows()) if row["subset"] == "general"]
-    distinct = {str(sft_train.prompt_of(row)): row for row in rows}
+    distinct = {str(twix.prompt_of(twix.turns_of(row))): row for row in rows}
     return write_rows(tmp_path_factory.mktemp("data") / "twix.jsonl", list(distinct.values())[:20])
 
 
@@ -360,7 +360,6 @@ def test_sorting_keeps_the_examples_of_each_step():
 @pytest.fixture(scope="module")
 def sft_trainer(dataset, tmp_path_factory):
     """sft_trainer(*more): the trainer of a run without dropout on the demo's model, in float32."""
-    import datasets
 
     def build(*more):
         folder = tmp_path_factory.mktemp("trainer")
@@ -371,10 +370,11 @@ def sft_trainer(dataset, tmp_path_factory):
             + ["--max_seq_length", "64", "--kl_coef", "0.2", "--kl_limit_seq", "9", *more],
             sft_train.DEMO,
         )
-        selection, examples = sft_train.load_data(args)
-        rows = datasets.Dataset.from_list(list(examples("train")))
-        model, tokenizer = sft_train.load_model(args), sft_train.load_tokenizer(args)
-        return sft_train.build_trainer(args, model, tokenizer, rows, rows, selection, None)
+        tokenizer = models.load_tokenizer(args)
+        encoder = twix.ChatEncoder(tokenizer, thinking=False, assistant_only=False)
+        selection, examples = twix.load_data(args, encoder)
+        rows = twix.tokenise(examples.stored("train")["train"], encoder, 1)
+        return sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows, len(rows), None)
 
     return build
 
