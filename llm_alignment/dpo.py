@@ -36,7 +36,7 @@ from llm_alignment.models import (
 )
 from llm_alignment.prefixes import GroupedOrder, add_prefix_sharing, groups_of, no_sharing_reason, shared_lengths
 from llm_alignment.reference import PAIRS_AT_ONCE, add_reference
-from llm_alignment.runs import begin, timed
+from llm_alignment.runs import begin, check_writable, timed
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 from llm_alignment.tatqa import add_tatqa_flags
 from llm_alignment.training import (
@@ -180,8 +180,8 @@ def check_common_flags(args: argparse.Namespace) -> None:
             f"--max_prompt_length {args.max_prompt_length} leaves no room for an answer within --max_length "
             f"{args.max_length}; raise --max_length"
         )
-    if args.eval_save_json and Path(args.eval_save_json).is_dir():
-        raise InputError(f"--eval_save_json {args.eval_save_json} is a folder; name a file")
+    if args.eval_save_json:
+        check_writable(Path(args.eval_save_json), "--eval_save_json")
     if args.eval_save_json and not args.do_eval:
         raise InputError(
             f"--eval_save_json {args.eval_save_json}: there are no TAT-QA rows to write without --do_eval"

@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 log = logging.getLogger("llm_alignment")
 
@@ -26,6 +26,14 @@ WINDOWS = os.name == "nt"
 
 class InputError(Exception):
     """Bad input. The message is one line: what is wrong, where (file, line or row), what to do. Exit code 2."""
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """The error and what it came from, the first cause last."""
+    chain = [error]
+    while before := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(before)
+    return chain
 
 
 class SkippedRows:
@@ -143,7 +151,7 @@ def data_files(path: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def open_data(path: Path) -> Iterator[BinaryIO]:
+def open_data(path: Path) -> Iterator[IO[bytes]]:
     """Opens a data file for reading bytes, through gzip when it is packed. Raises InputError when it is no data."""
     try:
         with path.open("rb") as raw:
@@ -154,7 +162,8 @@ def open_data(path: Path) -> Iterator[BinaryIO]:
             )
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise InputError(f"{path}: UTF-16 text; save it as UTF-8 (in PowerShell: Set-Content -Encoding utf8)")
-        with gzip.open(path) if head.startswith(b"\x1f\x8b") else path.open("rb") as file:
+        opened: Any = gzip.open(path) if head.startswith(b"\x1f\x8b") else path.open("rb")
+        with opened as file:
             yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: a damaged gzip file ({error}); fetch it again") from error
@@ -186,7 +195,7 @@ def is_json_list(path: Path) -> bool:
 
 def read_json_list(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
     """Yields ("file: row n", object) of a file that is one JSON list, read piece by piece."""
-    decoder, blanks = json.JSONDecoder(parse_int=whole_number), re.compile(r"\s*")
+    decoder = json.JSONDecoder(parse_int=whole_number)
     number, size = 0, 2**20
     with open_data(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -194,14 +203,14 @@ def read_json_list(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict
             buffer = text.read(size)
             start = buffer.index("[") + 1
             while True:
-                start = blanks.match(buffer, start).end()
+                start = after_blanks(buffer, start)
                 if buffer[start : start + 1] == "]":
                     if (buffer[start + 1 :] + text.read(100)).strip():
                         raise ValueError("text after the list")
                     return
                 try:
                     row, end = decoder.raw_decode(buffer, start)
-                    end = blanks.match(buffer, end).end()
+                    end = after_blanks(buffer, end)
                     problem = ValueError("no comma after it")
                 except json.JSONDecodeError as error:
                     end, problem = len(buffer), ValueError(error.msg)
@@ -221,10 +230,16 @@ def read_json_list(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict
                     yield f"{path.name}: row {number}", row
                 start, size = end + (buffer[end] == ","), 2**20
         except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            reason = TOO_DEEP if isinstance(error, RecursionError) else error
+            reason = TOO_DEEP if isinstance(error, RecursionError) else str(error)
             raise InputError(
                 f"{path}: not valid JSON at row {number + 1} ({reason}); repair the file or fetch it again"
             ) from error
+
+
+def after_blanks(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
 
 
 def whole_number(text: str) -> float:
@@ -280,8 +295,10 @@ def write_atomic(path: Path, data: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # before the name, so that a power cut leaves the old file or the new one
         replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a full disk names none
         raise
 
 
@@ -328,7 +345,8 @@ def append_lines(path: Path, rows: list[dict]) -> None:
             while lines:
                 lines = lines[file.write(lines) :]
             os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
+            error.filename = error.filename or str(path)
             with contextlib.suppress(OSError):
                 file.truncate(size)
             raise
@@ -447,7 +465,8 @@ def read_results(path: Path, skipped: SkippedRows) -> tuple[dict, list[dict]]:
 
     A question that has two rows keeps the first. Raises InputError when the file or its first line cannot be read.
     """
-    fingerprint, by_id = None, {}
+    fingerprint = None
+    by_id: dict[str | int, dict] = {}
     for place, row in read_objects(path, skipped):
         if fingerprint is None:
             if not isinstance(row.get("fingerprint"), dict) or skipped.count:

@@ -14,6 +14,7 @@ from llm_alignment.files import (
     DATA_SUFFIXES,
     InputError,
     SkippedRows,
+    causes,
     data_files,
     data_suffix,
     digest,
@@ -145,21 +146,20 @@ def hub_problem(error: BaseException) -> str:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-    causes = [error]
-    while causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(causes[-1].__cause__ or causes[-1].__context__)
-    statuses = [cause.response.status_code for cause in causes if getattr(cause, "response", None) is not None]
+    chain = causes(error)
+    responses = [getattr(cause, "response", None) for cause in chain]
+    statuses = [response.status_code for response in responses if response is not None]
     if statuses and statuses[0] >= 500:
         return f"the hub answers {statuses[0]}; start again later"
     if statuses:
         return f"the hub answers {statuses[0]}; check the name and the access rights (HF_TOKEN)"
-    if any("Consistency check" in str(cause) or "peer closed" in str(cause) for cause in causes):
+    if any("Consistency check" in str(cause) or "peer closed" in str(cause) for cause in chain):
         return "the download broke off; start again, which goes on with it"
-    if any(isinstance(cause, OSError) and cause.filename is not None for cause in causes):
+    if any(isinstance(cause, OSError) and cause.filename is not None for cause in chain):
         return ""  # the disk
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
         return "not on this disk, and HF_HUB_OFFLINE is set; unset it"
-    if any(isinstance(cause, HTTPError) for cause in causes) or isinstance(error, OSError):
+    if any(isinstance(cause, HTTPError) for cause in chain) or isinstance(error, OSError):
         return "not on this disk and the hub cannot be reached; connect"
     if isinstance(error, DatasetsError | ValueError):
         first = str(error).strip().split("\n")[0]

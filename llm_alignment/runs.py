@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from llm_alignment.files import InputError, append_record, write_json
+from llm_alignment.files import InputError, append_record, causes, write_json
 from llm_alignment.models import all_processes, device_and_dtype, main_process, processes, versions
 
 log = logging.getLogger("llm_alignment")
@@ -78,9 +78,10 @@ def recorded_run(args: argparse.Namespace, argv: list[str], script: str) -> Iter
     """
     started = time.time()
     with console_and_log():
-        record = new_record(args, argv, script, started)
+        record: dict = {}
         keeps_record = main_process() and not args.dry_run
         try:
+            record |= new_record(args, argv, script, started)
             with signals_go_to(_interrupt), run_folder(args):
                 yield record
             record["status"] = "completed"
@@ -93,7 +94,7 @@ def recorded_run(args: argparse.Namespace, argv: list[str], script: str) -> Iter
                 log_to_file("".join(traceback.format_exception(error)))
             elif line:
                 log_to_file(line)
-            if keeps_record and (code != 2 or record["device"] is not None):
+            if keeps_record and (code != 2 or record.get("device") is not None):
                 line += finish(record, args, started)
             if line:
                 print(line, file=sys.stderr)
@@ -125,19 +126,16 @@ def ending(error: BaseException, args: argparse.Namespace) -> tuple[int | None, 
         return 128 + signum, signal_name(signum), f"interrupted: {go_on}"
     if isinstance(error, SystemExit):
         return None, "", ""
-    if reason := import_problem(error):
-        return 2, reason, f"error: {reason}"
     if reason := disk_problem(error):
         return 1, reason, f"error: {reason}; free space or give write access, then {go_on}"
+    if reason := import_problem(error):
+        return 2, reason, f"error: {reason}"
     return None, f"{type(error).__name__}: {error}", ""
 
 
 def import_problem(error: BaseException) -> str:
     """Which package cannot be imported or used, why, and what helps; "" when `error` has another cause."""
-    causes = [error]
-    while causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(causes[-1].__cause__ or causes[-1].__context__)
-    for cause in reversed(causes):
+    for cause in reversed(causes(error)):
         frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
         reason = str(cause).strip().split("\n")[0]
         if any(frame.f_globals.get("__name__") == "bitsandbytes.cextension" for frame in frames):
@@ -145,7 +143,8 @@ def import_problem(error: BaseException) -> str:
                 "bitsandbytes has no native library for this machine; install it again (pip install --force-reinstall "
                 "bitsandbytes), or add --no_4bit to train without it"
             )
-        imported = [frame.f_globals["__name__"] for frame in frames if frame.f_code.co_name == "<module>"]
+        modules = [frame.f_globals["__name__"] for frame in frames if frame.f_code.co_name == "<module>"]
+        imported = [module for module in modules if module != "__main__"]
         if imported or isinstance(cause, ImportError):
             package = (getattr(cause, "name", None) or (imported or ["a package"])[-1]).partition(".")[0]
             return f"{package} cannot be imported ({reason}); install the project again: pip install -e . or poetry install"
@@ -158,14 +157,13 @@ FULL_DISK = re.compile(
 )
 
 
-def disk_problem(error: BaseException | None) -> str:
+def disk_problem(error: BaseException) -> str:
     """What the disk refused; "" when `error` has another cause. Libraries wrap the system's error or only quote it."""
-    while error is not None:
-        if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in DISK_ERRORS:
-            return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-        if FULL_DISK.search(str(error)):
-            return f"a file cannot be written ({str(error).strip().splitlines()[0]})"
-        error = error.__cause__ or error.__context__
+    for cause in causes(error):
+        if isinstance(cause, OSError) and errno.errorcode.get(cause.errno or 0) in DISK_ERRORS:
+            return f"{cause.filename}: {cause.strerror}" if cause.filename else str(cause.strerror)
+        if FULL_DISK.search(str(cause)):
+            return f"a file cannot be written ({str(cause).strip().splitlines()[0]})"
     return ""
 
 
@@ -364,6 +362,7 @@ def begin(record: dict, data: dict) -> Path:
         handler = logging.FileHandler(folder / "run.log", encoding="utf-8", errors="surrogateescape")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         console, held = log.handlers
+        assert isinstance(held, logging.handlers.MemoryHandler)
         held.setTarget(handler)
         held.flush()
         log.handlers = [console, handler]

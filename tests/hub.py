@@ -236,8 +236,8 @@ def commands() -> dict[str, str]:
     )
     shown = [command for command in shown if "--demo" not in command]
     found = {f"readme-{number}": command for number, command in enumerate(shown, 1)}
-    for line in (ROOT / "experiments" / "logged_runs.jsonl").read_text("utf-8").split("\n"):
-        run = json.loads(line) if line else {"command": None}
+    for line in (ROOT / "experiments" / "logged_runs.jsonl").read_text("utf-8").strip().split("\n"):
+        run = json.loads(line)
         if run["command"]:
             found[run["id"]] = run["command"]
     return found
@@ -278,9 +278,9 @@ def main(argv: list[str] | None = None) -> None:
             hub.requests.clear()
             started = time.time()
             with (folder / f"{name}.txt").open("wb") as output:
-                command = [*words_of(known[name]), *shlex.split(args.extra)]
+                words = [*words_of(known[name]), *shlex.split(args.extra)]
                 code = subprocess.call(
-                    command, cwd=folder, env=environment(hub, folder), stdout=output, stderr=subprocess.STDOUT
+                    words, cwd=folder, env=environment(hub, folder), stdout=output, stderr=subprocess.STDOUT
                 )
             files = sum("/resolve/" in request and request.startswith("GET") for request in hub.requests)
             failed += code != 0

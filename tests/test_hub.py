@@ -164,7 +164,7 @@ def test_a_full_disk_is_not_the_hub(tmp_path):
 def test_a_script_ends_with_2(hub, capsys):
     hub.faults["/api/"] = 401
     main = importlib.import_module("sft_train").main
-    assert "--model Qwen/Qwen3-1.7B" in run_error(capsys, main, "--dry_run", "--exp_log", "log.jsonl")
+    assert "the hub answers 401" in run_error(capsys, main, "--dry_run", "--exp_log", "log.jsonl")
     assert not list(Path().glob("*.jsonl"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib.metadata
 import json
 import os
 import signal
@@ -235,7 +236,7 @@ def test_a_locale_without_utf_8_keeps_a_cyrillic_path(tmp_path, utf8):
 
 
 def test_the_log_of_a_run_goes_to_its_file(tmp_path, capsys):
-    args = arguments(tmp_path, resume_from_checkpoint=None)
+    args = arguments(tmp_path, resume_from_checkpoint=None, dtype="auto")
     with pytest.raises(ZeroDivisionError), recorded_run(args, ["--flag"], "script.py") as record:
         runs.log.info("before the folder")
         folder = runs.begin(record, {"sha256": "0"})
@@ -268,6 +269,17 @@ def test_a_torch_that_cannot_be_imported_is_one_line(tmp_path, text):
     _, shown = process.communicate()
     assert process.returncode == 2 and shown.startswith("error: ") and shown.count("\n") == 1, shown
     assert "cannot be imported" in shown and "install" in shown
+
+
+def test_a_package_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypatch):
+    def missing(*names: str) -> None:
+        raise importlib.metadata.PackageNotFoundError("trl")
+
+    monkeypatch.setattr(runs, "versions", missing)
+    with pytest.raises(SystemExit) as stop, recorded_run(arguments(tmp_path), [], "script.py"):
+        pytest.fail("began")
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and "trl cannot be imported" in shown and shown.count("\n") == 1
 
 
 def test_bitsandbytes_without_its_library_is_one_line(tmp_path, capsys):
