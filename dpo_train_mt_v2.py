@@ -1,11 +1,11 @@
-"""Progressive DPO: general pairs, then Finance-Instruct, then Reddit with Finance-Instruct, each stage upon the last.
+"""Progressive DPO: general pairs, then Finance-Instruct, then Reddit with Finance-Instruct.
 
     L = -log sigmoid(beta * (log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)))
 
-A stage starts from the policy that the last one ended with, and that policy is its reference. The adapter's rank grows
-(8, 12, 16): the new dimensions have no effect at first, so the larger adapter computes exactly what the smaller one
-did. All four domains are measured after every stage, against the stage before, and a stage that misses its gate ends
-the run. (The progressive figures published earlier were constants, the same at every stage, and not measurements.)
+Each stage continues from the policy that the previous one ended with, and that policy is its reference. The adapter's
+rank grows (8, 12, 16): the new dimensions have no effect at first, so the larger adapter computes exactly what the
+smaller one did. All four domains are measured after every stage and compared with the stage before. A stage that misses
+its gate ends the run. (The published progressive figures were constants, the same at every stage, not measurements.)
 
     poetry run python dpo_train_mt_v2.py --progressive --output_dir qwen3_3stage_progressive_experiment
 """
@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.dpo import add_dpo_flags, build_trainer, check_common_flags, fit_chats, print_plan, train
-from llm_alignment.evaluation import METRICS, Evaluation, TableRow, measure, print_table, report, stored_rows
+from llm_alignment.evaluation import (
+    METRICS,
+    Evaluation,
+    TableRow,
+    measure,
+    print_table,
+    report,
+    save_answers,
+    stored_rows,
+)
 from llm_alignment.files import InputError, digest, sample, write_atomic, write_json
 from llm_alignment.finance import (
     MEASURING_FLAGS,
@@ -81,6 +90,8 @@ SOURCE_FLAGS = {
         "reddit_min_comment_chars", "hybrid_ratio", "mix_policy",
     },
 }  # fmt: skip
+# Flags that do not change the adapter of a stage.
+IGNORED_FLAGS = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS
 # The smallest change of each domain with which a stage passes: points of the 1-10 scale, for TAT-QA percentage points
 # (-1.0 is -0.01 as a share of the questions).
 GATES = {
@@ -208,7 +219,7 @@ def finished_stage(args: argparse.Namespace, stage: int) -> dict:
     problem = checkpoint_problem(folder)
     if problem:
         raise InputError(
-            f"{folder}: stage {stage} cannot be built on, {problem}; --resume_from_stage {stage} does it anew"
+            f"{folder}: stage {stage} cannot be built on, {problem}; --resume_from_stage {stage} runs it again from scratch"
         )
     check_same_run(folder, stage_arguments(args, stage), FLAGS_THAT_DO_NOT_AFFECT_TRAINING)
     record = json.loads((folder / "stage.json").read_text("utf-8"))
@@ -217,8 +228,8 @@ def finished_stage(args: argparse.Namespace, stage: int) -> dict:
     return record
 
 
-def grown_adapter(model: PreTrainedModel, former: Path, args: argparse.Namespace) -> PeftModel:
-    """An adapter of the rank and alpha in `args` over the base `model` that computes what the one in `former` does.
+def grown_adapter(model: PreTrainedModel, previous: Path, args: argparse.Namespace) -> PeftModel:
+    """An adapter of the rank and alpha in `args` over the base `model` that computes what the one in `previous` does.
 
     With A (r, in), B (out, r) and s = alpha / r: the larger A' begins with A and goes on with freshly initialised
     rows, the larger B' begins with B * s / s' and goes on with columns of zeros, so s' B' A' = s B A.
@@ -229,10 +240,10 @@ def grown_adapter(model: PreTrainedModel, former: Path, args: argparse.Namespace
 
     set_seed(args.seed)
     model = new_adapter(model, args)
-    config = json.loads((former / "adapter_config.json").read_text("utf-8"))
+    config = json.loads((previous / "adapter_config.json").read_text("utf-8"))
     rank, scale = config["r"], config["lora_alpha"] / config["r"]
     state = get_peft_model_state_dict(model)
-    for name, tensor in load_file(former / "adapter_model.safetensors").items():
+    for name, tensor in load_file(previous / "adapter_model.safetensors").items():
         if ".lora_A." in name:
             state[name][:rank] = tensor
         else:
@@ -262,27 +273,25 @@ def run_stage(
     pairs: list[dict],
     evaluations: list[Evaluation],
     checkpoint: Path | None,
-    *,
-    device: dict,
-    data: dict,
+    run_info: dict,
 ) -> dict:
     """Trains a stage in its folder, measures it against the stage before, or the base, and returns its record.
 
-    `args` are those of `stage_arguments`; `device` and `data`, the fingerprint of the pairs, go to the stage's run.json.
-    The manifest is written last of all, so that later stages can rely on the folder.
+    `args` are those of `stage_arguments`; `run_info` is written to the stage's run.json. The manifest is written last,
+    so that later stages can rely on the folder.
     """
     folder = Path(args.output_dir)
-    former = folder.with_name(f"stage{stage - 1}")
+    previous = folder.with_name(f"stage{stage - 1}")
     log.info("stage %d: %d pairs, rank %d, beta %g", stage, len(pairs), args.lora_r, args.beta)
     rows = fit_chats(pairs, tokenizer, args)
     model = load_model(args)
     if stage > 1:
-        model = grown_adapter(model, former, args)
+        model = grown_adapter(model, previous, args)
     trainer = build_trainer(args, model, tokenizer, rows)
     if main_process():
         folder.mkdir(exist_ok=True)
         if not (folder / "run.json").exists():
-            write_json(folder / "run.json", {"args": vars(args), "device": device, "data": data})
+            write_json(folder / "run.json", run_info)
     entry = {"stage": stage, "pairs": len(pairs), "baseline": {}, "final": {}, "delta": {}, "runtime_s": {}}
 
     def measure_to(where: Path, name: str, *, with_adapter: bool) -> None:
@@ -296,7 +305,7 @@ def run_stage(
     measure_to(folder, "final", with_adapter=True)
     entry["kept_step"] = trainer.state.global_step
     if main_process():
-        before = stored_rows(*((former, "final") if stage > 1 else (folder.parent, "baseline")), evaluations)
+        before = stored_rows(*((previous, "final") if stage > 1 else (folder.parent, "baseline")), evaluations)
         report(entry, folder, evaluations, before, stored_rows(folder, "final", evaluations))
         entry["gate"] = missed_gate(stage, entry["delta"], evaluations)
         write_json(folder / "stage.json", entry)
@@ -323,12 +332,11 @@ def run(args: argparse.Namespace, record: dict) -> None:
     check_stage_flags(args, stages)
     record["stages"] = [finished_stage(args, stage) for stage in range(1, stages[0])]
     by_stage = {stage: stage_arguments(args, stage) for stage in stages}
-    ignored = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS
-    checkpoints = dict.fromkeys(stages)
-    do_anew = args.resume_from_stage and not args.resume_from_checkpoint  # with both, that command was interrupted
-    if not do_anew:
+    # With both flags, a run that did stages again was interrupted, and that one is resumed.
+    from_scratch = bool(args.resume_from_stage) and not args.resume_from_checkpoint
+    if not from_scratch:
         for stage in stages:
-            check_output_folder(by_stage[stage], ignored)
+            check_output_folder(by_stage[stage], IGNORED_FLAGS)
     tokenizer = load_tokenizer(args)
     check_model(by_stage[stages[0]], tokenizer)
     asked = {"mtbench": (mtbench_questions(args), args.mtbench_max_tokens)} if args.do_mtbench else {}
@@ -339,46 +347,48 @@ def run(args: argparse.Namespace, record: dict) -> None:
     pairs = stage_pairs(args, record, tokenizer, data, stages)
     if args.dry_run:
         for stage in stages:
-            log.info("stage %d: %s", stage, " and ".join(sorted(SOURCES[stage])))
-            rows = fit_chats(pairs[stage], tokenizer, by_stage[stage])
-            print_plan(by_stage[stage], tokenizer, rows, evaluations)
+            log.info("stage %d: %s pairs", stage, " and ".join(sorted(SOURCES[stage])))
+            print_plan(by_stage[stage], tokenizer, fit_chats(pairs[stage], tokenizer, by_stage[stage]), evaluations)
         return
     fingerprints = {stage: {"pairs": len(pairs[stage]), "sha256": digest(pairs[stage])} for stage in stages}
-    if not do_anew:
+    checkpoints: dict[int, Path | None] = dict.fromkeys(stages)
+    if not from_scratch:
         for stage in stages:
-            check_output_folder(by_stage[stage], ignored, fingerprints[stage])
+            check_output_folder(by_stage[stage], IGNORED_FLAGS, fingerprints[stage])
             checkpoints[stage] = newest_complete(by_stage[stage])
-    everything = [pair for stage in stages for pair in pairs[stage]]
-    folder = begin(record, data_fingerprint(data, everything))
-    if do_anew and main_process():
+    folder = begin(record, data_fingerprint(data, [pair for stage in stages for pair in pairs[stage]]))
+    if from_scratch and main_process():
         for stage in stages:
             shutil.rmtree(stage_folder(args, stage), ignore_errors=True)
     for stage in stages:
         if args.resume_from_checkpoint and checkpoint_problem(stage_folder(args, stage)) is None:
             entry = finished_stage(args, stage)
         else:
+            run_info = {"args": vars(by_stage[stage]), "device": record["device"], "data": fingerprints[stage]}
             entry = run_stage(
-                by_stage[stage],
-                stage,
-                tokenizer,
-                pairs[stage],
-                evaluations,
-                checkpoints[stage],
-                device=record["device"],
-                data=fingerprints[stage],
+                by_stage[stage], stage, tokenizer, pairs[stage], evaluations, checkpoints[stage], run_info
             )
         record["stages"].append(entry)
         record["runtime_s"][f"stage{stage}"] = sum(entry["runtime_s"].values())
         record["kept_step"] = entry["kept_step"]
-        if entry["gate"]:
-            message = f"stage {stage} missed its gate: {entry['gate']}"
-            if not args.force_continue:
-                record["reason"] = message
-                print(f"error: {message}; --resume_from_stage {stage + 1} --force_continue goes on", file=sys.stderr)
-                raise SystemExit(1)
-            log.warning("%s; going on, as --force_continue asks", message)
-    if main_process():
-        finish(record, folder, stage_folder(args, stages[-1]), evaluations)
+        if stage == stages[-1] and main_process():
+            finish(args, record, folder, stage_folder(args, stage), evaluations)
+        check_gate(args, record, entry)
+
+
+def check_gate(args: argparse.Namespace, record: dict, entry: dict) -> None:
+    """Raises SystemExit(1) after one line on stderr when a stage missed its gate, unless --force_continue is given."""
+    if not entry["gate"]:
+        return
+    message = f"stage {entry['stage']} missed its gate: {entry['gate']}"
+    if args.force_continue:
+        log.warning("%s; going on because of --force_continue", message)
+        return
+    record["reason"] = message
+    if entry["stage"] < 3:
+        message += f"; --resume_from_stage {entry['stage'] + 1} --force_continue continues"
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(1)
 
 
 def stages_to_run(args: argparse.Namespace) -> list[int]:
@@ -419,12 +429,14 @@ def stage_pairs(
     return pairs
 
 
-def finish(record: dict, folder: Path, last: Path, evaluations: list[Evaluation]) -> None:
-    """The last adapter and its difference from the base go to the run's own folder; prints the domains by stage."""
+def finish(args: argparse.Namespace, record: dict, folder: Path, last: Path, evaluations: list[Evaluation]) -> None:
+    """Copies the last adapter into the run's folder, reports its difference from the base, and every domain by stage."""
     for path in [*last.glob("adapter_*"), *last.glob("*token*"), *last.glob("chat_template*"), last / "README.md"]:
         write_atomic(folder / path.name, path.read_bytes())
     before, after = (stored_rows(*where, evaluations) for where in ((folder, "baseline"), (last, "final")))
     report(record, folder, evaluations, before, after)
+    if args.eval_save_json:
+        save_answers(args, {"baseline": before.get("tatqa", []), "final": after.get("tatqa", [])})
     table = []
     for evaluation in evaluations:
         metric, key = METRICS[evaluation.name], evaluation.name

@@ -215,6 +215,7 @@ def finance_pairs(
     Under several processes the main one generates. A dry run uses the reference instead of the base's answer.
     """
     if args.dry_run:
+        log.info("dry run: reference answers stand for the base's own answers, which a run generates first")
         return [{**instruction, "rejected": instruction["chosen"]} for instruction in instructions[:wanted]]
     with timed(record, "finance answers"):
         return on_main_process(lambda: answered_by_base(args, tokenizer, instructions, wanted))

@@ -147,6 +147,7 @@ def test_a_grown_adapter_computes_what_the_smaller_one_did(tmp_path):
         assert all((row != 0).any() for row in fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_stage_begins_as_the_policy_that_the_last_one_ended_with(whole, stage):
     """The answers' log-probabilities are the same in float32, and the reference is that policy: the loss is ln 2."""
@@ -186,6 +187,7 @@ def dpo_train_mt_v2_args(folder: Path):
     return flags.parse_arguments(build_parser(), arguments(folder), dpo_train_mt_v2.DEMO)
 
 
+@pytest.mark.slow
 def test_the_record_holds_every_domain_at_every_stage(whole, capsys):
     folder, record = whole
     assert record["status"] == "completed" and [entry["stage"] for entry in record["stages"]] == [1, 2, 3]
@@ -200,6 +202,7 @@ def test_the_record_holds_every_domain_at_every_stage(whole, capsys):
     assert [line["stages"] for line in lines] == [json.loads(json.dumps(record["stages"]))]
 
 
+@pytest.mark.slow
 def test_the_final_adapter_is_a_plain_one_of_rank_16(whole):
     import torch
     from peft import PeftModel
@@ -242,6 +245,7 @@ def killed(whole, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way, is_resumed",
     [
@@ -261,6 +265,7 @@ def test_killed_in_stage_2_it_ends_with_the_same_adapter(way, is_resumed, whole,
     assert record["final"] == whole[1]["final"]
 
 
+@pytest.mark.slow
 def test_a_missed_gate_ends_the_run_unless_forced(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(dpo_train_mt_v2.GATES, 2, {"mtbench": 9.5})
     folder = stopped_after(whole, 1, tmp_path / "run")
@@ -275,13 +280,16 @@ def test_a_missed_gate_ends_the_run_unless_forced(whole, tmp_path, monkeypatch, 
     assert record["status"] == "failed" and "missed its gate" in record["reason"]
 
 
+@pytest.mark.slow
 def test_a_stage_that_cannot_be_built_on(whole, tmp_path, capsys):
     folder = stopped_after(whole, 1, tmp_path / "run")
     adapter = folder / "stage1" / "adapter_model.safetensors"
     kept = adapter.read_bytes()
     adapter.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     error = run_error(capsys, main, *arguments(folder, "--resume_from_stage", "2"))
-    assert "adapter_model.safetensors is damaged" in error and "--resume_from_stage 1 does it anew" in error
+    assert (
+        "adapter_model.safetensors is damaged" in error and "--resume_from_stage 1 runs it again from scratch" in error
+    )
     adapter.write_bytes(kept)
     error = run_error(capsys, main, *arguments(folder, "--resume_from_stage", "2", "--seed", "7"))
     assert "seed: 42 -> 7" in error
@@ -292,6 +300,20 @@ def test_a_stage_that_cannot_be_built_on(whole, tmp_path, capsys):
     judge(folder / "stage1", "MT-Bench -1")
     error = run_error(capsys, main, *arguments(folder, "--resume_from_stage", "2", "--no-force_continue"))
     assert "stage 1 missed its gate (MT-Bench -1)" in error
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_missed_gate_says_what_to_do(stage, capsys):
+    args = build_parser().parse_args([])
+    record, entry = {}, {"stage": stage, "gate": "MT-Bench -1"}
+    with pytest.raises(SystemExit) as stop:
+        dpo_train_mt_v2.check_gate(args, record, entry)
+    assert stop.value.code == 1 and record["reason"] == f"stage {stage} missed its gate: MT-Bench -1"
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ("--resume_from_stage 3 --force_continue" in error) is (stage == 2)
+    args.force_continue = True
+    dpo_train_mt_v2.check_gate(args, record, entry)
+    dpo_train_mt_v2.check_gate(args, record, {"stage": stage, "gate": ""})
 
 
 def test_a_dry_run_prints_every_stage(tmp_path, capsys):
