@@ -2,10 +2,10 @@
 
     L = -log sigmoid(beta * (log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)))
 
-Reddit: the best comment of a post against a worse sibling. Finance-Instruct: the reference answer against the answer
-that the base model itself gives. General: any set of preference pairs. What the evaluation asks is set aside before a
-pair is built, and whatever contains it is dropped and counted. TAT-QA, MT-Bench, Finance-Instruct instructions and
-Reddit replies are measured before and after.
+Reddit: the best comment of a post against a worse one. Finance-Instruct: the reference answer against the answer of the
+base model itself. General: any set of preference pairs. What the evaluations ask is held out before pairs are built;
+whatever contains it is dropped and counted. TAT-QA, MT-Bench, Finance-Instruct instructions and Reddit replies are
+measured before and after.
 
     poetry run python dpo_train_mt.py --use_hybrid --hybrid_ratio 0.5 --beta 0.0175 --finance_instruct_pairs 1800
 
@@ -21,7 +21,6 @@ import json
 import sys
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llm_alignment.dpo import add_dpo_flags, align, check_flags, fit_chats, print_plan
 from llm_alignment.evaluation import save_answers, stored_rows
@@ -43,9 +42,6 @@ from llm_alignment.tatqa import tatqa_evaluation
 from llm_alignment.training import FLAGS_THAT_DO_NOT_AFFECT_TRAINING, check_output_folder, newest_complete
 from mtbench_eval import load_questions, mtbench_questions, scored_evaluations
 
-if TYPE_CHECKING:
-    pass
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
@@ -55,13 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("dpo_train_mt.py", __doc__)
     add_dpo_flags(parser)
     add_data_flags(parser)
-    group = parser.add_argument_group("mix (default: Reddit alone)")
-    group.add_argument("--use_hybrid", action="store_true", help="Reddit and Finance-Instruct, by --hybrid_ratio")
-    group.add_argument("--use_3way_hybrid", action="store_true", help="and general pairs, by the three ratios")
-    group.add_argument("--reddit_ratio", type=ratio, default=0.4, help="share of Reddit in the three-way mix (0.4)")
-    group.add_argument("--finance_ratio", type=ratio, default=0.3, help="share of Finance-Instruct in it (0.3)")
-    group.add_argument("--general_ratio", type=ratio, default=0.3, help="share of general pairs in it (0.3)")
-    group.add_argument("--general_pairs", type=positive(int), default=3000, help="at most (3000)")
+    add = parser.add_argument_group("mix (default: Reddit alone)").add_argument
+    add("--use_hybrid", action="store_true", help="Reddit and Finance-Instruct, by --hybrid_ratio")
+    add("--use_3way_hybrid", action="store_true", help="Reddit, Finance-Instruct and general pairs, by three ratios")
+    add("--reddit_ratio", type=ratio, default=0.4, help="share of Reddit in the three-way mix (%(default)s)")
+    add("--finance_ratio", type=ratio, default=0.3, help="share of Finance-Instruct in it (%(default)s)")
+    add("--general_ratio", type=ratio, default=0.3, help="share of general pairs in it (%(default)s)")
+    add("--general_pairs", type=positive(int), default=3000, help="most general pairs (%(default)s)")
     parser.set_defaults(output_dir="qwen3_reddit_finance_dpo", batch=1, grad_acc=64)
     return parser
 
@@ -71,13 +67,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     given = build_parser().parse_args(argv)
     suffix = "_3way_hybrid" if given.use_3way_hybrid else "_hybrid" if given.use_hybrid else ""
     args = parse_arguments(build_parser(), argv, {**FINANCE_DEMO, "output_dir": f"demo_dpo_mt{suffix}"})
-    if args.output_dir == given.output_dir:  # not the demo's own folder
+    if args.output_dir == given.output_dir:  # the user's folder or the default; the demo's own has the suffix already
         args.output_dir += suffix
     return args
 
 
 def asked_shares(args: argparse.Namespace) -> dict[str, Fraction]:
-    """The share of each source in the training pairs. Raises InputError for mixes that cannot be."""
+    """The share of each source in the training pairs. Raises InputError for mixes that make no sense."""
     if args.use_hybrid and args.use_3way_hybrid:
         raise InputError("--use_hybrid and --use_3way_hybrid: one mix at a time; leave out one of them")
     if args.use_3way_hybrid:
@@ -85,7 +81,7 @@ def asked_shares(args: argparse.Namespace) -> dict[str, Fraction]:
         shares = {source: Fraction(str(share)) for source, share in ratios.items()}
         if abs(sum(shares.values()) - 1) > 1e-6:
             raise InputError(
-                f"--reddit_ratio, --finance_ratio and --general_ratio sum to {float(sum(shares.values())):g}; make it 1"
+                f"--reddit_ratio, --finance_ratio and --general_ratio sum to {float(sum(shares.values())):g}; they must sum to 1"
             )
         return shares
     if args.use_hybrid:
@@ -107,7 +103,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def run(args: argparse.Namespace, record: dict) -> None:
-    """Load, mix, measure, train, measure again. What can be wrong with the input is found before it writes."""
+    """Load, mix, measure, train, measure again. What can be wrong with the input is found before anything is written."""
     shares = asked_shares(args)
     check_flags(args)
     ignored = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS

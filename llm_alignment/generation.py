@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import re
 import zlib
@@ -185,6 +186,104 @@ def batched_answers(
             mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)[going]
             ids = ids[going]
             cache.batch_select_indices(going)
+
+
+def line_break_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """A bool for every token id of the model: whether its text holds a line break."""
+    import torch
+
+    pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    line_break = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool, device=model.device)
+    line_break[[token for token, piece in enumerate(pieces) if "\n" in piece]] = True
+    return line_break
+
+
+def generate_grouped(
+    model: PreTrainedModel | PeftModel,
+    groups: list[list[list[int]]],
+    settings: GenerationConfig,
+    max_new_tokens: int,
+    line_break: torch.Tensor | None = None,
+    *,
+    share_prefix: bool = True,
+) -> list[list[list[int]]]:
+    """The new tokens, the end token included, of every token list of every group, generated in one batch.
+
+    What the lists of a group begin with in common is read once (unless not `share_prefix`). With `line_break` (see
+    `line_break_tokens`) an answer also ends with its first line that is not empty.
+    """
+    prompts = [prompt for group in groups for prompt in group]
+    cache = None
+    if share_prefix:
+        rows = [row for group in groups for row in read_group(model, group, settings.pad_token_id)]
+        cache = stack_left_padded(rows)
+    by_row = dict(batched_answers(model, prompts, settings, max_new_tokens, cache=cache, line_break=line_break))
+    answers = (by_row[row] for row in range(len(prompts)))
+    return [list(itertools.islice(answers, len(group))) for group in groups]
+
+
+def shared_length(prompts: list[list[int]]) -> int:
+    """How many tokens the prompts begin with in common; one less than the shortest prompt has at most.
+
+    The last token of a prompt is never read ahead: `model.generate` needs a token of each.
+    """
+    columns = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    return min(sum(1 for _ in columns), min(map(len, prompts)) - 1)
+
+
+# The keys and values of one prompt without its last token, by layer: two tensors (heads, tokens, head size) each.
+CachedPrompt = list[tuple["torch.Tensor", "torch.Tensor"]]
+
+RESTS_AT_ONCE = 4  # the lengths differ much, by the passages, so larger batches would mostly read padding
+
+
+def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad_token_id: int) -> list[CachedPrompt]:
+    """Reads prompts of two tokens or more: their common beginning once, then the rests in small batches.
+
+    A rest is padded on the right, where causal attention needs no mask.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    def read(tokens: list[list[int]], cache: DynamicCache) -> None:
+        ids = torch.tensor(tokens, dtype=torch.long, device=model.device)
+        if ids.numel():
+            with torch.no_grad():
+                model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    shared = shared_length(prompts)
+    prefix = DynamicCache()
+    read([prompts[0][:shared]], prefix)
+    rows: dict[int, CachedPrompt] = {}
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(by_length), RESTS_AT_ONCE):
+        batch = by_length[start : start + RESTS_AT_ONCE]
+        rests = [prompts[index][shared:-1] for index in batch]
+        longest = max(map(len, rests))
+        cache = DynamicCache([
+            [states.expand(len(batch), -1, -1, -1) for states in (layer.keys, layer.values)] for layer in prefix.layers
+        ])
+        read([rest + [pad_token_id] * (longest - len(rest)) for rest in rests], cache)
+        for place, index in enumerate(batch):
+            end = len(prompts[index]) - 1
+            rows[index] = [(layer.keys[place, :, :end], layer.values[place, :, :end]) for layer in cache.layers]
+    return [rows[index] for index in range(len(prompts))]
+
+
+def stack_left_padded(rows: list[CachedPrompt]) -> DynamicCache:
+    """One cache of all rows, padded on the left to the longest: by layer two tensors (rows, heads, tokens, head size)."""
+    import torch
+    from transformers import DynamicCache
+
+    width = max(row[0][0].shape[1] for row in rows)
+
+    def stacked(states: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([torch.nn.functional.pad(state, (0, 0, width - state.shape[1], 0)) for state in states])
+
+    return DynamicCache([
+        (stacked([row[layer][0] for row in rows]), stacked([row[layer][1] for row in rows]))
+        for layer in range(len(rows[0]))
+    ])
 
 
 def continuous_answers(

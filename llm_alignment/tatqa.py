@@ -21,46 +21,47 @@ from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import InputError, ResultFile, SkippedRows, digest
 from llm_alignment.flags import not_negative, positive, ratio
 from llm_alignment.generation import (
-    batched_answers,
     decoding_settings,
     fit_prompt,
     free_batch_size,
+    generate_grouped,
     in_batches,
+    line_break_tokens,
     strip_thinking,
 )
 from llm_alignment.hub import hub_files
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
-    from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 log = logging.getLogger("llm_alignment")
 
 
 def add_tatqa_flags(parser: argparse.ArgumentParser) -> None:
-    """Where TAT-QA is read from, how its prompts look, and how it is measured."""
+    """Where TAT-QA is read from, what its prompts look like, and how it is measured."""
     on_off = argparse.BooleanOptionalAction
-    group = parser.add_argument_group("TAT-QA")
-    group.add_argument("--tatqa_dir", default="", metavar="PATH", help="folder of its JSON files (default: the hub)")
-    group.add_argument("--tatqa_split", choices=list(TATQA_FILES), default="train", help="split to train on (train)")
-    group.add_argument("--tatqa_table_rows", type=positive(int), default=20, help="rows of a table to show (20)")
-    group.add_argument("--tatqa_table_cols", type=positive(int), default=8, help="columns of a table to show (8)")
-    group.add_argument(
-        "--tatqa_para_chars", type=not_negative(int), default=1200, help="characters of passages (1200)"
+    add = parser.add_argument_group("TAT-QA").add_argument
+    add("--tatqa_dir", default="", metavar="PATH", help="folder of its JSON files (default: fetched from the hub)")
+    add("--tatqa_split", choices=list(TATQA_FILES), default="train", help="split to train on (%(default)s)")
+    add("--tatqa_table_rows", type=positive(int), default=20, help="rows of a table to show (%(default)s)")
+    add("--tatqa_table_cols", type=positive(int), default=8, help="columns of a table to show (%(default)s)")
+    add("--tatqa_para_chars", type=not_negative(int), default=1200, help="characters of passages (%(default)s)")
+    add(
+        "--tatqa_only_rel_paras",
+        action=on_off,
+        default=True,
+        help="only the passages that a question refers to (%(default)s)",
     )
-    group.add_argument(
-        "--tatqa_only_rel_paras", action=on_off, default=True, help="only passages a question refers to"
-    )
-    group.add_argument("--do_eval", action=on_off, default=True, help="TAT-QA")
-    group.add_argument("--eval_split", choices=list(TATQA_FILES), default="validation", help="(validation)")
-    group.add_argument("--eval_limit", type=not_negative(int), default=1000, help="TAT-QA questions; 0 = all (1000)")
-    group.add_argument("--eval_max_new_tokens", type=positive(int), default=64, help="tokens of an answer (64)")
-    group.add_argument("--eval_temperature", type=not_negative(float), default=0.0, help="0 (default) = greedy")
-    group.add_argument("--eval_top_p", type=ratio, default=1.0)
-    group.add_argument(
+    add("--do_eval", action=on_off, default=True, help="measure TAT-QA (%(default)s)")
+    add("--eval_split", choices=list(TATQA_FILES), default="validation", help="split to measure on (%(default)s)")
+    add("--eval_limit", type=not_negative(int), default=1000, help="questions; 0 = all (%(default)s)")
+    add("--eval_max_new_tokens", type=positive(int), default=64, help="longest answer in tokens (%(default)s)")
+    add("--eval_temperature", type=not_negative(float), default=0.0, help="0 = greedy (%(default)s)")
+    add("--eval_top_p", type=ratio, default=1.0, help="share of probability to sample from (%(default)s)")
+    add(
         "--eval_save_json",
         default="",
         metavar="X.jsonl",
@@ -70,8 +71,12 @@ def add_tatqa_flags(parser: argparse.ArgumentParser) -> None:
 
 def prompt_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that shape a TAT-QA prompt, as `tatqa_prompt` takes them."""
-    names = ("table_rows", "table_cols", "para_chars", "only_rel_paras")
-    return {name: getattr(args, f"tatqa_{name}") for name in names}
+    return {
+        "table_rows": args.tatqa_table_rows,
+        "table_cols": args.tatqa_table_cols,
+        "para_chars": args.tatqa_para_chars,
+        "only_rel_paras": args.tatqa_only_rel_paras,
+    }
 
 
 TATQA_FILES = {
@@ -137,7 +142,7 @@ def read_tatqa(path: Path, skipped: SkippedRows) -> list[dict]:
 
 
 def question_problem(context: dict, question: dict) -> str | None:
-    """Says why a question cannot be used, or returns None."""
+    """The reason why a question cannot be used, or None."""
     kind, answer = question.get("answer_type"), question.get("answer")
     if kind not in ANSWER_TYPES:
         return f"answer type {kind!r} is not one of {', '.join(ANSWER_TYPES)}"
@@ -200,7 +205,7 @@ def tatqa_em_f1(question: dict, prediction: str | list[str], scale: str) -> tupl
     """The official exact match and F1 of one prediction, both 0..1.
 
     Source: tatqa_metric.py of https://github.com/NExTplusplus/TAT-QA, whose oddities are kept ("(1,234)" is positive
-    because of its comma), so that figures compare with published ones.
+    because of its comma), so that the figures can be compared with published ones.
     """
     import numpy as np
 
@@ -436,104 +441,6 @@ def groups_at_once(
     longest = max((len(question["tokens"]) for group in groups for question in group), default=0) + max_new_tokens
     rows = batch_size or free_batch_size(model, longest)
     return math.ceil(rows / max(map(len, groups), default=1))
-
-
-def line_break_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """A bool for every token id of the model: whether its text holds a line break."""
-    import torch
-
-    pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    line_break = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool, device=model.device)
-    line_break[[token for token, piece in enumerate(pieces) if "\n" in piece]] = True
-    return line_break
-
-
-def generate_grouped(
-    model: PreTrainedModel | PeftModel,
-    groups: list[list[list[int]]],
-    settings: GenerationConfig,
-    max_new_tokens: int,
-    line_break: torch.Tensor | None = None,
-    *,
-    share_prefix: bool = True,
-) -> list[list[list[int]]]:
-    """The new tokens, the end token included, of every token list of every group, generated in one batch.
-
-    What the lists of a group begin with in common is read once (unless not `share_prefix`). With `line_break` (see
-    `line_break_tokens`) an answer also ends with its first line that is not empty.
-    """
-    prompts = [prompt for group in groups for prompt in group]
-    cache = None
-    if share_prefix:
-        rows = [row for group in groups for row in read_group(model, group, settings.pad_token_id)]
-        cache = stack_left_padded(rows)
-    by_row = dict(batched_answers(model, prompts, settings, max_new_tokens, cache=cache, line_break=line_break))
-    answers = (by_row[row] for row in range(len(prompts)))
-    return [list(itertools.islice(answers, len(group))) for group in groups]
-
-
-def shared_length(prompts: list[list[int]]) -> int:
-    """How many tokens the prompts begin with in common; one less than the shortest prompt has at most.
-
-    The last token of a prompt is never read ahead: `model.generate` needs a token of each.
-    """
-    columns = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-    return min(sum(1 for _ in columns), min(map(len, prompts)) - 1)
-
-
-# The keys and values of one prompt without its last token, by layer: two tensors (heads, tokens, head size) each.
-CachedPrompt = list[tuple["torch.Tensor", "torch.Tensor"]]
-
-RESTS_AT_ONCE = 4  # the lengths differ much, by the passages, so larger batches would mostly read padding
-
-
-def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad_token_id: int) -> list[CachedPrompt]:
-    """Reads prompts of two tokens or more: their common beginning once, then the rests in small batches.
-
-    A rest is padded on the right, where causal attention needs no mask.
-    """
-    import torch
-    from transformers import DynamicCache
-
-    def read(tokens: list[list[int]], cache: DynamicCache) -> None:
-        ids = torch.tensor(tokens, dtype=torch.long, device=model.device)
-        if ids.numel():
-            with torch.no_grad():
-                model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-    shared = shared_length(prompts)
-    prefix = DynamicCache()
-    read([prompts[0][:shared]], prefix)
-    rows: dict[int, CachedPrompt] = {}
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(by_length), RESTS_AT_ONCE):
-        batch = by_length[start : start + RESTS_AT_ONCE]
-        rests = [prompts[index][shared:-1] for index in batch]
-        longest = max(map(len, rests))
-        cache = DynamicCache([
-            [states.expand(len(batch), -1, -1, -1) for states in (layer.keys, layer.values)] for layer in prefix.layers
-        ])
-        read([rest + [pad_token_id] * (longest - len(rest)) for rest in rests], cache)
-        for place, index in enumerate(batch):
-            end = len(prompts[index]) - 1
-            rows[index] = [(layer.keys[place, :, :end], layer.values[place, :, :end]) for layer in cache.layers]
-    return [rows[index] for index in range(len(prompts))]
-
-
-def stack_left_padded(rows: list[CachedPrompt]) -> DynamicCache:
-    """One cache of all rows, padded on the left to the longest: by layer two tensors (rows, heads, tokens, head size)."""
-    import torch
-    from transformers import DynamicCache
-
-    width = max(row[0][0].shape[1] for row in rows)
-
-    def stacked(states: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([torch.nn.functional.pad(state, (0, 0, width - state.shape[1], 0)) for state in states])
-
-    return DynamicCache([
-        (stacked([row[layer][0] for row in rows]), stacked([row[layer][1] for row in rows]))
-        for layer in range(len(rows[0]))
-    ])
 
 
 def summarise_tatqa(rows: list[dict]) -> dict:

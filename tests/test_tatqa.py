@@ -311,11 +311,11 @@ def test_groups_of_one_prompt_or_without_a_common_beginning(model, tokenizer):
         ["Now add 5.", "Now add 5."],
     ]
     groups = [[tokenizer(text)["input_ids"] for text in group] for group in texts]
-    assert [tatqa.shared_length(group) for group in groups] == [len(groups[0][0]) - 1, 0, len(groups[2][0]) - 1]
+    assert [generation.shared_length(group) for group in groups] == [len(groups[0][0]) - 1, 0, len(groups[2][0]) - 1]
     expected, read_alone = prompt_tokens_read(
-        model, lambda: tatqa.generate_grouped(model, groups, settings, 8, share_prefix=False)
+        model, lambda: generation.generate_grouped(model, groups, settings, 8, share_prefix=False)
     )
-    answers, read = prompt_tokens_read(model, lambda: tatqa.generate_grouped(model, groups, settings, 8))
+    answers, read = prompt_tokens_read(model, lambda: generation.generate_grouped(model, groups, settings, 8))
     assert answers == expected and list(map(len, answers)) == [1, 2, 2]
     assert read < read_alone
 

@@ -43,10 +43,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     prompts = [[question["tokens"] for question in group] for group in groups]
     batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     settings = generation.decoding_settings(model, tokenizer, temperature=0.0, top_p=1.0)
-    line_break = None if args.use_chat_template else tatqa.line_break_tokens(model, tokenizer)
+    line_break = None if args.use_chat_template else generation.line_break_tokens(model, tokenizer)
 
     def answer(batch: list[list[list[int]]], share: bool) -> list[list[list[int]]]:
-        return tatqa.generate_grouped(model, batch, settings, args.eval_max_new_tokens, line_break, share_prefix=share)
+        return generation.generate_grouped(
+            model, batch, settings, args.eval_max_new_tokens, line_break, share_prefix=share
+        )
 
     answer(batches[0][:1], True)  # warms up
     seconds, tokens, differing = {False: 0.0, True: 0.0}, {False: 0, True: 0}, 0
