@@ -31,7 +31,7 @@ from llm_alignment.evaluation import (
     save_answers,
     stored_rows,
 )
-from llm_alignment.files import InputError, digest, sample, write_atomic, write_json
+from llm_alignment.files import InputError, digest, file_sha256, replace, sample, write_atomic, write_json
 from llm_alignment.finance import (
     MEASURING_FLAGS,
     TrainingData,
@@ -209,6 +209,40 @@ def stage_folder(args: argparse.Namespace, stage: int) -> Path:
 # Stages
 
 
+ADAPTER = "adapter_model.safetensors"
+
+
+def stage_fingerprint(args: argparse.Namespace, stage: int, pairs: list[dict]) -> dict:
+    """What a stage is trained on: its pairs, and the adapter of the stage before, which must have ended."""
+    previous = Path(args.output_dir).with_name(f"stage{stage - 1}") / ADAPTER
+    adapter = file_sha256(previous) if stage > 1 else None
+    return {"pairs": len(pairs), "sha256": digest(pairs), "previous_adapter": adapter}
+
+
+def check_stage_folders(by_stage: dict[int, argparse.Namespace]) -> None:
+    """Raises InputError when a stage's folder holds another run, or one that continues from a stage yet to be trained."""
+    for stage, args in by_stage.items():
+        check_output_folder(args, IGNORED_FLAGS)
+        if stage > min(by_stage) and Path(args.output_dir).exists():
+            raise InputError(f"{args.output_dir}: {other_stage(stage)}")
+
+
+def other_stage(stage: int) -> str:
+    return (
+        f"stage {stage} was trained from another stage {stage - 1} than the one that is here; --resume_from_stage "
+        f"{stage - 1} runs both again from scratch, --resume_from_stage {stage} this one"
+    )
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder; after a kill it is there as a whole or not at all."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        replace(folder, old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def finished_stage(args: argparse.Namespace, stage: int) -> dict:
     """The record of a stage that ended earlier.
 
@@ -222,6 +256,9 @@ def finished_stage(args: argparse.Namespace, stage: int) -> dict:
             f"{folder}: stage {stage} cannot be built on, {problem}; --resume_from_stage {stage} runs it again from scratch"
         )
     check_same_run(folder, stage_arguments(args, stage), FLAGS_THAT_DO_NOT_AFFECT_TRAINING)
+    built_on = json.loads((folder / "run.json").read_text("utf-8"))["data"].get("previous_adapter")
+    if stage > 1 and built_on != file_sha256(folder.with_name(f"stage{stage - 1}") / ADAPTER):
+        raise InputError(f"{folder}: {other_stage(stage)}")
     record = json.loads((folder / "stage.json").read_text("utf-8"))
     if record["gate"] and not args.force_continue:
         raise InputError(f"{folder}: stage {stage} missed its gate ({record['gate']}); --force_continue goes on")
@@ -273,12 +310,12 @@ def run_stage(
     pairs: list[dict],
     evaluations: list[Evaluation],
     checkpoint: Path | None,
-    run_info: dict,
+    device: dict,
 ) -> dict:
     """Trains a stage in its folder, measures it against the stage before, or the base, and returns its record.
 
-    `args` are those of `stage_arguments`; `run_info` is written to the stage's run.json. The manifest is written last,
-    so that later stages can rely on the folder.
+    `args` are those of `stage_arguments`; `device` is the record's and goes to the stage's run.json. The manifest is
+    written last, so that later stages can rely on the folder.
     """
     folder = Path(args.output_dir)
     previous = folder.with_name(f"stage{stage - 1}")
@@ -291,7 +328,8 @@ def run_stage(
     if main_process():
         folder.mkdir(exist_ok=True)
         if not (folder / "run.json").exists():
-            write_json(folder / "run.json", run_info)
+            data = stage_fingerprint(args, stage, pairs)
+            write_json(folder / "run.json", {"args": vars(args), "device": device, "data": data})
     entry = {"stage": stage, "pairs": len(pairs), "baseline": {}, "final": {}, "delta": {}, "runtime_s": {}}
 
     def measure_to(where: Path, name: str, *, with_adapter: bool) -> None:
@@ -335,8 +373,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     # With both flags, a run that did stages again was interrupted, and that one is resumed.
     from_scratch = bool(args.resume_from_stage) and not args.resume_from_checkpoint
     if not from_scratch:
-        for stage in stages:
-            check_output_folder(by_stage[stage], IGNORED_FLAGS)
+        check_stage_folders(by_stage)
     tokenizer = load_tokenizer(args)
     check_model(by_stage[stages[0]], tokenizer)
     asked = {"mtbench": (mtbench_questions(args), args.mtbench_max_tokens)} if args.do_mtbench else {}
@@ -350,23 +387,26 @@ def run(args: argparse.Namespace, record: dict) -> None:
             log.info("stage %d: %s pairs", stage, " and ".join(sorted(SOURCES[stage])))
             print_plan(by_stage[stage], tokenizer, fit_chats(pairs[stage], tokenizer, by_stage[stage]), evaluations)
         return
-    fingerprints = {stage: {"pairs": len(pairs[stage]), "sha256": digest(pairs[stage])} for stage in stages}
-    checkpoints: dict[int, Path | None] = dict.fromkeys(stages)
+    first, checkpoint = by_stage[stages[0]], None
     if not from_scratch:
-        for stage in stages:
-            check_output_folder(by_stage[stage], IGNORED_FLAGS, fingerprints[stage])
-            checkpoints[stage] = newest_complete(by_stage[stage])
+        check_output_folder(first, IGNORED_FLAGS, stage_fingerprint(first, stages[0], pairs[stages[0]]))
+        checkpoint = newest_complete(first)
     folder = begin(record, data_fingerprint(data, [pair for stage in stages for pair in pairs[stage]]))
     if from_scratch and main_process():
-        for stage in stages:
-            shutil.rmtree(stage_folder(args, stage), ignore_errors=True)
+        for stage in reversed(stages):  # whatever is left after a kill was not built on what is gone
+            remove_folder(stage_folder(args, stage))
     for stage in stages:
         if args.resume_from_checkpoint and checkpoint_problem(stage_folder(args, stage)) is None:
             entry = finished_stage(args, stage)
         else:
-            run_info = {"args": vars(by_stage[stage]), "device": record["device"], "data": fingerprints[stage]}
             entry = run_stage(
-                by_stage[stage], stage, tokenizer, pairs[stage], evaluations, checkpoints[stage], run_info
+                by_stage[stage],
+                stage,
+                tokenizer,
+                pairs[stage],
+                evaluations,
+                checkpoint if stage == stages[0] else None,
+                record["device"],
             )
         record["stages"].append(entry)
         record["runtime_s"][f"stage{stage}"] = sum(entry["runtime_s"].values())

@@ -54,7 +54,7 @@ def stopped_after(whole, stage: int, folder: Path) -> Path:
     return folder
 
 
-def judge(folder: Path, gate: str) -> None:
+def set_gate(folder: Path, gate: str) -> None:
     """Makes a finished stage one that missed its gate, or with "" one that passed."""
     stage = json.loads((folder / "stage.json").read_text("utf-8"))
     files.write_json(folder / "stage.json", {**stage, "gate": gate})
@@ -269,7 +269,7 @@ def test_killed_in_stage_2_it_ends_with_the_same_adapter(way, is_resumed, whole,
 def test_a_missed_gate_ends_the_run_unless_forced(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(dpo_train_mt_v2.GATES, 2, {"mtbench": 9.5})
     folder = stopped_after(whole, 1, tmp_path / "run")
-    judge(folder / "stage1", "")
+    set_gate(folder / "stage1", "")
     with pytest.raises(SystemExit) as stop:
         main(arguments(folder, "--resume_from_stage", "2", "--no-force_continue"))
     assert stop.value.code == 1
@@ -297,9 +297,36 @@ def test_a_stage_that_cannot_be_built_on(whole, tmp_path, capsys):
     assert "stage 2 cannot be built on, it was not finished" in error
     error = run_error(capsys, main, *arguments(folder))
     assert "holds another run" in error
-    judge(folder / "stage1", "MT-Bench -1")
+    set_gate(folder / "stage1", "MT-Bench -1")
     error = run_error(capsys, main, *arguments(folder, "--resume_from_stage", "2", "--no-force_continue"))
     assert "stage 1 missed its gate (MT-Bench -1)" in error
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_trained_from_another_one(whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    run_file = folder / "stage2" / "run.json"
+    info = json.loads(run_file.read_text("utf-8"))
+    adapter = files.file_sha256(folder / "stage1" / "adapter_model.safetensors")
+    assert info["data"]["previous_adapter"] == adapter
+    files.write_json(run_file, {**info, "data": {**info["data"], "previous_adapter": "another"}})
+    training.write_manifest(folder / "stage2")
+    error = run_error(capsys, main, *arguments(folder, "--resume_from_stage", "3"))
+    assert "stage 2 was trained from another stage 1" in error and "--resume_from_stage 1" in error
+    shutil.rmtree(folder / "stage2")  # somebody wants stage 2 again, and stage 3 was trained from the old one
+    error = run_error(capsys, main, *arguments(folder, "--resume_from_checkpoint", "auto"))
+    assert "stage 3 was trained from another stage 2" in error and "--resume_from_stage 2" in error
+
+
+@pytest.mark.slow
+def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
+    record = main(arguments(folder, "--resume_from_checkpoint", "auto"))
+    assert record["final"] == whole[1]["final"] and [entry["stage"] for entry in record["stages"]] == [1, 2, 3]
+    assert before == {path: path.read_bytes() for path in before}
 
 
 @pytest.mark.parametrize("stage", [2, 3])
