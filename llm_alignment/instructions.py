@@ -1,4 +1,8 @@
-"""The 25 instructions and the checks that a program can decide."""
+"""The 25 instructions of this project and the checks that a program can decide.
+
+The share of checks passed is what can be compared with the published instruction scores, which are keyword rules over
+25 other instructions. The reward model's score of the same answers is a measure of its own.
+"""
 
 from __future__ import annotations
 

@@ -120,8 +120,8 @@ def join_turns(prompt: list[dict[str, str]], side: list[dict[str, str]]) -> list
 
     Raises ValueError unless user and assistant take turns, from the user's first to the assistant's last.
     """
-    system = list(dict.fromkeys(turn["content"] for turn in prompt + side if turn["role"] == "system"))
-    prompt, side = ([turn for turn in turns if turn["role"] != "system"] for turns in (prompt, side))
+    (first, prompt), (second, side) = map(split_system, (prompt, side))
+    system = list(dict.fromkeys(first + second))
     if side[: len(prompt)] == prompt:
         turns = side
     elif side and side[0]["role"] == "assistant":
@@ -134,8 +134,17 @@ def join_turns(prompt: list[dict[str, str]], side: list[dict[str, str]]) -> list
         raise ValueError("no prompt" if len(turns) == 1 else "user and assistant do not take turns")
     if not all(turn["content"] for turn in turns):
         raise ValueError("an empty turn")
-    first = {"role": "user", "content": merge_system_prompt("\n\n".join(system), turns[0]["content"])}
-    return [first, *turns[1:]]
+    question = merge_system_prompt("\n\n".join(system), turns[0]["content"])
+    return [{"role": "user", "content": question}, *turns[1:]]
+
+
+def split_system(turns: list[dict[str, str]]) -> tuple[list[str], list[dict[str, str]]]:
+    """The system texts at the beginning, and the other turns. Raises ValueError for a system turn among these."""
+    roles = [turn["role"] for turn in turns]
+    start = next((place for place, role in enumerate(roles) if role != "system"), len(turns))
+    if "system" in roles[start:]:
+        raise ValueError("a system turn in the middle")
+    return [turn["content"] for turn in turns[:start]], turns[start:]
 
 
 def transcript(prompt: str | list[dict[str, str]]) -> str:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,20 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache):
-    """An uninterrupted run of all stages: (its folder, its record)."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    return folder, main(arguments(folder))
+    """An uninterrupted run of all stages: (its folder, its record, the bases alive after each stage's load)."""
+    folder, bases, alive = tmp_path_factory.mktemp("whole") / "run", [], []
+    load = dpo_train_mt_v2.load_model
+
+    def counting_load(args):
+        model = load(args)
+        bases.append(weakref.ref(model))
+        alive.append(sum(base() is not None for base in bases))
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo_train_mt_v2, "load_model", counting_load)
+        record = main(arguments(folder))
+    return folder, record, alive
 
 
 def stopped_after(whole, stage: int, folder: Path) -> Path:
@@ -153,7 +165,7 @@ def test_a_stage_begins_as_the_policy_that_the_last_one_ended_with(whole, stage)
     """The answers' log-probabilities are the same in float32, and the reference is that policy: the loss is ln 2."""
     import torch
 
-    folder, _ = whole
+    folder, *_ = whole
     args = stage_arguments(dpo_train_mt_v2_args(folder), stage)
     tokenizer = models.load_tokenizer(args)
     lines = (flags.DEMO_DIR / "orca_pairs.jsonl").read_text("utf-8").split("\n")[:4]
@@ -189,7 +201,7 @@ def dpo_train_mt_v2_args(folder: Path):
 
 @pytest.mark.slow
 def test_the_record_holds_every_domain_at_every_stage(whole, capsys):
-    folder, record = whole
+    folder, record, _ = whole
     assert record["status"] == "completed" and [entry["stage"] for entry in record["stages"]] == [1, 2, 3]
     names = {"tatqa", "mtbench", "finance_instruct", "reddit"}
     for entry in record["stages"]:
@@ -203,12 +215,17 @@ def test_the_record_holds_every_domain_at_every_stage(whole, capsys):
 
 
 @pytest.mark.slow
+def test_a_stage_frees_its_model_before_the_next_one_loads(whole):
+    assert whole[2] == [1, 1, 1]
+
+
+@pytest.mark.slow
 def test_the_final_adapter_is_a_plain_one_of_rank_16(whole):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder, _ = whole
+    folder, *_ = whole
     assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"] == 16
     models = [
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(flags.DEMO_DIR / "model"), path)

@@ -166,6 +166,10 @@ def test_general_pairs_of_every_shape(row, prompt):
         {"prompt": "Why?", "chosen": dialogue("Why?"), "rejected": dialogue("Why?")},
         {"prompt": dialogue("Why?", "Well."), "chosen": "Because.", "rejected": "No."},
         {"chosen": dialogue("Why?", "Because.")[1:], "rejected": dialogue("Why?", "No.")[1:]},
+        {
+            "chosen": [*dialogue("Why?", "So."), SYSTEM, *dialogue("How?", "A.")],
+            "rejected": [*dialogue("Why?", "So."), SYSTEM, *dialogue("How?", "B.")],
+        },
         # unknown roles and contents
         {"prompt": [*dialogue("Why?"), {"role": "tool", "content": "{}"}], "chosen": "Because.", "rejected": "No."},
         {"prompt": [{"role": None, "content": "Why?"}], "chosen": "Because.", "rejected": "No."},
