@@ -261,15 +261,15 @@ def finished_stage(args: argparse.Namespace, stage: int) -> dict:
         raise InputError(f"{folder}: {other_stage(stage)}")
     record = json.loads((folder / "stage.json").read_text("utf-8"))
     if record["gate"] and not args.force_continue:
-        raise InputError(f"{folder}: stage {stage} missed its gate ({record['gate']}); --force_continue goes on")
+        raise InputError(f"{folder}: stage {stage} missed its gate ({record['gate']}); --force_continue continues")
     return record
 
 
 def grown_adapter(model: PreTrainedModel, previous: Path, args: argparse.Namespace) -> PeftModel:
     """An adapter of the rank and alpha in `args` over the base `model` that computes what the one in `previous` does.
 
-    With A (r, in), B (out, r) and s = alpha / r: the larger A' begins with A and goes on with freshly initialised
-    rows, the larger B' begins with B * s / s' and goes on with columns of zeros, so s' B' A' = s B A.
+    With A (r, in), B (out, r) and s = alpha / r: A' is A followed by freshly initialised rows, and B' is B * s / s'
+    followed by columns of zeros, so s' B' A' = s B A.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -393,7 +393,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         checkpoint = newest_complete(first)
     folder = begin(record, data_fingerprint(data, [pair for stage in stages for pair in pairs[stage]]))
     if from_scratch and main_process():
-        for stage in reversed(stages):  # whatever is left after a kill was not built on what is gone
+        for stage in reversed(stages):  # a kill in between leaves no stage whose basis is gone
             remove_folder(stage_folder(args, stage))
     for stage in stages:
         if args.resume_from_checkpoint and checkpoint_problem(stage_folder(args, stage)) is None:

@@ -169,7 +169,7 @@ def reddit_pairs(
     length_tol: float = 0.6,
     max_pairs_per_post: int = 1,
 ) -> list[dict[str, str]]:
-    """Preference pairs of the posts with at least two comments, sorted by uid whatever the order of `rows`.
+    """Preference pairs of the posts with at least two comments, sorted by uid; the order of `rows` does not matter.
 
     chosen is the comment with the best `comment_normalized_score`. rejected are the lowest siblings, at most
     `max_pairs_per_post`, that lie `score_margin` or more below it and differ from its length by at most `length_tol`
