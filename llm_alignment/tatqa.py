@@ -456,14 +456,19 @@ def summarise_tatqa(rows: list[dict]) -> dict:
 
 
 def compare_tatqa(before: list[dict], after: list[dict]) -> dict[str, dict]:
-    """Differences in percentage points: exact McNemar tests for the two exact metrics, also by answer type."""
+    """Differences in percentage points, also by answer type; questions on one table are one cluster.
+
+    Rows are paired by question_id. Rows of files from before `context` was stored count as tables of their own.
+    """
+    pairs = pair_rows(before, after)
 
     def difference(key: str, kind: str | None = None) -> dict:
         test = paired_delta if key == "f1" else mcnemar
-        pairs = [pair for pair in pair_rows(before, after) if kind in (None, pair[0]["answer_type"])]
-        return in_per_cent(test([old[key] for old, _ in pairs], [new[key] for _, new in pairs]))
+        of_kind = [(old, new) for old, new in pairs if kind in (None, new["answer_type"])]
+        sides = [old[key] for old, _ in of_kind], [new[key] for _, new in of_kind]
+        return in_per_cent(test(*sides, clusters=[new.get("context", new["question_id"]) for _, new in of_kind]))
 
-    kinds = sorted({row["answer_type"] for row in after})
+    kinds = sorted({new["answer_type"] for _, new in pairs})
     deltas = {"tatqa": "em_like", "tatqa_em": "em", "tatqa_f1": "f1"}
     return {
         name: {**difference(key), "by_type": {kind: difference(key, kind) for kind in kinds}}

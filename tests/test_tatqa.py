@@ -348,3 +348,15 @@ def test_summary_and_comparison_by_answer_type():
     assert deltas["tatqa"]["p"] == 0.5  # two changed, both gained: exact McNemar
     assert deltas["tatqa_em"]["by_type"]["span"]["mean"] == pytest.approx(50)
     assert deltas["tatqa_em"]["by_type"]["count"]["n"] == 1
+
+
+def test_questions_on_one_table_are_one_cluster():
+    def rows(right):
+        row = {"answer_type": "span", "em": right, "f1": right, "em_like": bool(right)}
+        return [{**row, "question_id": f"q{n}", "context": f"table {n // 4}"} for n in range(8)]
+
+    deltas = tatqa.compare_tatqa(rows(0.0), rows(1.0))
+    for name in ("tatqa", "tatqa_em", "tatqa_f1"):
+        assert deltas[name]["clusters"] == 2 and deltas[name]["n"] == 8
+        assert deltas[name]["p"] == 0.5  # two tables gained; eight questions on their own would give 2 / 2**8
+        assert deltas[name]["by_type"]["span"]["clusters"] == 2
