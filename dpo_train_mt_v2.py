@@ -466,6 +466,11 @@ def stage_pairs(
                 data, mix, {"finance": len(finance)}, args.mix_policy, lambda _, wanted: finance[:wanted]
             )
         pairs[stage] = sample(pairs[stage], args.limit_pairs or len(pairs[stage]), args.seed)
+        if not pairs[stage]:
+            raise InputError(
+                f"stage {stage}: no training pair is left; name a larger data set, or raise --instruct_max_tokens if the "
+                "base's answers were cut"
+            )
     return pairs
 
 
