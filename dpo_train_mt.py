@@ -109,10 +109,10 @@ def run(args: argparse.Namespace, record: dict) -> None:
     ignored = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS
     check_output_folder(args, ignored)
     tokenizer = load_tokenizer(args)
-    check_model(args, tokenizer, adapter=args.load_adapter)
     asked = {"mtbench": (mtbench_questions(args), args.mtbench_max_tokens)} if args.do_mtbench else {}
     all_asked = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
     data = load_data(args, set() if args.no_train else set(shares), all_asked)
+    check_model(args, tokenizer, adapter=args.load_adapter)
     evaluations = [tatqa_evaluation(args, tokenizer)] if args.do_eval else []
     evaluations += scored_evaluations(args, asked | finance_questions(args, data))
 

@@ -375,10 +375,10 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if not from_scratch:
         check_stage_folders(by_stage)
     tokenizer = load_tokenizer(args)
-    check_model(by_stage[stages[0]], tokenizer)
     asked = {"mtbench": (mtbench_questions(args), args.mtbench_max_tokens)} if args.do_mtbench else {}
     all_asked = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
     data = load_data(args, set().union(*(SOURCES[stage] for stage in stages)), all_asked)
+    check_model(by_stage[stages[0]], tokenizer)
     evaluations = [tatqa_evaluation(args, tokenizer)] if args.do_eval else []
     evaluations += scored_evaluations(args, asked | finance_questions(args, data))
     pairs = stage_pairs(args, record, tokenizer, data, stages)

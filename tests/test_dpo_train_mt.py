@@ -20,7 +20,7 @@ LOGGED = ROOT / "experiments" / "logged_runs.jsonl"
 def test_logged_commands_parse_as_they_stand():
     commands = [json.loads(line) for line in LOGGED.read_text("utf-8").split("\n") if line]
     commands = {run["id"]: shlex.split(run["command"])[4:] for run in commands if run["script"] == "dpo_train_mt.py"}
-    assert len(commands) == 5
+    assert len(commands) == 8
     parsed = {name: parse(argv) for name, argv in commands.items()}
     assert parsed["reddit_only"].output_dir == "qwen3_reddit_finance_dpo"
     assert parsed["hybrid_2way"].output_dir == "qwen3_reddit_finance_dpo_hybrid"
