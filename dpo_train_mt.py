@@ -2,10 +2,10 @@
 
     L = -log sigmoid(beta * (log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)))
 
-Reddit: the best comment of a post against a worse one. Finance-Instruct: the reference answer against the answer of the
-base model itself. General: any set of preference pairs. What the evaluations ask is held out before pairs are built;
-whatever contains it is dropped and counted. TAT-QA, MT-Bench, Finance-Instruct instructions and Reddit replies are
-measured before and after.
+Reddit: the best comment of a post against a worse one. Finance-Instruct: the reference answer against the base model's
+own answer. General: any set of preference pairs. What the evaluations ask is held out before pairs are built; whatever
+contains it is dropped and counted. TAT-QA, MT-Bench, Finance-Instruct instructions and Reddit replies are measured
+before and after.
 
     poetry run python dpo_train_mt.py --use_hybrid --hybrid_ratio 0.5 --beta 0.0175 --finance_instruct_pairs 1800
 
@@ -80,9 +80,8 @@ def asked_shares(args: argparse.Namespace) -> dict[str, Fraction]:
         ratios = {"reddit": args.reddit_ratio, "finance": args.finance_ratio, "general": args.general_ratio}
         shares = {source: Fraction(str(share)) for source, share in ratios.items()}
         if abs(sum(shares.values()) - 1) > 1e-6:
-            raise InputError(
-                f"--reddit_ratio, --finance_ratio and --general_ratio sum to {float(sum(shares.values())):g}; they must sum to 1"
-            )
+            total = float(sum(shares.values()))
+            raise InputError(f"--reddit_ratio, --finance_ratio and --general_ratio sum to {total:g}; make it 1")
         return shares
     if args.use_hybrid:
         return two_way_shares(args)
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def run(args: argparse.Namespace, record: dict) -> None:
-    """Load, mix, measure, train, measure again. What can be wrong with the input is found before anything is written."""
+    """Load, mix, measure, train, measure again. Bad input is found before anything is written."""
     shares = asked_shares(args)
     check_flags(args)
     ignored = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS
@@ -116,7 +115,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     evaluations = [tatqa_evaluation(args, tokenizer)] if args.do_eval else []
     evaluations += scored_evaluations(args, asked | finance_questions(args, data))
 
-    pairs = []
+    pairs: list[dict] = []
     if not args.no_train:
         limits = {"finance": args.finance_instruct_pairs, "general": args.general_pairs}
         make_finance_pairs = functools.partial(finance_pairs, args, record, tokenizer)

@@ -4,8 +4,9 @@
 
 Each stage continues from the policy that the previous one ended with, and that policy is its reference. The adapter's
 rank grows (8, 12, 16): the new dimensions have no effect at first, so the larger adapter computes exactly what the
-smaller one did. All four domains are measured after every stage and compared with the stage before. A stage that misses
-its gate ends the run. (The published progressive figures were constants, the same at every stage, not measurements.)
+smaller one did. All four domains are measured after every stage and compared with the stage before. A stage that
+misses its gate ends the run. (The published progressive figures were constants, the same at every stage, and not
+measurements.)
 
     poetry run python dpo_train_mt_v2.py --progressive --output_dir qwen3_3stage_progressive_experiment
 """
@@ -220,7 +221,7 @@ def stage_fingerprint(args: argparse.Namespace, stage: int, pairs: list[dict]) -
 
 
 def check_stage_folders(by_stage: dict[int, argparse.Namespace]) -> None:
-    """Raises InputError when a stage's folder holds another run, or one that continues from a stage yet to be trained."""
+    """Raises InputError when the folder of a stage holds another run, or one that was trained from an older stage."""
     for stage, args in by_stage.items():
         check_output_folder(args, IGNORED_FLAGS)
         if stage > min(by_stage) and Path(args.output_dir).exists():
@@ -253,7 +254,8 @@ def finished_stage(args: argparse.Namespace, stage: int) -> dict:
     problem = checkpoint_problem(folder)
     if problem:
         raise InputError(
-            f"{folder}: stage {stage} cannot be built on, {problem}; --resume_from_stage {stage} runs it again from scratch"
+            f"{folder}: stage {stage} cannot be built on, {problem}; --resume_from_stage {stage} runs it again from "
+            "scratch"
         )
     check_same_run(folder, stage_arguments(args, stage), FLAGS_THAT_DO_NOT_AFFECT_TRAINING)
     built_on = json.loads((folder / "run.json").read_text("utf-8"))["data"].get("previous_adapter")
@@ -450,12 +452,12 @@ def stage_pairs(
     stages: list[int],
 ) -> dict[int, list[dict]]:
     """The training pairs of each stage; the base answers the Finance-Instruct prompts once, for both their stages."""
-    finance = []
+    finance: list[dict] = []
     if any("finance" in SOURCES[stage] for stage in stages):
         wanted = args.finance_instruct_pairs
         finance = finance_pairs(args, record, tokenizer, data.items["finance"], wanted)
     mix = two_way_shares(args)
-    pairs = {}
+    pairs: dict[int, list[dict]] = {}
     for stage in stages:
         if stage == 1:
             pairs[stage] = data.items["general"][: args.stage1_general_pairs]
@@ -468,14 +470,14 @@ def stage_pairs(
         pairs[stage] = sample(pairs[stage], args.limit_pairs or len(pairs[stage]), args.seed)
         if not pairs[stage]:
             raise InputError(
-                f"stage {stage}: no training pair is left; name a larger data set, or raise --instruct_max_tokens if the "
-                "base's answers were cut"
+                f"stage {stage}: no training pair is left; name a larger data set, or raise --instruct_max_tokens if "
+                "the base's answers were cut"
             )
     return pairs
 
 
 def finish(args: argparse.Namespace, record: dict, folder: Path, last: Path, evaluations: list[Evaluation]) -> None:
-    """Copies the last adapter into the run's folder, reports its difference from the base, and every domain by stage."""
+    """Copies the last adapter into the run's folder; reports it against the base, and every domain by stage."""
     for path in [*last.glob("adapter_*"), *last.glob("*token*"), *last.glob("chat_template*"), last / "README.md"]:
         write_atomic(folder / path.name, path.read_bytes())
     before, after = (stored_rows(*where, evaluations) for where in ((folder, "baseline"), (last, "final")))

@@ -175,11 +175,11 @@ def reddit_pairs(
     `max_pairs_per_post`, that lie `score_margin` or more below it and differ from its length by at most `length_tol`
     of it; without any, the lowest sibling. A post whose comments are equal in text or in score gives no pair.
     """
-    posts = defaultdict(list)
+    posts: dict[str, list[dict]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: (row["comment_normalized_score"], row["body"], row["title"])):
         if len(row["body"].strip()) >= min_comment_chars:
             posts[row["id"]].append(row)
-    pairs = []
+    pairs: list[dict[str, str]] = []
     for post_id, comments in sorted(posts.items()):
         *siblings, best = comments
         prompt, chosen = post_text(best, max_post_chars), best["body"].strip()
@@ -236,7 +236,8 @@ def answered_by_base(
     is_greedy = args.finance_temperature == 0
     results = ResultFile(path, fingerprint, renew=True, use_cache=is_greedy and not args.no_baseline_cache)
     candidates = [{**instruction, "question_id": instruction["uid"]} for instruction in instructions[: 2 * wanted]]
-    model, pairs, position = None, [], 0
+    model, position = None, 0
+    pairs: list[dict[str, str]] = []
     while len(pairs) < wanted and position < len(candidates):
         # Samples depend on the batch. So a batch of samples is small, and a restart generates it again as a whole.
         size = wanted - len(pairs) if is_greedy else SAMPLED_AT_ONCE
@@ -255,8 +256,11 @@ def answered_by_base(
     unused = position - len(pairs)
     log.info("the base's answers: %d pairs; %d answers not used (empty, cut, or equal)", len(pairs), unused)
     if len(pairs) < wanted:
-        log.warning("%d Finance-Instruct pairs instead of %d: of %d instructions answered, the other answers of the base "
-                    "were empty, cut by --instruct_max_tokens or equal to the reference", len(pairs), wanted, position)  # fmt: skip
+        log.warning(
+            "%d Finance-Instruct pairs instead of %d: of %d instructions answered, the base's other answers were "
+            "empty, cut by --instruct_max_tokens or equal to the reference",
+            len(pairs), wanted, position,
+        )  # fmt: skip
     return pairs
 
 

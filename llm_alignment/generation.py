@@ -271,7 +271,7 @@ def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad
 
 
 def stack_left_padded(rows: list[CachedPrompt]) -> DynamicCache:
-    """One cache of all rows, padded on the left to the longest: by layer two tensors (rows, heads, tokens, head size)."""
+    """One cache of all rows, padded on the left to the longest; by layer two (rows, heads, tokens, head size)."""
     import torch
     from transformers import DynamicCache
 

@@ -90,7 +90,8 @@ INSTRUCTIONS: list[tuple[str, str, list[Callable[[str], bool]]]] = [
     ),
     (
         "formats",
-        "Write two synonyms of profit in square brackets, separated by a semicolon, like [one; two], and nothing else.",
+        "Write two synonyms of profit in square brackets, separated by a semicolon, like [one; two], and nothing "
+        "else.",
         [lambda t: bool(re.fullmatch(r"\[[^;\[\]]+;[^;\[\]]+\]", t.strip()))],
     ),
     (
@@ -138,7 +139,8 @@ INSTRUCTIONS: list[tuple[str, str, list[Callable[[str], bool]]]] = [
     ),
     (
         "words",
-        "Explain the difference between a share and a bond, use the words ownership and loan, and end with a question.",
+        "Explain the difference between a share and a bond, use the words ownership and loan, and end with a "
+        "question.",
         [lambda t: "ownership" in t.lower() and "loan" in t.lower(), lambda t: t.strip().endswith("?")],
     ),
     (

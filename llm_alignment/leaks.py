@@ -28,7 +28,7 @@ def leak_finder(forbidden: dict[str, list[str]]) -> Callable[[str], str | None]:
     kinds = {normalise_text(text): kind for kind, texts in forbidden.items() for text in texts}
     kinds.pop("", None)
     frequency = Counter(word for text in kinds for word in set(text.split()))
-    by_word = defaultdict(list)
+    by_word: dict[str, list[str]] = defaultdict(list)
     for text in kinds:
         by_word[min(text.split(), key=lambda word: (frequency[word], word))].append(text)
 

@@ -3,7 +3,7 @@
     python experiments/benchmarks/bench_tatqa_eval.py --model DIR --tatqa_dir DIR
 
 One process, the same batches both ways, each of as many tables as the evaluation takes, float32 on CPU; the ratio of
-the total times is the result. The answers must be identical; the prompt tokens that went through the model are counted.
+the total times is the result. The answers must be identical; the prompt tokens that go through the model are counted.
 """
 
 from __future__ import annotations
