@@ -394,7 +394,7 @@ def dpo_trainer(tmp_path_factory):
         pairs, _ = dpo_train.load_pairs(args, "train", 17)
         for number, pair in enumerate(pairs):
             pair["prompt"] = "note " * (7 * number % 40) + pair["prompt"]
-        rows = dpo.fit_pairs(pairs, tokenizer, args, dpo_train.QUESTION_MARK)
+        rows = dpo.fit_pairs(pairs, tokenizer, args, "\n\nQuestion:")
         return dpo.build_trainer(args, models.load_model(args), tokenizer, rows)
 
     return build
