@@ -31,6 +31,7 @@ from llm_alignment.dpo import (
     print_plan,
     reward_evaluation,
 )
+from llm_alignment.drift import reference_drift
 from llm_alignment.evaluation import save_answers, stored_rows
 from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
 from llm_alignment.flags import DPO_DEMO, new_parser, not_negative, parse_arguments
@@ -208,6 +209,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if args.do_instruct:
         asked["instruct"] = instruct_questions(args.instruct_limit, args.seed), args.instruct_max_tokens
     evaluations += scored_evaluations(args, asked)
+    evaluations += reference_drift(args, tokenizer, evaluations)
     rows = fit(pairs, tokenizer, args)
     if args.dry_run:
         print_plan(args, tokenizer, rows, evaluations)

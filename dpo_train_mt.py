@@ -23,6 +23,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from llm_alignment.dpo import add_dpo_flags, align, check_flags, fit_chats, print_plan
+from llm_alignment.drift import reference_drift
 from llm_alignment.evaluation import save_answers, stored_rows
 from llm_alignment.files import InputError, sample, write_atomic
 from llm_alignment.finance import (
@@ -114,6 +115,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     check_model(args, tokenizer, adapter=args.load_adapter)
     evaluations = [tatqa_evaluation(args, tokenizer)] if args.do_eval else []
     evaluations += scored_evaluations(args, asked | finance_questions(args, data))
+    evaluations += reference_drift(args, tokenizer, evaluations)
 
     pairs: list[dict] = []
     if not args.no_train:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.dpo import add_dpo_flags, build_trainer, check_common_flags, fit_chats, print_plan, train
+from llm_alignment.drift import reference_drift
 from llm_alignment.evaluation import (
     METRICS,
     Evaluation,
@@ -383,6 +384,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     check_model(by_stage[stages[0]], tokenizer)
     evaluations = [tatqa_evaluation(args, tokenizer)] if args.do_eval else []
     evaluations += scored_evaluations(args, asked | finance_questions(args, data))
+    evaluations += reference_drift(args, tokenizer, evaluations)
     pairs = stage_pairs(args, record, tokenizer, data, stages)
     if args.dry_run:
         for stage in stages:

@@ -330,7 +330,12 @@ def scored_evaluation(
         **generation,
     )
     summarise_rows, compare = functools.partial(summarise_scored, name), functools.partial(compare_scored, name)
-    return Evaluation(name, len(questions), answer, summarise_rows, compare)
+    references = [
+        (question["question_id"], [{"role": "user", "content": question["turns"][0]}], question["reference"])
+        for question in questions
+        if "reference" in question
+    ]
+    return Evaluation(name, len(questions), answer, summarise_rows, compare, references)
 
 
 def mtbench_questions(args: argparse.Namespace) -> list[dict]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.anchored_loss import fused_nll_kl, kl_coefficient, tail_mask
+from llm_alignment.drift import drift_evaluation
 from llm_alignment.evaluation import Evaluation, measure, pair_rows, plot_curves, report
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
@@ -513,7 +514,11 @@ def run(args: argparse.Namespace, record: dict) -> None:
     )
     model, collator = trainer.model, DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     compared = trainer.eval_dataset.select(range(min(args.baseline_eval_samples, len(trainer.eval_dataset))))
-    evaluations = [validation_evaluation("validation", compared, collator, args.batch)]
+    drift_rows = [
+        {"question_id": number, "input_ids": row["input_ids"], "labels": row["labels"]}
+        for number, row in enumerate(compared)
+    ]
+    evaluations = [validation_evaluation("validation", compared, collator, args.batch), drift_evaluation(drift_rows)]
     if questions:
         settings = dict(
             max_new_tokens=args.mtbench_max_tokens, temperature=args.mtbench_temperature, backend=args.mtbench_backend

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -90,7 +90,8 @@ class Evaluation:
 
     `answer(model, tokenizer, path=, fingerprint=, use_cache=, renew=)` gives a row with a "question_id" per item.
     `summarise(rows)` is what the record's `baseline` and `final` get, `compare(before, after)` what its `delta` gets:
-    a difference for each name of METRICS. `size` is the number of items.
+    a difference for each name of METRICS. `size` is the number of items. `references` are those that have a reference
+    answer: (question_id, prompt as the model reads it or as turns, answer).
     """
 
     name: str
@@ -98,6 +99,7 @@ class Evaluation:
     answer: Callable[..., list[dict]]
     summarise: Callable[[list[dict]], dict]
     compare: Callable[[list[dict], list[dict]], dict[str, dict]]
+    references: Sequence[tuple[str | int, str | list[dict], str]] = ()
 
 
 def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
@@ -178,7 +180,7 @@ def report(
                 summaries |= evaluation.summarise(rows[name])
         if name in before and name in after:
             delta |= evaluation.compare(before[name], after[name])
-        if "by_category" in final.get(name, {}) and name in after:
+        if name in SCORED and name in after:
             plot_categories(baseline.get(name), final[name], folder / f"{name}.png")
     write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
     print_table(title or str(folder), table_rows(baseline, final, delta, details=details))
@@ -206,7 +208,7 @@ def table_rows(baseline: dict, final: dict, delta: dict, *, details: bool = Fals
         for kind, change in (delta.get(name) or {}).get("by_type", {}).items():
             values = [side[metric.keys[0]]["by_type"][kind][metric.keys[-1]] for side in (baseline, final)]
             rows.append(TableRow(f"  {kind}", *values, change))
-        if details and "by_turn" in final.get(name, {}):
+        if details and name in SCORED and name in final:
             before = baseline.get(name, {"by_turn": [], "by_category": {}})
             for turn, score in enumerate(final[name]["by_turn"]):
                 rows.append(TableRow(f"  turn {turn + 1}", dict(enumerate(before["by_turn"])).get(turn), score))
@@ -245,7 +247,7 @@ def print_table(title: str, rows: list[TableRow]) -> None:
     table.add_column("", overflow="fold")
     for column in ("baseline", "final", "difference [95 % interval]", "p", "changed"):
         table.add_column(column, justify="right", no_wrap=True, overflow="fold")
-    table.add_column("", min_width=24, overflow="fold")
+    table.add_column("", overflow="fold")
     p_values = [row.delta["p"] for row in rows if row.delta and row.delta["p"] is not None]
     corrected = iter(holm(p_values))
     marked = 0

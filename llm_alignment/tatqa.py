@@ -493,4 +493,15 @@ def tatqa_evaluation(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
         seed=args.seed,
         one_line=not args.use_chat_template,
     )
-    return Evaluation("tatqa", len(questions), answer, lambda rows: {"tatqa": summarise_tatqa(rows)}, compare_tatqa)
+    gap = "" if args.use_chat_template else " "
+    references = [(question["question_id"], question["prompt"], gap + gold_text(question)) for question in questions]
+    return Evaluation(
+        "tatqa", len(questions), answer, lambda rows: {"tatqa": summarise_tatqa(rows)}, compare_tatqa, references
+    )
+
+
+def gold_text(question: dict) -> str:
+    """The gold answer as a text: its parts, then its scale."""
+    answer = question["answer"]
+    parts = answer if isinstance(answer, list) else [answer]
+    return f"{'; '.join(map(str, parts))} {question['scale']}".strip()

@@ -1,0 +1,130 @@
+"""Drift: how far the tuned model's next-token distributions have moved from the base's."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_alignment.anchored_loss import fused_nll_kl
+from llm_alignment.evaluation import Evaluation, pair_rows
+from llm_alignment.files import ResultFile, digest
+from llm_alignment.models import adapter_off
+from llm_alignment.stats import paired_delta
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("llm_alignment")
+
+REFERENCES = 100  # of each evaluation: enough for an interval, and two forward passes of each
+
+
+def row_drift(model: PeftModel, input_ids: Sequence[int], labels: Sequence[int]) -> tuple[float, int]:
+    """Forward KL(p_base || p_tuned) in nats, summed over the target positions of one row, and their number.
+
+    `input_ids` (tokens,), `labels` (tokens,) the same ids with -100 where there is no target. The base is the model
+    with its adapter off. Logits are formed for a few positions at a time, and the KL is computed in float32 or better.
+    It predicts forgetting (Shenfeld et al., https://arxiv.org/abs/2509.04259).
+    """
+    import torch
+
+    base = model.get_base_model()
+    ids = torch.tensor([input_ids], device=model.device)
+    targets = torch.tensor(labels[1:], device=model.device)
+    count = int((targets != -100).sum())
+    if not count:
+        return 0.0, 0
+    is_cuda = model.device.type == "cuda"
+    with torch.no_grad(), torch.autocast(model.device.type, model.dtype, enabled=is_cuda):
+        tuned = base.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
+        with adapter_off(model):
+            reference = base.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
+    weight = base.get_output_embeddings().weight
+    with torch.no_grad():
+        _, _, kl = fused_nll_kl(tuned, weight, targets, reference, kl_direction="forward")
+    return kl.item() * count, count
+
+
+def drift_evaluation(rows: list[dict]) -> Evaluation:
+    """The drift on `rows` of {"question_id", "input_ids", "labels"}; the base's own is 0 by definition."""
+    return Evaluation("drift", len(rows), functools.partial(measure_drift, rows=rows), summarise_drift, compare_drift)
+
+
+def measure_drift(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: list[dict],
+    path: Path,
+    fingerprint: dict,
+    use_cache: bool = False,
+    renew: bool = False,
+) -> list[dict]:
+    """Writes to `path` (a ResultFile) and returns {"question_id", "kl": nats summed, "tokens"} for each row.
+
+    One row at a time, so a restart gives the same bits. There is nothing to cache: only the base is cached.
+    """
+    is_base = fingerprint["adapter"] == "none"
+    results = ResultFile(path, {**fingerprint, "rows": digest(rows)}, renew=renew)
+    was_training = model.training
+    model.eval()
+    for row in results.missing(rows):
+        if is_base:
+            kl, tokens = 0.0, sum(label != -100 for label in row["labels"][1:])
+        else:
+            kl, tokens = row_drift(model, row["input_ids"], row["labels"])
+        results.append({"question_id": row["question_id"], "kl": kl, "tokens": tokens})
+    model.train(was_training)
+    return results.rows_of(rows)
+
+
+def summarise_drift(rows: list[dict]) -> dict[str, float]:
+    """{"drift": nats a target token, over all rows}."""
+    return {"drift": sum(row["kl"] for row in rows) / sum(row["tokens"] for row in rows)}
+
+
+def compare_drift(before: list[dict], after: list[dict]) -> dict[str, dict]:
+    """The paired difference of the token-weighted drift. A KL is never negative, so from the base p says little."""
+    pairs = pair_rows(before, after)
+    mean_tokens = sum(row["tokens"] for _, row in pairs) / len(pairs)
+    return {"drift": paired_delta(*([row["kl"] / mean_tokens for row in side] for side in zip(*pairs, strict=True)))}
+
+
+def reference_drift(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, evaluations: list[Evaluation]
+) -> list[Evaluation]:
+    """The drift on the reference answers of the evaluations that have them, in a list; [] with a log line if none has.
+
+    Held out as the evaluations are: TAT-QA's gold answers, and the reference answers of Finance-Instruct and Reddit,
+    the first 100 questions of each, each after its prompt as the evaluation shows it. Targets are the answer's tokens.
+    """
+    rows = []
+    for evaluation in evaluations:
+        for question_id, prompt, answer in evaluation.references[:REFERENCES]:
+            if not isinstance(prompt, str):
+                prompt = tokenizer.apply_chat_template(
+                    prompt, tokenize=False, add_generation_prompt=True, enable_thinking=args.thinking
+                )
+            row = reference_row(tokenizer, prompt, answer, args.max_length)
+            if row:
+                rows.append({"question_id": f"{evaluation.name} {question_id}", **row})
+    if not rows:
+        log.info("drift is not measured: no evaluation with reference answers is on")
+        return []
+    return [drift_evaluation(rows)]
+
+
+def reference_row(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, max_length: int
+) -> dict[str, list[int]] | None:
+    """{"input_ids", "labels"} of prompt and answer, cut at `max_length` tokens; None when no answer token is left."""
+    start = len(tokenizer(prompt)["input_ids"])
+    ids = tokenizer(prompt + answer)["input_ids"][:max_length]
+    if len(ids) <= start:
+        return None
+    return {"input_ids": ids, "labels": [-100] * start + ids[start:]}

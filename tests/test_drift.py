@@ -1,0 +1,112 @@
+"""Drift from the base: the plain formula, a fresh adapter, reference answers, a restart."""
+
+import json
+
+import pytest
+import torch
+from conftest import DEMO
+
+from llm_alignment import dpo, drift, evaluation, flags, models
+
+
+@pytest.fixture(scope="module")
+def args():
+    parser = flags.new_parser("t", "t")
+    dpo.add_dpo_flags(parser)
+    return parser.parse_args(["--model", str(DEMO / "model"), "--no_4bit"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(args):
+    return models.load_tokenizer(args)
+
+
+@pytest.fixture(scope="module")
+def model(args):
+    torch.manual_seed(0)
+    return models.new_adapter(models.load_model(args), args).eval()
+
+
+@pytest.fixture
+def tuned(model):
+    """The model with an adapter that does something; the fresh one is put back."""
+    fresh = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    yield model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in fresh:
+                parameter.copy_(fresh[name])
+
+
+ROWS = [
+    {"question_id": 0, "input_ids": [5, 9, 30, 12, 7, 44, 45], "labels": [-100, -100, -100, 12, 7, 44, 45]},
+    {"question_id": 1, "input_ids": [6, 8, 31], "labels": [-100, -100, 31]},
+]
+
+
+def plain_drift(model, input_ids, labels) -> tuple[float, int]:
+    ids = torch.tensor([input_ids])
+    with torch.no_grad():
+        tuned = model(ids).logits[0].double().log_softmax(-1)
+        with model.disable_adapter():
+            base = model(ids).logits[0].double().log_softmax(-1)
+    places = [place for place in range(len(labels) - 1) if labels[place + 1] != -100]
+    kl = (base.exp() * (base - tuned)).sum(-1)
+    return sum(kl[place].item() for place in places), len(places)
+
+
+def test_a_fresh_adapter_has_not_drifted(model):
+    for row in ROWS:
+        kl, tokens = drift.row_drift(model, row["input_ids"], row["labels"])
+        assert abs(kl / tokens) < 1e-6
+
+
+def test_drift_is_the_plain_formula(tuned):
+    for row in ROWS:
+        kl, tokens = drift.row_drift(tuned, row["input_ids"], row["labels"])
+        expected, count = plain_drift(tuned, row["input_ids"], row["labels"])
+        assert tokens == count and kl == pytest.approx(expected, rel=1e-4) and kl > 0.01
+    assert drift.row_drift(tuned, [5, 6], [-100, -100]) == (0.0, 0)
+
+
+def test_rows_summary_difference_and_restart(tuned, tokenizer, tmp_path):
+    task = drift.drift_evaluation(ROWS)
+    measured = {
+        name: task.answer(tuned, tokenizer, path=tmp_path / f"{name}.jsonl", fingerprint={"adapter": adapter})
+        for name, adapter in (("baseline", "none"), ("final", "abc"))
+    }
+    assert task.summarise(measured["baseline"]) == {"drift": 0.0}
+    sums = [plain_drift(tuned, row["input_ids"], row["labels"]) for row in ROWS]
+    total = sum(kl for kl, _ in sums) / 5
+    assert task.summarise(measured["final"])["drift"] == pytest.approx(total, rel=1e-4)
+    delta = task.compare(measured["baseline"], measured["final"])["drift"]
+    assert delta["mean"] == pytest.approx(total, rel=1e-4) and delta["n"] == 2
+    whole = (tmp_path / "final.jsonl").read_bytes()
+    (tmp_path / "final.jsonl").write_bytes(whole[:-9])
+    task.answer(tuned, tokenizer, path=tmp_path / "final.jsonl", fingerprint={"adapter": "abc"})
+    assert (tmp_path / "final.jsonl").read_bytes() == whole
+    assert not tuned.training
+
+
+def test_drift_is_measured_on_reference_answers(args, tokenizer, logged):
+    turns = [{"role": "user", "content": "What is a bond?"}]
+    tasks = [
+        evaluation.Evaluation("tatqa", 1, None, None, None, [("q1", "Table. Question: How much? Answer:", " 12")]),
+        evaluation.Evaluation("mtbench", 1, None, None, None),
+        evaluation.Evaluation("finance_instruct", 1, None, None, None, [("f1", turns, "A loan.")]),
+    ]
+    (task,) = drift.reference_drift(args, tokenizer, tasks)
+    rows = task.answer.keywords["rows"]
+    assert [row["question_id"] for row in rows] == ["tatqa q1", "finance_instruct f1"]
+    assert json.dumps(rows)  # plain numbers
+    shown = [tokenizer.decode(row["input_ids"]) for row in rows]
+    assert shown[0].endswith("Answer: 12") and shown[1].endswith("A loan.") and "What is a bond?" in shown[1]
+    targets = [tokenizer.decode([label for label in row["labels"] if label != -100]).strip() for row in rows]
+    assert targets == ["12", "A loan."]
+    assert drift.reference_drift(args, tokenizer, tasks[1:2]) == []
+    assert "drift is not measured" in logged.text
