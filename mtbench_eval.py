@@ -331,9 +331,9 @@ def scored_evaluation(
     )
     summarise_rows, compare = functools.partial(summarise_scored, name), functools.partial(compare_scored, name)
     references = [
-        (question["question_id"], [{"role": "user", "content": question["turns"][0]}], question["reference"])
-        for question in questions
-        if "reference" in question
+        (row["question_id"], [{"role": "user", "content": row["turns"][0]}], row["reference"], row["question_id"])
+        for row in questions
+        if "reference" in row
     ]
     return Evaluation(name, len(questions), answer, summarise_rows, compare, references)
 

@@ -515,7 +515,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     model, collator = trainer.model, DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     compared = trainer.eval_dataset.select(range(min(args.baseline_eval_samples, len(trainer.eval_dataset))))
     drift_rows = [
-        {"question_id": number, "input_ids": row["input_ids"], "labels": row["labels"]}
+        {"question_id": number, "cluster": number, "input_ids": row["input_ids"], "labels": row["labels"]}
         for number, row in enumerate(compared)
     ]
     evaluations = [validation_evaluation("validation", compared, collator, args.batch), drift_evaluation(drift_rows)]

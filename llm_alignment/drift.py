@@ -51,7 +51,7 @@ def row_drift(model: PeftModel, input_ids: Sequence[int], labels: Sequence[int])
 
 
 def drift_evaluation(rows: list[dict]) -> Evaluation:
-    """The drift on `rows` of {"question_id", "input_ids", "labels"}; the base's own is 0 by definition."""
+    """The drift on `rows` of {"question_id", "cluster", "input_ids", "labels"}; the base's own is 0 by definition."""
     return Evaluation("drift", len(rows), functools.partial(measure_drift, rows=rows), summarise_drift, compare_drift)
 
 
@@ -65,7 +65,7 @@ def measure_drift(
     use_cache: bool = False,
     renew: bool = False,
 ) -> list[dict]:
-    """Writes to `path` (a ResultFile) and returns {"question_id", "kl": nats summed, "tokens"} for each row.
+    """Writes to `path` (a ResultFile) and returns {"question_id", "cluster", "kl": nats summed, "tokens"} for each row.
 
     One row at a time, so a restart gives the same bits. There is nothing to cache: only the base is cached.
     """
@@ -78,7 +78,8 @@ def measure_drift(
             kl, tokens = 0.0, sum(label != -100 for label in row["labels"][1:])
         else:
             kl, tokens = row_drift(model, row["input_ids"], row["labels"])
-        results.append({"question_id": row["question_id"], "kl": kl, "tokens": tokens})
+        names = {"question_id": row["question_id"], "cluster": row["cluster"]}
+        results.append({**names, "kl": kl, "tokens": tokens})
     model.train(was_training)
     return results.rows_of(rows)
 
@@ -92,7 +93,8 @@ def compare_drift(before: list[dict], after: list[dict]) -> dict[str, dict]:
     """The paired difference of the token-weighted drift. A KL is never negative, so from the base p says little."""
     pairs = pair_rows(before, after)
     mean_tokens = sum(row["tokens"] for _, row in pairs) / len(pairs)
-    return {"drift": paired_delta(*([row["kl"] / mean_tokens for row in side] for side in zip(*pairs, strict=True)))}
+    sides = ([row["kl"] / mean_tokens for row in side] for side in zip(*pairs, strict=True))
+    return {"drift": paired_delta(*sides, clusters=[row["cluster"] for _, row in pairs])}
 
 
 def reference_drift(
@@ -105,14 +107,15 @@ def reference_drift(
     """
     rows = []
     for evaluation in evaluations:
-        for question_id, prompt, answer in evaluation.references[:REFERENCES]:
+        for question_id, prompt, answer, cluster in evaluation.references[:REFERENCES]:
             if not isinstance(prompt, str):
                 prompt = tokenizer.apply_chat_template(
                     prompt, tokenize=False, add_generation_prompt=True, enable_thinking=args.thinking
                 )
             row = reference_row(tokenizer, prompt, answer, args.max_length)
             if row:
-                rows.append({"question_id": f"{evaluation.name} {question_id}", **row})
+                names = {"question_id": f"{evaluation.name} {question_id}", "cluster": f"{evaluation.name} {cluster}"}
+                rows.append({**names, **row})
     if not rows:
         log.info("drift is not measured: no evaluation with reference answers is on")
         return []

@@ -91,7 +91,7 @@ class Evaluation:
     `answer(model, tokenizer, path=, fingerprint=, use_cache=, renew=)` gives a row with a "question_id" per item.
     `summarise(rows)` is what the record's `baseline` and `final` get, `compare(before, after)` what its `delta` gets:
     a difference for each name of METRICS. `size` is the number of items. `references` are those that have a reference
-    answer: (question_id, prompt as the model reads it or as turns, answer).
+    answer: (question_id, prompt as the model reads it or as turns, answer, label of the context).
     """
 
     name: str
@@ -99,7 +99,7 @@ class Evaluation:
     answer: Callable[..., list[dict]]
     summarise: Callable[[list[dict]], dict]
     compare: Callable[[list[dict], list[dict]], dict[str, dict]]
-    references: Sequence[tuple[str | int, str | list[dict], str]] = ()
+    references: Sequence[tuple[str | int, str | list[dict], str, str | int]] = ()
 
 
 def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:

@@ -494,7 +494,10 @@ def tatqa_evaluation(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
         one_line=not args.use_chat_template,
     )
     gap = "" if args.use_chat_template else " "
-    references = [(question["question_id"], question["prompt"], gap + gold_text(question)) for question in questions]
+    references = [
+        (question["question_id"], question["prompt"], gap + gold_text(question), question["context"])
+        for question in questions
+    ]
     return Evaluation(
         "tatqa", len(questions), answer, lambda rows: {"tatqa": summarise_tatqa(rows)}, compare_tatqa, references
     )

@@ -44,8 +44,13 @@ def tuned(model):
 
 
 ROWS = [
-    {"question_id": 0, "input_ids": [5, 9, 30, 12, 7, 44, 45], "labels": [-100, -100, -100, 12, 7, 44, 45]},
-    {"question_id": 1, "input_ids": [6, 8, 31], "labels": [-100, -100, 31]},
+    {
+        "question_id": 0,
+        "cluster": "a",
+        "input_ids": [5, 9, 30, 12, 7, 44, 45],
+        "labels": [-100, -100, -100, 12, 7, 44, 45],
+    },
+    {"question_id": 1, "cluster": "b", "input_ids": [6, 8, 31], "labels": [-100, -100, 31]},
 ]
 
 
@@ -96,9 +101,11 @@ def test_rows_summary_difference_and_restart(tuned, tokenizer, tmp_path):
 def test_drift_is_measured_on_reference_answers(args, tokenizer, logged):
     turns = [{"role": "user", "content": "What is a bond?"}]
     tasks = [
-        evaluation.Evaluation("tatqa", 1, None, None, None, [("q1", "Table. Question: How much? Answer:", " 12")]),
+        evaluation.Evaluation(
+            "tatqa", 1, None, None, None, [("q1", "Table. Question: How much? Answer:", " 12", "t1")]
+        ),
         evaluation.Evaluation("mtbench", 1, None, None, None),
-        evaluation.Evaluation("finance_instruct", 1, None, None, None, [("f1", turns, "A loan.")]),
+        evaluation.Evaluation("finance_instruct", 1, None, None, None, [("f1", turns, "A loan.", "f1")]),
     ]
     (task,) = drift.reference_drift(args, tokenizer, tasks)
     rows = task.answer.keywords["rows"]
