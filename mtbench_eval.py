@@ -17,7 +17,6 @@ import functools
 import json
 import logging
 import random
-import statistics
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +44,6 @@ from llm_alignment.flags import (
 )
 from llm_alignment.generation import MAX_BATCH_SIZE, generate, strip_thinking
 from llm_alignment.hub import hub_files
-from llm_alignment.instructions import check_rate
 from llm_alignment.models import (
     adapter_sha256,
     check_model,
@@ -57,7 +55,7 @@ from llm_alignment.models import (
 )
 from llm_alignment.rewards import RewardModel, load_reward_model, to_logged_scale, to_score
 from llm_alignment.runs import begin, recorded_run, timed
-from llm_alignment.stats import equal_length_delta, in_per_cent, mcnemar, paired_delta
+from llm_alignment.scores import compare_scored, summarise, summarise_scored
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
 if TYPE_CHECKING:
@@ -175,9 +173,8 @@ def score_questions(
     """Answers every turn of every question, scores each answer with its history, and returns a row per question.
 
     A row: {"question_id", "category", "turns", "answers", "rewards", "scores", "scores_logged", "answer_tokens",
-    "finished"}, the last six with one entry per turn. Questions are worked off in waves; the rows of a wave are
-    written to `path` (a ResultFile) as soon as they exist, and a restart goes on with the first wave that is not
-    complete. `fingerprint` describes the model; questions, reward model and generation settings are added to it.
+    "finished"}, the last six with one entry per turn. Questions are processed in waves; the rows of a wave are written
+    to `path` (a ResultFile) as soon as they exist, and a restart continues with the first incomplete wave. `fingerprint` describes the model; questions, reward model and generation settings are added to it.
     `use_cache` takes a greedy result from the user's cache folder and puts it there. `renew`: see ResultFile.
     """
     from tqdm import tqdm
@@ -236,72 +233,8 @@ def answer_and_score(model, tokenizer, reward_model, questions, progress, **sett
     return rows
 
 
-def summarise(rows: list[dict]) -> dict:
-    """Averages over questions (a question counts as the mean of its turns), overall, per turn and per category.
-
-    `answer_tokens` is the mean length of an answer, `unfinished` the share of answers cut by the token limit.
-    """
-    mean = statistics.fmean
-    categories = sorted({row["category"] for row in rows})
-    turns = range(max(len(row["turns"]) for row in rows))
-    return {
-        "avg": mean(mean(row["scores"]) for row in rows),
-        "avg_logged": mean(mean(row["scores_logged"]) for row in rows),
-        "raw_mean": mean(mean(row["rewards"]) for row in rows),
-        "by_turn": [mean(row["scores"][turn] for row in rows if turn < len(row["turns"])) for turn in turns],
-        "by_category": {
-            category: mean(mean(row["scores"]) for row in rows if row["category"] == category)
-            for category in categories
-        },
-        "n": len(rows),
-        "answer_tokens": mean(tokens for row in rows for tokens in row["answer_tokens"]),
-        "unfinished": mean(not finished for row in rows for finished in row["finished"]),
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Before and after
-
-
-def compare_rows(before: list[dict], after: list[dict]) -> dict[str, dict]:
-    """Paired differences over the questions on both sides; a question counts as the mean of its turns.
-
-    {"score": 1-10, "raw": raw reward, "length": new tokens of an answer, "equal_length": the difference in score that
-    is left at equal length}. Raises InputError when no question is on both sides, or other turns under one id.
-    """
-    pairs = pair_rows(before, after)
-    if any(old["turns"] != new["turns"] for old, new in pairs):
-        raise InputError("the two evaluations asked different questions; compare files of one question set")
-    mean = statistics.fmean
-    sides = {
-        name: [[mean(row[key]) for row in side] for side in zip(*pairs, strict=True)]
-        for name, key in (("score", "scores"), ("raw", "rewards"), ("length", "answer_tokens"))
-    }
-    change, longer = ([new - old for old, new in zip(*sides[name], strict=True)] for name in ("score", "length"))
-    deltas = {name: paired_delta(*values) for name, values in sides.items()}
-    return {**deltas, "equal_length": equal_length_delta(change, longer)}
-
-
-def compare_scored(name: str, before: list[dict], after: list[dict]) -> dict[str, dict]:
-    """`compare_rows` by the names of METRICS, with the differences in success and in checks passed, in points."""
-    deltas = compare_rows(before, after)
-    named = {f"{name}_{key}": deltas[key] for key in ("equal_length", "raw", "length")}
-    sides = list(zip(*pair_rows(before, after), strict=True))
-    if name in ("instruct", "finance_instruct"):
-        named[f"{name}_success"] = in_per_cent(mcnemar(*([row["scores"][0] >= 7 for row in side] for side in sides)))
-    if name == "instruct":
-        named[f"{name}_checks"] = paired_delta(*([check_rate([row]) for row in side] for side in sides))
-    return {name: deltas["score"], **named}
-
-
-def summarise_scored(name: str, rows: list[dict]) -> dict[str, dict]:
-    """{name: `summarise`}; for instructions with the shares, in per cent, of scores of 7 or more and checks passed."""
-    summary = summarise(rows)
-    if name in ("instruct", "finance_instruct"):
-        summary["success_rate"] = 100 * statistics.fmean(row["scores"][0] >= 7 for row in rows)
-    if name == "instruct":
-        summary["check_rate"] = check_rate(rows)
-    return {name: summary}
 
 
 def scored_evaluations(args: argparse.Namespace, asked: dict[str, tuple[list[dict], int]]) -> list[Evaluation]:

@@ -13,7 +13,7 @@ from tables import delta_cells, number, signed
 from llm_alignment import dpo, tatqa
 from llm_alignment.evaluation import TableRow, print_table, table_rows
 from llm_alignment.files import InputError, SkippedRows, read_results, write_atomic
-from mtbench_eval import compare_scored, summarise_scored
+from llm_alignment.scores import compare_scored, summarise_scored
 
 EVALUATIONS = {
     "mtbench": "MT-Bench",

@@ -252,23 +252,6 @@ def test_an_answer_that_only_thinks_scores_as_empty(evaluate, questions, reward_
 # statistics
 
 
-def test_compare_rows_pairs_by_question():
-    def row(number, score, turns=("q",)):
-        scores = {"scores": [score], "rewards": [score - 5], "answer_tokens": [10 * number]}
-        return {"question_id": number, "turns": list(turns), **scores}
-
-    before = [row(1, 2.0), row(2, 3.0), row(3, 9.0)]
-    after = [row(2, 4.0), row(1, 5.0)]
-    deltas = me.compare_rows(before, after)
-    assert deltas["score"]["mean"] == pytest.approx(2.0) and deltas["score"]["n"] == 2
-    assert deltas["raw"]["mean"] == pytest.approx(2.0)
-    assert deltas["length"]["mean"] == 0 and deltas["equal_length"]["mean"] == pytest.approx(2.0)
-    with pytest.raises(files.InputError):
-        me.compare_rows(before, [row(7, 1.0)])
-    with pytest.raises(files.InputError):
-        me.compare_rows(before, [row(1, 1.0, turns=["another"])])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
