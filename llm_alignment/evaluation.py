@@ -26,6 +26,7 @@ log = logging.getLogger("llm_alignment")
 # Evaluations with a file of rows (NAME_baseline.jsonl, NAME_final.jsonl): name -> title
 EVALUATIONS = {
     "validation": "validation",
+    "validation_full": "whole validation split",
     "drift": "drift",
     "tatqa": "TAT-QA",
     "held_out": "held-out pairs",
