@@ -245,7 +245,7 @@ def print_table(title: str, rows: list[TableRow]) -> None:
     rows = [TableRow(*row) for row in rows]
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
     table = Table(box=rules, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", overflow="fold")
+    table.add_column("", no_wrap=True)
     for column in ("baseline", "final", "difference [95 % interval]", "p", "changed"):
         table.add_column(column, justify="right", no_wrap=True, overflow="fold")
     table.add_column("", overflow="fold")

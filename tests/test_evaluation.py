@@ -31,9 +31,9 @@ def test_the_table_is_plain_and_says_when_nothing_can_be_seen(capsys):
 
 def test_the_widest_table_fits_120_columns(capsys):
     long = max((metric.title for metric in METRICS.values()), key=len)
-    wide = delta(-1234.5, -1234.5, -1000.5, 0.00012345, n=1668, changed=1234)
-    unclear = delta(-0.0123456, -0.012345, 0.00012345, 0.12, n=1668, changed=1234)
-    print_table("wide", [TableRow(long, 1.234e-05, 1.234e-05, wide), TableRow("short", 0.012345, 0.012345, unclear)])
+    wide = delta(-0.1234567, -0.1234567, -0.0123456, 0.00012345, n=1668, changed=1234)
+    unclear = delta(-0.0023456, -0.012345, 0.0123456, 0.12, n=1668, changed=1234)
+    print_table("wide", [TableRow(long, 0.12345, 0.12345, wide), TableRow("short", 0.12345, 0.12345, unclear)])
     out = capsys.readouterr().out
     assert max(map(len, out.split("\n"))) <= 120 and "..." not in out
     words = " ".join(out.split())
