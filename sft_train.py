@@ -396,12 +396,11 @@ def validation_evaluation(name: str, rows, collator, batch_size: int) -> Evaluat
     def answer(model, tokenizer, *, path: Path, fingerprint: dict, use_cache: bool, renew: bool) -> list[dict]:
         fingerprint = {**fingerprint, "rows": digest(rows[:]), "batch": batch_size}
         results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache)
-        if results.missing(questions):
+        missing = results.missing(questions)
+        if missing:  # all rows again, so that a restart has the batches, and the bits, of the first try
             sums, tokens = validation_nll(model, rows, collator, batch_size)
-            done = {row["question_id"] for row in results.rows}
-            for number, (nll, count) in enumerate(zip(sums, tokens, strict=True)):
-                if number not in done:
-                    results.append({"question_id": number, "nll": nll, "tokens": count})
+            numbers = [question["question_id"] for question in missing]
+            results.append(*({"question_id": n, "nll": sums[n], "tokens": tokens[n]} for n in numbers))
         results.finish()
         return results.rows_of(questions)
 

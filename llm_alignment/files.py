@@ -441,10 +441,10 @@ class ResultFile:
             )
         return [question for question in absent if question["question_id"] not in self._cached]
 
-    def append(self, row: dict) -> None:
-        """Writes one row and flushes it to the disk."""
-        append_lines(self.path, [row])
-        self.rows.append(row)
+    def append(self, *rows: dict) -> None:
+        """Writes the rows and flushes them to the disk."""
+        append_lines(self.path, list(rows))
+        self.rows += rows
 
     def finish(self) -> None:
         """Puts rows that the cache does not have into it. A no-op without `use_cache`."""

@@ -65,7 +65,7 @@ def test_questions_of_every_shape(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    "content, message",
     [
         ("", "no questions"),
         ('[{"question_id": 1, "turns": ["a"]}, {"quest', "not valid JSON"),
@@ -84,12 +84,12 @@ def test_questions_of_every_shape(tmp_path):
         ('{"question_id": 1, "turns": null, "prompt": null}\n', "q.jsonl:1: no turns"),
     ],
 )
-def test_a_bad_question_file_is_named_with_its_line(tmp_path, content, told):
+def test_a_bad_question_file_is_named_with_its_line(tmp_path, content, message):
     path = tmp_path / "q.jsonl"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(files.InputError) as error:
         me.load_questions(str(path))
-    assert told in str(error.value) and "q.jsonl" in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "q.jsonl" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_column_that_is_null_counts_as_absent(tmp_path):
@@ -324,9 +324,16 @@ def test_bad_input_is_one_line_and_exit_code_2(cli_folder, reward_folder, tmp_pa
     ):
         with pytest.raises(SystemExit) as stop:
             me.main(good + change)
-        told = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]
-        assert stop.value.code == 2 and len(told) == 1, change
+        errors = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]
+        assert stop.value.code == 2 and len(errors) == 1, change
     assert not (tmp_path / "out").exists()
+
+
+def test_flags_of_training_are_not_taken(capsys):
+    for flag in (["--report_to", "none"], ["--epochs", "1"]):
+        with pytest.raises(SystemExit) as stop:
+            me.main(["--demo", *flag])
+        assert stop.value.code == 2 and flag[0] in capsys.readouterr().err
 
 
 def test_a_comparison_is_over_the_questions_that_both_answered(cli_folder, reward_folder, tmp_path, tokenizer, capsys):
