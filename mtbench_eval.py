@@ -174,7 +174,8 @@ def score_questions(
 
     A row: {"question_id", "category", "turns", "answers", "rewards", "scores", "scores_logged", "answer_tokens",
     "finished"}, the last six with one entry per turn. Questions are processed in waves; the rows of a wave are written
-    to `path` (a ResultFile) as soon as they exist, and a restart continues with the first incomplete wave. `fingerprint` describes the model; questions, reward model and generation settings are added to it.
+    to `path` (a ResultFile) as soon as they exist, and a restart continues with the first incomplete wave.
+    `fingerprint` describes the model; questions, reward model and generation settings are added to it.
     `use_cache` takes a greedy result from the user's cache folder and puts it there. `renew`: see ResultFile.
     """
     from tqdm import tqdm
@@ -397,27 +398,27 @@ def run(args: argparse.Namespace, record: dict) -> None:
     earlier_fingerprint, earlier = earlier_results(args.compare, questions) if args.compare else ({}, [])
     tokenizer = load_tokenizer(args)
     check_model(args, tokenizer, adapter=args.adapter)
+    reward_model = load_reward_model(args)
+    settings = dict(
+        max_new_tokens=args.mtbench_max_tokens, temperature=args.mtbench_temperature, backend=args.mtbench_backend
+    )
+    fingerprint = evaluation_fingerprint(
+        {}, questions, reward_model, **settings, thinking=args.thinking, seed=args.seed
+    )
+    if earlier:
+        check_settings(args, earlier_fingerprint, fingerprint)
     if args.dry_run:
-        load_reward_model(args)
         print_plan(args, tokenizer, questions)
         return
     with timed(record, "load"):
         model = load_model(args)
         if args.adapter:
             model = load_adapter(model, args.adapter)
-        reward_model = load_reward_model(args)
-    settings = dict(
-        max_new_tokens=args.mtbench_max_tokens, temperature=args.mtbench_temperature, backend=args.mtbench_backend
-    )
     evaluation = scored_evaluation(args, "mtbench", questions, reward_model, **settings)
     model_settings = model_fingerprint(args, adapter_sha256(model))
-    fingerprint = evaluation_fingerprint(
-        model_settings, questions, reward_model, **settings, thinking=args.thinking, seed=args.seed
-    )
-    if earlier:
-        check_settings(args, earlier_fingerprint, fingerprint)
     path = Path(args.output_dir) / "mtbench.jsonl"
-    ResultFile(path, fingerprint)  # refuses the folder of another evaluation before anything in it changes
+    # refuses the folder of another evaluation before anything in it changes
+    ResultFile(path, {**model_settings, **fingerprint})
     folder = begin(record, {"questions": args.questions, "n": len(questions), "sha256": fingerprint["questions"]})
     with timed(record, "final"):
         rows = evaluation.answer(
