@@ -82,8 +82,8 @@ def load_questions(
     `source` is a JSONL file, a JSON list, or "auto": mt_bench_ru.json or mt_bench_en.json in the working folder,
     fetched from the hub when it is not there. A row holds `turns`, or one turn in `prompt`, `question` or `text`.
     `limit` > 0 takes a sample by `seed` that does not depend on the order of the file. Raises InputError naming file
-    and line for a file that is empty, damaged, or has a row without turns or with a duplicate id, and naming `flag` when
-    the hub cannot be reached.
+    and line for a file that is empty, damaged, or has a row without turns or with a duplicate id, and naming `flag`
+    when the hub cannot be reached.
     """
     path = Path(f"mt_bench_{language}.json" if source == "auto" else source)
     for known in MT_BENCH:
@@ -112,7 +112,7 @@ def load_questions(
 
 
 def as_question(row: dict, number: int, place: str) -> dict:
-    """{"question_id", "category", "turns"} of a row; a column that is null counts as absent, and so `number` is the id.
+    """{"question_id", "category", "turns"} of a row; a null column counts as absent. `number` is the id of a row without.
 
     Raises InputError naming `place` for a row without turns or with an id that is neither a number nor a text.
     """

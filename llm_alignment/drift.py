@@ -65,7 +65,7 @@ def measure_drift(
     use_cache: bool = False,
     renew: bool = False,
 ) -> list[dict]:
-    """Writes to `path` (a ResultFile) and returns {"question_id", "cluster", "kl": nats summed, "tokens"} for each row.
+    """Writes to `path` (a ResultFile) and returns {"question_id", "cluster", "kl": sum in nats, "tokens"} of each row.
 
     One row at a time, so a restart gives the same bits. There is nothing to cache: only the base is cached.
     """
