@@ -46,7 +46,15 @@ from llm_alignment.finance import (
     two_way_shares,
 )
 from llm_alignment.flags import FINANCE_DEMO, new_parser, parse_arguments, positive
-from llm_alignment.models import check_model, load_model, load_tokenizer, main_process, new_adapter, on_main_process
+from llm_alignment.models import (
+    check_head,
+    check_model,
+    load_model,
+    load_tokenizer,
+    main_process,
+    new_adapter,
+    on_main_process,
+)
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.tatqa import tatqa_evaluation
 from llm_alignment.training import (
@@ -325,6 +333,7 @@ def run_stage(
     log.info("stage %d: %d pairs, rank %d, beta %g", stage, len(pairs), args.lora_r, args.beta)
     rows = fit_chats(pairs, tokenizer, args)
     model = load_model(args)
+    check_head(model, f"--model {args.model}")
     if stage > 1:
         model = grown_adapter(model, previous, args)
     trainer = build_trainer(args, model, tokenizer, rows)

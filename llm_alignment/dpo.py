@@ -162,11 +162,6 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
 def check_flags(args: argparse.Namespace) -> None:
     """Raises InputError for flags that do not go together."""
     check_common_flags(args)
-    if args.load_adapter and not (Path(args.load_adapter) / "adapter_config.json").is_file():
-        raise InputError(
-            f"--load_adapter {args.load_adapter}: no adapter_config.json in this folder; name the output folder of a "
-            "training run"
-        )
     if args.adapter_trainable and not args.load_adapter:
         raise InputError("--adapter_trainable needs --load_adapter DIR: which adapter is to be trained on")
     if args.load_adapter and not args.adapter_trainable and not args.no_train:
@@ -187,6 +182,11 @@ def check_common_flags(args: argparse.Namespace) -> None:
             f"--eval_save_json {args.eval_save_json}: there are no TAT-QA rows to write without --do_eval"
         )
     losses(args)
+    if args.group_by_table and (args.batch == 1 or args.no_prefix_sharing):
+        raise InputError(
+            "--group_by_table shares what the pairs of a micro-batch have in common: give --batch 2 or more, without "
+            "--no_prefix_sharing"
+        )
 
 
 def losses(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
@@ -259,8 +259,8 @@ def build_trainer(
 ) -> DPOTrainer:
     """TRL's DPOTrainer over a model that reads each prompt once.
 
-    A base model gets a fresh adapter, and the reference is the base without it. A model with an adapter goes on
-    training that one, and the reference is a frozen copy of it. Dropout is off, as in TRL, so that the two agree at
+    A base model gets a fresh adapter, and the reference is the base without it. A model with an adapter continues
+    with that one, and the reference is a frozen copy of it. Dropout is off, as in TRL, so that the two agree at
     the first step. `rows` are those of `fit_pairs`.
     """
     import datasets
@@ -342,9 +342,10 @@ def reward_pairs(
 ) -> list[dict]:
     """DPO's implicit rewards of both answers of every pair: beta * log(p(answer) / p_base(answer)), as TRL logs them.
 
-    Returns and writes to `path` (a ResultFile) a row per pair: {"question_id", "chosen", "rejected", "chosen_reward",
-    "rejected_reward"}. The base is the model with its adapter off, also for a run that trains an adapter on. `pairs`
-    are the rows of `fit_pairs` with a "question_id". `renew`, `use_cache`: see ResultFile.
+    Returns and writes to `path` (a ResultFile) a row per pair: {"question_id", "cluster", "chosen", "rejected",
+    "chosen_reward", "rejected_reward"}. The base is the model with its adapter off, also for a run that continues the
+    training of an adapter. `pairs` are the rows of `fit_pairs` with a "question_id" and a "cluster". `renew`,
+    `use_cache`: see ResultFile.
     Source: section 4 of Rafailov et al., https://arxiv.org/abs/2305.18290.
     """
     from tqdm import tqdm
@@ -358,7 +359,7 @@ def reward_pairs(
         with adapter_off(model):
             base = answer_log_probs(model, tokenizer, pair, max_length)
         chosen, rejected = (beta * (now - then) for now, then in zip(policy, base, strict=True))
-        kept = {key: pair[key] for key in ("question_id", "chosen", "rejected")}
+        kept = {key: pair[key] for key in ("question_id", "cluster", "chosen", "rejected")}
         results.append({**kept, "chosen_reward": chosen, "rejected_reward": rejected})
     model.train(was_training)
     results.finish()
@@ -407,15 +408,19 @@ def summarise_rewards(rows: list[dict]) -> dict:
 
 
 def compare_rewards(before: list[dict], after: list[dict]) -> dict[str, dict]:
-    """Differences in reward accuracy, in percentage points, by the exact McNemar test, and in the reward margin."""
+    """Differences in reward accuracy, in percentage points, by the exact McNemar test, and in the reward margin.
+
+    Pairs of one cluster are resampled and sign-flipped together; a row without one is its own.
+    """
     pairs = pair_rows(before, after)
+    clusters = [row.get("cluster", row["question_id"]) for _, row in pairs]
     accuracies, margins = (
         [[measure(row) for row in rows] for rows in zip(*pairs, strict=True)]
         for measure in (_reward_accuracy, _reward_margin)
     )
     return {
-        "reward_accuracy": in_per_cent(mcnemar(*accuracies)),
-        "reward_margin": paired_delta(*margins),
+        "reward_accuracy": in_per_cent(mcnemar(*accuracies, clusters=clusters)),
+        "reward_margin": paired_delta(*margins, clusters=clusters),
     }
 
 
@@ -429,8 +434,16 @@ def _reward_accuracy(row: dict) -> float:
 
 
 def reward_evaluation(args: argparse.Namespace, pairs: list[dict], rows: list[dict]) -> Evaluation:
-    """The rewards of held-out pairs; `rows` are those that `fit_pairs` made of `pairs`."""
-    rows = [{**row, "question_id": pair["uid"]} for row, pair in zip(rows, pairs, strict=True)]
+    """The rewards of held-out pairs; `rows` are those that `fit_pairs` made of `pairs`.
+
+    Pairs whose prompts begin alike, those of one table, are a cluster, called by the first one's id.
+    """
+    ids = [pair["uid"] for pair in pairs]
+    cluster = {place: ids[group[0]] for group in groups_of([row["prompt"] for row in rows]) for place in group}
+    rows = [
+        {**row, "question_id": uid, "cluster": cluster[place]}
+        for place, (row, uid) in enumerate(zip(rows, ids, strict=True))
+    ]
     answer = functools.partial(reward_pairs, pairs=rows, beta=args.beta, max_length=args.max_length)
     return Evaluation(
         "held_out", len(rows), answer, lambda rows: {"held_out": summarise_rewards(rows)}, compare_rewards

@@ -28,7 +28,7 @@ class Block(NamedTuple):
 class Fold(NamedTuple):
     """All pairs of a micro-batch as one row of T tokens without padding.
 
-    Two pairs whose prompts begin with the same tokens t; the first goes on with a, the second with b. C and R are the
+    Two pairs whose prompts begin with the same tokens t; the first continues with a, the second with b. C and R are the
     chosen and the rejected answers. Positions restart after the parent:
 
         token      t t t t a a C C R R R b C C C R
@@ -175,7 +175,7 @@ def beginning(path: list[tuple[int, int]], length: int) -> list[tuple[int, int]]
     return kept
 
 
-def common_length(sequences: Sequence[Sequence[int]]) -> int:
+def common_length(sequences: Sequence[Sequence]) -> int:
     """How many tokens all sequences begin with in common."""
     columns = zip(*sequences, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
@@ -234,13 +234,13 @@ def no_sharing_reason(model: PreTrainedModel) -> str | None:
     return None
 
 
-def groups_of(prompts: list[list[int]]) -> list[list[int]]:
-    """The indices of prompts that share at least half of their tokens with the next one in order, group by group.
+def groups_of(prompts: Sequence[Sequence]) -> list[list[int]]:
+    """The indices of prompts (tokens or texts) that share half of them or more with the next one, group by group.
 
     On TAT-QA these are the questions of one table. A prompt that shares less is a group of its own.
     """
     groups: list[list[int]] = []
-    for index in sorted(range(len(prompts)), key=prompts.__getitem__):
+    for index in sorted(range(len(prompts)), key=lambda index: prompts[index]):
         before = prompts[groups[-1][-1]] if groups else []
         if before and 2 * common_length([before, prompts[index]]) >= min(len(before), len(prompts[index])):
             groups[-1].append(index)

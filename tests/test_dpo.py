@@ -12,6 +12,7 @@ from conftest import DEMO
 import dpo_train
 from llm_alignment import dpo, models, training
 from llm_alignment.files import InputError
+from llm_alignment.reference import add_reference
 
 
 @pytest.fixture(scope="module")
@@ -210,9 +211,11 @@ def test_the_list_of_losses_is_trls():
         (["--label_smoothing", "0.1"], "does not use it"),
         (["--loss_type", "exo_pair"], "--label_smoothing"),
         (["--loss_type", "robust", "--label_smoothing", "0.5"], "below 0.5"),
+        (["--group_by_table", "--batch", "1"], "--batch 2 or more"),
+        (["--group_by_table", "--no_prefix_sharing"], "--no_prefix_sharing"),
     ],
 )
-def test_losses_that_do_not_fit(flags, words):
+def test_flags_that_do_not_fit(flags, words):
     with pytest.raises(InputError) as error:
         dpo.check_flags(dpo_train.build_parser().parse_args(flags))
     assert words in str(error.value) and "\n" not in str(error.value)
@@ -269,7 +272,7 @@ def test_held_out_rewards_are_those_of_training(demo_args, tokenizer, rows, tmp_
         with torch.no_grad():
             trainer.compute_loss(trainer.model, batch)
         expected += [trainer._metrics["eval"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")]
-    pairs = [{**row, "question_id": str(number)} for number, row in enumerate(rows)]
+    pairs = [{**row, "question_id": str(number), "cluster": "one"} for number, row in enumerate(rows)]
     measured = dpo.reward_pairs(
         trainer.model,
         tokenizer,
@@ -297,3 +300,65 @@ def test_reward_accuracy_by_hand():
     deltas = dpo.compare_rewards(before, after)
     assert deltas["reward_accuracy"]["mean"] == 25 and deltas["reward_margin"]["mean"] == 1.125
     assert deltas["reward_accuracy"]["p"] == pytest.approx(10 / 16)  # 3 of 4 coins, both sides
+
+
+def assert_half_precision_equals_trl(demo_args, tokenizer, rows, folder):
+    """Loss and gradients in bf16 within its noise; a head summed in bf16, as TRL's, is most of it."""
+    args = copy.copy(demo_args)
+    args.batch, args.beta, args.output_dir, args.dtype = 4, 0.3, str(folder), "bf16"
+    loss, gradients, _ = loss_and_gradients(demo_trainer(args, tokenizer, rows, None), 0.05)
+    for args.no_prefix_sharing in (False, True):
+        trainer = demo_trainer(args, tokenizer, rows, dpo.build_trainer)
+        ours, our_gradients, _ = loss_and_gradients(trainer, 0.05)
+        assert ours == pytest.approx(loss, abs=0.02)
+        difference = sum((our_gradients[name] - gradient).float().norm() ** 2 for name, gradient in gradients.items())
+        assert difference <= 0.1**2 * sum(gradient.float().norm() ** 2 for gradient in gradients.values())
+
+
+def test_half_precision_equals_trl(demo_args, tokenizer, rows, tmp_path):
+    assert_half_precision_equals_trl(demo_args, tokenizer, rows, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.fixture
+def cuda():
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return torch.cuda
+
+
+@pytest.mark.gpu
+def test_half_precision_on_a_gpu(cuda, demo_args, tokenizer, rows, tmp_path):
+    assert_half_precision_equals_trl(demo_args, tokenizer, rows, tmp_path)
+
+
+@pytest.mark.gpu
+def test_4bit_training_with_checkpointing_lowers_the_loss(cuda, demo_args, tokenizer, rows, tmp_path):
+    args = copy.copy(demo_args)
+    args.no_4bit, args.gradient_checkpointing, args.output_dir = False, "on", str(tmp_path)
+    args.batch, args.grad_acc, args.epochs, args.learning_rate, args.beta = 4, 1, 10, 1e-3, 0.3
+    trainer = demo_trainer(args, tokenizer, rows, dpo.build_trainer)
+    add_reference(args, trainer, tmp_path)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] < 0.75 and losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.gpu
+def test_shared_prompts_take_less_memory(cuda, demo_args, tokenizer, tmp_path):
+    args = copy.copy(demo_args)
+    args.batch, args.output_dir = 8, str(tmp_path)
+    long_rows = [{"prompt": "Q:" + " net sales" * 150, "chosen": f" {n}", "rejected": " 12"} for n in range(8)]
+    peaks = {}
+    for args.no_prefix_sharing in (False, True):
+        trainer = demo_trainer(args, tokenizer, long_rows, dpo.build_trainer)
+        before = cuda.memory_allocated()
+        cuda.reset_peak_memory_stats()
+        loss_and_gradients(trainer, 0.05)
+        peaks[args.no_prefix_sharing] = cuda.max_memory_allocated() - before
+    assert peaks[False] < 0.5 * peaks[True]

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -258,6 +259,22 @@ def test_bad_input_ends_before_anything_is_written(tmp_path, capsys, flags, word
     assert error.value.code == 2
     assert stderr[-1].startswith("error: ") and words in stderr[-1]
     assert not (tmp_path / "out").exists() and not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_grouped_pairs_resumed_in_the_second_epoch(tmp_path, capsys):
+    argv = [*SMALL, "--group_by_table", "--epochs", "2", "--eval_pairs", "0", "--no-do_eval", "--no-do_mtbench"]
+    argv += ["--no-do_instruct", "--exp_log", "log.jsonl"]
+    record = dpo_train.main([*argv, "--output_dir", "whole"])
+    assert record["kept_step"] == 12
+    assert re.search(r"\d+ groups of pairs whose prompts begin alike, \d+ single pairs", capsys.readouterr().out)
+    shutil.copytree("whole", "killed")
+    shutil.rmtree(Path("killed") / "checkpoint-12")
+    (tmp_path / "killed" / "adapter_model.safetensors").unlink()
+    dpo_train.main([*argv, "--output_dir", "killed", "--resume_from_checkpoint", "auto"])
+    assert "resuming from killed/checkpoint-10" in capsys.readouterr().out.replace("\\", "/")
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
 
 
 def own_rows():

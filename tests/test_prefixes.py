@@ -162,3 +162,29 @@ def test_groups_share_half_of_their_prompt():
         order.set_epoch(epoch)
         orders.add(tuple(order))
     assert len(orders) > 1 and first in map(list, orders)
+
+
+@pytest.mark.parametrize("rest", [4, 150])
+def test_sharing_across_pairs_keeps_fewer_bytes(monkeypatch, rest):
+    """What the backward pass needs, masks included, against each prompt read once and against TRL's rows."""
+    import torch
+
+    plain, shared = small_models()
+    table = [1 + number % 7 for number in range(200)]
+    prompts = [table + [8 + (pair + number) % 20 for number in range(rest)] for pair in range(6)]
+    batch = trl_batch(prompts, [([20 + pair, 31], [31]) for pair in range(6)])
+
+    def kept_bytes(model):
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(**batch, fused_lm_head=True)
+        return sum(size for size, _ in kept.values())
+
+    tree = kept_bytes(shared)
+    monkeypatch.setattr(prefixes, "SHARED_PART", 2.0)
+    assert tree < kept_bytes(shared) < kept_bytes(plain)
