@@ -2,10 +2,10 @@
 
     L = -log sigmoid(beta * (log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)))
 
-The reference is the same 4-bit base with the adapter switched off. Chosen and rejected share the prompt, so each pair
-goes through the model as one sequence: prompt, chosen answer, rejected answer, with the answers hidden from each
-other; only the answers go through the LM head. TAT-QA, MT-Bench, instruction following and, with --eval_pairs, the
-rewards of held-out pairs are measured before and after.
+The reference is the same 4-bit base with the adapter switched off; its log-probabilities are computed once and kept for
+later runs. The pairs of a micro-batch go through the model as one row in which every prompt stands once, with the answers
+hidden from each other; only the answers go through the LM head. With --pairs the pairs are your own. TAT-QA, MT-Bench,
+instruction following and, with --eval_pairs, the rewards of held-out pairs against the base are measured before and after.
 
     poetry run python dpo_train.py --model Qwen/Qwen3-1.7B --output_dir qwen3_tatqa_dpo_base --beta 0.02 --epochs 1
 """

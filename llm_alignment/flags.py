@@ -176,7 +176,9 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
         help="hub id or folder of a sequence classifier with one label (default: %(default)s)",
     )
     group.add_argument(
-        "--no_baseline_cache", action="store_true", help="answer the baseline again, not from the cache"
+        "--no_baseline_cache",
+        action="store_true",
+        help="compute the baseline and the reference of DPO again instead of taking them from the cache",
     )
 
 

@@ -33,7 +33,7 @@ class Fold(NamedTuple):
 
         token      t t t t a a C C R R R b C C C R
         position   0 1 2 3 4 5 6 7 6 7 8 4 5 6 7 5
-        block      |prompt---| |answers| |rest+ans|
+        block      |prompt---| |answers| |rest---|
         sees       t a         t a       t          and itself: an answer never sees the other one
 
     `segments` are lengths that cut the row wherever one of the paths from t to an answer begins or ends.
