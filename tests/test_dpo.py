@@ -42,7 +42,8 @@ def demo_trainer(args, tokenizer, rows, build, adapter=None):
     if build:
         return build(args, model, tokenizer, rows)
     config = DPOConfig(
-        **training.training_arguments(args, weight_decay=0.0, warmup_ratio=0.05, logging_steps=5), beta=args.beta
+        **training.training_arguments(args, weight_decay=0.0, warmup_ratio=0.05, logging_steps=5, longest=99),
+        beta=args.beta,
     )
     return DPOTrainer(
         model=model,
@@ -64,13 +65,13 @@ def move(trainer, shift):
 
 
 def loss_and_gradients(trainer, shift=0.0):
-    """Loss, adapter gradients and TRL's metrics on the first batch, after a `move`."""
+    """Loss, adapter gradients and TRL's metrics on the first pairs, after a `move`."""
     if shift:
         move(trainer, shift)
     trainer.model.zero_grad()
     trainer.model.train()
-    batch = next(iter(trainer.get_train_dataloader()))
-    loss = trainer.compute_loss(trainer.model, batch)
+    first = trainer.train_dataset.select(range(trainer.args.per_device_train_batch_size))  # the loaders' orders differ
+    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(first.to_list())))
     loss.backward()
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
