@@ -162,8 +162,8 @@ def hub_problem(error: BaseException) -> str:
     if any(isinstance(cause, HTTPError) for cause in chain) or isinstance(error, OSError):
         return "not on this disk and the hub cannot be reached; connect"
     if isinstance(error, DatasetsError | ValueError):
-        first = str(error).strip().split("\n")[0]
-        return f"cannot be read as a data set ({first}); look at its files"
+        reason = str(chain[-1]).strip().split("\n")[0]
+        return f"cannot be used ({reason}); check the name and its files"
     return ""
 
 

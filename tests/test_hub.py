@@ -146,6 +146,20 @@ def test_names_that_the_hub_does_not_have(hub):
         open_dataset("rows.jsonl", "--dataset")
 
 
+def test_a_data_set_of_another_shape(hub):
+    hub.repositories["datasets", "some/lines"] = {"train.jsonl": b'{"a": 1}\n{"a": \n'}
+    hub.repositories["datasets", "some/tests"] = {"test.jsonl": b'{"a": 1}\n'}
+    hub.blobs |= {
+        local_hub.sha256(data): data
+        for name in ("lines", "tests")
+        for data in hub.repositories["datasets", f"some/{name}"].values()
+    }
+    with pytest.raises(InputError, match="--dataset some/lines: cannot be used"):
+        open_dataset("some/lines", "--dataset")
+    with pytest.raises(InputError, match="--dataset some/tests: cannot be used .*train"):
+        open_dataset("some/tests", "--dataset")
+
+
 def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     import huggingface_hub
 
