@@ -112,7 +112,7 @@ def load_questions(
 
 
 def as_question(row: dict, number: int, place: str) -> dict:
-    """{"question_id", "category", "turns"} of a row; a null column counts as absent. `number` is the id of a row without.
+    """{"question_id", "category", "turns"} of a row. A null column counts as absent; `number` is the id where none is.
 
     Raises InputError naming `place` for a row without turns or with an id that is neither a number nor a text.
     """

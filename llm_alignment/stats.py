@@ -19,16 +19,17 @@ def paired_delta(
 
     p is that of the sign-flip (paired permutation) test: all sign patterns up to 13 changed units, else 9,999 random
     ones. The interval is that test inverted: every shift that it does not reject, so it holds 0 exactly when p is
-    above 0.05. Its ends are the 2.5 % and 97.5 % points of the means of random halves of the data (Hartigan 1969,
-    https://doi.org/10.1080/01621459.1969.10501057). That test assumes symmetric differences, so where the BCa
-    bootstrap reaches further its end is taken; only 0 stays on the side of the interval that p says.
+    above 0.05. Its ends are the 2.5 % and 97.5 % points of the means of random halves of the data (Hartigan
+    1969, Using subsample values as typical values, JASA 64, 1303). That test assumes symmetric differences, so where
+    the BCa bootstrap reaches further its end is taken; only 0 stays on the side of the interval that p says.
 
     `clusters`: one label for each item. Items of one label share a sign and are resampled together, so that items with
     a common context do not count as independent. Without it every item is its own cluster.
 
-    Returns {"mean", "low", "high", "p", "n": items, "changed": items that differ, "clusters": labels or None (how
-    many), "changed_clusters"}. With fewer than 6 units (clusters or items) no 95 % interval exists: low and high are None.
-    With no item everything but the counts is None. Raises InputError when the lengths differ.
+    Returns {"mean", "low", "high", "p", "n", "changed", "clusters", "changed_clusters"}: the last four are counts of
+    items, items that differ, labels (None without) and labels whose sum differs. With fewer than 6 units (clusters or
+    items) no 95 % interval exists: low and high are None. With no item everything but the counts is None. Raises
+    InputError when the lengths differ.
     """
     return _delta(before, after, clusters, exact_p=None)
 
