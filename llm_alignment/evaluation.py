@@ -239,8 +239,10 @@ def print_table(title: str, rows: list[TableRow]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:#.4g}".rstrip(".")
+    def number(value: float | None, sign: str = "") -> str:
+        if value is None:
+            return "-"
+        return f"{value:{sign}.0f}" if abs(value) >= 1000 else f"{value:{sign}#.4g}".rstrip(".")
 
     rows = [TableRow(*row) for row in rows]
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
@@ -259,7 +261,7 @@ def print_table(title: str, rows: list[TableRow]) -> None:
             stays = next(corrected) < 0.05
             marked += stays
             interval = "none" if delta["low"] is None else f"[{number(delta['low'])}, {number(delta['high'])}]"
-            cells += [f"{delta['mean']:+#.4g} {interval}", f"{delta['p']:.2g}{'*' if stays else ' '}"]
+            cells += [f"{number(delta['mean'], '+')} {interval}", f"{delta['p']:.2g}{'*' if stays else ' '}"]
             cells += [f"{delta.get('changed', '-')}/{delta['n']}", verdict(delta, lower_is_better=row.lower_is_better)]
         table.add_row(*cells)
     console = Console(width=120, color_system=None, legacy_windows=False, markup=False, highlight=False)
