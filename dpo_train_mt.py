@@ -80,8 +80,8 @@ def asked_shares(args: argparse.Namespace) -> dict[str, Fraction]:
     if args.use_3way_hybrid:
         ratios = {"reddit": args.reddit_ratio, "finance": args.finance_ratio, "general": args.general_ratio}
         shares = {source: Fraction(str(share)) for source, share in ratios.items()}
-        if abs(sum(shares.values()) - 1) > 1e-6:
-            total = float(sum(shares.values()))
+        total = float(sum(shares.values()))
+        if abs(total - 1) > 1e-6:
             raise InputError(f"--reddit_ratio, --finance_ratio and --general_ratio sum to {total:g}; make it 1")
         return shares
     if args.use_hybrid:

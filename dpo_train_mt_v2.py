@@ -342,7 +342,7 @@ def run_stage(
         if not (folder / "run.json").exists():
             data = stage_fingerprint(args, stage, pairs)
             write_json(folder / "run.json", {"args": vars(args), "device": device, "data": data})
-    entry = {"stage": stage, "pairs": len(pairs), "baseline": {}, "final": {}, "delta": {}, "runtime_s": {}}
+    entry: dict = {"stage": stage, "pairs": len(pairs), "baseline": {}, "final": {}, "delta": {}, "runtime_s": {}}
 
     def measure_to(where: Path, name: str, *, with_adapter: bool) -> None:
         with timed(entry, name):
@@ -499,11 +499,9 @@ def finish(args: argparse.Namespace, record: dict, folder: Path, last: Path, eva
     for evaluation in evaluations:
         metric, key = METRICS[evaluation.name], evaluation.name
         for entry in record["stages"]:
-            values = [metric.read(entry[when]) for when in ("baseline", "final")]
-            row = TableRow(
-                f"{entry['stage']}: {metric.title}", *values, entry["delta"].get(key), metric.lower_is_better
-            )
-            table.append(row)
+            before_stage, after_stage = metric.read(entry["baseline"]), metric.read(entry["final"])
+            title, delta = f"{entry['stage']}: {metric.title}", entry["delta"].get(key)
+            table.append(TableRow(title, before_stage, after_stage, delta, metric.lower_is_better))
     print_table(f"{folder}, by stage, each against the one before", table)
 
 

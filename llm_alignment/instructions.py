@@ -198,9 +198,9 @@ def _in_order(text: str, *parts: str) -> bool:
 
 def instruct_questions(limit: int, seed: int) -> list[dict]:
     """The instructions as `score_questions` takes them; `limit` > 0 takes a sample by `seed`."""
-    numbers = range(len(INSTRUCTIONS))
+    numbers = list(range(len(INSTRUCTIONS)))
     if 0 < limit < len(INSTRUCTIONS):
-        numbers = sorted(random.Random(seed).sample(numbers, limit))
+        numbers = sorted(random.Random(seed).sample(range(len(INSTRUCTIONS)), limit))
     return [
         {"question_id": number + 1, "category": INSTRUCTIONS[number][0], "turns": [INSTRUCTIONS[number][1]]}
         for number in numbers

@@ -328,11 +328,10 @@ def tatqa_parse(text: str) -> tuple[list[str], str]:
         line = line.removesuffix(".")
     parts = [part.strip() for part in line.split(";") if part.strip()]
     scale_at_end = re.compile(r"\s+(thousand|million|billion|percent)$", re.IGNORECASE)
-    scaled = [part for part in parts if scale_at_end.search(part)]
-    if not parts or scaled != parts[-1:]:  # several parts that each carry a scale keep their own
+    scales = [scale for part in parts for scale in scale_at_end.findall(part)]
+    if len(scales) != 1 or not scale_at_end.search(parts[-1]):  # several parts that each carry a scale keep their own
         return parts, ""
-    scale = scale_at_end.search(parts[-1])[1].lower()
-    return [*parts[:-1], scale_at_end.sub("", parts[-1])], scale
+    return [*parts[:-1], scale_at_end.sub("", parts[-1])], scales[0].lower()
 
 
 def tatqa_questions(contexts: list[dict], *, limit: int, seed: int, **prompt_options) -> list[dict]:
@@ -400,7 +399,7 @@ def answer_tatqa(
     missing = results.missing(questions)
     line_break = line_break_tokens(model, tokenizer) if one_line and missing else None
     by_context = itertools.groupby(missing, key=lambda question: question["context"])
-    groups = sorted(([*group] for _, group in by_context), key=lambda group: len(group[0]["tokens"]))
+    groups: list[list[dict]] = sorted(([*group] for _, group in by_context), key=lambda group: len(group[0]["tokens"]))
 
     def answer_batch(batch: list[list[dict]]) -> Iterator[tuple[int, list[list[int]]]]:
         """(place, new tokens of each question) of every group of a batch."""
