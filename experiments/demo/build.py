@@ -181,6 +181,14 @@ def preference_rows(rng: random.Random, n: int, held_out: set[str]) -> list[dict
     return rows
 
 
+def prompt_rows(rng: random.Random, n: int, held_out: set[str]) -> list[dict]:
+    """Distinct questions without an answer, for mine_pairs.py."""
+    prompts: dict[str, None] = {}
+    while len(prompts) < n:
+        prompts[training_chat(rng, held_out)[0].user] = None
+    return [{"prompt": prompt} for prompt in prompts]
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n"
@@ -207,6 +215,7 @@ def write_data(folder: Path, seed: int) -> None:
         folder / "finance_instruct.jsonl", lesson_rows(random.Random(f"lessons {seed}"), 400, contexts["dev"][:5])
     )
     write_jsonl(folder / "orca_pairs.jsonl", preference_rows(random.Random(f"orca {seed}"), 800, held_out))
+    write_jsonl(folder / "prompts.jsonl", prompt_rows(random.Random(f"prompts {seed}"), 240, held_out))
 
 
 # --- what the base model reads ---------------------------------------------------------------------------------------

@@ -1,0 +1,237 @@
+"""Merge a trained adapter into its base, check the result, and write a folder that other programs load.
+
+    poetry run python experiments/export.py RUN_FOLDER --merged DIR
+    poetry run python experiments/export.py RUN_FOLDER --merged DIR --dtype fp32
+
+RUN_FOLDER is the output folder of a training run. The base is the one that its adapter_config.json names; --model gives
+another place for the same base. The base is loaded in bf16 or fp32, never in 4 bits, since merged 4-bit weights would be
+rounded a second time. Then the folder is loaded as any program would load it, and it must answer a few prompts as base
+plus adapter does: the mean KL divergence of the next-token distributions over the answers stays below 0.05 nats in bf16
+and 0.0001 in fp32. If it does not, nothing is left behind and the exit code is 1.
+
+DIR gets the weights, the tokenizer with its chat template, and the generation settings: transformers, vLLM and
+llama.cpp's converter read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_alignment.files import InputError, SkippedRows, read_results
+from llm_alignment.generation import generate
+from llm_alignment.models import adapter_off, fetch_model, load_adapter, load_model, load_tokenizer, model_fingerprint
+from llm_alignment.runs import console_and_log, disk_problem
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("llm_alignment")
+
+LARGEST_KL = {"bf16": 0.05, "fp32": 1e-4}  # mean over the answers' tokens, in nats
+PROMPTS = [
+    "What is the capital of France?",
+    "Explain in two sentences what a bond is.",
+    "Write a short poem about the sea.",
+    "Add 17 and 25.",
+    "Назови столицу страны: Япония.",
+    "Объясни простыми словами, что такое инфляция.",
+    "Составь список из трёх полезных привычек.",
+    "Переведи на английский: дом стоит у реки.",
+]
+
+
+class VerificationError(Exception):
+    """The merged model does not answer as base plus adapter does."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="output folder of a training run")
+    parser.add_argument("--merged", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
+    parser.add_argument(
+        "--dtype", choices=["bf16", "fp32"], default="bf16", help="of the weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model", default="", help="the base, where it is not where the adapter says (hub id or folder)"
+    )
+    parser.add_argument("--model_revision", default=None, help="branch, tag or commit on the hub (default: main)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model's repository ships")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=32, help="longest answer of the check in tokens (default: %(default)s)"
+    )
+    return parser
+
+
+def model_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags that loading needs; the base is the adapter's unless --model names a place for it."""
+    config_file = args.run_folder / "adapter_config.json"
+    if not config_file.is_file():
+        raise InputError(f"{args.run_folder}: no adapter_config.json in this folder; name the output folder of a run")
+    try:
+        base = json.loads(config_file.read_text("utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{config_file}: it names no base ({error}); train or copy it again") from error
+    return argparse.Namespace(
+        model=args.model or base,
+        model_revision=args.model_revision,
+        no_4bit=True,
+        quant_type="nf4",
+        dtype=args.dtype,
+        thinking=False,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def check_base(args: argparse.Namespace, loading: argparse.Namespace) -> None:
+    """Raises InputError when the run measured its adapter on another base than the one that will be loaded."""
+    known = model_fingerprint(loading, "none")["weights"]
+    for path in sorted(args.run_folder.glob("*_final.jsonl")):
+        measured, _ = read_results(path, SkippedRows())
+        if measured.get("weights") not in {None, known}:
+            raise InputError(
+                f"--model {loading.model}: not the base of {args.run_folder}, whose {path.name} was measured on other "
+                f"weights ({measured.get('model')}); name that base"
+            )
+
+
+def export(args: argparse.Namespace) -> None:
+    """Merges, writes under a temporary name, loads that, compares, and renames it to --merged."""
+    import gc
+
+    import torch
+
+    if args.merged.exists():
+        raise InputError(f"--merged {args.merged} exists; name a new folder")
+    loading = model_arguments(args)
+    fetch_model(loading.model, loading.model_revision, "--model")
+    check_base(args, loading)
+    tokenizer = load_tokenizer(loading)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    model: PeftModel = load_adapter(load_model(loading).to(dtype), str(args.run_folder)).eval()
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    answers = answer_texts(model, tokenizer, chats, args.max_new_tokens)
+    rows = [answer_ids(tokenizer, chat, answer) for chat, answer in zip(chats, answers, strict=True)]
+    wanted = [next_token_log_probs(model, *row) for row in rows]
+    with adapter_off(model):
+        adapter_effect = mean_kl(wanted, [next_token_log_probs(model, *row) for row in rows])
+    temporary = args.merged.with_name(f"{args.merged.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        write_merged(model, tokenizer, temporary)
+        del model
+        gc.collect()
+        verify(temporary, args.dtype, chats, answers, rows, wanted, adapter_effect, args.max_new_tokens)
+        temporary.rename(args.merged)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    log.info("wrote %s", args.merged)
+
+
+def write_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the merged model, its tokenizer and its generation settings, which end at the template's end of a turn."""
+    merged = model.merge_and_unload(safe_merge=True)  # safe: a weight that is not finite is an error
+    ends = merged.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    merged.generation_config.eos_token_id = sorted(ends)
+    if merged.generation_config.pad_token_id is None:
+        merged.generation_config.pad_token_id = tokenizer.pad_token_id
+    folder.mkdir(parents=True)
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def answer_texts(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, chats: list[list[dict]], limit: int
+) -> list[str]:
+    """Greedy answers, in the order of the chats."""
+    return [answer.text for answer in sorted(generate(model, tokenizer, chats, max_new_tokens=limit))]
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, chat: list[dict], answer: str) -> tuple[list[int], int]:
+    """Token ids of prompt, answer and end token, and how many of them are the prompt's."""
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, enable_thinking=False)
+    reply = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return [*prompt, *reply, tokenizer.eos_token_id], len(prompt)
+
+
+def next_token_log_probs(model: PreTrainedModel | PeftModel, ids: list[int], start: int) -> torch.Tensor:
+    """Log-probabilities of every token of the vocabulary where an answer token is due: (answer tokens, V), float32."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, start - 1 : -1]
+    return logits.float().log_softmax(dim=-1).cpu()
+
+
+def mean_kl(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    """KL(wanted || found) in nats, the mean over all answer tokens."""
+    import torch
+
+    kl = [(p.exp() * (p - q)).sum(dim=-1) for p, q in zip(wanted, found, strict=True)]
+    return float(torch.cat(kl).mean())
+
+
+def verify(
+    folder: Path,
+    dtype: str,
+    chats: list[list[dict]],
+    answers: list[str],
+    rows: list[tuple[list[int], int]],
+    wanted: list[torch.Tensor],
+    adapter_effect: float,
+    max_new_tokens: int,
+) -> None:
+    """Loads the folder with plain transformers. Raises VerificationError when it is too far from base plus adapter."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto").eval()
+    difference = mean_kl(wanted, [next_token_log_probs(model, *row) for row in rows])
+    texts = answer_texts(model, tokenizer, chats, max_new_tokens)
+    same = sum(new == old for new, old in zip(texts, answers, strict=True))
+    log.info(
+        "check on %d prompts: %d answers are the same text; mean KL to base plus adapter %.2g nats, to the base alone %.2g",
+        len(chats), same, difference, adapter_effect,
+    )  # fmt: skip
+    if not difference <= LARGEST_KL[dtype]:
+        raise VerificationError(
+            f"the merged model is {difference:.2g} nats from base plus adapter, {LARGEST_KL[dtype]} is the limit in "
+            f"{dtype}; nothing was written"
+        )
+    if difference > adapter_effect / 2 > 0:
+        log.warning("rounding to %s changes the model about as much as the adapter does; take --dtype fp32", dtype)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        with console_and_log():
+            export(args)
+        return 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except VerificationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        reason = disk_problem(error)
+        if not reason:
+            raise
+        print(f"error: {reason}; free space or give write access, then run it again", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

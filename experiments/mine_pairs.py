@@ -1,0 +1,305 @@
+"""Sample answers of a model, score them with the reward model, and write preference pairs: best against worst.
+
+    poetry run python experiments/mine_pairs.py --model M --adapter DIR --prompts prompts.jsonl --output pairs.jsonl
+    poetry run python dpo_train.py --model M --pairs pairs.jsonl --load_adapter DIR --adapter_trainable
+    poetry run python experiments/mine_pairs.py --demo
+
+PROMPTS is a JSONL, JSON or Parquet file of rows with `prompt` (a text or a list of {role, content} turns), `question`
+or `messages` (whose last answer is not used). A prompt that contains what an evaluation asks is left out and counted:
+the questions of --questions and --tatqa_dir, and the 25 instructions. Each prompt is answered --samples times; answers
+that are empty or cut by the token limit are not used. A pair is {prompt, chosen, rejected, margin, chosen_reward,
+rejected_reward, uid}; prompts whose best and worst answer are not more than --min_margin apart give none and are counted.
+
+Answers and rewards of every prompt are kept in OUTPUT.samples.jsonl as they come: the same command goes on after a stop,
+and another --min_margin samples nothing again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_alignment.files import (
+    InputError,
+    ResultFile,
+    SkippedRows,
+    digest,
+    read_usable,
+    write_rows,
+)
+from llm_alignment.flags import DEMO_DIR, add_model_flags, not_negative, positive, ratio
+from llm_alignment.generation import generate, strip_thinking
+from llm_alignment.instructions import instruct_questions
+from llm_alignment.leaks import leak_finder, without_leaks
+from llm_alignment.models import adapter_sha256, load_adapter, load_model, load_tokenizer, model_fingerprint
+from llm_alignment.preferences import merge_system_prompt, read_turns
+from llm_alignment.rewards import RewardModel
+from llm_alignment.runs import console_and_log, disk_problem
+from llm_alignment.tatqa import read_tatqa
+from mtbench_eval import load_questions
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("llm_alignment")
+
+PROMPTS_AT_ONCE = 32  # they are answered and kept together, so that a restart answers the others as before
+DEMO = {
+    "model": str(DEMO_DIR / "model"),
+    "reward_model": str(DEMO_DIR / "reward_model"),
+    "prompts": str(DEMO_DIR / "prompts.jsonl"),
+    "output": "demo_pairs.jsonl",
+    "questions": [str(DEMO_DIR / "mt_bench_ru.jsonl"), str(DEMO_DIR / "mt_bench_en.jsonl")],
+    "tatqa_dir": str(DEMO_DIR / "tatqa"),
+    "max_new_tokens": 32,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mine_pairs.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_model_flags(parser)
+    group = parser.add_argument_group("pairs")
+    group.add_argument("--adapter", default="", help="output folder of a training run (default: the base model)")
+    group.add_argument("--prompts", default="", metavar="FILE", help="prompts to answer")
+    group.add_argument("--samples", type=positive(int), default=4, help="answers to a prompt (default: %(default)s)")
+    group.add_argument("--output", default="pairs.jsonl", metavar="FILE", help="pairs (default: %(default)s)")
+    group.add_argument("--temperature", type=positive(float), default=0.8, help="of sampling (default: %(default)s)")
+    group.add_argument("--top_p", type=ratio, default=0.95, help="of sampling (default: %(default)s)")
+    group.add_argument(
+        "--max_new_tokens", type=positive(int), default=512, help="longest answer (default: %(default)s)"
+    )
+    group.add_argument(
+        "--min_margin",
+        type=not_negative(float),
+        default=0.0,
+        help="least difference of raw rewards (default: %(default)s)",
+    )
+    group.add_argument(
+        "--questions",
+        nargs="+",
+        default=["mt_bench_ru.json", "mt_bench_en.json"],
+        metavar="FILE",
+        help="evaluation questions that no prompt may contain (default: %(default)s, fetched where missing)",
+    )
+    group.add_argument("--tatqa_dir", default="", help="TAT-QA files whose validation questions no prompt may contain")
+    group.add_argument(
+        "--reward_model",
+        default="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
+        help="hub id or folder (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eval_batch_size", type=not_negative(int), default=0, help="0 = by free memory (default: %(default)s)"
+    )
+    group.add_argument("--seed", type=not_negative(int), default=42, help="seed of sampling (default: %(default)s)")
+    group.add_argument("--demo", action="store_true", help="a miniature: CPU, a minute, no downloads")
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.demo:
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args(argv)
+    if not args.prompts:
+        raise InputError("--prompts is missing; name a file of prompts")
+    if args.samples < 2:
+        raise InputError(f"--samples {args.samples}: a pair needs two answers; give 2 or more")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(args: argparse.Namespace) -> list[dict]:
+    """The prompts [{"question_id", "prompt": turns}], each once, without those that an evaluation asks."""
+    rows = read_usable(args.prompts, "--prompts", prompt_problem, "prompt, question or messages")
+    prompts = {}
+    for row in rows:
+        turns = prompt_turns(row)
+        key = digest(turns)[:16]
+        prompts[key] = {"question_id": key, "prompt": turns}
+    counts: dict[str, int] = {}
+    clean = without_leaks(list(prompts.values()), leak_finder(asked_texts(args)), "prompts", counts)
+    if not clean:
+        raise InputError(f"--prompts {args.prompts}: the evaluations ask every one of them; name other prompts")
+    return clean
+
+
+def prompt_problem(row: dict) -> str | None:
+    try:
+        prompt_turns(row)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def prompt_turns(row: dict) -> list[dict[str, str]]:
+    """The turns of a prompt, from a user's to a user's; a system text stands before the first question.
+
+    Raises ValueError with the reason when the row holds none.
+    """
+    value = next((row[key] for key in ("prompt", "question", "messages") if row.get(key)), None)
+    turns = read_turns(value, "user", "the prompt")
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    system = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
+    turns = [turn for turn in turns if turn["role"] != "system"]
+    roles = [turn["role"] for turn in turns]
+    if not turns:
+        raise ValueError("no prompt")
+    if roles != (["user", "assistant"] * len(roles))[: len(roles)]:
+        raise ValueError("user and assistant do not take turns")
+    if not all(turn["content"] for turn in turns):
+        raise ValueError("an empty turn")
+    return [{"role": "user", "content": merge_system_prompt(system, turns[0]["content"])}, *turns[1:]]
+
+
+def asked_texts(args: argparse.Namespace) -> dict[str, list[str]]:
+    """What the evaluations ask, by kind."""
+    texts = {"instruction": [question["turns"][0] for question in instruct_questions(0, args.seed)]}
+    texts["MT-Bench question"] = [
+        question["turns"][0] for path in args.questions for question in load_questions(path, flag="--questions")
+    ]
+    if args.tatqa_dir:
+        contexts = read_tatqa(Path(args.tatqa_dir) / "tatqa_dataset_dev.json", SkippedRows())
+        texts["TAT-QA question"] = [question["question"] for c in contexts for question in c["questions"]]
+    return texts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples and pairs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sample_answers(
+    args: argparse.Namespace,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_model: RewardModel,
+    prompts: list[dict],
+    results: ResultFile,
+) -> None:
+    """Answers and scores the prompts that have no row in `results` yet, a chunk at a time.
+
+    A row: {"question_id", "prompt", "answers", "rewards", "finished"}, with a list entry for each sample. Chunks are cut
+    from all prompts, so that a restart samples in the same company, and gets the same answers.
+    """
+    missing = {prompt["question_id"] for prompt in results.missing(prompts)}
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        chunk = prompts[start : start + PROMPTS_AT_ONCE]
+        if not any(prompt["question_id"] in missing for prompt in chunk):
+            continue
+        chats = [prompt["prompt"] for prompt in chunk]
+        answers: list[list] = [[] for _ in chunk]
+        for number in range(args.samples):
+            settings = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
+            settings |= dict(batch_size=args.eval_batch_size, thinking=args.thinking, seed=args.seed + 1009 * number)
+            description = f"prompts {start + 1}-{start + len(chunk)} of {len(prompts)}, sample {number + 1}"
+            for answer in sorted(generate(model, tokenizer, chats, description=description, **settings)):
+                answers[answer.index].append(answer)
+        texts = [[strip_thinking(answer.text) for answer in of_prompt] for of_prompt in answers]
+        flat = [
+            [*chat, {"role": "assistant", "content": text}]
+            for chat, of_prompt in zip(chats, texts, strict=True)
+            for text in of_prompt
+        ]
+        rewards = iter(reward_model.score(flat))
+        for prompt, of_prompt, own_texts in zip(chunk, answers, texts, strict=True):
+            row = {
+                **prompt,
+                "answers": own_texts,
+                "rewards": [next(rewards) for _ in own_texts],
+                "finished": [answer.finished for answer in of_prompt],
+            }
+            if prompt["question_id"] in missing:
+                results.append(row)
+
+
+def best_against_worst(rows: list[dict], min_margin: float) -> tuple[list[dict], int]:
+    """The pairs of the sampled rows, and how many prompts gave none."""
+    pairs = []
+    for row in rows:
+        usable = [
+            (reward, text)
+            for text, reward, finished in zip(row["answers"], row["rewards"], row["finished"], strict=True)
+            if text and finished
+        ]
+        if not usable:
+            continue
+        (low, rejected), (high, chosen) = min(usable), max(usable)
+        if high - low > min_margin and chosen != rejected:
+            prompt = row["prompt"] if len(row["prompt"]) > 1 else row["prompt"][0]["content"]
+            pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": high - low}
+            uid = f"mined:{row['question_id']}"
+            pairs.append({**pair, "chosen_reward": high, "rejected_reward": low, "uid": uid})
+    return pairs, len(rows) - len(pairs)
+
+
+def mine(args: argparse.Namespace) -> None:
+    """Prompts in, pairs out."""
+    if Path(args.output).is_dir():
+        raise InputError(f"--output {args.output} is a folder; name a file")
+    prompts = read_prompts(args)
+    tokenizer = load_tokenizer(args)
+    model = load_model(args)
+    if args.adapter:
+        model = load_adapter(model, args.adapter)
+    reward_model = RewardModel(args.reward_model, batch_size=args.eval_batch_size)
+    fingerprint = {
+        **model_fingerprint(args, adapter_sha256(model)),
+        "reward_model": reward_model.fingerprint,
+        "sampling": {key: getattr(args, key) for key in ("samples", "temperature", "top_p", "max_new_tokens", "seed")},
+    }
+    results = ResultFile(Path(f"{args.output}.samples.jsonl"), fingerprint)
+    sample_answers(args, model, tokenizer, reward_model, prompts, results)
+    pairs, without_margin = best_against_worst(results.rows_of(prompts), args.min_margin)
+    if not pairs:
+        raise InputError(
+            f"--prompts {args.prompts}: no prompt has two finished answers more than {args.min_margin} apart; raise "
+            "--samples, --temperature or --max_new_tokens"
+        )
+    write_rows(Path(args.output), pairs)
+    margins = sorted(pair["margin"] for pair in pairs)
+    log.info(
+        "%d prompts gave a pair, %d gave none; median margin %.2f",
+        len(pairs),
+        without_margin,
+        margins[len(margins) // 2],
+    )
+    log.info("wrote %s; train on it: dpo_train.py --pairs %s", args.output, args.output)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse(argv)
+        with console_and_log():
+            mine(args)
+        return 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        reason = disk_problem(error)
+        if not reason:
+            raise
+        print(f"error: {reason}; free space or give write access, then the same command goes on", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
