@@ -126,7 +126,7 @@ def run_campaign(runs: list[PlannedRun]) -> int:
 
     The exit code is 0 when all are completed, 130 or 143 when it was stopped, else 1.
     """
-    stopped, failed = 0, []
+    stopped = 0
     for place, run in enumerate(runs, 1):
         record = run.record()
         if record and record["status"] == "completed":
@@ -140,12 +140,12 @@ def run_campaign(runs: list[PlannedRun]) -> int:
             print(f"stopped at {run.name}; the same command goes on from there", flush=True)
             break
         if code:
-            failed.append(run.name)
             print(f"{run.name} ended with exit code {code}; going on with the next run", flush=True)
     print_results(runs)
-    if failed:
-        print(f"failed: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
-    return stopped or int(bool(failed) or not all(run.completed() for run in runs))
+    left = [run.name for run in runs if not run.completed()]
+    if left:
+        print(f"not completed: {', '.join(left)}; the same command tries them again", file=sys.stderr)
+    return stopped or int(bool(left))
 
 
 def print_results(runs: list[PlannedRun]) -> None:

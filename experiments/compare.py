@@ -11,25 +11,19 @@ from records import HERE, find_run, flatten
 from tables import delta_cells, number, signed
 
 from llm_alignment import dpo, tatqa
-from llm_alignment.evaluation import TableRow, print_table, table_rows
+from llm_alignment.evaluation import EVALUATIONS, TableRow, print_table, table_rows
 from llm_alignment.files import InputError, SkippedRows, read_results, write_atomic
 from llm_alignment.scores import compare_scored, summarise_scored
 
-EVALUATIONS = {
-    "mtbench": "MT-Bench",
-    "tatqa": "TAT-QA",
-    "held_out": "Held-out pairs",
-    "instruct": "Instruction following",
-    "finance_instruct": "Finance-Instruct",
-    "reddit": "Reddit",
-}
+# the evaluations whose rows hold answers
+COMPARED = ("mtbench", "tatqa", "held_out", "instruct", "finance_instruct", "reddit")
 
 
 def answer_files(name: str, files: list[Path]) -> dict[str, Path]:
     """{evaluation: its per-question file} of a run given by tag, FILE:LINE, output folder or one such file."""
     path = Path(name)
     if path.is_file():
-        keys = [key for key in EVALUATIONS if f"{path.stem}_".startswith(f"{key}_")]
+        keys = [key for key in COMPARED if f"{path.stem}_".startswith(f"{key}_")]
         if not keys:
             raise InputError(
                 f"{path}: not a file of answers; those are called mtbench_final.jsonl, tatqa_final.jsonl, ..."
@@ -43,7 +37,7 @@ def answer_files(name: str, files: list[Path]) -> dict[str, Path]:
             )
         path = Path(run["output_dir"])
     found = {}
-    for key in EVALUATIONS:
+    for key in COMPARED:
         for file in (path / f"{key}_final.jsonl", path / f"{key}.jsonl"):  # a training run's, mtbench_eval.py's
             if file.is_file():
                 found[key] = file
@@ -107,7 +101,7 @@ def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict:
         ],
         "deltas": deltas,
         "table": [
-            [row.title, number(row.before), number(row.after), *delta_cells(row.delta)] for row in deltas if row.delta
+            [row.title, number(row.before), number(row.after), *delta_cells(row)] for row in deltas if row.delta
         ],
         "changed": sum(question["change"] != 0 for question in questions),
         "questions": questions,

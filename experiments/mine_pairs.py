@@ -256,7 +256,9 @@ def mine(args: argparse.Namespace) -> None:
     model = load_model(args)
     if args.adapter:
         model = load_adapter(model, args.adapter)
-    reward_model = RewardModel(args.reward_model, batch_size=args.eval_batch_size)
+    reward_model = RewardModel(
+        args.reward_model, batch_size=args.eval_batch_size, trust_remote_code=args.trust_remote_code
+    )
     fingerprint = {
         **model_fingerprint(args, adapter_sha256(model)),
         "reward_model": reward_model.fingerprint,

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from noise import Spread
-from records import DEMO, METRICS, SCORED, Run, get_nested
-from tables import DELTAS, number, signed
+from records import DEMO, PUBLISHED, SCORED, Run, get_nested
+from tables import number, signed
 
+from llm_alignment.evaluation import METRICS
 from llm_alignment.files import read_records
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ def plot_metric(title: str, metric: str, runs: list[Run]) -> Figure | None:
     runs = [run for run in runs if metric in run.changes]
     if not runs:
         return None
-    intervals = [run.delta.get(metric) for run in runs]
+    key = "val_loss_row_mean" if metric == "val_loss" else metric
+    intervals = [run.delta.get(key) for run in runs]
     changes: list[tuple[float, float, float] | None] = [(run.changes[metric],) * 3 for run in runs]
     panels = 2
     if metric in SCORED:
@@ -115,7 +117,7 @@ def plot_metric(title: str, metric: str, runs: list[Run]) -> Figure | None:
     )
     draw_changes(axes[1], runs, changes)
     on_scale = ",\npublished scale" if metric in SCORED else ""
-    axes[0].set_title(wrapped(METRICS[metric][0], 28) + on_scale)
+    axes[0].set_title(wrapped(PUBLISHED[metric][0], 28) + on_scale)
     axes[1].set_title(f"Difference{on_scale}" + (", 95 % interval" if metric not in SCORED and any(intervals) else ""))
     if panels == 3:
         draw_changes(axes[2], runs, [interval_of(delta) for delta in intervals])
@@ -252,9 +254,12 @@ def plot_curves(title: str, runs: list[Run]) -> Figure | None:
     return figure
 
 
+HEADLINES = ("val_loss", "tatqa_em", "reward_accuracy", "mtbench", "instruct", "finance_instruct", "reddit")
+
+
 def plot_seeds(runs: list[Run]) -> Figure | None:
     """Runs of several seeds: each seed's difference as a ring, their mean with its interval, one panel a metric."""
-    keys = [key for key in DELTAS if not key.endswith("_raw") and any(interval_of(run.delta.get(key)) for run in runs)]
+    keys = [key for key in HEADLINES if any(interval_of(run.delta.get(key)) for run in runs)]
     if not keys:
         return None
     columns = min(4, len(keys))
@@ -265,7 +270,7 @@ def plot_seeds(runs: list[Run]) -> Figure | None:
         for row, run in enumerate(runs):
             values = [member.delta[key]["mean"] for member in run.members if key in run.delta]
             axis.scatter(values, [row + 0.2] * len(values), s=40, facecolor="white", edgecolor="#444444", zorder=3)
-        axis.set_title(wrapped(DELTAS[key][0], 26))
+        axis.set_title(wrapped(METRICS[key].title, 26))
     for axis in axes[len(keys) :]:
         axis.set_visible(False)
     figure.suptitle("Differences over seeds: each seed (ring), mean and 95 % interval", fontsize=15)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+from llm_alignment.evaluation import METRICS
 from llm_alignment.files import InputError, SkippedRows, read_objects
 
 HERE = Path(__file__).resolve().parent
@@ -119,32 +121,32 @@ def get_nested(values: dict, keys: tuple[str, ...]) -> Any:
 # One shape
 # ---------------------------------------------------------------------------------------------------------------------
 
-# metric -> (its title, where a record's `baseline` and `final` hold it). All are as the published runs measured them,
-# but for the last ones, which only new runs have.
-METRICS = {
-    "val_loss": ("Val loss", ("val_loss",)),
-    "ppl": ("PPL", ("ppl",)),
-    "mtbench": ("MT-Bench avg", ("mtbench", "avg_logged")),
-    "tatqa": ("TAT-QA, %", ("tatqa", "em_like")),
+# The columns of the published tables: name -> (title, where a record's `baseline` and `final` hold it). All are measured
+# as the published runs did; the last ones only new runs have. PPL is the exponential of the val loss.
+PUBLISHED = {
+    "val_loss": ("Val loss", METRICS["val_loss_row_mean"].keys),
+    "ppl": ("PPL", ()),
+    "mtbench": ("MT-Bench avg", METRICS["mtbench_published"].keys),
+    "tatqa": ("TAT-QA, %", METRICS["tatqa"].keys),
     "instruct": ("Instruction avg (keyword rules, published runs only)", ("instruct", "keyword_avg")),
     "instruct_success": (
         "Instruction success, % (keyword rules, published runs only)",
         ("instruct", "keyword_success"),
     ),
-    "finance_instruct": ("Finance-Instruct avg", ("finance_instruct", "avg_logged")),
+    "finance_instruct": ("Finance-Instruct avg", METRICS["finance_instruct_published"].keys),
     "finance_success": ("Finance-Instruct success, % (published runs only)", ("finance_instruct", "success_logged")),
-    "reddit": ("Reddit avg", ("reddit", "avg_logged")),
-    "checks": ("Instruction checks passed, % (new runs only)", ("instruct", "check_rate")),
+    "reddit": ("Reddit avg", METRICS["reddit_published"].keys),
+    "checks": ("Instruction checks passed, % (new runs only)", METRICS["instruct_checks"].keys),
     "success": (
         "Finance-Instruct score of 7 or more on 1-10, % (new runs only)",
-        ("finance_instruct", "success_rate"),
+        METRICS["finance_instruct_success"].keys,
     ),
-    "drift": ("Drift (KL from the base)", ("drift",)),
+    "drift": ("Drift (KL from the base)", METRICS["drift"].keys),
 }
 SCORED = ("mtbench", "finance_instruct", "reddit")  # by the reward model: two scales
 
 # where a published run's figures hold a metric: as [before, after], as the final alone, or as the difference alone
-LOGGED_PAIRS = {"mtbench_avg": "mtbench", "instruct_avg": "instruct"} | {key: key for key in METRICS}
+LOGGED_PAIRS = {"mtbench_avg": "mtbench", "instruct_avg": "instruct"} | {key: key for key in PUBLISHED}
 LOGGED_FINALS = {"val_loss_final": "val_loss", "ppl_final": "ppl", "mtbench_avg_final": "mtbench"}
 LOGGED_CHANGES = {"tatqa_delta_pp": "tatqa", "mtbench_delta": "mtbench", "instruct_delta": "instruct"}
 DEMO = "demo miniature"
@@ -230,10 +232,7 @@ def command_params(arguments: list[str]) -> dict[str, str]:
 def from_record(record: dict) -> Run:
     """A run record. A run that stopped early keeps what it had measured by then."""
     args = record["args"]
-    before, after = (
-        {metric: value for metric, (_, keys) in METRICS.items() if (value := get_nested(measured, keys)) is not None}
-        for measured in (record["baseline"], record["final"])
-    )
+    before, after = published_figures(record["baseline"]), published_figures(record["final"])
     by_type = [get_nested(record[phase], ("tatqa", "by_type")) or {} for phase in ("baseline", "final")]
     facts = {"kept_step": record["kept_step"]} if record["kept_step"] is not None else {}
     if "total" in record["runtime_s"]:
@@ -251,7 +250,9 @@ def from_record(record: dict) -> Run:
         params=args,
         before=before,
         after=after,
-        changes={metric: after[metric] - before[metric] for metric in METRICS if metric in before and metric in after},
+        changes={
+            metric: after[metric] - before[metric] for metric in PUBLISHED if metric in before and metric in after
+        },
         types={
             kind: (by_type[0][kind]["em_like"], by_type[1][kind]["em_like"])
             for kind in by_type[0]
@@ -260,6 +261,15 @@ def from_record(record: dict) -> Run:
         facts=facts,
         source=record,
     )
+
+
+def published_figures(measured: dict) -> dict[str, float]:
+    """A record's `baseline` or `final` as {column of the published tables: figure}."""
+    found = {name: get_nested(measured, keys) for name, (_, keys) in PUBLISHED.items() if keys}
+    figures = {name: value for name, value in found.items() if value is not None}
+    if "val_loss" in figures:
+        figures["ppl"] = math.exp(min(figures["val_loss"], 700))
+    return figures
 
 
 def load_runs(files: list[Path]) -> list[Run]:

@@ -30,7 +30,7 @@ from plots import (
     plot_trade_off,
     plot_types,
 )
-from records import HERE, METRICS, Run, load_runs, record_files
+from records import HERE, PUBLISHED, Run, load_runs, record_files
 from seeds import merge_seeds
 from tables import LOGS, experiment_log, is_dpo, is_mt, is_sft, results
 
@@ -68,7 +68,7 @@ def draw_all(runs: list[Run], spreads: list) -> dict[str, tuple[str, Figure | No
     ):
         members = [run for run in runs if group(run)]
         for metric in metrics:
-            caption = f"{title}: {METRICS[metric][0].removesuffix(' avg').removesuffix(', %')} before and after"
+            caption = f"{title}: {PUBLISHED[metric][0].removesuffix(' avg').removesuffix(', %')} before and after"
             figures[f"{name}_{metric}.png"] = (caption, plot_metric(caption, metric, members))
         caption = f"{title}: training curves of the new runs"
         singles = [single for run in members for single in run.members or [run] if not single.is_logged]

@@ -4,7 +4,7 @@ Each of K seeds gives a mean difference d_k over the same n questions, with its 
 mean of the d_k has two sources of error: other seeds, with variance var(d_k) / K, and other questions, with the variance
 q that the single intervals say, (width / 2 / 1.96) squared, averaged over the seeds. More seeds do not lower the second,
 since all ask the same questions. The interval is mean +/- t * sqrt(var(d_k) / K + q); t has the degrees of freedom of
-Welch and Satterthwaite, from K - 1 and n - 1. What a question does at one seed alone is counted in both parts, so the
+Welch and Satterthwaite, from K - 1 and n - 1 (n clusters where questions share a context). What a question does at one seed alone is counted in both parts, so the
 interval is rather too wide than too narrow.
 """
 
@@ -89,6 +89,8 @@ def combine(deltas: list[dict]) -> dict:
     means = [delta["mean"] for delta in deltas]
     combined: dict = {"n": deltas[0]["n"], "seeds": len(deltas), "mean": None, "sd": None}
     combined |= {"low": None, "high": None, "p": None}
+    combined |= {"changed": max(delta["changed"] for delta in deltas), "clusters": deltas[0]["clusters"]}
+    combined["changed_clusters"] = max((delta["changed_clusters"] or 0 for delta in deltas), default=0)
     if None in means:
         return combined
     mean, sd = statistics.fmean(means), statistics.stdev(means)
@@ -104,7 +106,9 @@ def combine(deltas: list[dict]) -> dict:
     variance = of_seeds + of_questions
     if variance == 0:
         return combined | {"low": mean, "high": mean, "p": 1.0 if mean == 0 else 0.0}
-    freedom = variance**2 / (of_seeds**2 / (len(means) - 1) + of_questions**2 / max(1, deltas[0]["n"] - 1))
+    freedom = variance**2 / (
+        of_seeds**2 / (len(means) - 1) + of_questions**2 / max(1, (deltas[0]["clusters"] or deltas[0]["n"]) - 1)
+    )
     half = float(stats.t.ppf(0.975, freedom)) * variance**0.5
     p = 2 * float(stats.t.sf(abs(mean) / variance**0.5, freedom))
     return combined | {"low": mean - half, "high": mean + half, "p": p}

@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 from commands import command_line
 from noise import Spread
-from records import METRICS, Run, flatten, get_nested
+from records import PUBLISHED, Run, flatten, get_nested
 
+from llm_alignment.evaluation import TableRow, table_rows, verdict
 from llm_alignment.files import InputError
+from llm_alignment.stats import holm
 
 
 def number(value: object) -> str:
@@ -129,7 +131,7 @@ Columns = list[tuple[str, Callable[[Run], str]]]
 
 
 def metric_columns(*metrics: str) -> Columns:
-    return [(METRICS[metric][0], lambda run, metric=metric: before_after(run, metric)) for metric in metrics]
+    return [(PUBLISHED[metric][0], lambda run, metric=metric: before_after(run, metric)) for metric in metrics]
 
 
 def param_columns(**titles: str) -> Columns:
@@ -204,65 +206,59 @@ def types_table(runs: list[Run]) -> str:
     return markdown_table(["Run", "Origin", *kinds], rows) if rows else ""
 
 
-# key in a record's `delta` -> (title, where `baseline` and `final` hold the figure)
-DELTAS = {
-    "val_loss": ("validation loss", ("val_loss",)),
-    "ppl": ("perplexity", ("ppl",)),
-    "tatqa": ("TAT-QA, as published, %", ("tatqa", "em_like")),
-    "tatqa_em": ("TAT-QA, official EM, %", ("tatqa", "em")),
-    "tatqa_f1": ("TAT-QA, official F1, %", ("tatqa", "f1")),
-    "reward_accuracy": ("held-out pairs, reward accuracy, %", ("held_out", "accuracy")),
-    "reward_margin": ("held-out pairs, reward margin", ("held_out", "margin")),
-    "mtbench": ("MT-Bench, 1-10", ("mtbench", "avg")),
-    "mtbench_raw": ("MT-Bench, raw reward", ("mtbench", "raw_mean")),
-    "instruct": ("instruction following, 1-10", ("instruct", "avg")),
-    "instruct_raw": ("instruction following, raw reward", ("instruct", "raw_mean")),
-    "finance_instruct": ("Finance-Instruct, 1-10", ("finance_instruct", "avg")),
-    "finance_instruct_raw": ("Finance-Instruct, raw reward", ("finance_instruct", "raw_mean")),
-    "reddit": ("Reddit, 1-10", ("reddit", "avg")),
-    "reddit_raw": ("Reddit, raw reward", ("reddit", "raw_mean")),
-}
+def delta_rows(run: Run) -> list[TableRow]:
+    """The lines of every difference of a record, TAT-QA's answer types among them."""
+    rows, title = [], ""
+    for row in table_rows(run.source["baseline"], run.source["final"], run.delta):
+        is_part = row.title.startswith("  ")
+        title = title if is_part else row.title
+        if row.delta and row.delta["n"]:
+            rows.append(row._replace(title=f"{title}: {row.title.strip()}") if is_part else row)
+    return rows
 
 
-def delta_cells(delta: dict) -> list[str]:
-    if delta["p"] is None:
-        reading = "-"
-    else:
-        reading = "changed" if delta["p"] <= 0.05 else "no detectable change"
+def delta_cells(row: TableRow, *, stays: bool = False) -> list[str]:
+    """Difference, interval, p (* where it stays below 0.05 after Holm's correction), items changed, reading."""
+    delta = row.delta
+    reading = verdict(delta, lower_is_better=row.lower_is_better) or ("-" if delta["p"] is None else "changed")
     return [
         signed(delta["mean"]),
         "none" if delta["low"] is None else f"{signed(delta['low'])} to {signed(delta['high'])}",
-        p_value(delta["p"]),
-        number(delta["n"]),
+        p_value(delta["p"]) + "*" * stays,
+        f"{number(delta['changed'])} of {number(delta['n'])}",
         reading,
     ]
 
 
-def delta_rows(run: Run) -> list[tuple[str, object, object, dict]]:
-    """(title, before, after, delta) of every difference of a record, TAT-QA's answer types among them."""
-    rows = []
-    for key, delta in run.delta.items():
-        title, keys = DELTAS.get(key, (key, (key,)))
-        sides = [run.source["baseline"], run.source["final"]]
-        rows.append((title, *(get_nested(side, keys) for side in sides), delta))
-        for kind, of_kind in delta.get("by_type", {}).items():
-            inner = (keys[0], "by_type", kind, *keys[1:])
-            rows.append((f"{title}: {kind}", *(get_nested(side, inner) for side in sides), of_kind))
-    return [row for row in rows if row[-1]["n"]]
-
-
 def deltas_table(runs: list[Run]) -> str:
     """Every difference of the records with its interval and p; with several seeds, their standard deviation too."""
-    rows = []
-    for run in runs:
-        for title, before, after, delta in delta_rows(run):
-            spread = number(delta["sd"]) if "sd" in delta else "-"
-            figures = f"{number(before)} -> {number(after)}"
-            rows.append([run.name, title, figures, *delta_cells(delta)[:1], spread, *delta_cells(delta)[1:]])
-    header = ["Run", "Metric", "Before -> after", "Difference", "SD over seeds", "95 % interval", "p", "n", "Reading"]
+    lines = [(run, row) for run in runs for row in delta_rows(run)]
+    if not lines:
+        return ""
+    tested = [row.delta["p"] for _, row in lines if row.delta["p"] is not None]
+    corrected = iter(holm(tested))
+    rows, marked = [], 0
+    for run, row in lines:
+        stays = row.delta["p"] is not None and next(corrected) < 0.05
+        marked += stays
+        difference, *others = delta_cells(row, stays=stays)
+        figures = f"{number(row.before)} -> {number(row.after)}"
+        rows.append([run.name, row.title, figures, difference, number(row.delta.get("sd")), *others])
+    header = [
+        "Run",
+        "Metric",
+        "Before -> after",
+        "Difference",
+        "SD over seeds",
+        "95 % interval",
+        "p",
+        "Changed",
+        "Reading",
+    ]
     if not any(run.members for run in runs):
-        header, *rows = [row[:4] + row[5:] for row in (header, *rows)]
-    return markdown_table(header, rows) if rows else ""
+        header, *rows = [cells[:4] + cells[5:] for cells in (header, *rows)]
+    count = f"{len(tested)} p values; {marked} (*) stay below 0.05 after Holm's correction."
+    return f"{markdown_table(header, rows)}\n\n{count}"
 
 
 GENERATED = "<!-- Generated by experiments/report.py from the JSONL files: change those, never this file. -->"
@@ -274,7 +270,8 @@ scripts (*new*) and from records of the original scripts (*imported*). How the p
 
 What the columns hold, for published and new runs:
 
-- **Val loss**, **PPL**: the mean of the rows' means, as published.
+- **Val loss**, **PPL**: the mean of the rows' means and its exponential, as published. The loss per token of the new runs
+  is under *Differences*.
 - **MT-Bench avg**, **Finance-Instruct avg**, **Reddit avg**: reward-model scores on the published scale (`avg_logged` of
   a new record). That scale is not monotone in the reward. Prompts, sampling, reward model and token limits differ from
   those of the published runs, so compare differences, not levels.
@@ -439,7 +436,7 @@ def shown_command(run: Run) -> str | None:
 
 
 def figures_table(run: Run) -> str:
-    rows = [[METRICS[metric][0], before_after(run, metric)] for metric in METRICS]
+    rows = [[PUBLISHED[metric][0], before_after(run, metric)] for metric in PUBLISHED]
     rows = [row for row in rows if row[1] != "-"]
     rows += [[f"TAT-QA {kind}, %", "{} -> {}".format(*map(number, pair))] for kind, pair in run.types.items()]
     rows += [[key, fact(value)] for key, value in flatten(run.facts).items()]

@@ -12,10 +12,13 @@ from llm_alignment import files
 
 EXPERIMENTS = ROOT / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
-campaign, commands, compare, noise, old_records, records, rerun, report, seeds, tables = map(
-    importlib.import_module,
-    ("campaign", "commands", "compare", "noise", "old_records", "records", "rerun", "report", "seeds", "tables"),
-)
+MODULES = (
+    "campaign", "commands", "compare", "export", "mine_pairs", "noise", "old_records", "plots", "records", "rerun",
+    "report", "seeds", "tables",
+)  # fmt: skip
+(
+    campaign, commands, compare, export, mine_pairs, noise, old_records, plots, records, rerun, report, seeds, tables,
+) = map(importlib.import_module, MODULES)  # fmt: skip
 
 
 def summary(avg: float, avg_logged: float, raw: float) -> dict:
@@ -33,7 +36,16 @@ def summary(avg: float, avg_logged: float, raw: float) -> dict:
 
 
 def delta(mean: float, low: float, high: float, p: float, n: int = 12) -> dict:
-    return {"mean": mean, "low": low, "high": high, "p": p, "n": n}
+    return {
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "p": p,
+        "n": n,
+        "changed": n,
+        "clusters": None,
+        "changed_clusters": None,
+    }
 
 
 def make_record(tag: str, script: str = "sft_train.py", **changes) -> dict:
@@ -57,10 +69,21 @@ def make_record(tag: str, script: str = "sft_train.py", **changes) -> dict:
         "versions": {"torch": "2.13.0"},
         "device": {"name": "cpu", "dtype": "float32", "processes": 1, "threads": 2},
         "data": {"rows": {"tatqa_pairs": 1234, "skipped": 0}},
-        "baseline": {"val_loss": 1.50123456, "ppl": 4.48721, "mtbench": summary(5.5, 2.0625, 0.25)},
-        "final": {"val_loss": 1.2504321, "ppl": 3.4918, "mtbench": summary(5.75, 2.375, 0.4)},
+        "baseline": {
+            "val_loss": 1.61,
+            "val_loss_row_mean": 1.50123456,
+            "ppl": 5.0028,
+            "mtbench": summary(5.5, 2.0625, 0.25),
+        },
+        "final": {
+            "val_loss": 1.36,
+            "val_loss_row_mean": 1.2504321,
+            "ppl": 3.896,
+            "mtbench": summary(5.75, 2.375, 0.4),
+        },
         "delta": {
-            "val_loss": delta(-0.25080246, -0.3, -0.2, 0.0002),
+            "val_loss": delta(-0.25, -0.3, -0.2, 0.0002),
+            "val_loss_row_mean": delta(-0.25080246, -0.3, -0.2, 0.0002),
             "mtbench": delta(0.25, -0.125, 0.625, 0.21),
             "mtbench_raw": delta(0.15, 0.0625, 0.3, 0.03),
         },

@@ -11,10 +11,14 @@ import pytest
 from run_records import (
     EXPERIMENTS,
     compare,
+    delta,
     make_dpo_record,
     make_record,
+    noise,
+    plots,
     records,
     report,
+    seeds,
     tables,
     write_log,
 )
@@ -73,7 +77,7 @@ def test_every_logged_figure_is_in_the_tables_as_it_was_logged(logged_report):
     text = (logged_report / "RESULTS.md").read_text(encoding="utf-8")
     changes = {"tatqa_delta_pp": "tatqa", "mtbench_delta": "mtbench", "instruct_delta": "instruct"}
     finals = {"val_loss_final": "val_loss", "ppl_final": "ppl", "mtbench_avg_final": "mtbench"}
-    metrics = {key: key for key in records.METRICS} | {"mtbench_avg": "mtbench", "instruct_avg": "instruct"}
+    metrics = {key: key for key in records.PUBLISHED} | {"mtbench_avg": "mtbench", "instruct_avg": "instruct"}
     checked = 0
     for name, run in LOGGED.items():
         for key, value in (run["figures"] or {}).items():
@@ -81,7 +85,7 @@ def test_every_logged_figure_is_in_the_tables_as_it_was_logged(logged_report):
             if run["script"] == "dpo_train_mt.py" and key == "instruct_success":
                 metric = "finance_success"  # these runs' instructions are Finance-Instruct's
             if metric or key == "pairs":
-                cell = row_of(text, name, "Pairs" if key == "pairs" else records.METRICS[metric][0])
+                cell = row_of(text, name, "Pairs" if key == "pairs" else records.PUBLISHED[metric][0])
                 assert figures_in(cell.replace("- -> ", "")) == (value if isinstance(value, list) else [value])
                 checked += 1
             elif key == "tatqa_by_type":
@@ -110,10 +114,10 @@ def test_no_column_holds_two_measures_of_instruction_following():
     runs = [run for run in records.load_runs([]) if tables.is_dpo(run)]
     mine = records.from_record(make_dpo_record("mine") | {"place": "log.jsonl:1"})
     text = tables.runs_tables([*runs, mine], tables.DPO_COLUMNS)
-    for column in records.METRICS["instruct"][0], records.METRICS["instruct_success"][0]:
+    for column in records.PUBLISHED["instruct"][0], records.PUBLISHED["instruct_success"][0]:
         assert "published runs only" in column
         assert row_of(text, "mine", column) == "-" and row_of(text, "beta_003_lora_16_32", column) != "-"
-    checks = records.METRICS["checks"][0]
+    checks = records.PUBLISHED["checks"][0]
     assert row_of(text, "mine", checks) == "61 -> 63" and row_of(text, "beta_003_lora_16_32", checks) == "-"
 
 
@@ -153,8 +157,8 @@ def test_new_runs_stand_beside_the_logged_ones_and_are_told_apart(tmp_path):
     score = changes["a\\|b", "MT-Bench, 1-10"]
     assert score["Before -> after"] == "5.5 -> 5.75" and score["Difference"] == "+0.25"
     assert score["95 % interval"] == "-0.125 to +0.625" and score["p"] == "0.21"
-    assert score["Reading"] == "no detectable change"
-    assert changes["mine", "TAT-QA, as published, %"]["p"] == "< 0.0001"
+    assert score["Reading"] == "no detectable change; a loss above 0.12 is excluded"
+    assert changes["mine", "TAT-QA, published metric, %"]["p"] == "< 0.0001*"
     log_text = tables.experiment_log("SFT", [run for run in runs if tables.is_sft(run)], tables.SFT_COLUMNS)
     assert "poetry run python sft_train.py --demo --exp_tag 'a|b'" in log_text and markdown_tables(log_text)
 
@@ -185,6 +189,123 @@ def test_the_same_records_give_the_same_files_and_no_plot_is_blank(tmp_path):
         assert (pixels[[0, -1], :, :3] > 0.99).all(), f"{name} is cut off"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise of the published baselines; several seeds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_noise_is_that_of_the_logged_baselines_and_marks_what_lies_within_twice_it(logged_report):
+    runs = {run.name: run for run in records.load_runs([])}
+    spreads = {spread.title: spread for spread in noise.mark_noise(list(runs.values()))}
+    assert len(spreads) == 7 and all(len(spread.baselines) >= 3 for spread in spreads.values())
+    russian = spreads["MT-Bench RU, Qwen3-1.7B, 50 questions"]
+    assert sorted(russian.baselines) == [1.4, 1.48, 1.63, 1.72, 1.76]
+    assert russian.of_baselines == pytest.approx(0.1549, abs=1e-4)
+    assert russian.of_differences == pytest.approx(0.219, abs=1e-3)
+    assert "mtbench" in runs["beta_002_lora_32_64"].in_noise  # +0.39 of 2 * 0.219
+    assert sorted(spreads["TAT-QA, Qwen3-1.7B, 1668 questions"].baselines) == [42.6, 42.7, 43.0, 43.5, 43.5]
+    assert sorted(spreads["TAT-QA, Qwen3-1.7B, 250 questions"].baselines) == [40.4, 40.8, 42.4, 43.2, 43.6]
+    assert not any("tatqa" in runs[name].in_noise for name in ("beta_003_lora_16_32", "beta_002_2epochs"))
+    assert "tatqa" in runs["hybrid_2way"].in_noise and "progressive_2stage" in runs
+    assert not runs["progressive_2stage"].in_noise
+    text = (logged_report / "RESULTS.md").read_text(encoding="utf-8")
+    assert "within noise" in row_of(text, "beta_002_lora_32_64", "MT-Bench avg")
+    assert "within noise" not in row_of(text, "beta_002_lora_32_64", "TAT-QA, %")
+
+
+def seed_record(seed: int, shift: float) -> dict:
+    record = make_record(f"mine-seed{seed}", ts=f"2025-01-0{seed}T00:00:00Z", output_dir=f"no_folder_{seed}")
+    record["args"] = record["args"] | {"seed": seed, "output_dir": f"no_folder_{seed}", "exp_tag": f"mine-seed{seed}"}
+    record["delta"]["mtbench"] = delta(0.25 + shift, 0.05 + shift, 0.45 + shift, 0.02, 40)
+    return record
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path):
+    other = seed_record(3, 0.0)
+    other["args"]["kl_coef"] = 0.5
+    old = seed_record(1, 9.0) | {"ts": "2024-01-01T00:00:00Z"}  # the newest record of a seed counts
+    log = write_log(tmp_path / "log.jsonl", old, seed_record(1, -0.1), seed_record(2, 0.1), other)
+    runs = seeds.merge_seeds(records.load_runs([log]))
+    mine = [run for run in runs if not run.is_logged]
+    assert [run.name for run in mine] == ["mine, 2 seeds", "mine-seed3"]
+    combined = mine[0].delta["mtbench"]
+    # by hand: sd of 0.15 and 0.35 is 0.1414, of_seeds 0.01; each interval is 0.4 wide: of_questions (0.2 / 1.96) ** 2
+    assert combined["mean"] == pytest.approx(0.25) and combined["sd"] == pytest.approx(0.02**0.5)
+    variance = 0.01 + (0.2 / 1.96) ** 2
+    freedom = variance**2 / (0.01**2 / 1 + (0.2 / 1.96) ** 4 / 39)
+    from scipy import stats
+
+    assert combined["high"] - combined["mean"] == pytest.approx(stats.t.ppf(0.975, freedom) * variance**0.5)
+    text = tables.results(runs, [], {})
+    assert row_of(text, "mine, 2 seeds", "Origin") == "new, 2 seeds"
+    changes = {
+        (row["Run"], row["Metric"]): row for rows in markdown_tables(text) for row in rows if "SD over seeds" in row
+    }
+    assert changes["mine, 2 seeds", "MT-Bench, 1-10"]["SD over seeds"] == "0.1414"
+    assert changes["mine-seed3", "MT-Bench, 1-10"]["SD over seeds"] == "-"
+    log_text = tables.experiment_log("SFT", [run for run in runs if tables.is_sft(run)], tables.SFT_COLUMNS)
+    assert "\n## mine-seed1 (log.jsonl:2)\n" in log_text and "\n## mine-seed2\n" in log_text
+    figure = plots.plot_seeds([run for run in runs if run.members])
+    assert figure is not None
+
+
+@pytest.mark.parametrize(
+    ("count", "seed_sd", "question_sd", "both_sd"), [(2, 0.3, 1.0, 1.0), (3, 0.0, 1.0, 2.0), (5, 0.5, 0.5, 1.0)]
+)
+def test_the_interval_over_seeds_and_questions_covers(count, seed_sd, question_sd, both_sd):
+    """Differences of 40 questions at each seed: effects of the seed, of the question, and of both together."""
+    import numpy
+
+    rng, covered, repeats = numpy.random.default_rng(1), 0, 600
+    for _ in range(repeats):
+        rows = 0.4 + rng.normal(0, seed_sd, (count, 1)) + rng.normal(0, question_sd, 40)
+        rows = rows + rng.normal(0, both_sd, (count, 40))
+        reach = 1.96 * rows.std(axis=1, ddof=1) / 40**0.5
+        of_seeds = [
+            delta(m, m - r, m + r, 0.5, 40) for m, r in zip(rows.mean(axis=1).tolist(), reach.tolist(), strict=True)
+        ]
+        combined = seeds.combine(of_seeds)
+        covered += combined["low"] <= 0.4 <= combined["high"]
+    assert covered / repeats >= 0.93
+
+
+def test_names_are_texts_and_stay_within_their_frame(tmp_path):
+    hostile = "<img src=x onerror=alert(1)>&lt;b&gt; [x](javascript:y) ``` end"
+    long = "a_very_long_name_of_a_run_that_nobody_would_want_to_read_in_a_plot_" * 3
+    untagged = make_record("", output_dir="/somewhere/of/mine/my_folder")
+    for record, kl_coef in ((untagged, 1.0), (hostile_record := make_record(hostile), 2.0)):
+        record["args"] = record["args"] | {"kl_coef": kl_coef}
+    log = write_log(tmp_path / "log.jsonl", hostile_record, untagged, make_record(long, reason="a <b>bold</b> reason"))
+    runs = records.load_runs([log])
+    assert [run.name for run in runs if not run.is_logged] == [hostile, "my_folder", long]
+    for text in (
+        tables.results(runs, [], {"plots/x.png": hostile}),
+        tables.experiment_log("SFT", [run for run in runs if tables.is_sft(run)], tables.SFT_COLUMNS),
+    ):
+        outside = re.sub(r"(`{3,})text\n.*?\n\1", "", text, flags=re.DOTALL)
+        assert "<img" not in outside and "<b>" not in outside and "\n[x]" not in outside
+        assert "my_folder" in outside and markdown_tables(text)
+    new = [run for run in runs if not run.is_logged]
+    for figure in (plots.plot_metric("title", "val_loss", new), plots.plot_trade_off(new)):
+        labels_within(figure)
+
+
+def labels_within(figure) -> None:
+    """Asserts that every text of the figure lies within it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    FigureCanvasAgg(figure).draw()
+    frame = figure.bbox
+    for text in figure.findobj(Text):
+        if text.get_text().strip() and text.get_visible():
+            box = text.get_window_extent()
+            inside = (
+                frame.x0 - 1 <= box.x0 and box.x1 <= frame.x1 + 1 and frame.y0 - 1 <= box.y0 and box.y1 <= frame.y1 + 1
+            )
+            assert inside, text.get_text()
+
+
 FINGERPRINT = {"model": "tiny", "adapter": "none", "max_new_tokens": 64}
 
 
@@ -204,6 +325,29 @@ def write_answers(path: Path, scores: dict[str, float], *, answer: str, **settin
         })
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def write_held_out(path: Path, margins: dict[str, float]) -> None:
+    lines = [{"fingerprint": FINGERPRINT}]
+    for name, margin in margins.items():
+        rewards = {"chosen_reward": margin, "rejected_reward": 0.0}
+        lines.append({"question_id": name, "chosen": "the good one", "rejected": "the bad one", **rewards})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def test_held_out_pairs_are_compared_and_have_power(tmp_path, capsys):
+    write_held_out(tmp_path / "a" / "held_out_baseline.jsonl", {str(n): 0.0 for n in range(12)})
+    write_held_out(tmp_path / "a" / "held_out_final.jsonl", {str(n): n - 4.5 for n in range(12)})
+    write_held_out(tmp_path / "b" / "held_out_final.jsonl", {str(n): n + 1.0 for n in range(12)})
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert report.main(["--compare", *folders, "--output_dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "held-out pairs, accuracy" in printed and "12 shared questions" in printed
+    page = Page(next(tmp_path.glob("compare_*.html")).read_text(encoding="utf-8"))
+    assert "the good one" in page.text and "reward 12" in page.text
+    assert report.main(["--power", folders[0]]) == 0
+    assert "of reward margin in 8 of 10 runs" in capsys.readouterr().out
 
 
 class Page(html.parser.HTMLParser):

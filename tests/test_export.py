@@ -1,0 +1,96 @@
+"""A merged model answers as base plus adapter does, or nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import DEMO
+from run_records import export
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """An output folder with a LoRA adapter of the demo's base, far enough from it to be told apart."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_folder_loads_with_plain_transformers_and_answers_as_base_plus_adapter(run_folder, dtype, tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert export.main([str(run_folder), "--merged", str(tmp_path / "merged"), "--dtype", dtype]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    assert merged.generation_config.eos_token_id == [tokenizer.eos_token_id]
+    if dtype == "bf16":
+        return
+    base = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, run_folder)
+    questions = (DEMO / "mt_bench_en.jsonl").read_text("utf-8").splitlines()[:20]
+    for line in questions:
+        chat = [{"role": "user", "content": json.loads(line)["turns"][0]}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        new, old = (model.generate(**ids, max_new_tokens=12, do_sample=False) for model in (merged, adapted))
+        assert new.tolist() == old.tolist()
+
+
+def test_a_merge_that_answers_otherwise_leaves_nothing_behind(run_folder, tmp_path, monkeypatch, capsys):
+    def damaged(model, tokenizer, folder):
+        merged = model.merge_and_unload()
+        merged.model.layers[0].self_attn.q_proj.weight.data.mul_(-1)
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    monkeypatch.setattr(export, "write_merged", damaged)
+    assert export.main([str(run_folder), "--merged", str(tmp_path / "merged"), "--dtype", "fp32"]) == 1
+    error = capsys.readouterr().err
+    assert "error: the merged model is" in error and not list(tmp_path.iterdir())
+
+
+def other_base(folder: Path) -> str:
+    """The demo's base with other weights."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(DEMO / "model", folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: torch.flip(tensor, [0]) for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return str(folder)
+
+
+def test_what_cannot_be_exported_is_one_line_and_exit_code_2(run_folder, tmp_path, capsys):
+    measured = tmp_path / "measured"
+    shutil.copytree(run_folder, measured)
+    header = {"fingerprint": {"model": "tiny", "weights": "0" * 64}}
+    (measured / "mtbench_final.jsonl").write_text(json.dumps(header) + "\n", encoding="utf-8")
+    (tmp_path / "there").mkdir()
+    for argv, words in (
+        ([str(tmp_path / "there"), "--merged", "m"], ["there", "adapter_config.json"]),
+        ([str(run_folder), "--merged", str(tmp_path / "there")], ["--merged", "exists"]),
+        ([str(run_folder), "--merged", "m", "--model", "/nowhere"], ["--model", "/nowhere"]),
+        ([str(measured), "--merged", "m", "--model", other_base(tmp_path / "other")], ["not the base"]),
+        ([str(run_folder), "--merged", "m", "--model", str(DEMO / "reward_model")], ["reward_model"]),
+    ):
+        assert export.main(argv) == 2, argv
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and all(word in error for word in words), error
+    assert not Path("m").exists()
