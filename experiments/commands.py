@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+from collections.abc import Callable
 
 from llm_alignment.files import InputError
 
@@ -75,6 +78,20 @@ def join_empty(arguments: list[str]) -> list[str]:
         else:
             joined.append(word)
     return joined
+
+
+def exit_code(run: Callable[[], int]) -> int:
+    """What `run()` gives; 2 after one line for bad input. A reader that has seen enough, as `head -1`, is no error."""
+    try:
+        code = run()
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return 0
 
 
 def command_line(script: str, arguments: list[str]) -> str:

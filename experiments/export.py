@@ -81,6 +81,12 @@ def model_arguments(args: argparse.Namespace) -> argparse.Namespace:
         base = json.loads(config_file.read_text("utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{config_file}: it names no base ({error}); train or copy it again") from error
+    run_file = args.run_folder / "run.json"
+    trained_on = json.loads(run_file.read_text("utf-8"))["args"]["model"] if run_file.is_file() else base
+    if trained_on != base:
+        raise InputError(
+            f"{config_file} names the base {base}, but run.json says that the run was on {trained_on}; copy the folder again"
+        )
     return argparse.Namespace(
         model=args.model or base,
         model_revision=args.model_revision,

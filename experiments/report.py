@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from commands import exit_code
 from compare import compare, print_power, slug
 from noise import mark_noise
 from plots import (
@@ -105,21 +106,24 @@ def write_report(files: list[Path], output_dir: Path) -> list[Path]:
     return written
 
 
+def run(args: argparse.Namespace) -> int:
+    files = list(dict.fromkeys([*record_files(), *(path.resolve() for path in args.exp_log)]))
+    for path in args.exp_log:
+        if not path.is_file():
+            raise InputError(f"--exp_log {path}: no such file; name a record file")
+    if args.compare:
+        print(f"wrote {compare(*args.compare, files, args.output_dir)}")
+    elif args.power:
+        print_power(args.power, files)
+    else:
+        for path in write_report(files, args.output_dir):
+            print(f"wrote {path}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    files = list(dict.fromkeys([*record_files(), *(path.resolve() for path in args.exp_log)]))
-    try:
-        if args.compare:
-            print(f"wrote {compare(*args.compare, files, args.output_dir)}")
-        elif args.power:
-            print_power(args.power, files)
-        else:
-            for path in write_report(files, args.output_dir):
-                print(f"wrote {path}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(args))
 
 
 if __name__ == "__main__":

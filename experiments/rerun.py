@@ -23,16 +23,14 @@ reported and rerun like any other.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from campaign import execute, plan_runs, print_plan, run_campaign
-from commands import apply_changes, command_line, join_empty
+from commands import apply_changes, command_line, exit_code, join_empty
 from old_records import IMPORTED, import_records
 from records import LOGGED_RUNS, find_run, load_records, record_files, record_name, run_arguments
 
-from llm_alignment.files import InputError
 from llm_alignment.flags import not_negative
 
 
@@ -102,16 +100,7 @@ def run(argv: list[str] | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        code = run(argv)
-        sys.stdout.flush()
-        return code
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader, such as `head -1`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -83,14 +83,20 @@ def test_what_cannot_be_exported_is_one_line_and_exit_code_2(run_folder, tmp_pat
     header = {"fingerprint": {"model": "tiny", "weights": "0" * 64}}
     (measured / "mtbench_final.jsonl").write_text(json.dumps(header) + "\n", encoding="utf-8")
     (tmp_path / "there").mkdir()
+    renamed = tmp_path / "renamed"
+    shutil.copytree(run_folder, renamed)
+    (renamed / "run.json").write_text(json.dumps({"args": {"model": "another/base"}}), encoding="utf-8")
     for argv, words in (
-        ([str(tmp_path / "there"), "--merged", "m"], ["there", "adapter_config.json"]),
+        ([str(tmp_path / "there"), "--merged", str(tmp_path / "m")], ["there", "adapter_config.json"]),
         ([str(run_folder), "--merged", str(tmp_path / "there")], ["--merged", "exists"]),
-        ([str(run_folder), "--merged", "m", "--model", "/nowhere"], ["--model", "/nowhere"]),
-        ([str(measured), "--merged", "m", "--model", other_base(tmp_path / "other")], ["not the base"]),
-        ([str(run_folder), "--merged", "m", "--model", str(DEMO / "reward_model")], ["reward_model"]),
+        ([str(run_folder), "--merged", str(tmp_path / "m"), "--model", "/nowhere"], ["--model", "/nowhere"]),
+        (
+            [str(measured), "--merged", str(tmp_path / "m"), "--model", other_base(tmp_path / "other")],
+            ["not the base"],
+        ),
+        ([str(renamed), "--merged", str(tmp_path / "m")], ["adapter_config.json", "another/base", "run.json"]),
     ):
         assert export.main(argv) == 2, argv
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and all(word in error for word in words), error
-    assert not Path("m").exists()
+    assert not (tmp_path / "m").exists()

@@ -163,6 +163,7 @@ def test_new_runs_stand_beside_the_logged_ones_and_are_told_apart(tmp_path):
     assert "poetry run python sft_train.py --demo --exp_tag 'a|b'" in log_text and markdown_tables(log_text)
 
 
+@pytest.mark.slow
 def test_the_same_records_give_the_same_files_and_no_plot_is_blank(tmp_path):
     from matplotlib import image
 
@@ -200,9 +201,9 @@ def test_the_noise_is_that_of_the_logged_baselines_and_marks_what_lies_within_tw
     assert len(spreads) == 7 and all(len(spread.baselines) >= 3 for spread in spreads.values())
     russian = spreads["MT-Bench RU, Qwen3-1.7B, 50 questions"]
     assert sorted(russian.baselines) == [1.4, 1.48, 1.63, 1.72, 1.76]
-    assert russian.of_baselines == pytest.approx(0.1549, abs=1e-4)
-    assert russian.of_differences == pytest.approx(0.219, abs=1e-3)
-    assert "mtbench" in runs["beta_002_lora_32_64"].in_noise  # +0.39 of 2 * 0.219
+    assert russian.of_baselines == pytest.approx(0.1543, abs=1e-4)
+    assert russian.of_differences == pytest.approx(0.2183, abs=1e-4)
+    assert "mtbench" in runs["beta_002_lora_32_64"].in_noise  # +0.39 of 2 * 0.218
     assert sorted(spreads["TAT-QA, Qwen3-1.7B, 1668 questions"].baselines) == [42.6, 42.7, 43.0, 43.5, 43.5]
     assert sorted(spreads["TAT-QA, Qwen3-1.7B, 250 questions"].baselines) == [40.4, 40.8, 42.4, 43.2, 43.6]
     assert not any("tatqa" in runs[name].in_noise for name in ("beta_003_lora_16_32", "beta_002_2epochs"))
@@ -298,7 +299,7 @@ def labels_within(figure) -> None:
     FigureCanvasAgg(figure).draw()
     frame = figure.bbox
     for text in figure.findobj(Text):
-        if text.get_text().strip() and text.get_visible():
+        if re.search("[a-z]", text.get_text()) and text.get_visible():  # ticks beyond the axis are not drawn
             box = text.get_window_extent()
             inside = (
                 frame.x0 - 1 <= box.x0 and box.x1 <= frame.x1 + 1 and frame.y0 - 1 <= box.y0 and box.y1 <= frame.y1 + 1
