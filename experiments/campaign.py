@@ -54,7 +54,7 @@ class PlannedRun:
 
 
 def parse(script: str, arguments: list[str]) -> argparse.Namespace:
-    """What the script's own parser makes of the arguments; it ends the program with exit code 2 where they are wrong."""
+    """What the script's own parser makes of the arguments; wrong ones end the program with exit code 2."""
     return importlib.import_module(Path(script).stem).build_parser().parse_args(arguments)
 
 
@@ -79,8 +79,8 @@ def plan_runs(names: list[str], seeds: list[int], changes: list[str]) -> list[Pl
             other = planned.setdefault(new.output_dir.resolve(), new)
             if other is not new:
                 raise InputError(
-                    f"{other.name} and {new.name} share the output folder {new.output_dir}; run them one by one with an "
-                    "--output_dir each"
+                    f"{other.name} and {new.name} share the output folder {new.output_dir}; run them one by one, each "
+                    "with an --output_dir"
                 )
     return list(planned.values())
 

@@ -197,8 +197,8 @@ def print_power(names: list[str], files: list[Path]) -> None:
         units = {"tatqa": "percentage points", "held_out": "of reward margin"}
         unit = units.get(key, "points on the 1-10 scale")
         print(
-            f"{EVALUATIONS[key]}: {len(differences)} questions, mean difference {signed(statistics.fmean(differences))}, "
-            f"standard deviation of the per-question difference {number(spread)}"
+            f"{EVALUATIONS[key]}: {len(differences)} questions, mean difference "
+            f"{signed(statistics.fmean(differences))}, standard deviation by question {number(spread)}"
         )
         for n in sorted({16, 32, 50, 80, 160, 320, len(differences)}):
             print(f"  n = {n:>4}: detects a difference of {detectable(spread, n):.2f} {unit} in 8 of 10 runs")

@@ -3,11 +3,11 @@
     poetry run python experiments/export.py RUN_FOLDER --merged DIR
     poetry run python experiments/export.py RUN_FOLDER --merged DIR --dtype fp32
 
-RUN_FOLDER is the output folder of a training run. The base is the one that its adapter_config.json names; --model gives
-another place for the same base. The base is loaded in bf16 or fp32, never in 4 bits, since merged 4-bit weights would be
-rounded a second time. Then the folder is loaded as any program would load it, and it must answer a few prompts as base
-plus adapter does: the mean KL divergence of the next-token distributions over the answers stays below 0.05 nats in bf16
-and 0.0001 in fp32. If it does not, nothing is left behind and the exit code is 1.
+RUN_FOLDER is the output folder of a training run. The base is the one that its adapter_config.json names; --model
+gives another place for the same base. The base is loaded in bf16 or fp32, never in 4 bits, since merged 4-bit
+weights would be rounded a second time. Then the folder is loaded as any program would load it, and it must answer a
+few prompts as base plus adapter does: the mean KL divergence of the next-token distributions over the answers stays
+below 0.05 nats in bf16 and 0.0001 in fp32. If it does not, nothing is left behind and the exit code is 1.
 
 DIR gets the weights, the tokenizer with its chat template, and the generation settings: transformers, vLLM and
 llama.cpp's converter read it.
@@ -84,9 +84,7 @@ def model_arguments(args: argparse.Namespace) -> argparse.Namespace:
     run_file = args.run_folder / "run.json"
     trained_on = json.loads(run_file.read_text("utf-8"))["args"]["model"] if run_file.is_file() else base
     if trained_on != base:
-        raise InputError(
-            f"{config_file} names the base {base}, but run.json says that the run was on {trained_on}; copy the folder again"
-        )
+        raise InputError(f"{config_file} names the base {base}, but run.json says {trained_on}; copy the folder again")
     return argparse.Namespace(
         model=args.model or base,
         model_revision=args.model_revision,
@@ -145,7 +143,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def write_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the merged model, its tokenizer and its generation settings, which end at the template's end of a turn."""
+    """Writes the merged model, its tokenizer, and its generation settings, which stop at the end of a turn."""
     merged = model.merge_and_unload(safe_merge=True)  # safe: a weight that is not finite is an error
     ends = merged.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
@@ -207,7 +205,7 @@ def verify(
     texts = answer_texts(model, tokenizer, chats, max_new_tokens)
     same = sum(new == old for new, old in zip(texts, answers, strict=True))
     log.info(
-        "check on %d prompts: %d answers are the same text; mean KL to base plus adapter %.2g nats, to the base alone %.2g",
+        "check on %d prompts: %d answers are the same text; mean KL to base plus adapter %.2g nats, to the base %.2g",
         len(chats), same, difference, adapter_effect,
     )  # fmt: skip
     if not difference <= LARGEST_KL[dtype]:

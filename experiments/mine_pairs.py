@@ -4,14 +4,15 @@
     poetry run python dpo_train.py --model M --pairs pairs.jsonl --load_adapter DIR --adapter_trainable
     poetry run python experiments/mine_pairs.py --demo
 
-PROMPTS is a JSONL, JSON or Parquet file of rows with `prompt` (a text or a list of {role, content} turns), `question`
-or `messages` (whose last answer is not used). A prompt that contains what an evaluation asks is left out and counted:
-the questions of --questions and --tatqa_dir, and the 25 instructions. Each prompt is answered --samples times; answers
-that are empty or cut by the token limit are not used. A pair is {prompt, chosen, rejected, margin, chosen_reward,
-rejected_reward, uid}; prompts whose best and worst answer are not more than --min_margin apart give none and are counted.
+PROMPTS is a JSONL, JSON or Parquet file of rows with `prompt` (a text or a list of {role, content} turns),
+`question` or `messages` (whose last answer is not used). A prompt that contains what an evaluation asks is left out
+and counted: the questions of --questions and --tatqa_dir, and the 25 instructions. Each prompt is answered --samples
+times; answers that are empty or cut by the token limit are not used. A pair is {prompt, chosen, rejected, margin,
+chosen_reward, rejected_reward, uid}; prompts whose best and worst answer are not more than --min_margin apart give
+none and are counted.
 
-Answers and rewards of every prompt are kept in OUTPUT.samples.jsonl as they come: the same command goes on after a stop,
-and another --min_margin samples nothing again.
+Answers and rewards of every prompt are kept in OUTPUT.samples.jsonl as they come: the same command goes on after a
+stop, and another --min_margin samples nothing again.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from llm_alignment.files import (
     ResultFile,
     SkippedRows,
     digest,
-    read_usable,
     write_rows,
 )
 from llm_alignment.flags import DEMO_DIR, add_model_flags, not_negative, positive, ratio
 from llm_alignment.generation import generate, strip_thinking
+from llm_alignment.hub import read_usable
 from llm_alignment.instructions import instruct_questions
 from llm_alignment.leaks import leak_finder, without_leaks
 from llm_alignment.models import adapter_sha256, load_adapter, load_model, load_tokenizer, model_fingerprint
@@ -193,8 +194,8 @@ def sample_answers(
 ) -> None:
     """Answers and scores the prompts that have no row in `results` yet, a chunk at a time.
 
-    A row: {"question_id", "prompt", "answers", "rewards", "finished"}, with a list entry for each sample. Chunks are cut
-    from all prompts, so that a restart samples in the same company, and gets the same answers.
+    A row: {"question_id", "prompt", "answers", "rewards", "finished"}, with a list entry for each sample. Chunks are
+    cut from all prompts, so that a restart forms the same batches and gets the same answers.
     """
     missing = {prompt["question_id"] for prompt in results.missing(prompts)}
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):

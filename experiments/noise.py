@@ -1,8 +1,8 @@
 """How much two published runs differ with nothing changed, from the baselines of one base under one protocol.
 
-The published runs logged no per-question answers, so their differences have no interval. What they did log is the same
-base measured again and again. With s the standard deviation of those baselines, a difference of two measurements has the
-standard deviation sqrt(2) * s with nothing changed. A change within twice that is marked.
+The published runs logged no per-question answers, so their differences have no interval. What they did log is the
+same base measured again and again. With s the standard deviation of those baselines, a difference of two
+measurements has the standard deviation sqrt(2) * s with nothing changed. A change within twice that is marked.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Records of the original scripts, turned into records here.
 
-Two forms: {ts, tag, model, params, eval, mtbench, instruct, reddit?} with a baseline and a post side each, which may be
-null; and {timestamp, model, method, tag, stages, config} of a run in stages, whose figures were never measured.
+Two forms: {ts, tag, model, params, eval, mtbench, instruct, reddit?} with a baseline and a post side each, which may
+be null; and {timestamp, model, method, tag, stages, config} of a run in stages, whose figures were never measured.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def import_records(path: Path) -> tuple[int, int]:
             skipped.add(place, str(error))
     if not found:
         raise InputError(
-            f"--import {path}: no record of the original scripts ({'; '.join(skipped.places) or 'it is empty'}); those "
-            "have the keys ts, params and eval, or timestamp, stages and config"
+            f"--import {path}: no record of the original scripts ({'; '.join(skipped.places) or 'it is empty'}); "
+            "those have the keys ts, params and eval, or timestamp, stages and config"
         )
     skipped.report(f"lines of {path}")
     target = HERE / IMPORTED

@@ -80,8 +80,8 @@ def find_run(name: str, files: list[Path] | None = None) -> dict:
         if found:
             return max(reversed(found), key=lambda record: record["ts"])
     raise InputError(
-        f"no run is called {name!r}; `rerun.py --list` shows ids and tags, FILE:LINE names any record, and a change is "
-        "written --flag value after the runs"
+        f"no run is called {name!r}; `rerun.py --list` shows ids and tags, FILE:LINE names any record, and a change "
+        "is written --flag value after the runs"
     )
 
 
@@ -121,8 +121,8 @@ def get_nested(values: dict, keys: tuple[str, ...]) -> Any:
 # One shape
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The columns of the published tables: name -> (title, where a record's `baseline` and `final` hold it). All are measured
-# as the published runs did; the last ones only new runs have. PPL is the exponential of the val loss.
+# The columns of the published tables: name -> (title, where a record's `baseline` and `final` hold it). All are
+# measured as the published runs did; the last ones only new runs have. PPL is the exponential of the val loss.
 PUBLISHED = {
     "val_loss": ("Val loss", METRICS["val_loss_row_mean"].keys),
     "ppl": ("PPL", ()),

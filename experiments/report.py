@@ -4,10 +4,10 @@
     poetry run python experiments/report.py --compare RUN_A RUN_B
     poetry run python experiments/report.py --power RUN
 
-The first writes RESULTS.md, the four Markdown logs and plots/*.png from logged_runs.jsonl and from every record file of
-this folder (and `--exp_log FILE ...`). The second compares two runs on the questions that both answered, prints the
-table and writes one HTML page with both answers side by side. The third says how small a difference N questions can
-detect. A run is named by its tag, by FILE:LINE of a record file, or by its output folder.
+The first writes RESULTS.md, the four Markdown logs and plots/*.png from logged_runs.jsonl and from every record file
+of this folder (and `--exp_log FILE ...`). The second compares two runs on the questions that both answered, prints
+the table and writes one HTML page with both answers side by side. The third says how small a difference N questions
+can detect. A run is named by its tag, by FILE:LINE of a record file, or by its output folder.
 
 The same records and output folders give the same files, byte for byte.
 """

@@ -6,15 +6,15 @@
     poetry run python experiments/rerun.py Exp1-1.7B Exp2-1.7B --seeds 1 2 3 --plan
     poetry run python experiments/rerun.py --import old_dpo_experiments.jsonl
 
-RUN is the id or an alias of a published run (logged_runs.jsonl), the tag of a record (the newest record that has it),
-its output folder, or FILE:LINE of a record file. Every `--flag value` after the runs replaces that flag in the command,
-or is added to it. The command is printed on one line that PowerShell and bash both read as the same arguments. Then this
-Python runs it, in the current folder, and the exit code is the script's.
+RUN is the id or an alias of a published run (logged_runs.jsonl), the tag of a record (the newest record that has
+it), its output folder, or FILE:LINE of a record file. Every `--flag value` after the runs replaces that flag in the
+command, or is added to it. The command is printed on one line that PowerShell and bash both read as the same
+arguments. Then this Python runs it, in the current folder, and the exit code is the script's.
 
-Several runs, or --seeds, make a campaign: one run after the other. A run of which a record says that it is completed is
-skipped, an interrupted one is resumed, a failed one does not stop the others, and at the end the results are printed.
-The same command goes on where the last one stopped. With --seeds every seed has its own output folder (OUTPUT_DIR_seedN)
-and tag (TAG-seedN). --plan prints the dry run of every run and the sum, and runs nothing.
+Several runs, or --seeds, make a campaign: one run after the other. A run of which a record says that it is completed
+is skipped, an interrupted one is resumed, a failed one does not stop the others, and at the end the results are
+printed. The same command goes on where the last one stopped. With --seeds every seed has its own output folder
+(OUTPUT_DIR_seedN) and tag (TAG-seedN). --plan prints the dry run of every run and the sum, and runs nothing.
 
 --import turns the records of the original scripts into records here (imported_runs.jsonl): they are then listed,
 reported and rerun like any other.

@@ -1,11 +1,11 @@
 """Runs that differ in the seed alone, as one: mean, standard deviation over seeds, and an interval.
 
 Each of K seeds gives a mean difference d_k over the same n questions, with its own 95 % interval over questions. The
-mean of the d_k has two sources of error: other seeds, with variance var(d_k) / K, and other questions, with the variance
-q that the single intervals say, (width / 2 / 1.96) squared, averaged over the seeds. More seeds do not lower the second,
-since all ask the same questions. The interval is mean +/- t * sqrt(var(d_k) / K + q); t has the degrees of freedom of
-Welch and Satterthwaite, from K - 1 and n - 1 (n clusters where questions share a context). What a question does at one seed alone is counted in both parts, so the
-interval is rather too wide than too narrow.
+mean of the d_k has two sources of error: other seeds, with variance var(d_k) / K, and other questions, with the
+variance q that the single intervals say, (width / 2 / 1.96) squared, averaged over the seeds. More seeds do not
+lower the second, since all ask the same questions. The interval is mean +/- t * sqrt(var(d_k) / K + q); t has the
+degrees of freedom of Welch and Satterthwaite, from K - 1 and n - 1 (n clusters where questions share a context).
+What a question does at one seed alone is counted in both parts, so the interval is rather too wide than too narrow.
 """
 
 from __future__ import annotations

@@ -270,28 +270,29 @@ scripts (*new*) and from records of the original scripts (*imported*). How the p
 
 What the columns hold, for published and new runs:
 
-- **Val loss**, **PPL**: the mean of the rows' means and its exponential, as published. The loss per token of the new runs
-  is under *Differences*.
-- **MT-Bench avg**, **Finance-Instruct avg**, **Reddit avg**: reward-model scores on the published scale (`avg_logged` of
-  a new record). That scale is not monotone in the reward. Prompts, sampling, reward model and token limits differ from
+- **Val loss**, **PPL**: the mean of the rows' means and its exponential, as published. The loss per token of the new
+  runs is under *Differences*.
+- **MT-Bench avg**, **Finance-Instruct avg**, **Reddit avg**: reward-model scores on the published scale (`avg_logged`
+  of a new record). That scale is not monotone in the reward. Prompts, sampling, reward model and token limits differ from
   those of the published runs, so compare differences, not levels.
-- **TAT-QA, %**: the metric of the published runs (`em_like`). The official metric of the new runs is under *Differences*.
+- **TAT-QA, %**: the metric of the published runs (`em_like`). The official metric of the new runs is under
+  *Differences*.
 - **Instruction avg**, **Instruction success**: keyword rules over 25 tasks of the published runs. New runs do not have
   them. What a program can check in new runs is another measure on 25 other tasks: **Instruction checks passed**. Their
   reward-model score is under *Differences*.
-- **Finance-Instruct success**: the share of answers that score 7 or more, on the published scale for published runs and
-  on the 1-10 scale for new ones, so in two columns.
+- **Finance-Instruct success**: the share of answers that score 7 or more, on the published scale for published runs
+  and on the 1-10 scale for new ones, so in two columns.
 - **Drift**: KL(base || tuned) on held-out rows, after training. It is 0 before.
 
 The headline of a new run is its 1-10 score, listed with 95 % intervals and p under *Differences*. The published runs
 logged no answers by question: their differences have no interval. *(within noise)* marks a published change that lies
 within twice the spread of two measurements of one base: see *Noise of the published baselines*.
 
-*logged, no figures*: planned, never reported. ***logged, not measured*: not a result.** The published progressive script
-returned eight constants instead of evaluating; they are kept here so that nobody takes them for one.
+*logged, no figures*: planned, never reported. ***logged, not measured*: not a result.** The published progressive
+script returned eight constants instead of evaluating; they are kept here so that nobody takes them for one.
 
-Runs that differ in the seed alone are one row: means over the seeds, their standard deviation, and an interval that holds
-both other questions and other seeds."""
+Runs that differ in the seed alone are one row: means over the seeds, their standard deviation, and an interval that
+holds both other questions and other seeds."""
 
 
 def is_sft(run: Run) -> bool:
@@ -330,8 +331,8 @@ def noise_table(spreads: list[Spread]) -> str:
 
 NOISE = """\
 The same base was logged again and again under the same protocol. With s the standard deviation of its baselines, two
-measurements differ by sqrt(2) * s (standard deviation) with nothing changed. A published change within twice that cannot
-be told from no change."""
+measurements differ by sqrt(2) * s (standard deviation) with nothing changed. A published change within twice that
+cannot be told from no change."""
 
 
 def notes(runs: list[Run]) -> str:

@@ -195,12 +195,14 @@ def test_ctrl_c_lets_the_script_save_and_gives_back_130(project):
     (project / "sft_train.py").write_text(
         "import pathlib, sys, time\n"
         "try:\n    print('ready', flush=True); time.sleep(60)\n"
-        "except KeyboardInterrupt:\n    time.sleep(0.6); pathlib.Path(__file__).with_name('saved').touch(); sys.exit(130)\n",
+        "except KeyboardInterrupt:\n    time.sleep(0.6)\n    pathlib.Path(__file__).with_name('saved').touch()\n"
+        "    sys.exit(130)\n",
         encoding="utf-8",
     )
     log = write_log(project / "log.jsonl", make_record("mine"))
     code = f"import sys; sys.path.insert(0, {str(EXPERIMENTS)!r}); import pathlib, records, campaign, rerun\n"
-    code += f"records.HERE = campaign.HERE = pathlib.Path({str(project / 'experiments')!r}); sys.exit(rerun.main([{f'{log}:1'!r}]))"
+    code += f"records.HERE = campaign.HERE = pathlib.Path({str(project / 'experiments')!r})\n"
+    code += f"sys.exit(rerun.main([{f'{log}:1'!r}]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
