@@ -16,8 +16,8 @@ HERE = Path(__file__).resolve().parent
 LOGGED_RUNS = HERE / "logged_runs.jsonl"
 LOGGED_KEYS = {"id", "script", "model", "command", "title", "source", "figures", "measured"}
 RECORD_KEYS = {
-    "ts", "tag", "script", "argv", "args", "git", "device", "data", "baseline", "final", "delta", "runtime_s", "kept_step",
-    "status", "output_dir",
+    "ts", "tag", "script", "argv", "args", "git", "device", "data", "baseline", "final", "delta", "runtime_s",
+    "kept_step", "status", "output_dir",
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------

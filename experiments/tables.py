@@ -273,8 +273,8 @@ What the columns hold, for published and new runs:
 - **Val loss**, **PPL**: the mean of the rows' means and its exponential, as published. The loss per token of the new
   runs is under *Differences*.
 - **MT-Bench avg**, **Finance-Instruct avg**, **Reddit avg**: reward-model scores on the published scale (`avg_logged`
-  of a new record). That scale is not monotone in the reward. Prompts, sampling, reward model and token limits differ from
-  those of the published runs, so compare differences, not levels.
+  of a new record). That scale is not monotone in the reward. Prompts, sampling, reward model and token limits differ
+  from those of the published runs, so compare differences, not levels.
 - **TAT-QA, %**: the metric of the published runs (`em_like`). The official metric of the new runs is under
   *Differences*.
 - **Instruction avg**, **Instruction success**: keyword rules over 25 tasks of the published runs. New runs do not have
