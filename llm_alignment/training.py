@@ -43,6 +43,8 @@ def training_arguments(
     device, dtype = device_and_dtype(args.dtype)
     import torch
 
+    if dtype == torch.float16 and device.type == "cpu":
+        log.warning("--dtype fp16 on CPU: gradients are not scaled there, and small ones become 0; use it for tests")
     return dict(
         output_dir=args.output_dir,
         num_train_epochs=args.epochs,
@@ -55,7 +57,7 @@ def training_arguments(
         max_grad_norm=1.0,
         optim="paged_adamw_32bit" if device.type == "cuda" else "adamw_torch",
         bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
+        fp16=dtype == torch.float16 and device.type == "cuda",
         use_cpu=device.type == "cpu",
         gradient_checkpointing=uses_checkpointing(args, longest),
         logging_steps=logging_steps,
