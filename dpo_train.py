@@ -43,6 +43,7 @@ from llm_alignment.runs import recorded_run
 from llm_alignment.tatqa import (
     QUESTION_PREFIX,
     SCALES,
+    add_tatqa_flags,
     is_number,
     normalise,
     prompt_options,
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line. Defaults are those of the published runs where they had one."""
     parser = new_parser("dpo_train.py", __doc__)
     add_dpo_flags(parser)
+    add_tatqa_flags(parser)
     parser.add_argument(
         "--eval_pairs",
         type=not_negative(int),
@@ -127,8 +129,8 @@ def _wrong_answers(context: dict, question: dict, rng: random.Random) -> Iterato
     """Yields plausible wrong (answer parts, scale), the most plausible first."""
     parts, scale = _gold_parts(question), question["scale"]
     if question["answer_type"] == "count":
-        gold = int(parts[0])
-        yield from (([str(count)], "") for count in rng.sample([gold - 1, gold + 1], 2) if count >= 0)
+        count = int(parts[0])
+        yield from (([str(other)], "") for other in rng.sample([count - 1, count + 1], 2) if other >= 0)
     elif question["answer_type"] == "arithmetic":
         gold, decimals = float(parts[0]), len(parts[0].partition(".")[2])
         error = gold * (1 + rng.choice((-1, 1)) * rng.uniform(0.10, 0.35))
@@ -148,10 +150,10 @@ def _wrong_answers(context: dict, question: dict, rng: random.Random) -> Iterato
     else:
         position = rng.randrange(len(parts))
         foreign = next((cell for cell in _cells_near(context, parts[position], rng) if cell not in parts), None)
-        choices = [[*parts[:position], *parts[position + 1 :]]] if len(parts) > 1 else []
+        others = [[*parts[:position], *parts[position + 1 :]]] if len(parts) > 1 else []
         if foreign is not None:
-            choices.append([*parts[:position], foreign, *parts[position + 1 :]])
-        yield from ((choice, scale) for choice in rng.sample(choices, len(choices)))
+            others.append([*parts[:position], foreign, *parts[position + 1 :]])
+        yield from ((other, scale) for other in rng.sample(others, len(others)))
 
 
 def _cells_near(context: dict, text: str, rng: random.Random) -> list[str]:
@@ -285,7 +287,9 @@ def asked_texts(args: argparse.Namespace) -> dict[str, list[str]]:
 
 def table_pairs(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict]:
     """TAT-QA pairs to train on, held-out ones of --eval_split, and the fingerprint of the data."""
-    pairs, held_out, data = [], [], {"source": args.tatqa_dir or "next-tat/TAT-QA"}
+    pairs: list[dict] = []
+    held_out: list[dict] = []
+    data = {"source": args.tatqa_dir or "next-tat/TAT-QA"}
     if not args.no_train:
         pairs, data = load_pairs(args, args.tatqa_split, args.limit_pairs)
     if args.eval_pairs:

@@ -39,7 +39,7 @@ from llm_alignment.finance import (
 from llm_alignment.flags import FINANCE_DEMO, new_parser, parse_arguments, positive, ratio
 from llm_alignment.models import check_model, load_tokenizer, main_process
 from llm_alignment.runs import recorded_run
-from llm_alignment.tatqa import tatqa_evaluation
+from llm_alignment.tatqa import add_tatqa_flags, tatqa_evaluation
 from llm_alignment.training import FLAGS_THAT_DO_NOT_AFFECT_TRAINING, check_output_folder, newest_complete
 from mtbench_eval import load_questions, mtbench_questions, scored_evaluations
 
@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line. Defaults are those of the published runs where they had one."""
     parser = new_parser("dpo_train_mt.py", __doc__)
     add_dpo_flags(parser)
+    add_tatqa_flags(parser)
     add_data_flags(parser)
     add = parser.add_argument_group("mix (default: Reddit alone)").add_argument
     add("--use_hybrid", action="store_true", help="Reddit and Finance-Instruct, by --hybrid_ratio")

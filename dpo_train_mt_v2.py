@@ -56,7 +56,7 @@ from llm_alignment.models import (
     on_main_process,
 )
 from llm_alignment.runs import begin, recorded_run, timed
-from llm_alignment.tatqa import tatqa_evaluation
+from llm_alignment.tatqa import add_tatqa_flags, tatqa_evaluation
 from llm_alignment.training import (
     FLAGS_THAT_DO_NOT_AFFECT_TRAINING,
     check_output_folder,
@@ -115,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line. Defaults are those of the published runs where they had one."""
     parser = new_parser("dpo_train_mt_v2.py", __doc__)
     add_dpo_flags(parser, in_stages=True)
+    add_tatqa_flags(parser)
     add_data_flags(parser)
     add = parser.add_argument_group("stages").add_argument
     add("--progressive", action="store_true", help="train in stages, which this script always does")

@@ -89,7 +89,8 @@ def load_questions(
     for known in MT_BENCH:
         if str(path) == f"mt_bench_{known}.json" and not path.exists():
             fetch_questions(known, path, flag)
-    skipped, questions, first_places = SkippedRows(), [], {}
+    skipped, questions = SkippedRows(), []
+    first_places: dict[int | str, str] = {}
     for number, (place, row) in enumerate(read_rows(path, skipped), 1):
         question = as_question(row, number, f"{path}, {place}")
         question_id = question["question_id"]

@@ -38,7 +38,6 @@ from llm_alignment.prefixes import GroupedOrder, add_prefix_sharing, groups_of, 
 from llm_alignment.reference import PAIRS_AT_ONCE, add_reference
 from llm_alignment.runs import begin, check_writable, timed
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
-from llm_alignment.tatqa import add_tatqa_flags
 from llm_alignment.training import (
     FLAGS_THAT_DO_NOT_AFFECT_TRAINING,
     log_memory_plan,
@@ -77,7 +76,6 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
     add_lora_flags(parser, in_stages=in_stages)
     add_training_flags(parser, in_stages=in_stages)
     add_run_flags(parser, exp_log="experiments/dpo_experiments.jsonl")
-    add_tatqa_flags(parser)
     parser.add_argument("--output_dir", help="folder of the run (default: %(default)s)")
 
     group = parser.add_argument_group("DPO", "dropout is off, as in TRL: policy and reference agree at the first step")
@@ -492,13 +490,13 @@ def print_plan(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, rows: list[dict], evaluations: list[Evaluation]
 ) -> None:
     """What a run would do: one pair as the model reads it, pairs, steps, tokens, memory, evaluations."""
-    trained = 0
+    trained = 0.0
     if rows:
         first, end = rows[0], tokenizer.eos_token
         log.info("the first pair as the model reads it:\n%s", first["prompt"])
         log.info("chosen: %s%s\nrejected: %s%s", first["chosen"], end, first["rejected"], end)
         trained = log_training_plan(args, tokenizer, rows)
-    generated = 0
+    generated = 0.0
     for evaluation in evaluations:
         most = evaluation.size * NEW_TOKENS.get(evaluation.name, lambda args: 0)(args)
         tokens = f", at most {most / 1e3:.1f} k new tokens each time" if most else ""

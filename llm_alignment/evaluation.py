@@ -9,7 +9,7 @@ import io
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm_alignment.files import InputError, SkippedRows, read_results, write_atomic, write_json, write_rows
 from llm_alignment.models import adapter_off, adapter_sha256, model_fingerprint, on_main_process
@@ -51,7 +51,7 @@ class Metric:
 
     def read(self, summaries: dict) -> float | None:
         """The figure in a record's `baseline` or `final`; None where it was not measured."""
-        value = summaries if self.keys else None
+        value: Any = summaries if self.keys else None
         for key in self.keys:
             value = value.get(key) if value else None
         return value
@@ -202,19 +202,19 @@ def table_rows(baseline: dict, final: dict, delta: dict, *, details: bool = Fals
     """The lines of every metric that was measured, with those of its answer types, and with `details` of its parts."""
     rows = []
     for name, metric in METRICS.items():
-        values = [metric.read(summaries) for summaries in (baseline, final)]
-        if values == [None, None] and name not in delta:
+        before, after = metric.read(baseline), metric.read(final)
+        if before is None and after is None and name not in delta:
             continue
-        rows.append(TableRow(metric.title, *values, delta.get(name), metric.lower_is_better))
+        rows.append(TableRow(metric.title, before, after, delta.get(name), metric.lower_is_better))
         for kind, change in (delta.get(name) or {}).get("by_type", {}).items():
-            values = [side[metric.keys[0]]["by_type"][kind][metric.keys[-1]] for side in (baseline, final)]
-            rows.append(TableRow(f"  {kind}", *values, change))
+            before, after = (side[metric.keys[0]]["by_type"][kind][metric.keys[-1]] for side in (baseline, final))
+            rows.append(TableRow(f"  {kind}", before, after, change))
         if details and name in SCORED and name in final:
-            before = baseline.get(name, {"by_turn": [], "by_category": {}})
+            parts = baseline.get(name, {"by_turn": [], "by_category": {}})
             for turn, score in enumerate(final[name]["by_turn"]):
-                rows.append(TableRow(f"  turn {turn + 1}", dict(enumerate(before["by_turn"])).get(turn), score))
+                rows.append(TableRow(f"  turn {turn + 1}", dict(enumerate(parts["by_turn"])).get(turn), score))
             for category, score in final[name]["by_category"].items():
-                rows.append(TableRow(f"  {category}", before["by_category"].get(category), score))
+                rows.append(TableRow(f"  {category}", parts["by_category"].get(category), score))
     return rows
 
 

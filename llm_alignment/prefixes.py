@@ -116,8 +116,12 @@ def fold_pairs(
     rows = [row[:end] for row, end in zip(input_ids.tolist(), attention_mask.sum(dim=1).tolist(), strict=True)]
     starts = (labels != -100).int().argmax(dim=1)[:n_pairs].tolist()
     prompts = [rows[pair][:start] for pair, start in enumerate(starts)]
-    tokens, positions, queries, paths, masks = [], [], [], [], []
-    predictors = [[]] * len(rows)
+    tokens: list[int] = []
+    positions: list[int] = []
+    queries: list[int] = []
+    paths: list[list[tuple[int, int]]] = []
+    masks: list[torch.Tensor | None] = []
+    predictors: list[list[int]] = [[]] * len(rows)
     path: list[tuple[int, int]] = []  # where in the row the tokens of the prompt before are, as (start, end) ranges
     for pair, shared in shared_lengths(prompts):
         prompt, answers = prompts[pair], [rows[side][starts[pair] :] for side in (pair, n_pairs + pair)]
@@ -140,7 +144,8 @@ def fold_pairs(
             begin += len(prompt)
         queries.append(len(tokens) - begin)
         paths.append([*path, (len(tokens) - sum(map(len, answers)), len(tokens))])
-        masks.append(answers_mask(len(prompt), *map(len, answers), queries[-1], dtype, device))
+        chosen, rejected = map(len, answers)
+        masks.append(answers_mask(len(prompt), chosen, rejected, queries[-1], dtype, device))
     cuts = sorted({place for path in paths for range_ in path for place in range_})
     number = {cut: index for index, cut in enumerate(cuts)}
     keys = [[segment for a, b in path for segment in range(number[a], number[b])] for path in paths]
@@ -240,7 +245,7 @@ def groups_of(prompts: Sequence[Sequence]) -> list[list[int]]:
     On TAT-QA these are the questions of one table. A prompt that shares less is a group of its own.
     """
     groups: list[list[int]] = []
-    for index in sorted(range(len(prompts)), key=lambda index: prompts[index]):
+    for index in sorted(range(len(prompts)), key=lambda index: list(prompts[index])):
         before = prompts[groups[-1][-1]] if groups else []
         if before and 2 * common_length([before, prompts[index]]) >= min(len(before), len(prompts[index])):
             groups[-1].append(index)

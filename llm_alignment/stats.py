@@ -64,7 +64,7 @@ def _delta(before: Sequence[float], after: Sequence[float], clusters: Sequence |
     sizes = np.bincount(unit_of).astype(np.float64)
     sums = np.bincount(unit_of, weights=differences)
     sums[np.abs(sums) <= 1e-12 * np.abs(differences).sum()] = 0
-    delta = {
+    delta: dict[str, Any] = {
         "mean": float(differences.mean()) if len(differences) else None,
         "low": None,
         "high": None,
@@ -78,6 +78,7 @@ def _delta(before: Sequence[float], after: Sequence[float], clusters: Sequence |
         return delta
     flipped_sums, flipped_sizes = _random_parts(sums, sizes)
     delta["p"] = _sign_flip_p(sums, flipped_sums) if exact_p is None else exact_p
+    ends: tuple[float | None, float | None]
     if not sums.any():
         ends = (0.0, 0.0) if len(sums) > 1 else (None, None)
     elif len(sums) < ENOUGH:
@@ -202,7 +203,7 @@ def equal_length_delta(differences: Sequence[float], length_differences: Sequenc
     y, x = np.asarray(differences, np.float64), np.asarray(length_differences, np.float64)
     counts = {"n": len(y), "changed": int(np.count_nonzero(y)), "clusters": None, "changed_clusters": None}
     if len(y) and not x.any():
-        return {**paired_delta([0.0] * len(y), y), "per_unit": 0.0}
+        return {**paired_delta([0.0] * len(y), y.tolist()), "per_unit": 0.0}
     design = np.stack([np.ones_like(x), x], axis=1)
     nothing = {"mean": None, "low": None, "high": None, "p": None, **counts, "per_unit": None}
     if len(y) < 4 or np.linalg.matrix_rank(design) < 2:

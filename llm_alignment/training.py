@@ -207,7 +207,7 @@ def token_counts(dataset: Dataset, *columns: str) -> list[int]:
     """The number of tokens of each row of a `datasets.Dataset`, summed over its columns of token ids."""
     import pyarrow.compute
 
-    counts = []
+    counts: list[int] = []
     for part in dataset.select_columns(list(columns)).with_format("arrow").iter(10_000):
         sizes = [pyarrow.compute.list_value_length(part[column]).to_pylist() for column in columns]
         counts += map(sum, zip(*sizes, strict=True))
