@@ -78,14 +78,8 @@ def cache(tmp_path_factory):
 def test_a_three_way_run_from_start_to_finish(tmp_path, capsys, cache):
     argv = ["--demo", "--use_3way_hybrid", "--output_dir", str(tmp_path / "run"), *SMALL]
     argv += ["--exp_log", str(tmp_path / "log.jsonl"), "--mix_policy", "exact"]
-    argv += [
-        "--finance_instruct_pairs",
-        "12",
-        "--general_pairs",
-        "40",
-        "--eval_save_json",
-        str(tmp_path / "tatqa.json"),
-    ]
+    argv += ["--finance_instruct_pairs", "12", "--general_pairs", "40"]
+    argv += ["--eval_save_json", str(tmp_path / "tatqa.jsonl")]
     record = main(argv)
     folder = tmp_path / "run_3way_hybrid"
     assert record["status"] == "completed" and record["output_dir"] == str(folder)
@@ -95,8 +89,12 @@ def test_a_three_way_run_from_start_to_finish(tmp_path, capsys, cache):
     pairs = [json.loads(line) for line in (folder / "train_pairs.jsonl").read_text("utf-8").split("\n") if line]
     assert len(pairs) == 24 and {pair["uid"].split(":")[0] for pair in pairs} == {"reddit", "finance", "general"}
     assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"] == 8
-    saved = json.loads((tmp_path / "tatqa.json").read_text("utf-8"))
-    assert len(saved["baseline"]) == len(saved["final"]) == 12
+    for stage in ("baseline", "post"):
+        saved = (tmp_path / f"tatqa_{stage}.jsonl").read_text("utf-8").splitlines()
+        assert len(saved) == 12 and json.loads(saved[0])["context"]
+    for name, kept in {"reddit": {"title", "subreddit", "reference"}, "finance_instruct": {"reference"}}.items():
+        rows = [json.loads(line) for line in (folder / f"{name}_final.jsonl").read_text("utf-8").split("\n")[1:-1]]
+        assert len(rows) == 6 and all(kept <= row.keys() for row in rows)
     out = capsys.readouterr().out
     assert "asked 40-30-30, reached 40-30-30: 16 reddit, 12 finance, 12 general" in out
     for title in ("TAT-QA", "MT-Bench", "Finance-Instruct", "Reddit replies"):
