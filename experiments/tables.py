@@ -329,6 +329,26 @@ def noise_table(spreads: list[Spread]) -> str:
     )
 
 
+def origins_table(runs: list[Run]) -> str:
+    """Where and when every record was made: a miniature on a CPU must not be taken for the real model."""
+    rows = []
+    singles = [single for run in runs for single in run.members or [run]]
+    for run in singles:
+        device = run.source["device"] or {}
+        shown = " ".join(str(device[key]) for key in ("name", "dtype") if key in device)
+        seed = number(run.params.get("seed"))
+        rows.append([
+            run.name,
+            run.model,
+            shown or "-",
+            seed,
+            number(run.source["git"]),
+            run.source["ts"],
+            runtime(run),
+        ])
+    return markdown_table(["Run", "Model", "Device", "Seed", "Commit", "Time", "Runtime"], rows) if rows else ""
+
+
 NOISE = """\
 The same base was logged again and again under the same protocol. With s the standard deviation of its baselines, two
 measurements differ by sqrt(2) * s (standard deviation) with nothing changed. A published change within twice that
@@ -362,9 +382,10 @@ def results(runs: list[Run], spreads: list[Spread], plots: dict[str, str]) -> st
     evaluations = [run for run in runs if is_evaluation(run)]
     if evaluations:
         parts += ["## MT-Bench of a model alone", runs_tables(evaluations, EVALUATION_COLUMNS)]
-    differences = deltas_table([run for run in runs if not run.is_logged])
-    if differences:
-        parts += ["## Differences of the new runs", differences]
+    new = [run for run in runs if not run.is_logged]
+    if new:
+        parts += ["## Differences of the new runs", deltas_table(new)]
+        parts += ["## Where the new runs were made", origins_table(new)]
     parts += ["## Notes", notes(runs), "## Plots"]
     parts += [f"{inert(caption)}\n\n![{inert(caption)}]({name})" for name, caption in plots.items()]
     return "\n\n".join(part for part in parts if part) + "\n"
