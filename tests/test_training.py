@@ -66,13 +66,11 @@ def adapter(folder):
 
 
 def contents(folder):
-    """Every file's bytes but the log's, which says that the run was resumed."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "run.log"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def start(argv):
-    """sft_train.py in a process of its own."""
     command = [sys.executable, str(ROOT / "sft_train.py"), *argv]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
@@ -142,6 +140,7 @@ def test_a_checkpoint_that_exists_is_not_saved_again(flags, tmp_path, monkeypatc
     assert stop.value.code == 129 and saved == [2]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_checkpoint_and_is_recorded(flags, whole, tmp_path):
     folder = tmp_path / "run"
     process = start(flags(folder))
@@ -172,6 +171,7 @@ def test_a_second_signal_stops_at_once(flags, tmp_path, monkeypatch):
 # Resume
 
 
+@pytest.mark.slow
 def test_killed_while_it_saves_a_checkpoint_and_resumed(flags, whole, tmp_path, capsys):
     folder = tmp_path / "run"
     process = start(flags(folder))
