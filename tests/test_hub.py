@@ -199,8 +199,8 @@ def test_every_recipe_is_known_by_its_id():
 @pytest.mark.slow
 def test_a_recipe_of_the_readme_runs_to_its_end(tmp_path):
     """To the letter, with the hub's names, in a process of its own; all of them: python tests/hub.py all."""
-    command = [sys.executable, str(ROOT / "tests" / "hub.py"), "dpo-quickstart", "--folder", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tests" / "hub.py"), "sft-quickstart", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-    shown = (tmp_path / "dpo-quickstart.txt").read_text("utf-8")
+    shown = (tmp_path / "sft-quickstart.txt").read_text("utf-8")
     assert done.returncode == 0, shown[-2000:]
-    assert (tmp_path / "mt_bench_ru.json").exists() and "TAT-QA" in shown
+    assert (tmp_path / "mt_bench_ru.json").exists() and "MT-Bench" in shown
