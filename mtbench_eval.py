@@ -105,11 +105,16 @@ def load_questions(
         raise InputError(f"{path}: {skipped.places[0]}; repair the file or fetch it again")
     if not questions:
         raise InputError(f"{path}: no questions in this file; fetch it again or name another")
-    if 0 < limit < len(questions):
-        by_id = sorted(questions, key=lambda question: str(question["question_id"]))
-        sampled = {question["question_id"] for question in random.Random(seed).sample(by_id, limit)}
-        questions = [question for question in questions if question["question_id"] in sampled]
-    return questions
+    return sample_questions(questions, limit, seed)
+
+
+def sample_questions(questions: list[dict], limit: int, seed: int) -> list[dict]:
+    """`limit` of the questions by `seed`, in their order and whatever that is; all of them when `limit` is 0."""
+    if not 0 < limit < len(questions):
+        return questions
+    by_id = sorted(questions, key=lambda question: str(question["question_id"]))
+    sampled = {question["question_id"] for question in random.Random(seed).sample(by_id, limit)}
+    return [question for question in questions if question["question_id"] in sampled]
 
 
 def as_question(row: dict, number: int, place: str) -> dict:

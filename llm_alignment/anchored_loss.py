@@ -60,8 +60,7 @@ def fused_nll_kl(
         raise ValueError("fused_nll_kl computes no gradient for the LM head: freeze it")
     if kl_direction not in {"reverse", "forward"} or sft_loss not in {"nll", "dft"}:
         raise ValueError(f"unknown kl_direction {kl_direction!r} or sft_loss {sft_loss!r}")
-    half = weight.dtype in {torch.float16, torch.bfloat16}
-    dtype = torch.float32 if half else weight.dtype
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     targets = labels != -100
     kl_rows = torch.zeros_like(targets)
     if ref_hidden is not None:
@@ -75,15 +74,11 @@ def fused_nll_kl(
     # Used again for every chunk: the system hands out pages of this size slower than they are computed on.
     buffers = hidden.new_empty((2, min(rows_per_chunk, len(labels)), len(weight)), dtype=dtype)
 
-    def chunks(mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        rows = mask.nonzero().squeeze(1)
-        return rows.split(rows_per_chunk) if len(rows) else ()
-
     with torch.no_grad():
-        for rows in (*chunks(targets & ~kl_rows), *chunks(kl_rows)):
+        for rows in (*chunks(targets & ~kl_rows, rows_per_chunk), *chunks(kl_rows, rows_per_chunk)):
             z = shifted_logits(hidden[rows], weight, buffers[0])
             z_label = z.gather(1, labels[rows, None])
-            kl_gradient = None
+            kl_gradient, scale = None, 1
             if kl_rows[rows[0]]:
                 ref_z = shifted_logits(ref_hidden[rows], weight, buffers[1])
                 kl_chunk = reverse_kl_chunk if kl_direction == "reverse" else forward_kl_chunk
@@ -94,24 +89,39 @@ def fused_nll_kl(
             row_nll = total.log() - z_label
             row_weight = (-row_nll).exp() if sft_loss == "dft" else torch.ones_like(row_nll)
             nll += (row_weight * row_nll).sum()
-            if not needs_gradient:
-                continue
-            a = share * row_weight
-            if kl_gradient is None or half:
-                # The factors come after the products: they are beyond the range of half types. The KL has a product
-                # of its own: added to a number near 1, a half type would round it away.
-                row_gradient = matmul_float32(exp, weight) * (a / total)
-                if kl_gradient is not None:
-                    row_gradient += matmul_float32(kl_gradient, weight) * (c / scale)
-            else:  # both in one product
-                row_gradient = matmul_float32(kl_gradient.mul_(c / scale).addcmul_(exp, a / total), weight)
-            gradient[rows] = row_gradient - a * weight[labels[rows]]
+            if needs_gradient:
+                a = share * row_weight
+                product = gradient_to_hidden(weight, exp, a / total, kl_gradient, c / scale)
+                gradient[rows] = product - a * weight[labels[rows]]
     nll, kl = nll * share, kl / kl_rows.sum().clamp(min=1)
     loss = nll + kl_coef * kl
     if needs_gradient:  # adds 0, with the gradient that is known already
         known = (hidden * gradient).sum()
         loss = loss + (known - known.detach())
     return loss, nll, kl
+
+
+def chunks(mask: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """The indices of the rows in `mask`, `size` at a time."""
+    rows = mask.nonzero().squeeze(1)
+    return rows.split(size) if len(rows) else ()
+
+
+def gradient_to_hidden(
+    weight: torch.Tensor,
+    exp: torch.Tensor,
+    factor: torch.Tensor,
+    kl_gradient: torch.Tensor | None,
+    kl_factor: torch.Tensor | float,
+) -> torch.Tensor:
+    """(exp * factor + kl_gradient * kl_factor) @ weight, in float32 or better. `kl_gradient` is overwritten."""
+    if kl_gradient is None:
+        return matmul_float32(exp, weight) * factor
+    if weight.dtype == exp.dtype:  # both in one product
+        return matmul_float32(kl_gradient.mul_(kl_factor).addcmul_(exp, factor), weight)
+    # In a half type the factors come after the products, for its range, and the KL has a product of its own: added to
+    # a number near 1 it would be rounded away.
+    return matmul_float32(exp, weight) * factor + matmul_float32(kl_gradient, weight) * kl_factor
 
 
 def shifted_logits(hidden: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:

@@ -167,6 +167,13 @@ def sorted_within_steps(order: list[int], lengths: Sequence[int], *, batch: int,
     return result
 
 
+def padded_tokens(lengths: list[int], batch: int, step: int) -> int:
+    """The tokens of examples in this order with their padding, when each step is sorted and cut into micro-batches."""
+    order = sorted_within_steps(list(range(len(lengths))), lengths, batch=batch, step=step)
+    batches = (order[start : start + batch] for start in range(0, len(order), batch))
+    return sum(len(rows) * max(lengths[row] for row in rows) for rows in batches)
+
+
 class LengthSortedSampler:
     """The order of `sampler`, an epoch's indices by the seed, sorted by length within each optimiser step.
 

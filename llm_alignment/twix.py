@@ -303,6 +303,7 @@ class ChatEncoder:
 # Loading
 
 ROWS_AT_ONCE = 1000
+LARGE_DATA = 20_000  # rows from which several processes tokenise: each takes 10 s to start
 
 
 class Examples:
@@ -381,7 +382,7 @@ def tokenise(
             encoder,
             remove_columns=rows.column_names,
             features=datasets.Features({"input_ids": tokens, "labels": tokens}),
-            num_proc=num_proc if len(rows) > 20_000 else None,  # a worker takes 10 s to start
+            num_proc=num_proc if len(rows) > LARGE_DATA else None,
             desc="tokenising",
         )
 

@@ -374,7 +374,7 @@ def sft_trainer(dataset, tmp_path_factory):
         encoder = twix.ChatEncoder(tokenizer, thinking=False, assistant_only=False)
         selection, examples = twix.load_data(args, encoder)
         rows = twix.tokenise(examples.stored("train")["train"], encoder, 1)
-        return sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows, len(rows), None)
+        return sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows, len(rows))
 
     return build
 

@@ -1,0 +1,107 @@
+"""The validation loss of an adapter: token-weighted, the mean of row means, and perplexity, as evaluations."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_alignment.anchored_loss import fused_nll_kl
+from llm_alignment.evaluation import Evaluation, pair_rows
+from llm_alignment.files import ResultFile, digest
+from llm_alignment.stats import paired_delta
+from llm_alignment.training import token_counts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+
+
+@contextlib.contextmanager
+def without_head(model: PeftModel) -> Iterator[None]:
+    """Inside, the model returns its last hidden states, (batch, positions, H), instead of logits."""
+    import torch
+
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    base.set_output_embeddings(torch.nn.Identity())
+    try:
+        yield
+    finally:
+        base.set_output_embeddings(head)
+
+
+def validation_nll(
+    model: PeftModel, rows: Dataset, collator: Callable, batch_size: int
+) -> tuple[list[float], list[int]]:
+    """NLL summed over each row's targets, in nats, and their number. `rows`: a prepared `datasets.Dataset`."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    weight = model.get_base_model().get_output_embeddings().weight
+    lengths = token_counts(rows, "input_ids")
+    order = sorted(range(len(rows)), key=lambda row: -lengths[row])  # little padding
+    sums, tokens = [0.0] * len(rows), [0] * len(rows)
+    place = iter(order)
+    for batch in torch.utils.data.DataLoader(rows.select(order), batch_size=batch_size, collate_fn=collator):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
+        with (
+            torch.no_grad(),
+            without_head(model),
+            torch.autocast(model.device.type, model.dtype, enabled=model.device.type == "cuda"),
+        ):
+            hidden = model(**batch, use_cache=False).logits[:, :-1]
+        for row_hidden, row_labels in zip(hidden, labels, strict=True):
+            row = next(place)
+            sums[row] = fused_nll_kl(row_hidden, weight, row_labels, num_items=1)[1].item()
+            tokens[row] = int((row_labels != -100).sum())
+    model.train(was_training)
+    return sums, tokens
+
+
+def validation_evaluation(name: str, rows: Dataset, collator: Callable, batch_size: int) -> Evaluation:
+    """The validation loss of prepared rows (a `datasets.Dataset`): "validation" = those that are compared,
+    "validation_full" = all of them, measured after training alone."""
+    questions = [{"question_id": number} for number in range(len(rows))]
+
+    def answer(model, tokenizer, *, path: Path, fingerprint: dict, use_cache: bool, renew: bool) -> list[dict]:
+        fingerprint = {**fingerprint, "rows": digest(rows[:]), "batch": batch_size}
+        results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache)
+        missing = results.missing(questions)
+        if missing:  # all rows again, so that a restart has the batches, and the bits, of the first try
+            sums, tokens = validation_nll(model, rows, collator, batch_size)
+            numbers = [question["question_id"] for question in missing]
+            results.append(*({"question_id": n, "nll": sums[n], "tokens": tokens[n]} for n in numbers))
+        results.finish()
+        return results.rows_of(questions)
+
+    summarise_rows = summarise_full_validation if name == "validation_full" else summarise_validation
+    return Evaluation(name, len(rows), answer, summarise_rows, compare_validation)
+
+
+def summarise_validation(rows: list[dict]) -> dict:
+    """Loss in nats a token and perplexity, token-weighted, and the mean of row means that the published runs logged."""
+    loss = sum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows)
+    row_mean = sum(row["nll"] / row["tokens"] for row in rows) / len(rows)
+    return {"val_loss": loss, "val_loss_row_mean": row_mean, "ppl": math.exp(loss)}
+
+
+def summarise_full_validation(rows: list[dict]) -> dict:
+    return {"val_loss_full": summarise_validation(rows)["val_loss"], "val_rows_full": len(rows)}
+
+
+def compare_validation(before: list[dict], after: list[dict]) -> dict[str, dict]:
+    """Paired differences of the token-weighted validation loss, of the perplexity, its exponential, and of row means."""
+    pairs = pair_rows(before, after)
+    mean_tokens = sum(row["tokens"] for _, row in pairs) / len(pairs)
+    sides = [[row["nll"] / mean_tokens for row in side] for side in zip(*pairs, strict=True)]
+    row_means = [[row["nll"] / row["tokens"] for row in side] for side in zip(*pairs, strict=True)]
+    delta, perplexity = paired_delta(*sides), math.exp(sum(sides[0]) / len(pairs))
+    ends = {
+        key: None if delta[key] is None else perplexity * math.expm1(delta[key]) for key in ("mean", "low", "high")
+    }
+    return {"val_loss": delta, "val_loss_row_mean": paired_delta(*row_means), "ppl": {**delta, **ends}}
