@@ -94,6 +94,32 @@ def test_a_run_measures_trains_and_leaves_everything(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
+def test_early_stopping_asks_a_sample_and_the_end_asks_all(tmp_path, monkeypatch):
+    """2 of 6 questions at the steps; the score is compared with the base's on the same 2."""
+    folder, compared = tmp_path / "run", []
+    monkeypatch.setattr(
+        sft_train, "early_stop_reason", lambda baseline, scores, patience: compared.append(baseline) and None
+    )
+    argv = flags(folder, "--mtbench_ru", str(DEMO / "mt_bench_ru.jsonl"), "--mtbench_questions_limit", "6")
+    argv += ["--mtbench_midtrain_questions", "2", "--early_stop_patience", "3", "--eval_steps", "8"]
+    argv += ["--mtbench_max_tokens", "8"]
+    record = sft_train.main([flag for flag in argv if flag != "--skip_baseline_eval"])
+    rows = {
+        name: read_answers(folder / f"mtbench_{name}.jsonl") for name in ("baseline", "step_8", "step_16", "final")
+    }
+    assert {name: len(rows[name]) for name in rows} == {"baseline": 6, "step_8": 2, "step_16": 2, "final": 6}
+    assert rows["step_8"].keys() == rows["step_16"].keys() < rows["baseline"].keys() == rows["final"].keys()
+    same = [sum(rows["baseline"][key]["scores"]) / len(rows["baseline"][key]["scores"]) for key in rows["step_8"]]
+    assert compared and all(score == pytest.approx(sum(same) / 2) for score in compared)
+    assert record["final"]["mtbench"]["n"] == record["delta"]["mtbench"]["n"] == 6
+
+
+def read_answers(path):
+    """The rows of a file of answers by question."""
+    return {row["question_id"]: row for _, row in files.read_rows(path, SkippedRows()) if "question_id" in row}
+
+
 def test_the_anchor_starts_from_no_divergence(whole_run):
     """The reference is the base: before the first KL step moves the adapter far, the KL is near 0, and it grows."""
     _, folder = whole_run
@@ -161,8 +187,19 @@ def test_packed_examples_do_not_see_one_another(tmp_path):
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     record = sft_train.main(flags(tmp_path / "run", "--dry_run"))
     printed = capsys.readouterr().out
-    for word in ("train", "validation", "steps: 16 of 8 sequences", "tokens:", "memory:", "MT-Bench"):
+    for word in (
+        "train",
+        "validation",
+        "steps: 16 of 8 sequences",
+        "tokens:",
+        "memory:",
+        "MT-Bench",
+        "a row as the model reads it",
+    ):
         assert word in printed
+    for word in ("with padding", "passes: 32 forward and 32 backward of 4 sequences, 26 forward of the reference"):
+        assert word in printed
+    assert "evaluation: up to 0.00 M generated tokens, 0 %" in printed and "[[<|im_start|>user" in printed
     assert record["status"] == "completed"
     assert not (tmp_path / "run").exists() and not (tmp_path / "log.jsonl").exists()
 

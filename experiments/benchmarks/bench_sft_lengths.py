@@ -1,0 +1,158 @@
+"""Whole SFT+KL optimiser steps on real rows of different lengths: what padding costs, and what sorting saves.
+
+    python experiments/benchmarks/bench_sft_lengths.py --data twix.jsonl --tokenizer QWEN3_FOLDER
+    python experiments/benchmarks/bench_sft_lengths.py --tokens 1024
+
+A random Qwen3 in the 1.7B model's proportion of backbone to head (hidden 256, 6 layers, vocabulary 4,096); lengths by
+the tokenizer, ids folded below the vocabulary. Steps of batch x grad_acc rows, as in the recipes, over the same rows
+and adapter, interleaved in one process; medians over the rounds, and ratios to the first:
+    sorted           this trainer: micro-batches sorted by length within a step
+    unsorted         the same in the seed's order
+    TRL              TRL's SFTTrainer as it ships, without a KL
+    published        the published runs' way: a second full model, full logits of both, unsorted
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+DEMO = ROOT / "experiments" / "demo"
+SHAPE = dict(
+    vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+    intermediate_size=768,
+)  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = " (default: %(default)s)"
+    parser.add_argument("--data", default=str(DEMO / "twix.jsonl"), help="rows of {messages, subset}" + default)
+    parser.add_argument("--tokenizer", default=str(DEMO / "model"), help="folder of a Qwen3 tokenizer" + default)
+    parser.add_argument("--tokens", type=int, default=512, help="length that rows are cut to" + default)
+    parser.add_argument("--batch", type=int, default=8, help="rows of a micro-batch" + default)
+    parser.add_argument("--grad_acc", type=int, default=16, help="micro-batches of a step" + default)
+    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each variant" + default)
+    parser.add_argument("--tail", type=int, default=128, help="last tokens that the KL acts on" + default)
+    return parser
+
+
+class Bench:
+    """One adapter on one random model, its rows, and a step of each variant."""
+
+    def __init__(self, options: argparse.Namespace, folder: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+        from trl import SFTTrainer
+
+        import sft_train
+        from llm_alignment.models import device_and_dtype, load_model
+        from llm_alignment.twix import ChatEncoder, load_data, tokenise
+
+        torch.manual_seed(0)
+        self.device, self.dtype = device_and_dtype("auto")
+        config = Qwen3Config(tie_word_embeddings=True, max_position_embeddings=4096, **SHAPE)
+        Qwen3ForCausalLM(config).to(self.dtype).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+        self.args = sft_train.build_parser().parse_args([
+            "--model", folder, "--output_dir", f"{folder}/out", "--batch", str(options.batch), "--no_4bit",
+            "--grad_acc", str(options.grad_acc), "--max_seq_length", str(options.tokens), "--dataset", options.data,
+            "--subset", "both", "--sample_ratio", "1", "--lora_dropout", "0", "--kl_coef", "0.03",
+            "--kl_warmup_steps", "1", "--kl_limit_seq", str(options.tail),
+        ])  # fmt: skip
+        encoder = ChatEncoder(tokenizer, thinking=False, assistant_only=False)
+        selection, examples = load_data(self.args, encoder)
+        rows = tokenise(examples.stored("train")["train"], encoder, 1)
+        rows = rows.map(lambda row: {name: [token % 4090 for token in row[name]] for name in ("input_ids", "labels")})
+        tokenizer.pad_token_id = 4095
+        self.ours = sft_train.build_trainer(self.args, load_model(self.args), tokenizer, rows, rows, len(rows))
+        self.model = self.ours.model.train()
+        self.second = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype).to(self.device)
+        self.stock = SFTTrainer(model=self.model, args=self.ours.args, train_dataset=rows, processing_class=tokenizer)
+        # the Trainer makes the accelerator's loaders when it trains; the steps here take batches from their own
+        self.loaders = {
+            "sorted": self.ours.get_train_dataloader(),
+            "unsorted": super(sft_train.AnchoredTraining, self.ours).get_train_dataloader(),
+        }
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.0)
+
+    def batches(self, order: str, step: int) -> list[dict]:
+        """The micro-batches of an optimiser step."""
+        start = step * self.args.grad_acc
+        self.loaders[order].set_epoch(0)
+        return list(itertools.islice(self.loaders[order], start, start + self.args.grad_acc))
+
+    def step(self, trainer, batches: list[dict]) -> None:
+        """A step of this project's trainer or of TRL's."""
+        trainer.state.global_step = 10
+        batches, items = trainer.get_batch_samples(iter(batches), len(batches), self.device)
+        trainer.current_gradient_accumulation_steps = len(batches)
+        for batch in batches:
+            trainer.training_step(self.model, batch, items)
+
+    def step_published(self, batches: list[dict]) -> None:
+        import torch
+
+        for batch in batches:
+            labels = batch["labels"][:, 1:].to(self.device)
+            inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
+            logits = self.model(**inputs, use_cache=False).logits[:, :-1].float()
+            with torch.no_grad():
+                reference = self.second(**inputs, use_cache=False).logits[:, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            log_p, log_r = (torch.log_softmax(x[:, -self.args.kl_limit_seq :], -1) for x in (logits, reference))
+            loss = loss + self.args.kl_coef * (log_p.exp() * (log_p - log_r)).sum(-1).mean()
+            (loss / len(batches)).backward()
+
+    def variants(self) -> dict[str, tuple[str, Callable[[list[dict]], None]]]:
+        return {
+            "sorted": ("sorted", lambda batches: self.step(self.ours, batches)),
+            "unsorted": ("unsorted", lambda batches: self.step(self.ours, batches)),
+            "TRL": ("unsorted", lambda batches: self.step(self.stock, batches)),
+            "published": ("unsorted", self.step_published),
+        }
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    options = build_parser().parse_args(argv)
+    import torch
+
+    bench = Bench(options, tempfile.mkdtemp())
+    seconds, padded, real = ({name: [] for name in bench.variants()} for _ in range(3))
+    for number in range(options.rounds + 1):
+        for name, (order, run) in bench.variants().items():
+            batches = bench.batches(order, number)
+            counts = [(batch["input_ids"].numel(), int(batch["attention_mask"].sum())) for batch in batches]
+            start = time.perf_counter()
+            run(batches)
+            bench.optimizer.step()
+            if bench.device.type == "cuda":
+                torch.cuda.synchronize()
+            elapsed = time.perf_counter() - start
+            bench.optimizer.zero_grad()
+            if number:  # the first round warms up
+                seconds[name].append(elapsed)
+                padded[name].append(sum(count for count, _ in counts))
+                real[name].append(sum(count for _, count in counts))
+    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{options.batch} x {options.grad_acc} rows of up to {options.tokens} tokens, {bench.dtype}, {device}")
+    print(f"{'':10}{'time / sorted':>14}{'padded / real tokens':>22}")
+    result = {}
+    for name in seconds:
+        ratio = statistics.median(t / s for t, s in zip(seconds[name], seconds["sorted"], strict=True))
+        result[name] = {"time": ratio, "padding": sum(padded[name]) / sum(real[name])}
+        print(f"{name:10}{ratio:14.2f}{result[name]['padding']:22.2f}")
+    return result
+
+
+if __name__ == "__main__":
+    main()
