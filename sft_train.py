@@ -51,6 +51,7 @@ from llm_alignment.models import (
 )
 from llm_alignment.rewards import RewardModel, load_reward_model
 from llm_alignment.runs import begin, recorded_run, timed
+from llm_alignment.scores import summarise
 from llm_alignment.training import (
     FLAGS_THAT_DO_NOT_AFFECT_TRAINING,
     check_output_folder,
@@ -75,7 +76,7 @@ from llm_alignment.twix import (
     training_stream,
 )
 from llm_alignment.validation import summarise_validation, validation_evaluation, without_head
-from mtbench_eval import load_questions, sample_questions, scored_evaluation, summarise
+from mtbench_eval import load_questions, sample_questions, scored_evaluation
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
