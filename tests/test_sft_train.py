@@ -1,7 +1,6 @@
 """sft_train.py from end to end on the demo's files: data, runs, bad input, and runs that are killed and go on."""
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -387,19 +386,3 @@ def test_early_stopping_rule():
     assert sft_train.early_stop_reason(5.0, [5.0, 5.04, 5.02], 2) == "2 evaluations without a gain of 0.05"
     assert sft_train.early_stop_reason(5.0, [5.0, 5.04, 5.08], 2) is None  # small gains add up
     assert sft_train.early_stop_reason(5.0, [5.0, 4.8, 5.1, 5.0], 2) is None
-
-
-def test_validation_loss_by_hand():
-    before = [{"question_id": n, "nll": nll, "tokens": tokens} for n, nll, tokens in ((0, 2.0, 1), (1, 3.0, 3))]
-    after = [
-        {"question_id": n, "nll": nll, "tokens": tokens} for n, nll, tokens in ((1, 1.5, 3), (0, 1.0, 1), (2, 9.0, 1))
-    ]
-    summary = sft_train.summarise_validation(before)
-    assert summary["val_loss"] == pytest.approx(5 / 4) and summary["ppl"] == pytest.approx(math.exp(5 / 4))
-    assert summary["val_loss_row_mean"] == pytest.approx((2 + 1) / 2)
-    assert sft_train.summarise_full_validation(after)["val_rows_full"] == 3
-    deltas = sft_train.compare_validation(before, after)  # by id, over the rows on both sides
-    assert deltas["val_loss"]["n"] == 2 and deltas["val_loss"]["mean"] == pytest.approx((2.5 - 5) / 4)
-    assert deltas["val_loss_row_mean"]["mean"] == pytest.approx((-1 - 0.5) / 2)
-    assert deltas["ppl"]["mean"] == pytest.approx(math.exp(2.5 / 4) - math.exp(5 / 4))
-    assert deltas["ppl"]["low"] is None, "two rows are too few for an interval"
