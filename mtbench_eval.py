@@ -52,6 +52,8 @@ from llm_alignment.models import (
     load_tokenizer,
     main_process,
     model_fingerprint,
+    on_main_process,
+    processes,
 )
 from llm_alignment.rewards import RewardModel, load_reward_model, to_logged_scale, to_score
 from llm_alignment.runs import begin, recorded_run, timed
@@ -162,7 +164,7 @@ def evaluation_fingerprint(
 def score_questions(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    reward_model: RewardModel,
+    reward_model: RewardModel | None,
     questions: list[dict],
     *,
     path: Path,
@@ -189,33 +191,36 @@ def score_questions(
     settings = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, backend=backend, thinking=thinking, seed=seed
     )
-    fingerprint = evaluation_fingerprint(fingerprint, questions, reward_model, **settings)
-    results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache and temperature == 0)
-    missing = {question["question_id"] for question in results.missing(questions)}
+    results = None
+    if reward_model:
+        fingerprint = evaluation_fingerprint(fingerprint, questions, reward_model, **settings)
+        results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache and temperature == 0)
+    missing = on_main_process(lambda: {question["question_id"] for question in results.missing(questions)})
 
-    size = batch_size or MAX_BATCH_SIZE[model.device.type]
+    size = (batch_size or MAX_BATCH_SIZE[model.device.type]) * processes()
     order = sorted(questions, key=lambda question: sum(map(len, question["turns"])))
-    waves = [order[start : start + size] for start in range(0, len(order), size)]
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
     total = sum(len(question["turns"]) for question in questions)
-    progress = tqdm(total=total, desc=path.stem, unit="answer", disable=not missing)
+    progress = tqdm(total=total, desc=path.stem, unit="answer", disable=not (missing and results))
     with progress:
-        for wave in waves:
-            if any(question["question_id"] in missing for question in wave):
-                # the whole wave, so that an interrupted evaluation sees the batches of an uninterrupted one
+        for chunk in chunks:
+            if any(question["question_id"] in missing for question in chunk):
+                # the whole chunk, so that an interrupted evaluation sees the batches of an uninterrupted one
                 rows = answer_and_score(
-                    model, tokenizer, reward_model, wave, progress, batch_size=batch_size, **settings
+                    model, tokenizer, reward_model, chunk, progress, batch_size=batch_size, **settings
                 )
                 for row in rows:
-                    if row["question_id"] in missing:
+                    if results and row["question_id"] in missing:
                         results.append(row)
             else:
-                progress.update(sum(len(question["turns"]) for question in wave))
-    results.finish()
-    return results.rows_of(questions)
+                progress.update(sum(len(question["turns"]) for question in chunk))
+    if results:
+        results.finish()
+    return on_main_process(lambda: results.rows_of(questions))
 
 
 def answer_and_score(model, tokenizer, reward_model, questions, progress, **settings) -> list[dict]:
-    """The rows of one wave: turn after turn, each with the whole conversation so far, then the rewards."""
+    """The rows of a chunk: turn after turn, each with the whole conversation so far, then the rewards, if they can be."""
     per_turn = ("answers", "rewards", "scores", "scores_logged", "answer_tokens", "finished")
     rows = [{**question, **{key: [] for key in per_turn}} for question in questions]
     conversations: list[list[dict]] = [[] for _ in questions]
@@ -224,7 +229,7 @@ def answer_and_score(model, tokenizer, reward_model, questions, progress, **sett
         for index in asked:
             conversations[index].append({"role": "user", "content": questions[index]["turns"][turn]})
 
-        for answer in generate(model, tokenizer, [conversations[index] for index in asked], **settings):
+        for answer in generate(model, tokenizer, [conversations[index] for index in asked], split=True, **settings):
             row = rows[asked[answer.index]]
             row["answers"].append(strip_thinking(answer.text))
             row["answer_tokens"].append(answer.tokens)
@@ -232,6 +237,8 @@ def answer_and_score(model, tokenizer, reward_model, questions, progress, **sett
             progress.update()
         for index in asked:
             conversations[index].append({"role": "assistant", "content": rows[index]["answers"][turn]})
+        if reward_model is None:
+            continue
         rewards = reward_model.score([conversations[index] for index in asked])
         for index, reward in zip(asked, rewards, strict=True):
             rows[index]["rewards"].append(reward)
@@ -275,7 +282,7 @@ def scored_evaluation(
         for row in questions
         if "reference" in row
     ]
-    return Evaluation(name, len(questions), answer, summarise_rows, compare, references)
+    return Evaluation(name, len(questions), answer, summarise_rows, compare, references, split=True)
 
 
 def mtbench_questions(args: argparse.Namespace) -> list[dict]:
@@ -420,11 +427,14 @@ def run(args: argparse.Namespace, record: dict) -> None:
         model = load_model(args)
         if args.adapter:
             model = load_adapter(model, args.adapter)
+    if not main_process():
+        reward_model = None  # the main one scores
     evaluation = scored_evaluation(args, "mtbench", questions, reward_model, **settings)
     model_settings = model_fingerprint(args, adapter_sha256(model))
     path = Path(args.output_dir) / "mtbench.jsonl"
-    # refuses the folder of another evaluation before anything in it changes
-    ResultFile(path, {**model_settings, **fingerprint})
+    if main_process():
+        # refuses the folder of another evaluation before anything in it changes
+        ResultFile(path, {**model_settings, **fingerprint})
     folder = begin(record, {"questions": args.questions, "n": len(questions), "sha256": fingerprint["questions"]})
     with timed(record, "final"):
         rows = evaluation.answer(
@@ -434,6 +444,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
             fingerprint=model_settings,
             use_cache=not (args.adapter or args.no_baseline_cache),
         )
+    if not main_process():
+        return
     title = f"{args.model} {args.adapter}".strip() + f", {len(rows)} questions"
     if earlier:
         both = [new for _, new in pair_rows(earlier, rows)]

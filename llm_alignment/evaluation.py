@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
 from collections.abc import Callable, Sequence
@@ -92,7 +93,8 @@ class Evaluation:
     `answer(model, tokenizer, path=, fingerprint=, use_cache=, renew=)` gives a row with a "question_id" per item.
     `summarise(rows)` is what the record's `baseline` and `final` get, `compare(before, after)` what its `delta` gets:
     a difference for each name of METRICS. `size` is the number of items. `references` are those that have a reference
-    answer: (question_id, prompt as the model reads it or as turns, answer, label of the context).
+    answer: (question_id, prompt as the model reads it or as turns, answer, label of the context). With `split` all
+    processes call `answer`, share the items and get every row; else the main one calls it.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Evaluation:
     summarise: Callable[[list[dict]], dict]
     compare: Callable[[list[dict], list[dict]], dict[str, dict]]
     references: Sequence[tuple[str | int, str | list[dict], str, str | int]] = ()
+    split: bool = False
 
 
 def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
@@ -127,24 +130,28 @@ def measure(
 ) -> dict[str, list[dict]]:
     """The rows of every evaluation by name, kept in NAME_STAGE.jsonl; without the adapter the base answers.
 
-    Rows of the stage "baseline" are shared with other runs by the cache. With several processes the main one answers.
+    Rows of the stage "baseline" are shared with other runs by the cache. Every process gets the rows.
     """
+
+    def answer(evaluation: Evaluation) -> list[dict]:
+        return evaluation.answer(
+            model,
+            tokenizer,
+            path=folder / f"{evaluation.name}_{stage}.jsonl",
+            fingerprint=fingerprint,
+            use_cache=stage == "baseline" and not args.no_baseline_cache,
+            renew=True,
+        )
+
     with contextlib.nullcontext() if with_adapter else adapter_off(model):
         adapter = adapter_sha256(model) if with_adapter else "none"
         fingerprint = model_fingerprint(args, adapter)
-        return on_main_process(
-            lambda: {
-                evaluation.name: evaluation.answer(
-                    model,
-                    tokenizer,
-                    path=folder / f"{evaluation.name}_{stage}.jsonl",
-                    fingerprint=fingerprint,
-                    use_cache=stage == "baseline" and not args.no_baseline_cache,
-                    renew=True,
-                )
-                for evaluation in evaluations
-            }
-        )
+        return {
+            evaluation.name: answer(evaluation)
+            if evaluation.split
+            else on_main_process(functools.partial(answer, evaluation))
+            for evaluation in evaluations
+        }
 
 
 def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> dict[str, list[dict]]:

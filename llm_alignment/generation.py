@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import logging
+import math
+import operator
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from llm_alignment.files import InputError
+from llm_alignment.models import all_processes, gathered, main_process, on_main_process, processes
 
 if TYPE_CHECKING:
     import torch
@@ -45,15 +49,17 @@ def generate(
     thinking: bool = False,
     seed: int = 42,
     description: str = "",
+    split: bool = False,
 ) -> Iterator[Answer]:
     """Answers conversations of {role, content} turns that end with the user's; yields each answer when it is ready.
 
     Temperature 0 is greedy and in float32 does not depend on `batch_size` (0: by free memory); above 0, sampling is
     seeded. The settings a model ships with, such as Qwen3's temperature of 0.6, are ignored. `backend` "simple" is
     `model.generate` on batches of similar length that finished rows leave; "auto" is transformers' continuous batching
-    on CUDA and simple elsewhere. An answer gets at most half of the model's context, and a prompt that leaves less
-    room than its answer needs loses its beginning. With a `description` a progress bar is shown. After the last answer
-    torch's random state and the model's mode are what they were.
+    on CUDA, where it can be trusted (see `can_run_continuously`), and simple elsewhere. An answer gets at most half of
+    the model's context, and a prompt that leaves less room than its answer needs loses its beginning. With a
+    `description` a progress bar is shown. After the last answer torch's random state and the model's mode are what
+    they were. `split`: all processes call this with the same conversations, share the batches, and get every answer.
     """
     import torch
     from tqdm import tqdm
@@ -74,22 +80,22 @@ def generate(
     def answer_batch(batch: list[int]) -> Iterator[tuple[int, list[int]]]:
         batch_prompts = [prompts[index] for index in batch]
         torch.manual_seed(seed ^ zlib.crc32(str(batch_prompts).encode()))
-        return batched_answers(model, batch_prompts, settings, max_new_tokens)
+        answers = continuous_answers if is_continuous else batched_answers
+        return answers(model, batch_prompts, settings, max_new_tokens)
 
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    size = batch_size or free_batch_size(model, len(prompts[order[-1]]) + max_new_tokens)
-    if backend == "auto" and device.type == "cuda":
-        answers = continuous_answers(model, prompts, settings, max_new_tokens)
-    else:
-        answers = in_batches(order, size, answer_batch)
     special_ids = shown_as_nothing(tokenizer)
-    progress = tqdm(total=len(prompts), desc=description, unit="answer", disable=not description)
+    progress = tqdm(total=len(prompts), desc=description, unit="answer", disable=not (description and main_process()))
     was_training = model.training
     model.eval()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), progress:
-            torch.manual_seed(seed)
-            for index, tokens in answers:
+            is_continuous = backend == "auto" and can_run_continuously(
+                model, [prompts[index] for index in order[:3]], settings, split=split
+            )
+            size = len(order) if is_continuous else batch_size
+            size = size or free_batch_size(model, len(prompts[order[-1]]) + max_new_tokens)
+            for index, tokens in in_batches(order, size, answer_batch, split=split):
                 end = next((n for n, token in enumerate(tokens) if token in settings.eos_token_id), None)
                 text = tokenizer.decode([token for token in tokens[:end] if token not in special_ids]).strip()
                 if tokenizer.decode(prompts[index][-16:]).rstrip().endswith("<think>"):  # opened by the template
@@ -298,12 +304,52 @@ def continuous_answers(
         yield row, output.generated_tokens
 
 
+def can_run_continuously(
+    model: PreTrainedModel | PeftModel, prompts: list[list[int]], settings: GenerationConfig, *, split: bool
+) -> bool:
+    """Whether continuous batching can be trusted: on CUDA, with a 4-bit base after a check on a few prompts.
+
+    Others have seen garbage with 4-bit weights there, so it must give the first 32 tokens that `batched_answers` gives.
+    """
+
+    def agrees() -> bool:
+        settings_greedy = copy.copy(settings)
+        settings_greedy.do_sample = False
+        ways = (dict(way(model, prompts, settings_greedy, 32)) for way in (batched_answers, continuous_answers))
+        return operator.eq(*ways)
+
+    if model.device.type != "cuda" or not getattr(model, "is_loaded_in_4bit", False):
+        return model.device.type == "cuda"
+    is_same = on_main_process(agrees) if split else agrees()
+    if not is_same:
+        log.warning("continuous batching gives other answers with this 4-bit base: answering in simple batches")
+    return is_same
+
+
 def in_batches(
-    items: list[Item], size: int, run: Callable[[list[Item]], Iterator[tuple[int, Result]]]
+    items: list[Item], size: int, run: Callable[[list[Item]], Iterator[tuple[int, Result]]], *, split: bool = False
 ) -> Iterator[tuple[Item, Result]]:
     """Yields (item, result) for all `items`; `run(batch)` yields (place in the batch, result) for `size` of them.
 
-    When the GPU runs out of memory, batches of half the size follow, beginning with the items without a result.
+    With `split` all processes call this with the same items, take the batches in turn, and each gets every result,
+    round by round. The smallest of their sizes counts, and no process stays without a batch where it can have one.
+    """
+    n_processes = processes() if split else 1
+    if n_processes == 1:
+        yield from halved_when_full(items, size, run)
+        return
+    size = min(*gathered([size]), math.ceil(len(items) / n_processes))
+    for start in range(0, len(items), size * n_processes):
+        first = start + size * all_processes().process_index
+        yield from gathered(list(halved_when_full(items[first : first + size], size, run)))
+
+
+def halved_when_full(
+    items: list[Item], size: int, run: Callable[[list[Item]], Iterator[tuple[int, Result]]]
+) -> Iterator[tuple[Item, Result]]:
+    """`in_batches` in one process. When the GPU runs out of memory, batches of half the size follow.
+
+    They begin with the items of the batch that have no result yet.
     """
     import torch
 
@@ -346,7 +392,9 @@ def free_batch_size(model: PreTrainedModel | PeftModel, tokens: int) -> int:
     row = 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize * tokens + 12 * config.vocab_size
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     rows = max(1, min(most, int(free / 2 / row)))  # half stays free for activations and for copying the cache
-    return 1 << (rows.bit_length() - 1)
+    size = 1 << (rows.bit_length() - 1)
+    log.info("batches of %d rows of up to %d tokens, by free memory", size, tokens)
+    return size
 
 
 def strip_thinking(text: str) -> str:
@@ -405,8 +453,12 @@ def fit_prompt(
                 f"--max_prompt_length {args.max_prompt_length} is {excess} tokens short of the question "
                 f"{tail.strip()[:60]!r} alone; raise it"
             )
-        places = tokenizer(kept, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        if excess >= len(places):
-            kept = ""
-        else:
-            kept = kept[: places[-excess][0]] if found else kept[places[excess - 1][1] :]
+        kept = without_tokens(kept, excess, tokenizer, at_end=bool(found))
+
+
+def without_tokens(text: str, count: int, tokenizer: PreTrainedTokenizerBase, *, at_end: bool) -> str:
+    """The text without `count` > 0 of its tokens, at its end or at its beginning; "" when it has no more."""
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if count >= len(places):
+        return ""
+    return text[: places[-count][0]] if at_end else text[places[count - 1][1] :]

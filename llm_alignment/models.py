@@ -363,6 +363,8 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
             warnings.simplefilter("ignore")  # what PEFT warns of is an error below, or the meta device
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:  # sizes or layers that this base does not have
+        if "out of memory" in str(error):
+            raise
         reason = str(error).strip().split("\n")[-1].strip()
         base = config.get("base_model_name_or_path")
         raise InputError(f"{what} of {base} does not fit {model.name_or_path} ({reason})") from error
@@ -445,7 +447,7 @@ def new_adapter(model: PreTrainedModel, args: argparse.Namespace) -> PeftModel:
 
     config, what = lora_config(args), f"--target_modules {args.target_modules}"
     if config.target_modules != "all-linear":
-        names = {name for name, _ in model.named_modules()}
+        names = {name for name, _ in model.named_modules() if name}
         head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
         for layer in config.target_modules:
             if not any(name == layer or name.endswith(f".{layer}") for name in names):
@@ -497,14 +499,22 @@ def adapter_kept_in_float32(model: PreTrainedModel) -> Iterator[None]:
             parameter.data = kept[name].to(torch.float32)
 
 
-LONGEST_WAIT = datetime.timedelta(days=1)  # of processes for one that generates or evaluates
+DDP_TIMEOUT = datetime.timedelta(days=1)  # of processes for one that generates or evaluates
 
 
 def all_processes() -> PartialState:
-    """accelerate's state, made with `LONGEST_WAIT` also where it is needed before the trainer, which would make it."""
+    """accelerate's state, made with `DDP_TIMEOUT` also where it is needed before the trainer, which would make it."""
     from accelerate import PartialState
 
-    return PartialState(timeout=LONGEST_WAIT)
+    return PartialState(timeout=DDP_TIMEOUT)
+
+
+def gathered(items: list) -> list:
+    """The lists of all processes as one, in the order of their ranks; every process gets it."""
+    from accelerate.utils import gather_object
+
+    all_processes()
+    return gather_object(items)
 
 
 def on_main_process(compute: Callable[[], Any]) -> Any:

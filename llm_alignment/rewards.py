@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llm_alignment.files import InputError, file_sha256
-from llm_alignment.generation import in_batches
+from llm_alignment.generation import in_batches, without_tokens
 from llm_alignment.models import (
     check_files,
     check_vocabulary,
@@ -111,10 +111,7 @@ class RewardModel:
                     f"an answer of {len(ids)} tokens is longer than the reward model's {self.max_length}; "
                     "lower --mtbench_max_tokens or name another --reward_model"
                 )
-            offsets = self.tokenizer(
-                oldest["content"], add_special_tokens=False, return_offsets_mapping=True
-            ).offset_mapping
-            oldest["content"] = oldest["content"][offsets[excess - 1][1] :] if excess < len(offsets) else ""
+            oldest["content"] = without_tokens(oldest["content"], excess, self.tokenizer, at_end=False)
 
 
 def load_reward_model(args: argparse.Namespace) -> RewardModel:

@@ -30,6 +30,7 @@ from llm_alignment.generation import (
     strip_thinking,
 )
 from llm_alignment.hub import hub_files
+from llm_alignment.models import main_process, on_main_process
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 
 if TYPE_CHECKING:
@@ -383,9 +384,10 @@ def answer_tatqa(
 ) -> list[dict]:
     """Answers and grades TAT-QA questions, reading what those on one context share once; returns a row per question.
 
-    `questions` are those of `fit_questions`; a row is that of `graded_row`, written to `path` (a ResultFile) as soon
-    as it exists, so that a restart continues with the questions that are missing. With `one_line` an answer ends with
-    its first line. `use_cache` and `renew`: see ResultFile; only greedy answers are cached.
+    `questions` are those of `fit_questions`; a row is that of `graded_row`, written to `path` (a ResultFile) as soon as
+    it exists, so that a restart continues with the questions that are missing. With `one_line` an answer ends with its
+    first line. `use_cache` and `renew`: see ResultFile; only greedy answers are cached. All processes call this: they
+    share the groups, the main one writes, and each gets the rows.
     """
     import torch
     from tqdm import tqdm
@@ -395,8 +397,9 @@ def answer_tatqa(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, one_line=one_line
     )
     fingerprint = {**fingerprint, "questions": digest(questions), "generation": generation}
-    results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache and temperature == 0)
-    missing = results.missing(questions)
+    use_cache = use_cache and temperature == 0
+    results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache) if main_process() else None
+    missing = on_main_process(lambda: results.missing(questions))
     line_break = line_break_tokens(model, tokenizer) if one_line and missing else None
     by_context = itertools.groupby(missing, key=lambda question: question["context"])
     groups: list[list[dict]] = sorted(([*group] for _, group in by_context), key=lambda group: len(group[0]["tokens"]))
@@ -410,18 +413,24 @@ def answer_tatqa(
     was_training = model.training
     model.eval()
     progress = tqdm(
-        total=len(questions), initial=len(questions) - len(missing), desc=path.stem, unit="answer", disable=not missing
+        total=len(questions),
+        initial=len(questions) - len(missing),
+        desc=path.stem,
+        unit="answer",
+        disable=not (missing and results),
     )
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), progress:
         size = groups_at_once(model, groups, max_new_tokens, batch_size)
-        for group, answers in in_batches(groups, size, answer_batch):
+        for group, answers in in_batches(groups, size, answer_batch, split=True):
             for question, answer in zip(group, answers, strict=True):
-                text = strip_thinking(tokenizer.decode(answer, skip_special_tokens=True))
-                results.append(graded_row(question, text))
+                if results:
+                    text = strip_thinking(tokenizer.decode(answer, skip_special_tokens=True))
+                    results.append(graded_row(question, text))
                 progress.update()
     model.train(was_training)
-    results.finish()
-    return results.rows_of(questions)
+    if results:
+        results.finish()
+    return on_main_process(lambda: results.rows_of(questions))
 
 
 def graded_row(question: dict, text: str) -> dict:
@@ -498,7 +507,13 @@ def tatqa_evaluation(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
         for question in questions
     ]
     return Evaluation(
-        "tatqa", len(questions), answer, lambda rows: {"tatqa": summarise_tatqa(rows)}, compare_tatqa, references
+        "tatqa",
+        len(questions),
+        answer,
+        lambda rows: {"tatqa": summarise_tatqa(rows)},
+        compare_tatqa,
+        references,
+        split=True,
     )
 
 

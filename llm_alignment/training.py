@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_alignment.files import InputError, differing, file_sha256, write_atomic, write_json
 from llm_alignment.models import (
-    LONGEST_WAIT,
+    DDP_TIMEOUT,
     device_and_dtype,
     fetch_model,
     main_process,
@@ -68,7 +68,7 @@ def training_arguments(
         report_to=args.report_to,
         run_name=args.exp_tag or Path(args.output_dir).name,
         disable_tqdm=not main_process(),
-        ddp_timeout=int(LONGEST_WAIT.total_seconds()),
+        ddp_timeout=int(DDP_TIMEOUT.total_seconds()),
         ddp_find_unused_parameters=False,
         include_num_input_tokens_seen="non_padding",  # for the tokens per second in the log
     )

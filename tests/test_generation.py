@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from toys import CHATML, WORDS, chats, make_model, make_tokenizer, plain_answers
+from conftest import DEMO, ROOT
+from toys import CHATML, WORDS, chats, make_model, make_tokenizer, plain_answers, save_reward_model
 
-from llm_alignment import generation
+from llm_alignment import flags, generation, models
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +184,127 @@ def test_a_block_that_the_template_opens_is_seen(model, tokenizer):
     opening = make_tokenizer(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"))
     (text,) = texts(model, opening, chats(1), max_new_tokens=4)
     assert text.startswith("<think>") and generation.strip_thinking(text) == ""
+
+
+# Run by two processes or by one: MT-Bench answers and TAT-QA answers of toy models, with what each process got.
+SPLIT = """
+import json, os, pathlib, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from toys import make_model, make_tokenizer, sentences
+import mtbench_eval
+from llm_alignment import generation, models, rewards, tatqa
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+model, tokenizer = make_model(), make_tokenizer()
+texts = sentences(26, seed=2)
+questions = [dict(question_id=n, category="a", turns=texts[2 * n : 2 * n + 2]) for n in range(13)]
+reward_model = rewards.RewardModel({reward!r}) if models.main_process() else None
+rows = mtbench_eval.score_questions(
+    model, tokenizer, reward_model, questions, path=folder / "mtbench.jsonl", fingerprint=dict(model="m"),
+    max_new_tokens=6, batch_size=3,
+)
+tables = [dict(question_id=f"{{n}}-{{k}}", context=n, question="q", answer_type="span", scale="", answer=["the"],
+               tokens=tokenizer(texts[n] + " ask " + texts[k]).input_ids) for n in range(7) for k in range(3)]
+graded = tatqa.answer_tatqa(
+    model, tokenizer, tables, path=folder / "tatqa.jsonl", fingerprint=dict(model="m"), max_new_tokens=5, batch_size=6
+)
+(folder / f"rank{{os.environ.get('RANK', '0')}}.json").write_text(json.dumps([rows, graded]))
+"""
+
+
+def run_split(folder: Path, reward_folder: str, n_processes: int) -> list:
+    """What every process got from `SPLIT`."""
+    script = folder.with_suffix(".py")
+    values = {"root": str(ROOT), "tests": str(ROOT / "tests"), "reward": reward_folder}
+    script.write_text(SPLIT.format(**values), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
+    command = [sys.executable, *(launcher if n_processes > 1 else []), str(script), str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    return [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in range(n_processes)]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_questions_and_answer_as_one_does(tmp_path, tokenizer):
+    reward_folder = save_reward_model(tmp_path / "reward", tokenizer)
+    [[rows, graded]] = run_split(tmp_path / "one", reward_folder, 1)
+    first, second = run_split(tmp_path / "two", reward_folder, 2)
+    assert first == second, "every process gets the rows"
+    assert [row["answers"] for row in first[0]] == [row["answers"] for row in rows]
+    for alone, shared in zip(rows, first[0], strict=True):
+        assert shared["rewards"] == pytest.approx(alone["rewards"], abs=1e-4)
+    assert first[1] == graded
+    for name in ("mtbench", "tatqa"):
+        lines = [(tmp_path / which / f"{name}.jsonl").read_text("utf-8").splitlines() for which in ("one", "two")]
+        assert len(lines[0]) == len(lines[1]) == len(set(lines[1])), "one file, every question once"
+    # stopped in the middle and started again
+    path = tmp_path / "two" / "mtbench.jsonl"
+    path.write_text("\n".join(path.read_text("utf-8").splitlines()[:5]) + "\n", encoding="utf-8")
+    (tmp_path / "two" / "tatqa.jsonl").unlink()
+    assert run_split(tmp_path / "two", reward_folder, 2)[0][0] == first[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# on a GPU
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")(test))
+
+
+@pytest.fixture
+def demo_args():
+    parser = argparse.ArgumentParser()
+    flags.add_model_flags(parser)
+    flags.add_lora_flags(parser)
+    return lambda *more: parser.parse_args(["--model", str(DEMO / "model"), *more])
+
+
+def demo_chats(n: int) -> list[list[dict]]:
+    rows = json.loads("[" + ",".join((DEMO / "mt_bench_ru.jsonl").read_text("utf-8").split("\n")[:n]) + "]")
+    return [[{"role": "user", "content": row["turns"][0]}] for row in rows]
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_gpu_batched_answers_are_those_of_one_by_one(demo_args, dtype):
+    args = demo_args("--no_4bit", "--dtype", dtype)
+    model, tokenizer = models.load_model(args), models.load_tokenizer(args)
+    conversations = demo_chats(24)
+    alone = texts(model, tokenizer, conversations, max_new_tokens=24, batch_size=1)
+    batched = texts(model, tokenizer, conversations, max_new_tokens=24)
+    same = sum(a == b for a, b in zip(alone, batched, strict=True))
+    assert same == 24 if dtype == "fp32" else same >= 20, "half types may part at near ties"
+
+
+@needs_gpu
+@pytest.mark.parametrize("four_bits", [False, True])
+def test_gpu_continuous_batching_is_simple_or_is_not_used(demo_args, four_bits, logged):
+    args = demo_args(*([] if four_bits else ["--no_4bit"]))
+    tokenizer = models.load_tokenizer(args)
+    model = models.new_adapter(models.load_model(args), args)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    conversations = demo_chats(24)
+    simple = texts(model, tokenizer, conversations, max_new_tokens=24)
+    auto = texts(model, tokenizer, conversations, max_new_tokens=24, backend="auto")
+    same = sum(a == b for a, b in zip(simple, auto, strict=True))
+    assert same >= 20 or (four_bits and "simple batches" in logged.text)
+
+
+@needs_gpu
+def test_gpu_out_of_memory_halves_the_batch(demo_args, logged):
+    args = demo_args("--no_4bit")
+    model, tokenizer = models.load_model(args), models.load_tokenizer(args)
+    conversations = demo_chats(24)
+    expected = texts(model, tokenizer, conversations, max_new_tokens=24, batch_size=2)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 24 * 2**20) / total)
+        answers = texts(model, tokenizer, conversations, max_new_tokens=24, batch_size=24)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory" in logged.text
+    assert sum(a == b for a, b in zip(answers, expected, strict=True)) >= 20

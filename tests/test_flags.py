@@ -1,0 +1,63 @@
+"""Flags: types, and defaults that the help texts state as they are."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+
+import pytest
+
+from llm_alignment import flags
+
+SCRIPTS = ("sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2", "mtbench_eval")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_states_every_default_as_it_is(script):
+    parser = importlib.import_module(script).build_parser()
+    stated = 0
+    for action in parser._actions:
+        if action.dest == "help" or not action.help:
+            continue
+        text = action.help % {**vars(action), "prog": parser.prog}
+        for value in re.findall(r"\(default: ([^)]*)\)", text):
+            stated += 1
+            # words where there is no value: "default: the hub", "default: none, the base model"
+            assert action.default in (None, "") or value == str(action.default), f"--{action.dest}: {text}"
+    assert stated > 10
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_type_of_the_weights_is_a_flag_of_every_script(script):
+    parser = importlib.import_module(script).build_parser()
+    assert parser.parse_args([]).dtype == "auto"
+    assert parser.parse_args(["--dtype", "bf16"]).dtype == "bf16"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--dtype", "int8"])
+
+
+def test_types_of_numbers():
+    assert flags.ratio("0.5") == 0.5 and flags.positive(int)("3") == 3 and flags.not_negative(float)("0") == 0
+    for parse, text in (
+        (flags.ratio, "1.5"),
+        (flags.ratio, "nan"),
+        (flags.positive(int), "0"),
+        (flags.positive(float), "inf"),
+        (flags.not_negative(float), "-1"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError):
+            parse(text)
+
+
+def test_a_demo_takes_the_first_free_folder_and_what_the_user_gave(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parser = importlib.import_module("sft_train").build_parser()
+    demo = {"output_dir": "demo", "batch": 16, "epochs": 0.8}
+    first = flags.parse_arguments(parser, ["--demo", "--batch", "3"], demo)
+    assert (first.output_dir, first.batch, first.epochs) == ("demo_1", 3, 0.8)
+    (tmp_path / "demo_1").mkdir()
+    assert flags.parse_arguments(parser, ["--demo"], demo).output_dir == "demo_2"
+    assert flags.parse_arguments(parser, ["--demo", "--resume_from_checkpoint", "auto"], demo).output_dir == "demo_1"
+    untouched = importlib.import_module("sft_train").build_parser()
+    assert flags.parse_arguments(untouched, [], demo).batch == 8
