@@ -191,11 +191,12 @@ def score_questions(
     settings = dict(
         max_new_tokens=max_new_tokens, temperature=temperature, backend=backend, thinking=thinking, seed=seed
     )
-    results = None
+    results: ResultFile | None = None
     if reward_model:
         fingerprint = evaluation_fingerprint(fingerprint, questions, reward_model, **settings)
         results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache and temperature == 0)
-    missing = on_main_process(lambda: {question["question_id"] for question in results.missing(questions)})
+    unanswered = on_main_process(lambda: results.missing(questions) if results else [])
+    missing = {question["question_id"] for question in unanswered}
 
     size = (batch_size or MAX_BATCH_SIZE[model.device.type]) * processes()
     order = sorted(questions, key=lambda question: sum(map(len, question["turns"])))
@@ -216,7 +217,7 @@ def score_questions(
                 progress.update(sum(len(question["turns"]) for question in chunk))
     if results:
         results.finish()
-    return on_main_process(lambda: results.rows_of(questions))
+    return on_main_process(lambda: results.rows_of(questions) if results else [])
 
 
 def answer_and_score(model, tokenizer, reward_model, questions, progress, **settings) -> list[dict]:
@@ -427,9 +428,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
         model = load_model(args)
         if args.adapter:
             model = load_adapter(model, args.adapter)
-    if not main_process():
-        reward_model = None  # the main one scores
-    evaluation = scored_evaluation(args, "mtbench", questions, reward_model, **settings)
+    scorer = reward_model if main_process() else None
+    evaluation = scored_evaluation(args, "mtbench", questions, scorer, **settings)
     model_settings = model_fingerprint(args, adapter_sha256(model))
     path = Path(args.output_dir) / "mtbench.jsonl"
     if main_process():

@@ -15,6 +15,7 @@ from llm_alignment.models import (
     device_and_dtype,
     fetch_model,
     from_pretrained,
+    main_process,
     read_tokenizer,
 )
 
@@ -115,10 +116,13 @@ class RewardModel:
 
 
 def load_reward_model(args: argparse.Namespace) -> RewardModel:
-    """The reward model that the flags ask for; on torch's meta device, without weights, for a dry run."""
+    """The reward model that the flags ask for; without weights, on torch's meta device, where nothing is scored.
+
+    That is in a dry run, and in all processes but the main one.
+    """
     return RewardModel(
         args.reward_model,
-        device="meta" if args.dry_run else None,
+        device=None if main_process() and not args.dry_run else "meta",
         batch_size=args.eval_batch_size,
         trust_remote_code=args.trust_remote_code,
     )

@@ -399,7 +399,7 @@ def answer_tatqa(
     fingerprint = {**fingerprint, "questions": digest(questions), "generation": generation}
     use_cache = use_cache and temperature == 0
     results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache) if main_process() else None
-    missing = on_main_process(lambda: results.missing(questions))
+    missing = on_main_process(lambda: results.missing(questions) if results else [])
     line_break = line_break_tokens(model, tokenizer) if one_line and missing else None
     by_context = itertools.groupby(missing, key=lambda question: question["context"])
     groups: list[list[dict]] = sorted(([*group] for _, group in by_context), key=lambda group: len(group[0]["tokens"]))
@@ -430,7 +430,7 @@ def answer_tatqa(
     model.train(was_training)
     if results:
         results.finish()
-    return on_main_process(lambda: results.rows_of(questions))
+    return on_main_process(lambda: results.rows_of(questions) if results else [])
 
 
 def graded_row(question: dict, text: str) -> dict:
