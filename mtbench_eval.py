@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.evaluation import Evaluation, pair_rows, report
+from llm_alignment.evaluation import Evaluation, pair_rows, print_table, report, table_rows
 from llm_alignment.files import (
     InputError,
     ResultFile,
@@ -447,6 +447,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if not main_process():
         return
     title = f"{args.model} {args.adapter}".strip() + f", {len(rows)} questions"
+    both = []
     if earlier:
         both = [new for _, new in pair_rows(earlier, rows)]
         record["baseline"] |= summarise_scored("mtbench", earlier)
@@ -455,6 +456,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
         if len(both) < len(rows):
             title += f"; baseline and differences on the {len(both)} that both answered"
     report(record, folder, [evaluation], {}, {"mtbench": rows}, title=title, details=True)
+    if 0 < len(both) < len(rows):
+        on_both = table_rows(record["baseline"], summarise_scored("mtbench", both), record["delta"], details=True)
+        print_table(f"The {len(both)} questions that both answered", on_both)
 
 
 if __name__ == "__main__":

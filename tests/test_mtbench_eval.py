@@ -350,9 +350,12 @@ def test_a_comparison_is_over_the_questions_that_both_answered(cli_folder, rewar
     metrics = json.loads((tmp_path / "many" / "metrics.json").read_text("utf-8"))
     assert metrics["final"] == record["final"]
     other = save_reward_model(tmp_path / "other", tokenizer, initializer_range=0.3)
-    with pytest.raises(SystemExit) as stop:
-        me.main(flags(cli_folder, other, tmp_path / "third", *earlier))
-    assert stop.value.code == 2 and "another reward model" in capsys.readouterr().err
+    for more in ([], ["--dry_run"]):
+        with pytest.raises(SystemExit) as stop:
+            me.main(flags(cli_folder, other, tmp_path / "third", *more, *earlier))
+        assert stop.value.code == 2 and "another reward model" in capsys.readouterr().err
+    me.main(flags(cli_folder, reward_folder, tmp_path / "third", "--dry_run", *earlier))
+    assert "as the model reads it" in capsys.readouterr().out and not (tmp_path / "third").exists()
 
 
 def test_a_byte_order_mark_is_no_error_and_half_a_character_is(tmp_path):
