@@ -249,7 +249,9 @@ def print_table(title: str, rows: list[TableRow]) -> None:
     def number(value: float | None, sign: str = "") -> str:
         if value is None:
             return "-"
-        return f"{value:{sign}.0f}" if abs(value) >= 1000 else f"{value:{sign}#.4g}".rstrip(".")
+        if abs(value) >= 1000:
+            return f"{value:{sign}.0f}"
+        return f"{value:{sign}.2g}" if 0 < abs(value) < 0.001 else f"{value:{sign}#.4g}".rstrip(".")
 
     rows = [TableRow(*row) for row in rows]
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading

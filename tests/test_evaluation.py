@@ -60,6 +60,12 @@ def test_p_values_that_holm_keeps_are_marked(capsys):
     assert [f"{p}*" in out for p in ("0.01", "0.04", "0.03", "0.005")] == [True, False, False, True]
 
 
+def test_numbers_are_short(capsys):
+    print_table("t", [TableRow("m", 17300.4, 2.8051e-05, delta(-17300.4, -18000.0, 0.00012345, 0.02))])
+    out = capsys.readouterr().out
+    assert "17300  2.8e-05  -17300 [-18000, 0.00012]" in out
+
+
 def test_rows_are_paired_by_id():
     before, after = [{"question_id": n, "x": n} for n in (1, 2, 3)], [{"question_id": n, "x": -n} for n in (3, 1, 4)]
     assert evaluation.pair_rows(before, after) == [(before[2], after[0]), (before[0], after[1])]
