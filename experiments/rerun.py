@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="id, alias, tag, output folder or FILE:LINE")
     parser.add_argument("--list", action="store_true", help="show the runs that can be repeated")
     parser.add_argument("--import", type=Path, metavar="FILE", help="take over records of the original scripts")
     parser.add_argument("--print", action="store_true", dest="print_only", help="print the commands, do not run them")
@@ -78,7 +79,8 @@ def run(argv: list[str] | None) -> int:
     parser = build_parser()
     args, words = parser.parse_known_args(argv)
     first_flag = next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
-    names, changes = words[:first_flag], words[first_flag:]
+    # a RUN after the first flag, as in --print S4, is not taken for one by argparse
+    names, changes = [*args.runs, *words[:first_flag]], words[first_flag:]
     import_file = getattr(args, "import")
     if import_file:
         new, known = import_records(import_file)
