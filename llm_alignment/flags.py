@@ -72,7 +72,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     group.add_argument("--trust_remote_code", action="store_true", help="run code that a model's repository ships")
-    group.add_argument("--thinking", action="store_true", help="leave Qwen3's thinking on, in training and evaluation")
+    group.add_argument(
+        "--thinking",
+        action="store_true",
+        help="Qwen3 may think before it answers: prompts end without the empty <think></think> block, and thoughts in "
+        "the SFT data are trained on (default: every answer follows an empty block, and thoughts are left out)",
+    )
 
 
 def add_lora_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
