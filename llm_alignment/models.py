@@ -504,9 +504,11 @@ DDP_TIMEOUT = datetime.timedelta(days=1)  # of processes for one that generates 
 
 def all_processes() -> PartialState:
     """accelerate's state, made with `DDP_TIMEOUT` also where it is needed before the trainer, which would make it."""
+    import torch
     from accelerate import PartialState
 
-    return PartialState(timeout=DDP_TIMEOUT)
+    # without a GPU it has to be told, or every process believes that it is alone
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=DDP_TIMEOUT)
 
 
 def gathered(items: list) -> list:
