@@ -180,7 +180,7 @@ def three_trainers(demo_args, tokenizer, rows, tmp_path_factory):
     for args.no_prefix_sharing in (False, True):
         trainers.append(demo_trainer(args, tokenizer, rows, dpo.build_trainer))
     for trainer in trainers:
-        move(trainer, 0.05)
+        move(trainer, 0.02)
     return trainers
 
 
