@@ -300,8 +300,10 @@ def draw(points: dict, names: list[str], path: Path) -> None:
             first = getattr(rows[0][1][names[0]], field)
             for name in names:
                 axes.plot([x for x, _ in rows], [getattr(m[name], field) / first for _, m in rows], "o-", label=name)
-            axes.set(title=title, ylabel=f"{field} of a step, relative", xscale="log", yscale="log")
+            axes.set(title=title, ylabel=f"{field} of a step, relative", xscale="log")
             axes.set_xticks([x for x, _ in rows], [str(x) for x, _ in rows])
+            axes.set_xticks([], minor=True)
+            axes.set_ylim(0)
             axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
 
