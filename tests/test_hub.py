@@ -96,7 +96,6 @@ def ask(what: str) -> object:
         ({"/cdn/": "cut"}, "broke off"),
         ({"/cdn/": "other"}, "another file than its ETag says"),
     ],
-    ids=lambda value: "-".join(f"{key.strip('/')}-{fault}" for key, fault in value.items()) if value is dict else None,
 )
 def test_what_a_hub_does_wrong_is_one_line_and_the_next_start_goes_on(what, flag, fault, told, hub):
     hub.faults.update(fault)
