@@ -90,9 +90,12 @@ def prompt_of(turns: Turns) -> Turns:
     return turns
 
 
+to_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: it is asked twice a row
+
+
 def unit_hash(*parts: object) -> float:
     """A number in [0, 1) that depends on `parts` alone: the same rows are drawn whatever their order."""
-    digest = hashlib.blake2b(json.dumps(parts, ensure_ascii=False).encode("utf-8", "surrogatepass"), digest_size=8)
+    digest = hashlib.blake2b(to_json(parts).encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "big") / 2**64
 
 
