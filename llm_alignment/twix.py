@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from llm_alignment.training import sorted_within_steps
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
     import torch
     from transformers import PreTrainedTokenizerBase
 
@@ -132,10 +134,13 @@ def select_rows(
 
     Raises InputError when the data holds no usable row, none of the subset, or none to train on after the split.
     """
+    import numpy as np
+
     if args.mix_reasoning_ratio is not None and args.subset != "both":
         raise InputError(f"--mix_reasoning_ratio mixes two subsets and --subset is {args.subset}; add --subset both")
     wanted = {"general", "reasoning"} if args.subset == "both" else {args.subset}
-    found: dict[str, list[tuple[float, float, int]]] = {subset: [] for subset in sorted(wanted)}
+    # by subset: the rows' hashes, their prompts' hashes, their numbers; as Python objects they take 8 times the memory
+    found = {subset: (array("d"), array("d"), array("q")) for subset in sorted(wanted)}
     others: Counter = Counter()
     skipped = SkippedRows()
     for number, (place, row) in enumerate(rows(skipped)):
@@ -149,29 +154,44 @@ def select_rows(
             skipped.add(place, problem)
         else:
             prompt = unit_hash(args.sample_seed, "prompt", prompt_of(turns))
-            found[subset_of(row)].append((unit_hash(args.sample_seed, turns), prompt, number))
+            for column, value in zip(
+                found[subset_of(row)], (unit_hash(args.sample_seed, turns), prompt, number), strict=True
+            ):
+                column.append(value)
     skipped.report("rows")
-    if not any(found.values()):
+    if not any(numbers for _, _, numbers in found.values()):
         seen = f"; it has {dict(others)}" if others else ""
         places = f" ({'; '.join(skipped.places)})" if skipped.places else ""
         raise InputError(
             f"--dataset {args.dataset}: no usable row of subset {args.subset}{seen}{places}; choose others"
         )
-    take = rows_to_take(args, {subset: len(keys) for subset, keys in found.items()})
-    drawn = {subset: sorted(keys)[: take[subset]] for subset, keys in found.items()}
-    prompts = sorted({prompt for keys in drawn.values() for _, prompt, _ in keys})
+    take = rows_to_take(args, {subset: len(numbers) for subset, (_, _, numbers) in found.items()})
+    drawn = {}
+    for subset, columns in found.items():
+        order = np.lexsort(columns[::-1])[: take[subset]]  # by hash, then by the prompt's, then by number
+        drawn[subset] = [np.asarray(column)[order] for column in columns]
+    prompts = np.unique(np.concatenate([prompts for _, prompts, _ in drawn.values()])).tolist()
     if len(prompts) < 2:
         raise InputError(f"--sample_ratio {args.sample_ratio}: {len(prompts)} prompts left; at least 2 are needed")
     last_held_out = prompts[min(max(1, round(args.val_split * len(prompts))), len(prompts) - 1) - 1]
-    hashes = {subset: [key[:2] for key in keys] for subset, keys in drawn.items()}
-    return Selection(
-        used={
-            number: (subset, "validation" if prompt <= last_held_out else "train")
-            for subset, keys in drawn.items()
-            for _, prompt, number in keys
-        },
-        sha256=hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest(),
-    )
+    used = {}
+    for subset, (_, hashes, numbers) in drawn.items():
+        sides = (subset, "train"), (subset, "validation")
+        held_out = (hashes <= last_held_out).tolist()
+        used |= {number: sides[side] for number, side in zip(numbers.tolist(), held_out, strict=True)}
+    return Selection(used, data_sha256({subset: columns[:2] for subset, columns in drawn.items()}))
+
+
+def data_sha256(hashes: dict[str, list[np.ndarray]]) -> str:
+    """SHA-256 of {subset: [[the row's hash, its prompt's hash], ...]} as JSON, made piece by piece."""
+    digest = hashlib.sha256(b"{")
+    for place, (subset, (rows, prompts)) in enumerate(sorted(hashes.items())):
+        digest.update(f"{', ' if place else ''}{json.dumps(subset)}: [".encode())
+        for number, pair in enumerate(zip(rows, prompts, strict=True)):
+            digest.update(f"{', ' if number else ''}[{float(pair[0])!r}, {float(pair[1])!r}]".encode())
+        digest.update(b"]")
+    digest.update(b"}")
+    return digest.hexdigest()
 
 
 def rows_to_take(args: argparse.Namespace, found: dict[str, int]) -> dict[str, int]:
