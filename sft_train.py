@@ -19,7 +19,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_alignment.anchored_loss import fused_nll_kl, kl_coefficient, tail_mask
 from llm_alignment.drift import drift_evaluation
@@ -211,6 +211,7 @@ class AnchoredTraining:
     loss, and evaluations during training that decide by MT-Bench."""
 
     flags: argparse.Namespace
+    state: Any  # the Trainer's
     evaluate_step: Callable[[int], dict[str, float]]  # {"loss", "mtbench"} of the adapter at a step
     baseline_score: float | None = None  # MT-Bench of the base on the questions of these evaluations
     nll_since_log = kl_since_log = 0.0

@@ -78,8 +78,8 @@ def fused_nll_kl(
         for rows in (*chunks(targets & ~kl_rows, rows_per_chunk), *chunks(kl_rows, rows_per_chunk)):
             z = shifted_logits(hidden[rows], weight, buffers[0])
             z_label = z.gather(1, labels[rows, None])
-            kl_gradient, scale = None, 1
-            if kl_rows[rows[0]]:
+            kl_gradient, scale = None, torch.ones_like(z_label)
+            if ref_hidden is not None and kl_rows[rows[0]]:
                 ref_z = shifted_logits(ref_hidden[rows], weight, buffers[1])
                 kl_chunk = reverse_kl_chunk if kl_direction == "reverse" else forward_kl_chunk
                 row_kl, exp, total, kl_gradient, scale = kl_chunk(z, ref_z)
@@ -89,13 +89,13 @@ def fused_nll_kl(
             row_nll = total.log() - z_label
             row_weight = (-row_nll).exp() if sft_loss == "dft" else torch.ones_like(row_nll)
             nll += (row_weight * row_nll).sum()
-            if needs_gradient:
+            if gradient is not None:
                 a = share * row_weight
                 product = gradient_to_hidden(weight, exp, a / total, kl_gradient, c / scale)
                 gradient[rows] = product - a * weight[labels[rows]]
     nll, kl = nll * share, kl / kl_rows.sum().clamp(min=1)
     loss = nll + kl_coef * kl
-    if needs_gradient:  # adds 0, with the gradient that is known already
+    if gradient is not None:  # adds 0, with the gradient that is known already
         known = (hidden * gradient).sum()
         loss = loss + (known - known.detach())
     return loss, nll, kl
@@ -157,7 +157,7 @@ def forward_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor
     """KL(p_reference || p_student): as `reverse_kl_chunk`; `gradient` divided by `scale` is p_s - p_r."""
     import torch
 
-    cross = 0  # sum over the vocabulary of exp(ref_z) * (ref_z - z), in parts to save memory
+    cross = torch.zeros_like(z[:, :1])  # sum over the vocabulary of exp(ref_z) * (ref_z - z), in parts to save memory
     for part, ref_part in zip(z.split(8192, dim=1), ref_z.split(8192, dim=1), strict=True):
         difference = ref_part - part
         cross = cross + torch.einsum("rv,rv->r", ref_part.exp_(), difference)[:, None]

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llm_alignment")
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Answer(NamedTuple):
     """One answer of `generate`, in an order of its own: `index` is the conversation's place in the list."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's method of that name is not used
     text: str  # without the end token; a block of thinking is part of it, see `strip_thinking`
     tokens: int  # new tokens, the end token not counted
     finished: bool  # False: cut at the token limit

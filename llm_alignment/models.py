@@ -200,7 +200,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, what: str) -> str | None:
 
 
 def from_pretrained(
-    auto_class: type, folder: Path, what: str, *, advice: str = "fetch it again or name another model", **options: Any
+    auto_class: Any, folder: Path, what: str, *, advice: str = "fetch it again or name another model", **options: Any
 ) -> PreTrainedModel:
     """`auto_class.from_pretrained`, whose failures become an InputError: also weights that do not fill the model.
 

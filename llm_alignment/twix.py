@@ -42,16 +42,15 @@ Turns = list[tuple[str, str]]  # (role, content)
 def content_text(content: Any) -> str | None:
     """The text of a turn: a text, or parts [{"type": "text", "text": ...}] joined; None when it is neither."""
     if isinstance(content, list) and content:
-        texts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        is_text = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+        return "".join(map(str, texts)) if is_text else None
     return content if isinstance(content, str) else None
 
 
 def turns_of(row: dict) -> Turns:
     """The turns of a row in which `row_problem` finds nothing."""
-    return [(message["role"], content_text(message["content"])) for message in row["messages"]]
+    return [(message["role"], content_text(message["content"]) or "") for message in row["messages"]]
 
 
 def row_problem(row: dict) -> str | None:
