@@ -2,10 +2,12 @@
 
     L = -log sigmoid(beta * (log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)))
 
-The reference is the same 4-bit base with the adapter switched off; its log-probabilities are computed once and kept for
-later runs. The pairs of a micro-batch go through the model as one row in which every prompt stands once, with the answers
+The reference is the same 4-bit base with the adapter switched off; its log-probabilities are computed once and kept
+for later runs. The pairs of a micro-batch go through the model as one row in which every prompt stands once, with the
+answers
 hidden from each other; only the answers go through the LM head. With --pairs the pairs are your own. TAT-QA, MT-Bench,
-instruction following and, with --eval_pairs, the rewards of held-out pairs against the base are measured before and after.
+instruction following and, with --eval_pairs, the rewards of held-out pairs against the base are measured before and
+after.
 
     poetry run python dpo_train.py --model Qwen/Qwen3-1.7B --output_dir qwen3_tatqa_dpo_base --beta 0.02 --epochs 1
 """
@@ -79,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--pairs",
         default="",
         metavar="FILE",
-        help="train on your own pairs instead of TAT-QA's: JSONL, JSON or Parquet with prompt, chosen, rejected, texts "
+        help="train on your own pairs, not on TAT-QA's: JSONL, JSON or Parquet with prompt, chosen, rejected, texts "
         "or lists of turns; they go through the chat template. TAT-QA stays an evaluation",
     )
     parser.set_defaults(output_dir="qwen3_tatqa_dpo_base")
@@ -253,7 +255,7 @@ def own_pairs(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict]:
     held_out: list[dict] = []
     for prompt in sorted(by_prompt, key=lambda text: digest("held out", text))[: len(by_prompt) // 2]:
         if len(held_out) < args.eval_pairs:
-            held_out += by_prompt.pop(prompt)
+            held_out += [{**pair, "cluster": digest(prompt)[:16]} for pair in by_prompt.pop(prompt)]
     if len(held_out) < args.eval_pairs:
         log.warning("--eval_pairs %d: half of the prompts give %d", args.eval_pairs, len(held_out))
     pairs = [] if args.no_train else [pair for group in by_prompt.values() for pair in group]
@@ -302,13 +304,15 @@ def load_pairs(
 ) -> tuple[list[dict], dict]:
     """The TAT-QA pairs of a split but those of the uids in `without`, and the fingerprint of what they are made from.
 
-    `limit` > 0 takes a sample by --seed.
+    A pair's "cluster" is its table. `limit` > 0 takes a sample by --seed.
     """
     path = tatqa_file(args, split)
     skipped = SkippedRows()
-    pairs = tatqa_pairs(read_tatqa(path, skipped), seed=args.seed, skipped=skipped, **prompt_options(args))
+    contexts = read_tatqa(path, skipped)
+    table = {question["uid"]: c["questions"][0]["uid"] for c in contexts for question in c["questions"]}
+    pairs = tatqa_pairs(contexts, seed=args.seed, skipped=skipped, **prompt_options(args))
     skipped.report(f"TAT-QA {split} questions for pairs")
-    pairs = [pair for pair in pairs if pair["uid"] not in without]
+    pairs = [{**pair, "cluster": table[pair["uid"]]} for pair in pairs if pair["uid"] not in without]
     if not pairs:
         reasons = "; ".join(skipped.places) or "all of them are trained on"
         raise InputError(f"{path}: no pairs left ({reasons}); name another --tatqa_split or --eval_split")

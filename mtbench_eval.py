@@ -221,7 +221,7 @@ def score_questions(
 
 
 def answer_and_score(model, tokenizer, reward_model, questions, progress, **settings) -> list[dict]:
-    """The rows of a chunk: turn after turn, each with the whole conversation so far, then the rewards, if they can be."""
+    """The rows of a chunk: turn after turn, each with the conversation so far, then the rewards, if they can be."""
     per_turn = ("answers", "rewards", "scores", "scores_logged", "answer_tokens", "finished")
     rows = [{**question, **{key: [] for key in per_turn}} for question in questions]
     conversations: list[list[dict]] = [[] for _ in questions]

@@ -2,11 +2,13 @@
 
     L = NLL + c(t) * KL(p_student || p_reference)
 
-The reference is the same model with its adapter switched off, so there is no second model; the loss and its gradient are
+The reference is the same model with its adapter switched off, so there is no second model; the loss and its gradient
+are
 computed over chunks of rows, so full-size logits never exist. The model is measured before and after: validation loss
 and perplexity on the same rows, and MT-Bench answers scored by a reward model, each difference with its interval.
 
-    poetry run python sft_train.py --model Qwen/Qwen3-1.7B --output_dir qwen3_sft --subset both --mix_reasoning_ratio 0.2
+    poetry run python sft_train.py --model Qwen/Qwen3-1.7B --output_dir qwen3_sft --subset both --mix_reasoning_ratio
+    0.2
 """
 
 from __future__ import annotations
@@ -400,10 +402,14 @@ def print_plan(
     log.info("tokens: about %.0f a row, %.2f M an epoch; %.0f %% of rows are cut", mean, mean * rows / 1e6, 100 * cut)
     per_row = args.max_seq_length if args.packing else padded_tokens(kept, args.batch, per_step) / len(kept)
     real = per_row if args.packing else mean
-    log.info("a step: about %.0f tokens, %.0f with padding (%.2f to 1)", real * per_step, per_row * per_step, per_row / real)  # fmt: skip
+    tokens = real * per_step, per_row * per_step, per_row / real
+    log.info("a step: about %.0f tokens, %.0f with padding (%.2f to 1)", *tokens)
     anchored = sum(kl_coefficient(args, step) > 0 for step in range(steps))
     micro = steps * args.grad_acc
-    log.info("passes: %d forward and %d backward of %d sequences, %d forward of the reference", micro, micro, args.batch * processes(), anchored * args.grad_acc)  # fmt: skip
+    log.info(
+        "passes: %d forward and %d backward of %d sequences, %d forward of the reference",
+        micro, micro, args.batch * processes(), anchored * args.grad_acc,
+    )  # fmt: skip
     log_memory_plan(args, args.max_seq_length)
     during = steps // args.eval_steps if args.early_stop_patience else 0
     log.info("MT-Bench: %d questions before, after, and %d times during training", len(questions), during)
@@ -412,7 +418,8 @@ def print_plan(
     rounds = 1 + (not args.skip_baseline_eval) + during * min(1, asked / max(1, len(questions)))
     generated = rounds * turns * args.mtbench_max_tokens
     trained = (2 * steps + anchored) * per_step * per_row  # a backward pass of a frozen base costs a forward pass
-    log.info("evaluation: up to %.2f M generated tokens, %.0f %% of all tokens that pass through the model", generated / 1e6, 100 * generated / (generated + trained))  # fmt: skip
+    share = 100 * generated / (generated + trained)
+    log.info("evaluation: up to %.2f M generated tokens, %.0f %% of all tokens in the model", generated / 1e6, share)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,7 +547,7 @@ def train(
     midtrain: list[Evaluation],
     folder: Path,
 ) -> int:
-    """Trains, or goes on from `checkpoint`; returns the step whose adapter is kept: the last, or the best by MT-Bench."""
+    """Trains, or continues from `checkpoint`; returns the step that is kept: the last, or the best by MT-Bench."""
     from transformers import TrainerState
 
     def evaluate_step(step: int) -> dict[str, float]:

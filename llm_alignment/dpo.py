@@ -95,7 +95,7 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
         "--label_smoothing",
         type=ratio,
         default=0.0,
-        help=f"share of pairs taken to be labelled the wrong way round, for {', '.join(SMOOTHED)} (default: %(default)s)",
+        help=f"share of pairs taken to be labelled the wrong way, for {', '.join(SMOOTHED)} (default: %(default)s)",
     )
     group.add_argument(
         "--max_prompt_length",
@@ -397,7 +397,7 @@ def answer_log_probs(
 
 
 def summarise_rewards(rows: list[dict]) -> dict:
-    """{"accuracy": pairs whose chosen answer has the higher reward, in per cent, a tie being one half, "margin", "n"}."""
+    """{"accuracy": per cent of pairs whose chosen answer has the higher reward, a tie one half, "margin", "n"}."""
     return {
         "accuracy": 100 * statistics.fmean(map(_reward_accuracy, rows)),
         "margin": statistics.fmean(map(_reward_margin, rows)),
@@ -432,15 +432,9 @@ def _reward_accuracy(row: dict) -> float:
 
 
 def reward_evaluation(args: argparse.Namespace, pairs: list[dict], rows: list[dict]) -> Evaluation:
-    """The rewards of held-out pairs; `rows` are those that `fit_pairs` made of `pairs`.
-
-    Pairs whose prompts begin alike, those of one table, are a cluster, called by the first one's id.
-    """
-    ids = [pair["uid"] for pair in pairs]
-    cluster = {place: ids[group[0]] for group in groups_of([row["prompt"] for row in rows]) for place in group}
+    """The rewards of held-out pairs; `rows` are those that `fit_pairs` made of `pairs`, which name their "cluster"."""
     rows = [
-        {**row, "question_id": uid, "cluster": cluster[place]}
-        for place, (row, uid) in enumerate(zip(rows, ids, strict=True))
+        {**row, "question_id": pair["uid"], "cluster": pair["cluster"]} for row, pair in zip(rows, pairs, strict=True)
     ]
     answer = functools.partial(reward_pairs, pairs=rows, beta=args.beta, max_length=args.max_length)
     return Evaluation(

@@ -375,8 +375,8 @@ class ResultFile:
     The first line is {"fingerprint": {...}}: what the results depend on. Every other line is a row with a
     "question_id". Opening a file keeps its whole rows in `rows`; damaged lines, such as the last one of a crash, are
     left out with a warning, and their questions count as missing. When the stored fingerprint is not this one, raises
-    InputError naming the keys that differ; with `renew` the file becomes NAME.old and a new one is begun (a resumed run
-    measures its own adapter with its own flags). Raises InputError too when the first line is damaged.
+    InputError naming the keys that differ; with `renew` the file becomes NAME.old and a new one is begun (a resumed
+    run measures its own adapter with its own flags). Raises InputError too when the first line is damaged.
 
     With `use_cache` rows that are missing are taken from the baseline cache, a file of the same fingerprint in the
     user's cache folder, and `finish` puts there what it does not have. A damaged cache file is ignored with a warning.

@@ -143,7 +143,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
         choices=["auto"] if in_stages else None,
         metavar="auto" if in_stages else "auto|PATH",
         default=None,
-        help="continue from a checkpoint; auto takes the newest complete one in --output_dir (default: from the start)",
+        help="continue from a checkpoint; auto takes the newest complete one of --output_dir (default: start again)",
     )
 
 

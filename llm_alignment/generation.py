@@ -310,7 +310,8 @@ def can_run_continuously(
 ) -> bool:
     """Whether continuous batching can be trusted: on CUDA, with a 4-bit base after a check on a few prompts.
 
-    Others have seen garbage with 4-bit weights there, so it must give the first 32 tokens that `batched_answers` gives.
+    Others have seen garbage with 4-bit weights there, so it must give the first 32 tokens that `batched_answers`
+    gives.
     """
 
     def agrees() -> bool:

@@ -31,7 +31,8 @@ def hub_files(
 ) -> Path:
     """The folder of those files of a hub repository that match `patterns`; what is not in the cache is downloaded.
 
-    `kind` is model, dataset or space. Raises InputError, within 30 s, when the hub does not give them; it names `flag`.
+    `kind` is model, dataset or space. Raises InputError, within 30 s, when the hub does not give them; it names
+    `flag`.
     """
     import huggingface_hub
 
@@ -168,7 +169,8 @@ def hub_problem(error: BaseException) -> str:
 
 
 def damaged_download(source: str, kind: str, started: float) -> str:
-    """Deletes downloads since `started` whose content is not what their name in the cache, the ETag, says; and says so.
+    """Deletes downloads since `started` whose content is not what their name in the cache, the ETag, says; and says
+    so.
 
     The ETag is the SHA-256 of a large file and git's SHA-1 of a small one.
     """

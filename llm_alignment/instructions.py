@@ -207,7 +207,11 @@ def instruct_questions(limit: int, seed: int) -> list[dict]:
     ]
 
 
+def checks_passed(row: dict) -> list[bool]:
+    """For each check of the row's instruction, whether the answer passes it."""
+    return [check(row["answers"][0]) for check in INSTRUCTIONS[row["question_id"] - 1][2]]
+
+
 def check_rate(rows: list[dict]) -> float:
     """The share of checks that the answers of `rows` pass, in per cent."""
-    passed = [check(row["answers"][0]) for row in rows for check in INSTRUCTIONS[row["question_id"] - 1][2]]
-    return 100 * statistics.fmean(passed)
+    return 100 * statistics.fmean(passed for row in rows for passed in checks_passed(row))

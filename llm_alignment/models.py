@@ -243,7 +243,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
     tokens, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]
     if tokens > rows:
         raise InputError(
-            f"{what}: the tokenizer has {tokens} tokens, the model {rows}; take the tokenizer that belongs to the model"
+            f"{what}: the tokenizer has {tokens} tokens, the model {rows}; take the tokenizer of the model"
         )
 
 
@@ -264,7 +264,8 @@ def check_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, *,
 def load_model(args: argparse.Namespace, *, on_meta: bool = False) -> PreTrainedModel:
     """The base model on this process's device: 4-bit with double quantisation unless --no_4bit.
 
-    A former model that only reference cycles keep alive is freed first. `on_meta` gives a model without weights. Raises InputError when its files do not make a whole model.
+    A former model that only reference cycles keep alive is freed first. `on_meta` gives a model without weights.
+    Raises InputError when its files do not make a whole model.
     """
     import gc
 
@@ -313,8 +314,8 @@ def check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
 def check_head(model: PreTrainedModel, what: str) -> None:
     """Raises InputError unless the logits are the last hidden states times the head, with nothing before or after.
 
-    The fused losses compute them so. Models that cap, scale or bias their logits (Gemma 2, Cohere, Phi) would train and
-    measure something else. The head's own output is compared, so that rounding plays no part.
+    The fused losses compute them so. Models that cap, scale or bias their logits (Gemma 2, Cohere, Phi) would train
+    and measure something else. The head's own output is compared, so that rounding plays no part.
     """
     import torch
 
@@ -333,7 +334,7 @@ def check_head(model: PreTrainedModel, what: str) -> None:
     is_plain = getattr(head, "bias", None) is None and torch.equal(logits, seen["logits"].to(logits.dtype))
     if not is_plain or not torch.allclose(hidden, seen["hidden"], rtol=1e-3, atol=1e-3):
         raise InputError(
-            f"{what}: its logits are not its hidden states times its head (they are capped, scaled or biased), and the "
+            f"{what}: its logits are not hidden states times its head (they are capped, scaled or biased), and the "
             "losses here need that; name another model"
         )
 

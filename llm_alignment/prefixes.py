@@ -28,8 +28,8 @@ class Block(NamedTuple):
 class Fold(NamedTuple):
     """All pairs of a micro-batch as one row of T tokens without padding.
 
-    Two pairs whose prompts begin with the same tokens t; the first continues with a, the second with b. C and R are the
-    chosen and the rejected answers. Positions restart after the parent:
+    Two pairs whose prompts begin with the same tokens t; the first continues with a, the second with b. C and R are
+    the chosen and the rejected answers. Positions restart after the parent:
 
         token      t t t t a a C C R R R b C C C R
         position   0 1 2 3 4 5 6 7 6 7 8 4 5 6 7 5

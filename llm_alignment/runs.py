@@ -147,7 +147,7 @@ def import_problem(error: BaseException) -> str:
         imported = [module for module in modules if module != "__main__"]
         if imported or isinstance(cause, ImportError):
             package = (getattr(cause, "name", None) or (imported or ["a package"])[-1]).partition(".")[0]
-            return f"{package} cannot be imported ({reason}); install the project again: pip install -e . or poetry install"
+            return f"{package} cannot be imported ({reason}); install it again: pip install -e . or poetry install"
     return ""
 
 
@@ -238,7 +238,7 @@ class Console:
 
 @contextlib.contextmanager
 def console_and_log() -> Iterator[None]:
-    """Inside, printing never ends the run, and the project's log goes to stdout and to memory until run.log is open."""
+    """Inside, printing never ends the run; the project's log goes to stdout and to memory until run.log is open."""
     first_free = os.open(os.devnull, os.O_RDWR)
     while first_free < 3:  # a closed stdin, stdout or stderr: no file of the run may get its number
         first_free = os.open(os.devnull, os.O_RDWR)
@@ -278,7 +278,8 @@ def log_to_file(text: str) -> None:
 
 @contextlib.contextmanager
 def run_folder(args: argparse.Namespace) -> Iterator[None]:
-    """Makes and locks the output folder, and looks whether --exp_log can be written; a run that leaves no file removes it.
+    """Makes and locks the output folder, and looks whether --exp_log can be written; a run that leaves no file removes
+    it.
 
     Raises InputError when another run works in the folder, or when folder or log cannot be written. The lock of a
     process that died is free.

@@ -6,7 +6,7 @@ import statistics
 
 from llm_alignment.evaluation import pair_rows
 from llm_alignment.files import InputError
-from llm_alignment.instructions import check_rate
+from llm_alignment.instructions import check_rate, checks_passed
 from llm_alignment.stats import equal_length_delta, in_per_cent, mcnemar, paired_delta
 
 
@@ -60,7 +60,9 @@ def compare_scored(name: str, before: list[dict], after: list[dict]) -> dict[str
     if name in ("instruct", "finance_instruct"):
         named[f"{name}_success"] = in_per_cent(mcnemar(*([row["scores"][0] >= 7 for row in side] for side in sides)))
     if name == "instruct":
-        named[f"{name}_checks"] = paired_delta(*([check_rate([row]) for row in side] for side in sides))
+        passed = [[check for row in side for check in checks_passed(row)] for side in sides]
+        instruction = [row["question_id"] for row in sides[0] for _ in checks_passed(row)]
+        named[f"{name}_checks"] = in_per_cent(mcnemar(*passed, clusters=instruction))
     return {name: deltas["score"], **named}
 
 

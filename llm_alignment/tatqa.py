@@ -384,7 +384,8 @@ def answer_tatqa(
 ) -> list[dict]:
     """Answers and grades TAT-QA questions, reading what those on one context share once; returns a row per question.
 
-    `questions` are those of `fit_questions`; a row is that of `graded_row`, written to `path` (a ResultFile) as soon as
+    `questions` are those of `fit_questions`; a row is that of `graded_row`, written to `path` (a ResultFile) as soon
+    as
     it exists, so that a restart continues with the questions that are missing. With `one_line` an answer ends with its
     first line. `use_cache` and `renew`: see ResultFile; only greedy answers are cached. All processes call this: they
     share the groups, the main one writes, and each gets the rows.

@@ -146,7 +146,7 @@ def log_memory_plan(args: argparse.Namespace, tokens: int) -> None:
     needed = {part: size / 2**30 for part, size in memory_estimate(args, tokens).items()}
     common = needed["weights"] + needed["adapter"] + needed["logits"]
     log.info(
-        "memory: about %.2f GiB with gradient checkpointing, %.2f GiB without (weights %.2f, adapter and optimizer %.2f, "
+        "memory: about %.2f GiB with gradient checkpointing, %.2f GiB without (weights %.2f, adapter, optimizer %.2f, "
         "activations %.2f or %.2f, logits %.2f); --gradient_checkpointing %s",
         common + needed["checkpointed"], common + needed["activations"], needed["weights"], needed["adapter"],
         needed["checkpointed"], needed["activations"], needed["logits"], args.gradient_checkpointing,
@@ -199,8 +199,8 @@ class LengthSortedSampler:
 def sort_by_length(loader: DataLoaderShard, args: TrainingArguments, lengths: Sequence[int]) -> DataLoaderShard:
     """Makes a Trainer's training loader sort the examples of each optimiser step by length (`LengthSortedSampler`).
 
-    `loader` is what `get_train_dataloader` returns, so its order is the one that the seed gave before; `lengths` are in
-    tokens, one for each example.
+    `loader` is what `get_train_dataloader` returns, so its order is the one that the seed gave before; `lengths` are
+    in tokens, one for each example.
     """
     multiple = args.train_batch_size * args.world_size if args.world_size > 1 else 1
     step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -235,8 +235,10 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
     """Trains, from `checkpoint` if given, with complete checkpoints and a log on disk.
 
     A checkpoint of the last step is loaded and no further step is taken. Ctrl-C, SIGTERM and SIGHUP finish the
-    micro-batch in hand, save a checkpoint of the last whole optimiser step and raise Interrupted; a second signal stops
-    at once. A loss or gradient that is not finite in any process raises NotFiniteError in all of them at the same step.
+    micro-batch in hand, save a checkpoint of the last whole optimiser step and raise Interrupted; a second signal
+    stops
+    at once. A loss or gradient that is not finite in any process raises NotFiniteError in all of them at the same
+    step.
     """
     from transformers import TrainerCallback, TrainerState
 
@@ -326,7 +328,7 @@ class RunKeeper:
         self.skipped_steps = self.skipped_steps + 1 if self.trainer.accelerator.optimizer_step_was_skipped else 0
         if self.skipped_steps == MAX_SKIPPED_STEPS:
             raise NotFiniteError(
-                f"a gradient is not finite in fp16 in {self.skipped_steps} steps in a row, up to step {state.global_step}"
+                f"a gradient is not finite in fp16, {self.skipped_steps} steps in a row up to {state.global_step}"
             )
         self.last_step = random_state(), state.num_input_tokens_seen
         self.in_steps = not control.should_evaluate

@@ -153,10 +153,10 @@ def select_rows(
             skipped.add(place, problem)
         else:
             prompt = unit_hash(args.sample_seed, "prompt", prompt_of(turns))
-            for column, value in zip(
-                found[subset_of(row)], (unit_hash(args.sample_seed, turns), prompt, number), strict=True
-            ):
-                column.append(value)
+            columns = found[subset_of(row)]
+            columns[0].append(unit_hash(args.sample_seed, turns))
+            columns[1].append(prompt)
+            columns[2].append(number)
     skipped.report("rows")
     if not any(numbers for _, _, numbers in found.values()):
         seen = f"; it has {dict(others)}" if others else ""
@@ -166,14 +166,14 @@ def select_rows(
         )
     take = rows_to_take(args, {subset: len(numbers) for subset, (_, _, numbers) in found.items()})
     drawn = {}
-    for subset, columns in found.items():
-        order = np.lexsort(columns[::-1])[: take[subset]]  # by hash, then by the prompt's, then by number
-        drawn[subset] = [np.asarray(column)[order] for column in columns]
+    for subset, found_columns in found.items():
+        order = np.lexsort(found_columns[::-1])[: take[subset]]  # by hash, then by the prompt's, then by number
+        drawn[subset] = [np.asarray(column)[order] for column in found_columns]
     prompts = np.unique(np.concatenate([prompts for _, prompts, _ in drawn.values()])).tolist()
     if len(prompts) < 2:
         raise InputError(f"--sample_ratio {args.sample_ratio}: {len(prompts)} prompts left; at least 2 are needed")
     last_held_out = prompts[min(max(1, round(args.val_split * len(prompts))), len(prompts) - 1) - 1]
-    used = {}
+    used: dict[int, tuple[str, str]] = {}
     for subset, (_, hashes, numbers) in drawn.items():
         sides = (subset, "train"), (subset, "validation")
         held_out = (hashes <= last_held_out).tolist()

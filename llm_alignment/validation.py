@@ -84,7 +84,7 @@ def validation_evaluation(name: str, rows: Dataset, collator: Callable, batch_si
 
 
 def summarise_validation(rows: list[dict]) -> dict:
-    """Loss in nats a token and perplexity, token-weighted, and the mean of row means that the published runs logged."""
+    """Loss in nats a token and perplexity, token-weighted, and the mean of row means as the published runs."""
     loss = sum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows)
     row_mean = sum(row["nll"] / row["tokens"] for row in rows) / len(rows)
     return {"val_loss": loss, "val_loss_row_mean": row_mean, "ppl": math.exp(loss)}
@@ -95,7 +95,7 @@ def summarise_full_validation(rows: list[dict]) -> dict:
 
 
 def compare_validation(before: list[dict], after: list[dict]) -> dict[str, dict]:
-    """Paired differences of the token-weighted validation loss, of the perplexity, its exponential, and of row means."""
+    """Paired differences of the token-weighted validation loss, its exponential, the perplexity, and row means."""
     pairs = pair_rows(before, after)
     mean_tokens = sum(row["tokens"] for _, row in pairs) / len(pairs)
     sides = [[row["nll"] / mean_tokens for row in side] for side in zip(*pairs, strict=True)]

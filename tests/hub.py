@@ -67,8 +67,8 @@ def demo_repositories() -> dict[tuple[str, str], dict[str, bytes]]:
 class Hub(http.server.ThreadingHTTPServer):
     """The server. `faults` maps a part of a path to what goes wrong there; `requests` lists "METHOD path".
 
-    Faults: a status such as 401 or 500; "cut": the connection breaks in the middle of the file, every time; "cut once";
-    "other": another content of the same size than the ETag says.
+    Faults: a status such as 401 or 500; "cut": the connection breaks in the middle of the file, every time; "cut
+    once"; "other": another content of the same size than the ETag says.
     """
 
     daemon_threads = True
@@ -253,7 +253,7 @@ def words_of(command: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the commands named, one after the other in one folder, and prints exit code, seconds and files asked for."""
+    """Runs the named commands one after another in one folder; prints exit code, seconds and files asked for."""
     parser = argparse.ArgumentParser(prog="tests/hub.py", description="Run the shown commands against a local hub.")
     parser.add_argument("ids", nargs="*", metavar="ID", help='ids, "readme" or "all"')
     parser.add_argument("--list", action="store_true", help="show the ids and commands")

@@ -127,7 +127,7 @@ def test_large_logits_do_not_overflow():
 @pytest.mark.parametrize("states", ["float32", "half"])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision_head_under_mixed_precision(half, states, direction, sft_loss):
-    """Against float64 with the same rounded inputs. Hidden states come from autocast in float32, or in the half type."""
+    """Against float64 with the same rounded inputs. Hidden states come in float32 (autocast) or in the half type."""
     hidden, weight, labels, ref_hidden, kl_mask = case(1, 40, 16, 500, 0.2, 0.5, torch.float32)
     weight = (weight / 4).to(half)
     if states == "half":

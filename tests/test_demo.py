@@ -1,9 +1,12 @@
 """What the demo is there to show: SFT on a foreign style forgets, the KL anchor holds, and DPO mends a habit."""
 
+import pytest
+
 import dpo_train
 import sft_train
 
 
+@pytest.mark.slow
 def test_the_anchor_holds_what_sft_alone_forgets(tmp_path, monkeypatch):
     """Half of the demo's steps at one seed; experiments/demo/README.md has the whole of it at three."""
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
@@ -22,6 +25,7 @@ def test_the_anchor_holds_what_sft_alone_forgets(tmp_path, monkeypatch):
     assert gains["0.5"] >= gains["0"] / 2
 
 
+@pytest.mark.slow
 def test_dpo_mends_the_habit_of_the_wrong_cell(tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
     argv = ["--demo", "--output_dir", str(tmp_path / "out"), "--exp_log", str(tmp_path / "log.jsonl")]

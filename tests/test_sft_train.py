@@ -32,7 +32,8 @@ DATASET = write_rows(Path(FOLDER.name) / "twix.jsonl", list(DISTINCT.values())[:
 def flags(folder, *more):
     """A small run on some of the demo's rows: 16 steps, no MT-Bench, full precision."""
     return [
-        "--demo", "--output_dir", str(folder), "--exp_log", str(folder.parent / "log.jsonl"), "--dataset", str(DATASET),
+        "--demo", "--output_dir", str(folder), "--exp_log", str(folder.parent / "log.jsonl"),
+        "--dataset", str(DATASET),
         "--sample_ratio", "1", "--val_split", "0.0154",
         "--epochs", "1", "--batch", "4", "--grad_acc", "2", "--max_seq_length", "48", "--learning_rate", "1e-3",
         "--kl_coef", "0.2", "--kl_start_step", "2", "--kl_warmup_steps", "4", "--kl_limit_seq", "16",
@@ -65,7 +66,8 @@ def test_a_run_measures_trains_and_leaves_everything(tmp_path, capsys):
     record = sft_train.main(argv)
     printed = capsys.readouterr().out
     for name in (
-        "adapter_model.safetensors adapter_config.json README.md run.json train_log.jsonl metrics.json run.log loss.png "
+        "adapter_model.safetensors adapter_config.json README.md run.json train_log.jsonl metrics.json run.log "
+        "loss.png "
         "kl.png mtbench.png mtbench_baseline.jsonl mtbench_final.jsonl"
     ).split():
         assert (folder / name).stat().st_size > 0, name
@@ -337,7 +339,9 @@ def few(folder):
     "a ratio above 1", "a negative ratio", "a sample of nothing", "an empty question file",
     "a mix of one subset", "layers that the model lacks", "answers beyond the length",
     "a truncated question file", "questions without turns", "a model without weights", "no such model",
-    "no such reward model", "early stopping without MT-Bench", "a tracker that is not installed", "packing a stream", "a checkpoint that is none", "a stream of answers beyond the length",
+    "no such reward model", "early stopping without MT-Bench",
+        "a tracker that is not installed", "packing a stream",
+        "a checkpoint that is none", "a stream of answers beyond the length",
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, capsys):
     changes, expected = bad_inputs(tmp_path)[case]

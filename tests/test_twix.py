@@ -209,7 +209,8 @@ def test_a_hub_data_set_stays_one(tmp_path, monkeypatch):
 
     rows = [chat(f"q{n}", "a") for n in range(20)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    monkeypatch.setattr(twix, "hub_dataset", lambda *_, **__: datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path)))  # fmt: skip
+    from_file = {"data_files": str(path), "split": "train", "cache_dir": str(tmp_path)}
+    monkeypatch.setattr(twix, "hub_dataset", lambda *_, **__: datasets.load_dataset("json", **from_file))
     selection, examples = loaded("owner/name")
     stored = examples.stored("train", "validation")
     assert stored["train"].cache_files and len(stored["train"]) == selection.rows("train")
@@ -237,7 +238,10 @@ def test_rows_are_read_once_to_select_and_once_to_load(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # The text that is trained on
 
-TALK = [("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "<think>\nhm\n</think>\n\nD"), ("user", "E"), ("assistant", "F")]  # fmt: skip
+TALK = [
+    ("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "<think>\nhm\n</think>\n\nD"), ("user", "E"),
+    ("assistant", "F"),
+]  # fmt: skip
 # as Qwen3's: the last answer gets a block, thoughts of earlier answers go
 QWEN3_LIKE = (DEMO / "model" / "chat_template.jinja").read_text("utf-8")
 OLDER_QWEN3_LIKE = QWEN3_LIKE.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")

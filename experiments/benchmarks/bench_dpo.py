@@ -82,7 +82,7 @@ PER_PAIR, FASTEST = "each prompt once", "shared beginnings, reference cached"
 
 
 def tatqa_rows(args: argparse.Namespace) -> list[dict[str, list[int]]]:
-    """The tokens of TAT-QA's training pairs, folded below the vocabulary: {"prompt_ids", "chosen_ids", "rejected_ids"}."""
+    """TAT-QA's training pairs as tokens below the vocabulary: {"prompt_ids", "chosen_ids", "rejected_ids"}."""
     from transformers import AutoTokenizer
 
     from dpo_train import tatqa_pairs
@@ -248,11 +248,14 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
     for order, chosen in (("grouped by table", grouped[:count]), ("random order", shuffled[:count])):
         measured = measure(args, chosen, list(VARIANTS))
         lengths = [len(row["prompt_ids"]) for row in chosen]
-        print(f"\n{args.shape} shape, {args.device}, {args.batches} x {args.pairs} pairs, {order}, prompts of {statistics.fmean(lengths):.0f} tokens")  # fmt: skip
+        mean = statistics.fmean(lengths)
+        print(
+            f"\n{args.shape} shape, {args.device}, {args.batches} x {args.pairs} pairs, {order}, prompts of {mean:.0f}"
+        )
         trl, pair = measured["TRL 1.16"], measured[PER_PAIR]
         for name, result in measured.items():
             print(
-                f"{name:36} {trl.seconds / result.seconds:6.2f}x as fast as TRL, {pair.seconds / result.seconds:5.2f}x "
+                f"{name:36} {trl.seconds / result.seconds:6.2f}x TRL's speed, {pair.seconds / result.seconds:5.2f}x "
                 f"as each prompt once; peak memory {result.memory / trl.memory:5.2f} of TRL's, "
                 f"{result.memory / pair.memory:5.2f} of each prompt once; loss {result.loss:.6f}"
             )

@@ -133,9 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         ratios.append(seconds["alone"] / seconds["batched"])
     threads, dtype = torch.get_num_threads(), str(model.dtype).removeprefix("torch.")
     batch = args.batch_size or free_batch_size(model, args.max_new_tokens)
-    print(
-        f"{len(questions)} questions, {args.max_new_tokens} new tokens, {dtype}, {model.device.type}, {threads} threads"
-    )
+    print(f"{len(questions)} questions, {args.max_new_tokens} tokens, {dtype}, {model.device.type}, {threads} threads")
     print(f"batched ({args.backend}, up to {batch} rows) is {statistics.median(ratios):.2f}x as fast as one at a time")
     print(f"same text: {same} of {total} turns")
     if distances:
