@@ -147,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--mix_reasoning_ratio", type=ratio, default=None,
         help="share of reasoning rows with --subset both (default: as they are in the data)")
     group.add_argument("--assistant_only_loss", action="store_true",
-        help="train on the answers and their end of turn alone (default: on the whole text)")
+        help="train on the answers and their end of turn alone (without it: on the whole text)")
 
     group = parser.add_argument_group("loss")
     group.add_argument("--sft_loss", choices=["nll", "dft"], default="nll",

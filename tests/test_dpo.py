@@ -316,6 +316,7 @@ def assert_half_precision_equals_trl(demo_args, tokenizer, rows, folder):
         assert difference <= 0.1**2 * sum(gradient.float().norm() ** 2 for gradient in gradients.values())
 
 
+@pytest.mark.slow
 def test_half_precision_equals_trl(demo_args, tokenizer, rows, tmp_path):
     assert_half_precision_equals_trl(demo_args, tokenizer, rows, tmp_path)
 

@@ -163,7 +163,7 @@ def test_a_run_from_start_to_finish(tmp_path, capsys):
     record = dpo_train.main(argv)
     out = tmp_path / "out"
     assert record["status"] == "completed" and record["kept_step"] == 6
-    assert record["baseline"].keys() == record["final"].keys() == {"held_out", "tatqa", "mtbench", "instruct"}
+    assert record["baseline"].keys() == record["final"].keys() == {"held_out", "tatqa", "mtbench", "instruct", "drift"}
     assert {"tatqa", "tatqa_em", "mtbench", "mtbench_raw", "instruct"} <= record["delta"].keys()
     assert record["baseline"]["held_out"] == {"accuracy": 50, "margin": 0, "n": 7}
     assert record["final"]["held_out"]["margin"] != 0

@@ -30,6 +30,7 @@ def run_folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.slow
 def test_the_folder_loads_with_plain_transformers_and_answers_as_base_plus_adapter(run_folder, dtype, tmp_path):
     import torch
     from peft import PeftModel

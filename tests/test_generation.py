@@ -143,6 +143,7 @@ def test_out_of_memory_after_some_rows_have_ended_gives_every_answer_once(model,
     assert sorted(taken) == list(range(12))
 
 
+@pytest.mark.slow
 def test_continuous_batching_gives_the_same_tokens(model, tokenizer):
     from peft import LoraConfig, get_peft_model
     from transformers import GenerationConfig

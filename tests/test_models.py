@@ -349,6 +349,7 @@ def test_the_end_of_a_turn_is_what_the_template_writes(template, end):
     assert models.end_of_turn(make_tokenizer(template), "--model toy") == end
 
 
+@pytest.mark.slow
 def test_every_type_works_on_cpu_in_4_bits_too(folder):
     tokenizer = make_tokenizer()
     chats = [[{"role": "user", "content": text}] for text in ("ask the model", "the Ob and Lake Baikal")]

@@ -336,6 +336,7 @@ def test_flags_of_training_are_not_taken(capsys):
         assert stop.value.code == 2 and flag[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_comparison_is_over_the_questions_that_both_answered(cli_folder, reward_folder, tmp_path, tokenizer, capsys):
     me.main(flags(cli_folder, reward_folder, tmp_path / "few", "--limit", "6"))
     earlier = ["--compare", str(tmp_path / "few" / "mtbench.jsonl")]
@@ -395,6 +396,7 @@ except SystemExit as stop:
     assert ("--mtbench_max_tokens" if code == 0 else "--mtbench_max_tokns") in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_kill_9_loses_and_repeats_no_question(cli_folder, reward_folder, tmp_path):
     def start(output: Path) -> subprocess.Popen:
         command = flags(cli_folder, reward_folder, output, "--no_baseline_cache", "--eval_batch_size", "2")

@@ -141,6 +141,7 @@ def test_the_adapter_loads_with_peft_alone(whole_run):
     assert record["kept_step"] == 16
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_step(tmp_path, whole_run):
     """4 x 2 examples and 8 x 1 examples a step are one and the same step, with the KL on."""
     import safetensors.torch
@@ -205,6 +206,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists() and not (tmp_path / "log.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
     import safetensors.torch
 

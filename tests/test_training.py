@@ -189,6 +189,7 @@ def test_killed_while_it_saves_a_checkpoint_and_resumed(flags, whole, tmp_path, 
     [[], ["--streaming", "--epochs", "1"], [*EARLY_STOP, "--early_stop_patience", "9"]],
     ids=["plain", "stream", "early"],
 )
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_changes_nothing(more, flags, whole, tmp_path, capsys):
     """With a fractional number of epochs and with a stream, the Trainer alone would take one more step each time."""
     folder = tmp_path / "run" if more else whole
@@ -225,6 +226,7 @@ def test_other_damage_is_skipped_too(flags, whole, tmp_path, capsys):
     assert "checkpoint-6: complete.json is damaged" in capsys.readouterr().out and adapter(folder) == adapter(whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_is_not_trained_on(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sft_train, "early_stop_reason", lambda *scores: "enough" if len(scores[1]) == 2 else None)
     record = sft_train.main(flags(tmp_path / "run", *EARLY_STOP))
