@@ -109,7 +109,7 @@ def test_an_error_nobody_expects_keeps_its_traceback_and_its_record(tmp_path):
 
 def test_ctrl_c_reaches_a_caller_of_main(tmp_path):
     """So that pytest, which calls main(argv) in its own process, stops."""
-    with pytest.raises(KeyboardInterrupt), recorded_run(arguments(tmp_path), [], "script.py"):
+    with pytest.raises(KeyboardInterrupt), recorded_run(arguments(tmp_path), ["--seed", "1"], "script.py"):
         signal.raise_signal(signal.SIGINT)
     [record] = read_records(tmp_path / "log.jsonl")
     assert (record["status"], record["reason"]) == ("interrupted", "Ctrl-C")
