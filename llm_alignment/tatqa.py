@@ -31,6 +31,7 @@ from llm_alignment.generation import (
 )
 from llm_alignment.hub import hub_files
 from llm_alignment.models import main_process, on_main_process
+from llm_alignment.preferences import cut_at_word
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 
 if TYPE_CHECKING:
@@ -189,8 +190,7 @@ def tatqa_prompt(
         for passage in sorted(context["paragraphs"], key=lambda passage: int(passage["order"]))
         if not only_rel_paras or str(passage["order"]) in relevant
     )
-    if len(passages) > para_chars:
-        passages = passages[: para_chars + 1].rsplit(None, 1)[0]
+    passages = cut_at_word(passages, para_chars)
     text = f"\n\nText:\n{passages}" if passages else ""
     return (
         "You are a financial analyst. Answer the question from the table and the text with the answer alone, followed "

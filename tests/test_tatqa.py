@@ -239,6 +239,8 @@ def test_prompt_shows_table_and_passages_within_the_limits():
     text = tatqa_prompt(context(gold), gold, table_rows=2, table_cols=2, para_chars=15, only_rel_paras=False)
     assert "| Sales | $1,496.5 |\n\n" in text and "Costs" not in text
     assert "Text:\nFirst passage\n" in text  # in order, cut at a word
+    assert "Text:\nFir\n" in tatqa_prompt(context(gold), gold, para_chars=3)
+    assert "Text:" not in tatqa_prompt(context(gold), gold, para_chars=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
