@@ -240,17 +240,18 @@ def own_pairs(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict]:
 
     Pairs that contain a question of an evaluation are left out and counted. --eval_pairs are taken prompt by prompt in
     the order of a hash, at most half of the prompts, so that no prompt is on both sides and the choice does not depend
-    on the seed. Raises InputError when there are not two prompts.
+    on the seed. Raises InputError when no prompt is left to train on, or to hold out.
     """
     counts: dict[str, int] = {}
     pairs = without_leaks(read_pairs(args.pairs, "--pairs"), leak_finder(asked_texts(args)), "pairs", counts)
     by_prompt: dict[str, list[dict]] = {}
     for pair in pairs:
         by_prompt.setdefault(transcript(pair["prompt"]), []).append(pair)
-    if len(by_prompt) < 2:
+    needed = 2 if args.eval_pairs else 1
+    if len(by_prompt) < needed:
         raise InputError(
-            f"--pairs {args.pairs}: {len(pairs)} usable pairs on {len(by_prompt)} prompts; pairs on two prompts or "
-            "more are needed"
+            f"--pairs {args.pairs}: {len(pairs)} usable pairs on {len(by_prompt)} prompts, and {needed} is the least "
+            f"with --eval_pairs {args.eval_pairs}; add pairs"
         )
     held_out: list[dict] = []
     for prompt in sorted(by_prompt, key=lambda text: digest("held out", text))[: len(by_prompt) // 2]:

@@ -309,6 +309,9 @@ def test_own_pairs(tmp_path, capsys):
     pairs, others, _ = dpo_train.own_pairs(args)
     assert {pair["uid"] for pair in others} == {row["question_id"] for row in held_out}
     assert not {str(pair["prompt"]) for pair in pairs} & {str(pair["prompt"]) for pair in others}
+    write_rows(tmp_path / "one.jsonl", own_rows()[:1])  # with nothing to hold out, one pair is enough
+    args = dpo_train.build_parser().parse_args(["--pairs", "one.jsonl", "--no-do_eval", "--no-do_mtbench"])
+    assert [pair["chosen"] for pair in dpo_train.own_pairs(args)[0]] == ["0"]
     # SFT or DPO before it: the adapter that is loaded is the reference at the start
     dpo_train.main([
         *argv,
