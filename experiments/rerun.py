@@ -31,7 +31,7 @@ from commands import apply_changes, command_line, exit_code, join_empty
 from old_records import IMPORTED, import_records
 from records import LOGGED_RUNS, find_run, load_records, record_files, record_name, run_arguments
 
-from llm_alignment.flags import not_negative
+from llm_alignment.flags import seed
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,9 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--import", type=Path, metavar="FILE", help="take over records of the original scripts")
     parser.add_argument("--print", action="store_true", dest="print_only", help="print the commands, do not run them")
     parser.add_argument("--plan", action="store_true", help="print every run's dry run and the sum, run nothing")
-    parser.add_argument(
-        "--seeds", nargs="+", type=not_negative(int), default=[], metavar="N", help="run each run with each seed"
-    )
+    parser.add_argument("--seeds", nargs="+", type=seed, default=[], metavar="N", help="run each run with each seed")
     return parser
 
 

@@ -43,6 +43,14 @@ def not_negative(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+def seed(text: str) -> int:
+    """argparse type: a whole number that numpy takes as a seed too, 0 .. 2**32 - 1."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0..{2**32 - 1}")
+    return value
+
+
 def new_parser(script: str, docstring: str) -> argparse.ArgumentParser:
     """A parser whose errors stay short and that takes no abbreviated flags, which would hide a misspelt one."""
     return argparse.ArgumentParser(
@@ -150,9 +158,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
 def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool = True) -> None:
     """Flags of every run; --report_to is there for a script that trains."""
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--seed", type=not_negative(int), default=42, help="seed of everything random (default: %(default)s)"
-    )
+    group.add_argument("--seed", type=seed, default=42, help="seed of everything random (default: %(default)s)")
     group.add_argument(
         "--dry_run", action="store_true", help="check data, model files and adapter, print the plan, and exit"
     )

@@ -45,6 +45,8 @@ def test_types_of_numbers():
         (flags.positive(int), "0"),
         (flags.positive(float), "inf"),
         (flags.not_negative(float), "-1"),
+        (flags.seed, "4294967296"),
+        (flags.seed, "-1"),
     ):
         with pytest.raises(argparse.ArgumentTypeError):
             parse(text)
