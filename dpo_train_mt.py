@@ -69,8 +69,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     given = build_parser().parse_args(argv)
     suffix = "_3way_hybrid" if given.use_3way_hybrid else "_hybrid" if given.use_hybrid else ""
     args = parse_arguments(build_parser(), argv, {**FINANCE_DEMO, "output_dir": f"demo_dpo_mt{suffix}"})
-    if args.output_dir == given.output_dir:  # the user's folder or the default; the demo's own has the suffix already
-        args.output_dir += suffix
+    if suffix and args.output_dir == given.output_dir:  # the user's or the default; the demo's own has it already
+        args.output_dir = f"{Path(args.output_dir)}{suffix}"  # a shell completes a folder's name to one with a slash
     return args
 
 

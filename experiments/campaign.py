@@ -94,14 +94,14 @@ def plan_run(name: str, run: dict, arguments: list[str], seed: int | None) -> Pl
         folder = f"demo_{re.sub(r'[^0-9A-Za-z._-]+', '_', name)}"
         arguments = apply_changes(arguments, ["--output_dir", folder])
     if seed is not None:
-        folder = f"{folder}_seed{seed}"
+        folder = f"{Path(folder)}_seed{seed}"
         tag = f"{args.exp_tag or name}-seed{seed}"
         name = f"{name} seed {seed}"
         arguments = apply_changes(arguments, ["--seed", str(seed), "--output_dir", folder, "--exp_tag", tag])
     if getattr(args, "use_3way_hybrid", False):  # dpo_train_mt.py adds these to the name
-        folder += "_3way_hybrid"
+        folder = f"{Path(folder)}_3way_hybrid"
     elif getattr(args, "use_hybrid", False):
-        folder += "_hybrid"
+        folder = f"{Path(folder)}_hybrid"
     return PlannedRun(name, run["script"], join_empty(arguments), Path(folder), Path(args.exp_log))
 
 

@@ -34,7 +34,8 @@ def test_demo_fills_only_what_was_not_given(tmp_path, monkeypatch):
     assert (args.output_dir, args.reddit_limit) == ("demo_dpo_mt_hybrid_1", 7)
     (tmp_path / args.output_dir).mkdir()
     assert parse(["--demo", "--use_hybrid"]).output_dir == "demo_dpo_mt_hybrid_2"
-    assert parse(["--demo", "--use_hybrid", "--output_dir", "mine"]).output_dir == "mine_hybrid"
+    for folder in ("mine", "mine/"):
+        assert parse(["--demo", "--use_hybrid", "--output_dir", folder]).output_dir == "mine_hybrid"
 
 
 @pytest.mark.parametrize(
