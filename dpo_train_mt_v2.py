@@ -230,6 +230,19 @@ def stage_fingerprint(args: argparse.Namespace, stage: int, pairs: list[dict]) -
     return {"pairs": len(pairs), "sha256": digest(pairs), "previous_adapter": adapter}
 
 
+def check_own_folder(args: argparse.Namespace) -> None:
+    """Raises InputError when --output_dir holds the run of another script, whose adapter this one would replace."""
+    run_file = Path(args.output_dir) / "run.json"
+    if not run_file.exists():
+        return
+    try:
+        script = json.loads(run_file.read_bytes())["script"]
+    except (ValueError, KeyError, TypeError):
+        script = "a damaged one"
+    if script != "dpo_train_mt_v2.py":
+        raise InputError(f"--output_dir {args.output_dir} holds another run ({script}); name another folder")
+
+
 def check_stage_folders(by_stage: dict[int, argparse.Namespace]) -> None:
     """Raises InputError when the folder of a stage holds another run, or one that was trained from an older stage."""
     for stage, args in by_stage.items():
@@ -381,6 +394,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     """Stage after stage. What can be wrong with the input is found before anything is written."""
     stages = stages_to_run(args)
     check_stage_flags(args, stages)
+    check_own_folder(args)
     record["stages"] = [finished_stage(args, stage) for stage in range(1, stages[0])]
     by_stage = {stage: stage_arguments(args, stage) for stage in stages}
     # With both flags, a run that did stages again was interrupted, and that one is resumed.
