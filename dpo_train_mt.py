@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -42,6 +43,8 @@ from llm_alignment.runs import recorded_run
 from llm_alignment.tatqa import add_tatqa_flags, tatqa_evaluation
 from llm_alignment.training import FLAGS_THAT_DO_NOT_AFFECT_TRAINING, check_output_folder, newest_complete
 from mtbench_eval import load_questions, mtbench_questions, scored_evaluations
+
+log = logging.getLogger("llm_alignment")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -90,6 +93,24 @@ def asked_shares(args: argparse.Namespace) -> dict[str, Fraction]:
     return {"reddit": Fraction(1)}
 
 
+def warn_of_unused_flags(args: argparse.Namespace, argv: list[str]) -> None:
+    """Names the flags in `argv` that this mix does not read: without --use_hybrid a ratio changes nothing."""
+    mixes = ["--use_hybrid", "--use_3way_hybrid"]
+    read_by = {
+        "--hybrid_ratio": mixes[:1],
+        **dict.fromkeys(["--mix_policy", "--finance_instruct_pairs", "--finance_temperature"], mixes),
+        **dict.fromkeys(
+            ["--reddit_ratio", "--finance_ratio", "--general_ratio", "--general_pairs", "--general_dataset"], mixes[1:]
+        ),
+        "--tatqa_split": [],  # TAT-QA is measured here, on --eval_split
+    }
+    given = {word.partition("=")[0] for word in argv}
+    for flag, readers in read_by.items():
+        if flag in given and not any(getattr(args, mix[2:]) for mix in readers):
+            reason = f"is read with {' or '.join(readers)} alone" if readers else "trains nothing in this script"
+            log.warning("%s %s: it is not used", flag, reason)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -106,6 +127,7 @@ def main(argv: list[str] | None = None) -> dict:
 def run(args: argparse.Namespace, record: dict) -> None:
     """Load, mix, measure, train, measure again. Bad input is found before anything is written."""
     shares = asked_shares(args)
+    warn_of_unused_flags(args, record["argv"])
     check_flags(args)
     ignored = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS
     check_output_folder(args, ignored)

@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line. Defaults are those of the published runs where they had one."""
     parser = new_parser("dpo_train_mt_v2.py", __doc__)
     add_dpo_flags(parser, in_stages=True)
-    add_tatqa_flags(parser)
+    add_tatqa_flags(parser, only_measured=True)
     add_data_flags(parser)
     add = parser.add_argument_group("stages").add_argument
     add("--progressive", action="store_true", help="train in stages, which this script always does")

@@ -42,12 +42,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("llm_alignment")
 
 
-def add_tatqa_flags(parser: argparse.ArgumentParser) -> None:
-    """Where TAT-QA is read from, what its prompts look like, and how it is measured."""
+def add_tatqa_flags(parser: argparse.ArgumentParser, *, only_measured: bool = False) -> None:
+    """Where TAT-QA is read from, what its prompts look like, and how it is measured; the split that is trained on."""
     on_off = argparse.BooleanOptionalAction
     add = parser.add_argument_group("TAT-QA").add_argument
     add("--tatqa_dir", default="", metavar="PATH", help="folder of its JSON files (default: fetched from the hub)")
-    add("--tatqa_split", choices=list(TATQA_FILES), default="train", help="split to train on (%(default)s)")
+    if not only_measured:
+        add("--tatqa_split", choices=list(TATQA_FILES), default="train", help="split to train on (%(default)s)")
     add("--tatqa_table_rows", type=positive(int), default=20, help="rows of a table to show (%(default)s)")
     add("--tatqa_table_cols", type=positive(int), default=8, help="columns of a table to show (%(default)s)")
     add("--tatqa_para_chars", type=not_negative(int), default=1200, help="characters of passages (%(default)s)")

@@ -8,7 +8,7 @@ import shlex
 import pytest
 from conftest import ROOT, run_error
 
-from dpo_train_mt import main, parse
+from dpo_train_mt import main, parse, warn_of_unused_flags
 
 LOGGED = ROOT / "experiments" / "logged_runs.jsonl"
 
@@ -56,6 +56,16 @@ def test_impossible_mixes(flags, message, tmp_path, capsys):
     else:
         assert message in run_error(capsys, main, *argv)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_that_the_mix_does_not_read_are_named(logged):
+    argv = ["--hybrid_ratio", "0.5", "--general_pairs=3", "--tatqa_split", "test", "--reddit_limit", "7"]
+    warn_of_unused_flags(parse(argv), argv)
+    assert [line.split()[0] for line in logged.messages] == ["--hybrid_ratio", "--general_pairs", "--tatqa_split"]
+    logged.clear()
+    argv = ["--use_hybrid", "--hybrid_ratio", "0.5"]
+    warn_of_unused_flags(parse(argv), argv)
+    assert not logged.messages
 
 
 # ---------------------------------------------------------------------------------------------------------------------

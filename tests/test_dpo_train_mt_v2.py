@@ -118,7 +118,8 @@ def test_the_folder_of_another_script_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags",
     ["--lora_r 8", "--lora_alpha 8", "--epochs 1", "--beta 0.1", "--learning_rate 1e-5", "--no_train",
-     "--load_adapter x", "--adapter_trainable", "--eval_pairs 5", "--general_pairs 5", "--resume_from_checkpoint x"],
+     "--load_adapter x", "--adapter_trainable", "--eval_pairs 5", "--general_pairs 5", "--resume_from_checkpoint x",
+     "--tatqa_split train"],
 )  # fmt: skip
 def test_flags_that_it_does_not_take_are_not_in_its_parser(flags, capsys):
     with pytest.raises(SystemExit) as stop:
