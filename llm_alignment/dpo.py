@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.evaluation import Evaluation, measure, pair_rows, plot_curves, report
-from llm_alignment.files import InputError, ResultFile, digest
+from llm_alignment.files import InputError, ResultFile, differing, digest
 from llm_alignment.flags import (
     add_lora_flags,
     add_model_flags,
@@ -24,6 +24,7 @@ from llm_alignment.flags import (
 )
 from llm_alignment.generation import fit_prompt
 from llm_alignment.models import (
+    adapter_config,
     adapter_kept_in_float32,
     adapter_off,
     check_head,
@@ -164,6 +165,30 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--adapter_trainable needs --load_adapter DIR: which adapter is to be trained on")
     if args.load_adapter and not args.adapter_trainable and not args.no_train:
         raise InputError("--load_adapter: add --adapter_trainable to train it on, or --no_train to only measure it")
+    if args.no_train and not args.load_adapter and not args.eval_baseline:
+        raise InputError("--no_train without --load_adapter measures the base alone: leave out --no-eval_baseline")
+    if args.load_adapter:
+        take_adapter_settings(args)
+
+
+def take_adapter_settings(args: argparse.Namespace) -> None:
+    """Puts rank, alpha and layers of the adapter that --load_adapter names into `args`, and says where they differ.
+
+    They are what is trained and recorded, whatever --lora_r and the like say. Raises InputError when its
+    adapter_config.json cannot be read.
+    """
+    config = adapter_config(args.load_adapter)
+    layers = config.get("target_modules")
+    own = {
+        "lora_r": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "target_modules": ",".join(sorted(layers)) if isinstance(layers, list) else layers,
+    }
+    asked = {**vars(args), "target_modules": ",".join(sorted(args.target_modules.split(",")))}
+    other = {name: value for name, value in own.items() if value and value != asked[name]}
+    if other:
+        log.info("%s: its own settings count: %s", args.load_adapter, differing(asked, {**asked, **other}))
+        vars(args).update(other)
 
 
 def check_common_flags(args: argparse.Namespace) -> None:
@@ -464,11 +489,10 @@ def align(
         model = trainer.model
     folder = begin(record, data)
     before = after = {}
+    goes_on = trainer is not None and args.adapter_trainable
     if args.eval_baseline:
         with timed(record, "baseline"):
-            before = measure(
-                args, model, tokenizer, evaluations, folder, "baseline", with_adapter=args.adapter_trainable
-            )
+            before = measure(args, model, tokenizer, evaluations, folder, "baseline", with_adapter=goes_on)
     if trainer is not None:
         with timed(record, "train"):
             train(args, trainer, checkpoint, folder)

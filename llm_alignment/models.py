@@ -339,6 +339,14 @@ def check_head(model: PreTrainedModel, what: str) -> None:
         )
 
 
+def adapter_config(folder: str) -> dict:
+    """The adapter_config.json of a saved adapter. Raises InputError when there is none that can be read."""
+    what, path = f"adapter {folder}", Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise InputError(f"{what}: no adapter_config.json in this folder; name the output folder of a training run")
+    return read_json(path, what)
+
+
 def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False) -> PeftModel:
     """Puts a saved LoRA adapter on `model`, which may be on torch's meta device to check that it fits.
 
@@ -350,10 +358,7 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
     from safetensors.torch import load_file
 
-    what = f"adapter {folder}"
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise InputError(f"{what}: no adapter_config.json in this folder; name the output folder of a training run")
-    config = read_json(Path(folder) / "adapter_config.json", what)
+    what, config = f"adapter {folder}", adapter_config(folder)
     if config.get("peft_type") not in list(PEFT_TYPE_TO_CONFIG_MAPPING):
         raise InputError(f"{what}: adapter_config.json names no known peft_type ({config.get('peft_type')!r})")
     weights = Path(folder) / "adapter_model.safetensors"

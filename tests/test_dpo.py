@@ -214,12 +214,23 @@ def test_the_list_of_losses_is_trls():
         (["--loss_type", "robust", "--label_smoothing", "0.5"], "below 0.5"),
         (["--group_by_table", "--batch", "1"], "--batch 2 or more"),
         (["--group_by_table", "--no_prefix_sharing"], "--no_prefix_sharing"),
+        (["--no_train", "--no-eval_baseline"], "--no-eval_baseline"),
     ],
 )
 def test_flags_that_do_not_fit(flags, words):
     with pytest.raises(InputError) as error:
         dpo.check_flags(dpo_train.build_parser().parse_args(flags))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_loaded_adapter_keeps_its_own_settings(tmp_path, logged):
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    argv = ["--load_adapter", str(tmp_path), "--adapter_trainable", "--lora_r", "32"]
+    args = dpo_train.build_parser().parse_args(argv)
+    dpo.check_flags(args)
+    assert (args.lora_r, args.lora_alpha, args.target_modules) == (4, 8, "q_proj,v_proj")
+    assert "lora_r: 32 -> 4, lora_alpha: 16 -> 8" in logged.text
 
 
 def test_weighted_losses_reach_trl(demo_args, tokenizer, rows, tmp_path):
