@@ -23,9 +23,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.files import InputError, SkippedRows, read_results
+from llm_alignment.files import InputError, SkippedRows, read_results, replace
+from llm_alignment.flags import positive
 from llm_alignment.generation import generate
-from llm_alignment.models import adapter_off, fetch_model, load_adapter, load_model, load_tokenizer, model_fingerprint
+from llm_alignment.models import (
+    adapter_config,
+    adapter_off,
+    fetch_model,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+)
 from llm_alignment.runs import console_and_log, disk_problem
 
 if TYPE_CHECKING:
@@ -67,22 +76,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_revision", default=None, help="branch, tag or commit on the hub (default: main)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model's repository ships")
     parser.add_argument(
-        "--max_new_tokens", type=int, default=32, help="longest answer of the check in tokens (default: %(default)s)"
+        "--max_new_tokens",
+        type=positive(int),
+        default=32,
+        help="longest answer of the check in tokens (default: %(default)s)",
     )
     return parser
 
 
 def model_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """The flags that loading needs; the base is the adapter's unless --model names a place for it."""
-    config_file = args.run_folder / "adapter_config.json"
-    if not config_file.is_file():
-        raise InputError(f"{args.run_folder}: no adapter_config.json in this folder; name the output folder of a run")
+    config_file, run_file = args.run_folder / "adapter_config.json", args.run_folder / "run.json"
     try:
-        base = json.loads(config_file.read_text("utf-8"))["base_model_name_or_path"]
+        base = adapter_config(str(args.run_folder))["base_model_name_or_path"]
+        trained_on = json.loads(run_file.read_bytes())["args"]["model"] if run_file.is_file() else base
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{config_file}: it names no base ({error}); train or copy it again") from error
-    run_file = args.run_folder / "run.json"
-    trained_on = json.loads(run_file.read_text("utf-8"))["args"]["model"] if run_file.is_file() else base
+        raise InputError(f"{args.run_folder}: its files name no base ({error!r}); train or copy it again") from error
     if trained_on != base:
         raise InputError(f"{config_file} names the base {base}, but run.json says {trained_on}; copy the folder again")
     return argparse.Namespace(
@@ -135,7 +144,8 @@ def export(args: argparse.Namespace) -> None:
         del model
         gc.collect()
         verify(temporary, args.dtype, chats, answers, rows, wanted, adapter_effect, args.max_new_tokens)
-        temporary.rename(args.merged)
+        gc.collect()  # Windows does not rename a folder whose weights are still mapped into memory
+        replace(temporary, args.merged)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -229,6 +239,9 @@ def main(argv: list[str] | None = None) -> int:
     except VerificationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     except OSError as error:
         reason = disk_problem(error)
         if not reason:

@@ -66,6 +66,14 @@ def test_a_merge_that_answers_otherwise_leaves_nothing_behind(run_folder, tmp_pa
     error = capsys.readouterr().err
     assert "error: the merged model is" in error and not list(tmp_path.iterdir())
 
+    def stopped(model, tokenizer, folder):
+        damaged(model, tokenizer, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "write_merged", stopped)
+    assert export.main([str(run_folder), "--merged", str(tmp_path / "merged"), "--dtype", "fp32"]) == 130
+    assert "interrupted" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
 
 def other_base(folder: Path) -> str:
     """The demo's base with other weights."""
@@ -87,8 +95,12 @@ def test_what_cannot_be_exported_is_one_line_and_exit_code_2(run_folder, tmp_pat
     renamed = tmp_path / "renamed"
     shutil.copytree(run_folder, renamed)
     (renamed / "run.json").write_text(json.dumps({"args": {"model": "another/base"}}), encoding="utf-8")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(renamed, damaged)
+    (damaged / "run.json").write_text("{", encoding="utf-8")
     for argv, words in (
         ([str(tmp_path / "there"), "--merged", str(tmp_path / "m")], ["there", "adapter_config.json"]),
+        ([str(damaged), "--merged", str(tmp_path / "m")], ["damaged", "name no base"]),
         ([str(run_folder), "--merged", str(tmp_path / "there")], ["--merged", "exists"]),
         ([str(run_folder), "--merged", str(tmp_path / "m"), "--model", "/nowhere"], ["--model", "/nowhere"]),
         (
