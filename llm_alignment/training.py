@@ -8,13 +8,12 @@ import itertools
 import json
 import logging
 import math
-import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.files import InputError, differing, file_sha256, write_atomic, write_json
+from llm_alignment.files import InputError, differing, file_sha256, replace, write_atomic, write_json
 from llm_alignment.models import (
     DDP_TIMEOUT,
     device_and_dtype,
@@ -226,7 +225,7 @@ def save_adapter(trainer: Trainer, folder: Path) -> None:
     trainer.save_model(str(folder / "saving"))
     if main_process():
         for path in (folder / "saving").iterdir():
-            os.replace(path, folder / path.name)
+            replace(path, folder / path.name)
         (folder / "saving").rmdir()
     trainer.create_model_card(model_name=folder.name)
 
@@ -461,7 +460,7 @@ def newest_complete(args: argparse.Namespace) -> Path | None:
         return None
     if args.resume_from_checkpoint != "auto":
         named = Path(args.resume_from_checkpoint)
-        problem = checkpoint_problem(named)
+        problem = checkpoint_problem(named) if named.is_dir() else "no such folder"
         if problem:
             raise InputError(f"--resume_from_checkpoint {named}: {problem}; use auto to take the newest complete one")
         log.info("resuming from %s", named)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import math
 import random
 import re
