@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from llm_alignment.files import InputError
+from llm_alignment.runs import disk_problem
 
 
 def flag_groups(arguments: list[str]) -> list[list[str]]:
@@ -81,7 +82,10 @@ def join_empty(arguments: list[str]) -> list[str]:
 
 
 def exit_code(run: Callable[[], int]) -> int:
-    """What `run()` gives; 2 after one line for bad input. A reader that has seen enough, as `head -1`, is no error."""
+    """What `run()` gives; 2 after one line for bad input, 1 for what the disk refuses, 130 for Ctrl-C.
+
+    A reader that has seen enough, as `head -1`, is no error.
+    """
     try:
         code = run()
         sys.stdout.flush()
@@ -92,6 +96,12 @@ def exit_code(run: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"error: {disk_problem(error) or error}; give write access or name another folder", file=sys.stderr)
+        return 1
 
 
 def command_line(script: str, arguments: list[str]) -> str:

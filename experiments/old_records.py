@@ -107,7 +107,7 @@ def new_record(old: dict, place: str, script: str, values: dict[str, Any]) -> di
     unknown += [f"{key} {value}" for key, value in old.items() if key not in OLD_KEYS]
     args = parse(parser, argv)
     record = {
-        "ts": old.get("ts") or old["timestamp"],
+        "ts": str(old.get("ts") or old["timestamp"]),
         "tag": args.exp_tag,
         "script": script,
         "argv": argv,

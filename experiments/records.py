@@ -15,10 +15,12 @@ from llm_alignment.files import InputError, SkippedRows, read_objects
 HERE = Path(__file__).resolve().parent
 LOGGED_RUNS = HERE / "logged_runs.jsonl"
 LOGGED_KEYS = {"id", "script", "model", "command", "title", "source", "figures", "measured"}
-RECORD_KEYS = {
-    "ts", "tag", "script", "argv", "args", "git", "device", "data", "baseline", "final", "delta", "runtime_s",
-    "kept_step", "status", "output_dir",
+RECORD_TYPES = {
+    "ts": str, "tag": str | None, "script": str, "argv": list, "args": dict, "git": str | None, "device": dict | None,
+    "data": dict | None, "baseline": dict, "final": dict, "delta": dict, "runtime_s": dict, "kept_step": int | None,
+    "status": str, "output_dir": str,
 }  # fmt: skip
+DELTA_KEYS = {"mean", "low", "high", "p", "n", "changed", "clusters", "changed_clusters"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding a run
@@ -38,12 +40,23 @@ def load_records(path: Path) -> list[dict]:
     skipped = SkippedRows()
     records = []
     for place, row in read_objects(path, skipped):
-        if row.keys() >= RECORD_KEYS or row.keys() >= LOGGED_KEYS:
-            records.append({**row, "place": place})
+        problem = None if row.keys() >= LOGGED_KEYS else record_problem(row)
+        if problem:
+            skipped.add(place, problem)
         else:
-            skipped.add(place, "not a run record")
+            records.append({**row, "place": place})
     skipped.report(f"lines of {path}")
     return records
+
+
+def record_problem(row: dict) -> str | None:
+    """Why an object is no record of a run, or None."""
+    if not row.keys() >= RECORD_TYPES.keys():
+        return "not a run record"
+    wrong = [key for key, kind in RECORD_TYPES.items() if not isinstance(row[key], kind)]
+    if wrong:
+        return f"{wrong[0]} {str(row[wrong[0]])[:40]!r} is not what a run record has there"
+    return None if "model" in row["args"] else "args without a model"
 
 
 def record_name(record: dict) -> str:
@@ -187,8 +200,11 @@ class Run:
 
     @property
     def delta(self) -> dict[str, dict]:
-        """Differences with their intervals, by the record's keys; none for a published run."""
-        return self.source.get("delta", {})
+        """Differences with their intervals, by the record's keys; none for a published run.
+
+        Those of a version that did not count what changed are left out.
+        """
+        return {key: delta for key, delta in self.source.get("delta", {}).items() if delta.keys() >= DELTA_KEYS}
 
 
 def from_logged(entry: dict) -> Run:

@@ -46,12 +46,12 @@ def merge(members: list[Run]) -> Run:
     """One run that stands for completed runs of several seeds; its record holds means and combined differences."""
     members = sorted(members, key=lambda run: run.params["seed"])
     records = [run.source for run in members]
-    keys = [key for key in records[0]["delta"] if all(key in record["delta"] for record in records)]
+    keys = [key for key in members[0].delta if all(key in member.delta for member in members)]
     run = from_record({
         **records[0],
         "baseline": average([record["baseline"] for record in records]),
         "final": average([record["final"] for record in records]),
-        "delta": {key: combine([record["delta"][key] for record in records]) for key in keys},
+        "delta": {key: combine([member.delta[key] for member in members]) for key in keys},
         "runtime_s": average([record["runtime_s"] for record in records]),
         "kept_step": None,
     })

@@ -440,7 +440,7 @@ def log_section(run: Run) -> list[str]:
     parts.append(figures_table(run))
     if not run.is_logged:
         parts.append(deltas_table([run]))
-        device = source["device"]["name"] if source["device"] else "not known"
+        device = (source["device"] or {}).get("name", "not known")
         seed = number(source["args"].get("seed"))
         parts.append(f"{source['ts']}; commit {number(source['git'])}; device {inert(device)}; seed {seed}.")
     note = source.get("note") or source.get("reason")

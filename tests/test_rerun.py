@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_records import EXPERIMENTS, campaign, commands, make_record, old_records, records, rerun, write_log
+from run_records import EXPERIMENTS, campaign, commands, make_record, old_records, records, report, rerun, write_log
 
 from llm_alignment import files
 
@@ -403,6 +403,23 @@ def test_a_line_torn_by_a_crash_is_skipped_with_a_warning_and_the_rest_is_used(t
     assert runs == ["one", "two"]
     assert "log.jsonl:2" in logged.text
     assert records.find_run(f"{log}:3")["tag"] == "two"
+
+
+def test_records_of_another_form_are_skipped_with_the_reason_and_the_rest_is_reported(tmp_path, logged):
+    whole = make_record("whole")
+    old = make_record("old") | {"delta": {"mtbench": {"mean": 1.0, "low": 0.5, "high": 1.5, "p": 0.01, "n": 12}}}
+    odd = [{**whole, key: 7} for key in ("argv", "args", "baseline", "delta", "device", "ts", "output_dir")]
+    odd += [whole | {"args": {}}, {key: value for key, value in whole.items() if key != "status"}]
+    log = write_log(tmp_path / "log.jsonl", whole, old, whole | {"tag": None, "device": {}}, *odd)
+    assert [record["tag"] for record in records.load_records(log)] == ["whole", "old", None]
+    assert f"skipped {len(odd)}" in logged.text and "argv '7' is not what a run record has there" in logged.text
+    report.write_report([log], tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert report.main(["--output_dir", str(tmp_path / "file" / "out")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_nothing_heavy_is_imported_before_the_arguments_are_parsed():
