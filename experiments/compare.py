@@ -65,12 +65,17 @@ def compare(a: str, b: str, files: list[Path], output_dir: Path) -> Path:
     sections = []
     for key in shared:
         section = compare_evaluation(key, of_a[key], of_b[key])
+        if section is None:
+            print(f"warning: {EVALUATIONS[key]}: no question in common, not compared", file=sys.stderr)
+            continue
         if section["unlike"]:
             settings = "; ".join(section["unlike"])
             print(f"warning: {section['title']} was measured under other settings: {settings}", file=sys.stderr)
         title = f"{section['title']}: {a} (baseline) against {b} (final), {len(section['questions'])} shared questions"
         print_table(title, section["deltas"])
         sections.append(section)
+    if not sections:
+        raise InputError(f"{a} and {b} have no question in common; compare runs on the same questions")
     template = jinja2.Template((HERE / "compare.html.jinja").read_text("utf-8"), autoescape=True)
     path = output_dir / f"compare_{slug(a)}_{slug(b)}.html"
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -83,12 +88,20 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("._")[-60:]
 
 
-def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict:
-    """One evaluation of the page: its table, what was set otherwise, and its questions, the largest changes first."""
+def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict | None:
+    """One evaluation of the page: its table, what was set otherwise, and its questions, the largest changes first.
+
+    None when the two have no question in common. MT-Bench's Russian and English questions have the same numbers, so
+    the texts are compared too.
+    """
     (settings_a, rows_a), (settings_b, rows_b) = load_answers(path_a), load_answers(path_b)
-    pairs = [(row, rows_b[question]) for question, row in rows_a.items() if question in rows_b]
+    pairs = [
+        (row, rows_b[question])
+        for question, row in rows_a.items()
+        if question in rows_b and row.get("turns") == rows_b[question].get("turns")
+    ]
     if not pairs:
-        raise InputError(f"{path_a} and {path_b} have no question in common; compare runs on the same questions")
+        return None
     deltas = comparison_table(key, pairs)
     questions = sorted((question_view(key, a, b) for a, b in pairs), key=lambda view: -abs(view["change"]))
     return {
@@ -96,7 +109,7 @@ def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict:
         "unlike": [
             f"{name}: {settings_a.get(name)} / {settings_b.get(name)}"
             for name in sorted(settings_a.keys() | settings_b.keys())
-            if name not in ("model", "weights", "adapter", "questions")
+            if name not in ("model", "weights", "adapter", "questions", "pairs")
             and settings_a.get(name) != settings_b.get(name)
         ],
         "deltas": deltas,
@@ -191,9 +204,8 @@ def print_power(names: list[str], files: list[Path]) -> None:
             raise InputError(f"{after_path}: {len(differences)} questions shared with {before_path}; needs at least 2")
         spread = statistics.stdev(differences)
         if spread == 0:
-            raise InputError(
-                f"{after_path}: every question changed alike, which says nothing of others; name another run"
-            )
+            print(f"{EVALUATIONS[key]}: all {len(differences)} questions changed alike, which says nothing of others")
+            continue
         units = {"tatqa": "percentage points", "held_out": "of reward margin"}
         unit = units.get(key, "points on the 1-10 scale")
         print(

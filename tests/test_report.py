@@ -390,6 +390,11 @@ def test_two_runs_are_compared_over_shared_questions_and_the_page_shows_both_ans
     places = [page.text.index(f"{name}: writing") for name in ("3", "1", "2")]
     assert places == sorted(places), "the question that changed most comes first"
     assert "5 -> 9 (+4)" in page.text and "2 of 3 questions" in page.text
+    # an evaluation on other questions is left out; the others are compared
+    for folder, name in ((a, "1"), (b, "2")):
+        write_held_out(folder / "held_out_final.jsonl", {name: 0.5})
+    assert report.main(argv) == 0
+    assert "held-out pairs: no question in common, not compared" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -406,8 +411,8 @@ def test_what_cannot_be_compared_is_one_line_and_exit_code_2(names, words, tmp_p
     write_answers(tmp_path / "a" / "mtbench_final.jsonl", {"1": 5.0}, answer="")
     write_answers(tmp_path / "b" / "mtbench_final.jsonl", {"2": 5.0}, answer="")
     assert report.main(["--compare", *names, "--output_dir", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and all(word in error for word in words)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and all(word in error for word in words)
 
 
 def test_power_is_what_simulated_runs_detect():
