@@ -281,7 +281,7 @@ def mine(args: argparse.Namespace) -> None:
         without_margin,
         margins[len(margins) // 2],
     )
-    log.info("wrote %s; train on it: dpo_train.py --pairs %s", args.output, args.output)
+    log.info('wrote %s; train on it: dpo_train.py --pairs "%s"', args.output, args.output)
 
 
 def main(argv: list[str] | None = None) -> int:

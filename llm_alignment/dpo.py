@@ -225,10 +225,10 @@ def losses(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
         weights = [float(weight) for weight in args.loss_weights.split(",")] if args.loss_weights else None
     except ValueError as error:
         raise InputError(f"--loss_weights {args.loss_weights}: {error}; give numbers, as in 1,0.2") from error
-    if weights and (len(weights) != len(names) or not all(map(math.isfinite, weights))):
+    if weights and (len(weights) != len(names) or not all(map(math.isfinite, weights)) or not any(weights)):
         raise InputError(
             f"--loss_weights {args.loss_weights}: {len(names)} finite numbers are needed, one for each of --loss_type "
-            f"{args.loss_type}"
+            f"{args.loss_type}, and not all of them 0"
         )
     if args.label_smoothing and not set(names) & set(SMOOTHED):
         raise InputError(

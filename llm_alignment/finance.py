@@ -423,14 +423,17 @@ def fill_items(
 def check_nothing_is_empty(args: argparse.Namespace, data: TrainingData) -> None:
     """Raises InputError when a source has no item or an evaluation no question."""
     flags = {
-        "reddit": f"--reddit_dataset {args.reddit_dataset}",
+        "reddit": f"--reddit_dataset {args.reddit_dataset}, --reddit_sample_rate {args.reddit_sample_rate}",
         "finance": f"--finance_dataset {args.finance_dataset}",
-        "finance_instruct": f"--finance_dataset {args.finance_dataset}",
+        "finance_instruct": f"--finance_dataset {args.finance_dataset}, --instruct_limit {args.instruct_limit}",
         "general": f"--general_dataset {args.general_dataset}",
     }
-    for name, items in [*data.items.items(), *data.questions.items()]:
-        if not items:
-            raise InputError(f"{flags[name]}: nothing is left to train on or to ask about; name a larger set")
+    for what, found in (("train on", data.items), ("ask about", data.questions)):
+        for name, items in found.items():
+            if not items:
+                raise InputError(
+                    f"{flags[name]}: nothing is left to {what}; name a larger set or give a larger number"
+                )
 
 
 def data_fingerprint(data: TrainingData, pairs: list[dict]) -> dict:

@@ -210,6 +210,7 @@ def test_the_list_of_losses_is_trls():
         (["--loss_type", "sigmoid,sft", "--loss_weights", "1"], "2 finite numbers"),
         (["--loss_weights", "1,x"], "'x'"),
         (["--loss_weights", "nan"], "1 finite numbers"),
+        (["--loss_weights", "0"], "not all of them 0"),
         (["--label_smoothing", "0.1"], "does not use it"),
         (["--loss_type", "exo_pair"], "--label_smoothing"),
         (["--loss_type", "robust", "--label_smoothing", "0.5"], "below 0.5"),

@@ -43,7 +43,8 @@ def test_demo_fills_only_what_was_not_given(tmp_path, monkeypatch):
     [
         (["--use_hybrid", "--use_3way_hybrid"], "one mix at a time"),
         (["--use_3way_hybrid", "--reddit_ratio", "0.5"], "sum to 1.1"),
-        (["--use_hybrid", "--reddit_sample_rate", "0.001"], "nothing is left"),
+        (["--use_hybrid", "--reddit_sample_rate", "0.001"], "--reddit_sample_rate 0.001: nothing is left to train on"),
+        (["--instruct_limit", "0"], "--instruct_limit 0: nothing is left to ask about"),
         (["--use_hybrid", "--hybrid_ratio", "1.5"], None),
     ],
 )
