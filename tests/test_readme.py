@@ -20,7 +20,7 @@ LAUNCHERS = (
     ["poetry", "run", "python"],
     ["poetry", "run", "torchrun", "--nproc_per_node", "2"],
     ["python"],
-    ["accelerate", "launch", "--num_processes", "2"],
+    ["poetry", "run", "accelerate", "launch", "--num_processes", "2"],
 )
 
 
@@ -28,7 +28,7 @@ def commands() -> list[str]:
     """The command lines of the README's indented blocks."""
     lines = [line.strip() for line in README.split("\n") if line.startswith("    ")]
     parts = [part.strip() for line in lines for part in line.split(" ; ")]
-    return [part for part in parts if re.match(r"(poetry run (python|torchrun)|python|accelerate launch) ", part)]
+    return [part for part in parts if re.match(r"(poetry run (python|torchrun|accelerate launch)|python) ", part)]
 
 
 def logged() -> list[str]:
