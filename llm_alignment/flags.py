@@ -231,14 +231,16 @@ FINANCE_DEMO = {
 def parse_arguments(parser: argparse.ArgumentParser, argv: list[str], demo: dict[str, Any]) -> argparse.Namespace:
     """Parses `argv`; with --demo the flags that the user did not give take their values from `demo`.
 
-    A demo's output folder is the first free one of NAME_1, NAME_2, ..., so that the demo can be run again.
+    A demo's output folder is the first free one of NAME_1, NAME_2, ..., so that the demo can be run again; one that
+    goes on, from a checkpoint or a stage, takes the last one.
     """
     args = parser.parse_args(argv)
     if args.demo:
         number = 1
         while Path(f"{demo['output_dir']}_{number}").exists():
             number += 1
-        if args.resume_from_checkpoint and number > 1:
+        later_stage = getattr(args, "resume_from_stage", None) or getattr(args, "stage", 0) > 1
+        if (args.resume_from_checkpoint or later_stage) and number > 1:
             number -= 1
         parser.set_defaults(**{**demo, "output_dir": f"{demo['output_dir']}_{number}"})
         args = parser.parse_args(argv)

@@ -61,5 +61,11 @@ def test_a_demo_takes_the_first_free_folder_and_what_the_user_gave(tmp_path, mon
     (tmp_path / "demo_1").mkdir()
     assert flags.parse_arguments(parser, ["--demo"], demo).output_dir == "demo_2"
     assert flags.parse_arguments(parser, ["--demo", "--resume_from_checkpoint", "auto"], demo).output_dir == "demo_1"
+    stages = importlib.import_module("dpo_train_mt_v2").build_parser
+    folders = [
+        flags.parse_arguments(stages(), ["--demo", *more], {"output_dir": "demo"}).output_dir
+        for more in ([], ["--stage", "1"], ["--stage", "2"], ["--resume_from_stage", "3"])
+    ]
+    assert folders == ["demo_2", "demo_2", "demo_1", "demo_1"]
     untouched = importlib.import_module("sft_train").build_parser()
     assert flags.parse_arguments(untouched, [], demo).batch == 8
