@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -66,9 +66,17 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def read_objects(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
-    """Yields ("file:line", object) from a JSONL file as they were written; lines that hold none go to `skipped`."""
-    for number, line in read_jsonl(path):
+EVERY_ROW = itertools.repeat(True)
+
+
+def read_objects(path: Path, skipped: SkippedRows, wanted: Iterator[bool] = EVERY_ROW) -> Iterator[tuple[str, dict]]:
+    """Yields ("file:line", object) from a JSONL file as they were written; lines that hold none go to `skipped`.
+
+    `wanted` is asked once a line that is not blank; one that is not wanted is not parsed.
+    """
+    for (number, line), is_wanted in zip(read_jsonl(path), wanted, strict=False):
+        if not is_wanted:
+            continue
         place = f"{path.name}:{number}"
         try:
             text = line.decode("utf-8-sig")  # Windows tools begin a file with a byte order mark
@@ -87,20 +95,21 @@ def read_objects(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]
                 yield place, row
 
 
-def read_rows(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
+def read_rows(path: Path, skipped: SkippedRows, wanted: Iterator[bool] = EVERY_ROW) -> Iterator[tuple[str, dict]]:
     """Yields (place, row) from a JSONL, JSON or Parquet file, packed by gzip or not, or from a folder of them.
 
     `place` is "file:line" or "file: row n" (both from 1). Columns that are null are left out. Rows that are not JSON
-    objects in UTF-8 go to `skipped`. Memory does not grow with the file. Raises InputError when the file is missing,
-    unreadable or of another format.
+    objects in UTF-8 go to `skipped`. `wanted` says for every row in turn, also for those that would go to `skipped`,
+    whether it is read. Memory does not grow with the file. Raises InputError when the file is missing, unreadable or
+    of another format.
     """
     for file in data_files(path):
         if data_suffix(file) == ".parquet":
-            rows = read_parquet(file)
+            rows = read_parquet(file, wanted)
         elif is_json_list(file):
-            rows = read_json_list(file, skipped)
+            rows = read_json_list(file, skipped, wanted)
         else:
-            rows = read_objects(file, skipped)
+            rows = read_objects(file, skipped, wanted)
         for place, row in rows:
             yield place, without_nulls(row)
 
@@ -173,15 +182,17 @@ def open_data(path: Path) -> Iterator[IO[bytes]]:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
 
 
-def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yields ("file: row n", row)."""
+def read_parquet(path: Path, wanted: Iterator[bool]) -> Iterator[tuple[str, dict]]:
+    """Yields ("file: row n", row) of the rows that are `wanted`."""
     import pyarrow.parquet
 
     with open_data(path) as file:
         try:
             batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000)
-            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-                yield f"{path.name}: row {number}", row
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, (row, is_wanted) in enumerate(zip(rows, wanted, strict=False), 1):
+                if is_wanted:
+                    yield f"{path.name}: row {number}", row
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).split("\n")[0]
             raise InputError(f"{path}: not a readable Parquet file ({reason}); fetch it again") from error
@@ -193,8 +204,8 @@ def is_json_list(path: Path) -> bool:
         return file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def read_json_list(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
-    """Yields ("file: row n", object) of a file that is one JSON list, read piece by piece."""
+def read_json_list(path: Path, skipped: SkippedRows, wanted: Iterator[bool]) -> Iterator[tuple[str, dict]]:
+    """Yields ("file: row n", object) of the `wanted` rows of a file that is one JSON list, read piece by piece."""
     decoder = json.JSONDecoder(parse_int=whole_number)
     number, size = 0, 2**20
     with open_data(path) as file:
@@ -223,11 +234,12 @@ def read_json_list(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict
                 if buffer[end] not in ",]":
                     raise problem
                 number += 1
-                reason = object_problem(row, buffer[start:end])
-                if reason:
-                    skipped.add(f"{path.name}: row {number}", reason)
-                else:
-                    yield f"{path.name}: row {number}", row
+                if next(wanted):
+                    reason = object_problem(row, buffer[start:end])
+                    if reason:
+                        skipped.add(f"{path.name}: row {number}", reason)
+                    else:
+                        yield f"{path.name}: row {number}", row
                 start, size = end + (buffer[end] == ","), 2**20
         except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             reason = TOO_DEEP if isinstance(error, RecursionError) else str(error)
@@ -247,7 +259,7 @@ def whole_number(text: str) -> float:
     return int(text) if len(text) < 300 else math.inf
 
 
-parse_json = functools.partial(json.loads, parse_int=whole_number)
+parse_json = json.JSONDecoder(parse_int=whole_number).decode  # json.loads would make a decoder for every row
 TOO_DEEP = "nested too deeply"
 
 

@@ -8,10 +8,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from llm_alignment.files import (
     DATA_SUFFIXES,
+    EVERY_ROW,
     InputError,
     SkippedRows,
     causes,
@@ -46,10 +47,17 @@ def hub_files(
     return folder
 
 
-def open_dataset(
-    source: str, flag: str, *, streaming: bool = False
-) -> Callable[[SkippedRows], Iterator[tuple[str, dict]]]:
-    """Returns `rows(skipped) -> Iterator[(place, row)]`, callable repeatedly, over a local path or a hub data set.
+class Rows(Protocol):
+    """What a data set is read by, any number of times: `rows(skipped)` yields (place, row).
+
+    Rows that cannot be read go to `skipped`. `wanted` says for every row in turn, those included, whether it is read.
+    """
+
+    def __call__(self, skipped: SkippedRows, wanted: Iterator[bool] = EVERY_ROW) -> Iterator[tuple[str, dict]]: ...
+
+
+def open_dataset(source: str, flag: str, *, streaming: bool = False) -> Rows:
+    """The rows of a local path or a hub data set.
 
     Columns that are null are left out of a row. Raises InputError, within 30 s, when `source` is neither a local path
     nor on the hub; it names `flag`.
@@ -57,7 +65,12 @@ def open_dataset(
     path = Path(source)
     if path.exists():
         files = data_files(path)
-        return lambda skipped: (pair for file in files for pair in read_rows(file, skipped))
+
+        def rows(skipped: SkippedRows, wanted: Iterator[bool] = EVERY_ROW) -> Iterator[tuple[str, dict]]:
+            for file in files:
+                yield from read_rows(file, skipped, wanted)
+
+        return rows
     return hub_rows(source, flag, hub_dataset(source, flag, streaming=streaming))
 
 
@@ -87,15 +100,14 @@ def hub_dataset(source: str, flag: str, *, streaming: bool = False) -> datasets.
     return rows
 
 
-def hub_rows(
-    source: str, flag: str, dataset: datasets.Dataset | datasets.IterableDataset
-) -> Callable[[SkippedRows], Iterator[tuple[str, dict]]]:
+def hub_rows(source: str, flag: str, dataset: datasets.Dataset | datasets.IterableDataset) -> Rows:
     """The rows of a hub data set as `open_dataset` gives them; one that is streamed is read from the hub meanwhile."""
 
-    def rows(skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
+    def rows(skipped: SkippedRows, wanted: Iterator[bool] = EVERY_ROW) -> Iterator[tuple[str, dict]]:
         with hub_errors(source, flag, "dataset"):
-            for number, row in enumerate(dataset, 1):
-                yield f"{source}: row {number}", without_nulls(row)
+            for number, (row, is_wanted) in enumerate(zip(dataset, wanted, strict=False), 1):
+                if is_wanted:
+                    yield f"{source}: row {number}", without_nulls(row)
 
     return rows
 

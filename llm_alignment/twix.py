@@ -10,7 +10,7 @@ import logging
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
@@ -20,7 +20,7 @@ import jinja2
 
 from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.generation import strip_thinking
-from llm_alignment.hub import hub_dataset, hub_rows, open_dataset
+from llm_alignment.hub import Rows, hub_dataset, hub_rows, open_dataset
 from llm_alignment.models import all_processes
 from llm_alignment.training import sorted_within_steps
 
@@ -106,7 +106,7 @@ def unit_hash(*parts: object) -> float:
 
 @dataclass
 class Selection:
-    """The rows that are used, by their number in the order of reading, from 0."""
+    """The rows that are used, by their number in the order of reading, from 0; rows that cannot be read count too."""
 
     used: dict[int, tuple[str, str]]  # row number -> (subset, "train" | "validation")
     sha256: str  # of the rows' hashes, sorted: the fingerprint of the data
@@ -121,7 +121,7 @@ class Selection:
 
 
 def select_rows(
-    rows: Callable[[SkippedRows], Iterator[tuple[str, dict]]],
+    rows: Rows,
     args: argparse.Namespace,
     refusal: Callable[[Turns], str | None] = lambda turns: None,
 ) -> Selection:
@@ -141,8 +141,9 @@ def select_rows(
     # by subset: the rows' hashes, their prompts' hashes, their numbers; as Python objects they take 8 times the memory
     found = {subset: (array("d"), array("d"), array("q")) for subset in sorted(wanted)}
     others: Counter = Counter()
-    skipped = SkippedRows()
-    for number, (place, row) in enumerate(rows(skipped)):
+    skipped, refused = SkippedRows(), 0
+    for read, (place, row) in enumerate(rows(skipped)):
+        number = read + skipped.count - refused  # the rows that cannot be read count too
         problem = row_problem(row)
         if problem is None and subset_of(row) not in wanted:
             others[subset_of(row)] += 1
@@ -151,6 +152,7 @@ def select_rows(
         problem = problem or refusal(turns)
         if problem:
             skipped.add(place, problem)
+            refused += 1
         else:
             prompt = unit_hash(args.sample_seed, "prompt", prompt_of(turns))
             columns = found[subset_of(row)]
@@ -333,23 +335,24 @@ class Examples:
 
     def __init__(
         self,
-        rows: Callable[[SkippedRows], Iterator[tuple[str, dict]]],
+        rows: Rows,
         selection: Selection,
         hub: datasets.Dataset | datasets.IterableDataset | None,
     ) -> None:
         self.rows, self.selection, self.hub = rows, selection, hub
 
     def __call__(self, side: str, subset: str | None = None) -> Iterator[dict]:
-        for its_subset, its_side, example in self._read():
-            if its_side == side and subset in {None, its_subset}:
-                yield example
+        for _, example in self._read({side}, subset):
+            yield example
 
-    def _read(self) -> Iterator[tuple[str, str, dict]]:
-        """(subset, side, example) of every row that is used, in the order of the file."""
-        for number, (_, row) in enumerate(self.rows(SkippedRows())):
-            if number in self.selection.used:
-                messages = [{"role": role, "content": content} for role, content in turns_of(row)]
-                yield *self.selection.used[number], {"messages": messages}
+    def _read(self, sides: Collection[str], subset: str | None = None) -> Iterator[tuple[str, dict]]:
+        """(side, example) of the rows on these sides, in the order of reading; the others are not parsed."""
+        used = self.selection.used
+        numbers = {number for number, key in used.items() if key[1] in sides and subset in {None, key[0]}}
+        wanted = (number in numbers for number in itertools.count())
+        for number, (_, row) in zip(sorted(numbers), self.rows(SkippedRows(), wanted), strict=True):
+            messages = [{"role": role, "content": content} for role, content in turns_of(row)]
+            yield used[number][1], {"messages": messages}
 
     def stored(self, *sides: str) -> dict[str, datasets.Dataset]:
         """The rows by side, read once: those of a hub data set stay on the disk, those of a file go into memory."""
@@ -363,12 +366,11 @@ class Examples:
         schema = pyarrow.schema({"messages": pyarrow.list_(message)})
         waiting: dict[str, list[dict]] = {side: [] for side in sides}
         tables: dict[str, list[pyarrow.Table]] = {side: [schema.empty_table()] for side in sides}
-        for _, side, example in self._read():
-            if side in waiting:
-                waiting[side].append(example)
-                if len(waiting[side]) == ROWS_AT_ONCE:  # as Python objects rows take several times the memory
-                    tables[side].append(pyarrow.Table.from_pylist(waiting.pop(side), schema))
-                    waiting[side] = []
+        for side, example in self._read(sides):
+            waiting[side].append(example)
+            if len(waiting[side]) == ROWS_AT_ONCE:  # as Python objects rows take several times the memory
+                tables[side].append(pyarrow.Table.from_pylist(waiting.pop(side), schema))
+                waiting[side] = []
         result = {}
         for side in sides:
             table = pyarrow.concat_tables([*tables[side], pyarrow.Table.from_pylist(waiting[side], schema)])

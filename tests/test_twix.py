@@ -1,10 +1,13 @@
 """The SFT data: which rows are used, on which side, and the tokens that are trained on."""
 
 import argparse
+import gzip
 import json
 import random
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import DEMO, write_rows
 
@@ -233,6 +236,42 @@ def test_rows_are_read_once_to_select_and_once_to_load(tmp_path, monkeypatch):
     assert len(calls) == 2 and len(hashed) == 2 * len(MANY)
     assert len(stored["train"]) + len(stored["validation"]) == len(MANY)
     assert [row["messages"] for row in stored["train"]] == [row["messages"] for row in examples("train")]
+
+
+def test_rows_that_cannot_be_read_do_not_shift_those_that_are_used(tmp_path):
+    """In every format the rows that are loaded are those that were selected, in the order of reading."""
+    rows = [chat(f"q{n}", "a") for n in range(60)]
+    whole, damaged = [json.dumps(row) for row in rows], ["{not json", "7", "", '{"messages": []}', *"[]"]
+    broken = [line for n, row in enumerate(whole) for line in (damaged[n % 6], row)]
+    write_rows(tmp_path / "rows.jsonl", broken)
+    (tmp_path / "rows.json").write_text(json.dumps([item for row in rows for item in (7, row, {"messages": []})]))
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress((tmp_path / "rows.json").read_bytes()))
+    pq.write_table(
+        pa.Table.from_pylist([row for row in rows for row in ({"messages": None}, row)]), tmp_path / "rows.parquet"
+    )
+    (tmp_path / "folder").mkdir()
+    for name, part in ("a", broken[:50]), ("b", broken[50:]):
+        write_rows(tmp_path / "folder" / f"{name}.jsonl", part)
+    found = set()
+    for path in (*tmp_path.glob("rows.*"), tmp_path / "folder"):
+        selection, examples = loaded(path, "--sample_ratio", "0.5", "--val_split", "0.2")
+        stored = examples.stored("train", "validation")
+        assert {side: len(stored[side]) for side in stored} == {"train": 24, "validation": 6}
+        for side in stored:
+            assert list(stored[side]) == list(examples(side))
+        numbers = [[int(row["messages"][0]["content"][1:]) for row in stored[side]] for side in stored]
+        assert numbers == [sorted(part) for part in numbers]
+        found.add((selection.sha256, json.dumps(numbers)))
+    assert len(found) == 1
+
+
+def test_rows_that_are_not_used_are_parsed_once(tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "rows.jsonl", MANY)
+    parsed = []
+    monkeypatch.setattr(files, "parse_json", lambda text: parsed.append(text) or json.loads(text))
+    _, examples = loaded(path, "--subset", "both", "--sample_ratio", "0.25")
+    examples.stored("train", "validation")
+    assert len(parsed) == len(MANY) + 150
 
 
 # ---------------------------------------------------------------------------------------------------------------------
