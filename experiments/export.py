@@ -7,7 +7,7 @@ RUN_FOLDER is the output folder of a training run. The base is the one that its 
 gives another place for the same base. The base is loaded in bf16 or fp32, never in 4 bits, since merged 4-bit
 weights would be rounded a second time. Then the folder is loaded as any program would load it, and it must answer a
 few prompts as base plus adapter does: the mean KL divergence of the next-token distributions over the answers stays
-below 0.05 nats in bf16 and 0.0001 in fp32. If it does not, nothing is left behind and the exit code is 1.
+below 0.05 nats in bf16 and 0.0001 in fp32. If it does not, nothing is left behind and the exit code is 2.
 
 DIR gets the weights, the tokenizer with its chat template, and the generation settings: transformers, vLLM and
 llama.cpp's converter read it.
@@ -55,10 +55,6 @@ PROMPTS = [
     "Составь список из трёх полезных привычек.",
     "Переведи на английский: дом стоит у реки.",
 ]
-
-
-class VerificationError(Exception):
-    """The merged model does not answer as base plus adapter does."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -206,7 +202,7 @@ def verify(
     adapter_effect: float,
     max_new_tokens: int,
 ) -> None:
-    """Loads the folder with plain transformers. Raises VerificationError when it is too far from base plus adapter."""
+    """Loads the folder with plain transformers. Raises InputError when it is too far from base plus adapter."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -219,9 +215,10 @@ def verify(
         len(chats), same, difference, adapter_effect,
     )  # fmt: skip
     if not difference <= LARGEST_KL[dtype]:
-        raise VerificationError(
+        advice = "take --dtype fp32" if dtype == "bf16" else "use the base with the adapter instead"
+        raise InputError(
             f"the merged model is {difference:.2g} nats from base plus adapter, {LARGEST_KL[dtype]} is the limit in "
-            f"{dtype}; nothing was written"
+            f"{dtype}; nothing was written: {advice}"
         )
     if difference > adapter_effect / 2 > 0:
         log.warning("rounding to %s changes the model about as much as the adapter does; take --dtype fp32", dtype)
@@ -236,9 +233,6 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except VerificationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130

@@ -62,7 +62,7 @@ def test_a_merge_that_answers_otherwise_leaves_nothing_behind(run_folder, tmp_pa
         tokenizer.save_pretrained(folder)
 
     monkeypatch.setattr(export, "write_merged", damaged)
-    assert export.main([str(run_folder), "--merged", str(tmp_path / "merged"), "--dtype", "fp32"]) == 1
+    assert export.main([str(run_folder), "--merged", str(tmp_path / "merged"), "--dtype", "fp32"]) == 2
     error = capsys.readouterr().err
     assert "error: the merged model is" in error and not list(tmp_path.iterdir())
 
