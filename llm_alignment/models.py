@@ -211,6 +211,9 @@ def from_pretrained(
 
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # its load report is the error below
+    has_bar = transformers_logging.is_progress_bar_enabled()
+    if options.get("device_map") == "meta":  # no weights are read
+        transformers_logging.disable_progress_bar()
     try:
         model, loading = auto_class.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
@@ -223,6 +226,8 @@ def from_pretrained(
         raise InputError(f"{what}: it cannot be loaded ({one_line(error)}); {advice}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if has_bar:
+            transformers_logging.enable_progress_bar()
     missing = sorted(loading["missing_keys"])
     if missing:
         count = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
