@@ -1,14 +1,23 @@
-"""What tests share: places, small files, the one line of an error, the log."""
+"""What tests share: places, toy and demo models, small files, the one line of an error, the log."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+    from llm_alignment.finance import TrainingData
+    from llm_alignment.rewards import RewardModel
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
 
@@ -30,6 +39,21 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of the module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs in `tmp_path`, with a cache folder of its own there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     """pytest's caplog, which also gets the lines of the project's logger."""
@@ -38,11 +62,89 @@ def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) ->
     return caplog
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    from toys import make_tokenizer
+
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3ForCausalLM:
+    from toys import make_model
+
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> str:
+    from toys import save_reward_model
+
+    return save_reward_model(tmp_path_factory.mktemp("reward"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def reward_model(reward_folder: str) -> RewardModel:
+    from llm_alignment.rewards import RewardModel
+
+    return RewardModel(reward_folder)
+
+
+@pytest.fixture(scope="module")
+def demo_args() -> argparse.Namespace:
+    """The defaults of dpo_train.py on the demo's model."""
+    import dpo_train
+
+    return dpo_train.build_parser().parse_args(["--model", str(DEMO / "model"), "--no_4bit"])
+
+
+@pytest.fixture(scope="module")
+def demo_tokenizer(demo_args: argparse.Namespace) -> PreTrainedTokenizerBase:
+    from llm_alignment.models import load_tokenizer
+
+    return load_tokenizer(demo_args)
+
+
 def write_rows(path: Path, rows: list[dict | str]) -> Path:
     """Writes a JSONL file; a row that is a text is written as it is."""
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+def read_rows(path: Path | str) -> list[dict]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in Path(path).read_text("utf-8").split("\n") if line]
+
+
+def logged_commands(script: str) -> dict[str, list[str]]:
+    """{id: arguments} of the published runs of a script whose command was logged."""
+    runs = [run for run in read_rows(ROOT / "experiments" / "logged_runs.jsonl") if run["script"] == script]
+    words = {run["id"]: shlex.split(run["command"]) for run in runs if run["command"]}
+    assert all(command[:4] == ["poetry", "run", "python", script] for command in words.values())
+    return {name: command[4:] for name, command in words.items()}
+
+
+def chat(prompt: str, answer: str, subset: str = "general", system: str | None = None) -> dict:
+    """A row of an SFT data set."""
+    turns = [{"role": "system", "content": system}] if system else []
+    turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, "subset": subset}
+
+
+def finance_args(tmp_path: Path, *argv: str) -> argparse.Namespace:
+    """The arguments of dpo_train_mt.py's demo, which writes into `tmp_path`."""
+    import dpo_train_mt
+
+    folders = ["--output_dir", str(tmp_path / "run"), "--exp_log", str(tmp_path / "log.jsonl")]
+    return dpo_train_mt.parse(["--demo", *folders, *argv])
+
+
+def finance_data(args: argparse.Namespace, sources: set[str]) -> TrainingData:
+    from llm_alignment.finance import load_data
+    from mtbench_eval import load_questions
+
+    return load_data(args, sources, load_questions(args.mtbench_file))
 
 
 def run_error(capsys: pytest.CaptureFixture, main: Callable[[list[str]], object], *argv: str, code: int = 2) -> str:

@@ -8,23 +8,11 @@ import random
 import re
 
 import pytest
-from conftest import DEMO
 
 import dpo_train
 from llm_alignment import dpo, models, training
 from llm_alignment.files import InputError
 from llm_alignment.reference import add_reference
-
-
-@pytest.fixture(scope="module")
-def demo_args():
-    return dpo_train.build_parser().parse_args(["--model", str(DEMO / "model"), "--no_4bit"])
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_args):
-    return models.load_tokenizer(demo_args)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The trainer against TRL's own
@@ -102,7 +90,7 @@ def rows():
 
 
 @pytest.fixture(scope="module")
-def saved_adapter(demo_args, tokenizer, rows, tmp_path_factory):
+def saved_adapter(demo_args, demo_tokenizer, rows, tmp_path_factory):
     import torch
     from peft import get_peft_model
 
@@ -118,25 +106,25 @@ def saved_adapter(demo_args, tokenizer, rows, tmp_path_factory):
 
 @pytest.mark.parametrize("shift", [0, 0.05])
 @pytest.mark.parametrize("continued", [False, True])
-def test_equals_trl(demo_args, tokenizer, rows, saved_adapter, tmp_path, continued, shift):
+def test_equals_trl(demo_args, demo_tokenizer, rows, saved_adapter, tmp_path, continued, shift):
     args = copy.copy(demo_args)
     args.batch, args.beta, args.output_dir = 4, 0.3, str(tmp_path)
     adapter = saved_adapter if continued else None
-    expected = loss_and_gradients(demo_trainer(args, tokenizer, rows, None, adapter), shift)
+    expected = loss_and_gradients(demo_trainer(args, demo_tokenizer, rows, None, adapter), shift)
     if not shift:
         assert expected[0] == pytest.approx(math.log(2), abs=1e-4)
     else:
         assert abs(expected[0] - math.log(2)) > 1e-2  # the comparison is not one of zeros
     for args.no_prefix_sharing in (False, True):
-        trainer = demo_trainer(args, tokenizer, rows, dpo.build_trainer, adapter)
+        trainer = demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer, adapter)
         assert_same_step(loss_and_gradients(trainer, shift), expected)
 
 
-def test_prefix_sharing_puts_the_prompt_through_once(demo_args, tokenizer, rows, tmp_path):
+def test_prefix_sharing_puts_the_prompt_through_once(demo_args, demo_tokenizer, rows, tmp_path):
     args = copy.copy(demo_args)
     args.batch, args.output_dir = 4, str(tmp_path)
     for args.no_prefix_sharing in (False, True):
-        trainer = demo_trainer(args, tokenizer, rows, dpo.build_trainer)
+        trainer = demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer)
         base = trainer.model.get_base_model()
         seen = []
         base.model.layers[0].register_forward_hook(
@@ -153,7 +141,7 @@ def test_prefix_sharing_puts_the_prompt_through_once(demo_args, tokenizer, rows,
 
 
 @pytest.mark.parametrize("pairs_a_table", [1, 3, 8])
-def test_grouped_pairs_equal_trl(demo_args, tokenizer, tmp_path, pairs_a_table):
+def test_grouped_pairs_equal_trl(demo_args, demo_tokenizer, tmp_path, pairs_a_table):
     """Pairs on one table in a micro-batch: unequal lengths, prompts cut, both answers empty but for the end token."""
     args = copy.copy(demo_args)
     args.batch, args.beta, args.output_dir, args.group_by_table = 8, 0.3, str(tmp_path), True
@@ -164,22 +152,22 @@ def test_grouped_pairs_equal_trl(demo_args, tokenizer, tmp_path, pairs_a_table):
         text = f"Table {table}: " + "net sales 12 percent of dividends " * (5 + table)
         question = "\n\nQuestion: " + "what net sales? " * (number % 4 + 1) + "Answer:"
         pairs.append({"prompt": text + question, "chosen": "12" * (number + 1), "rejected": "percent of sales"})
-    rows = dpo.fit_pairs(pairs, tokenizer, args, "\n\nQuestion:")
+    rows = dpo.fit_pairs(pairs, demo_tokenizer, args, "\n\nQuestion:")
     rows[2] |= {"chosen": "", "rejected": ""}
     rows[3] |= {"chosen": ""}
-    expected = loss_and_gradients(demo_trainer(args, tokenizer, rows, None), 0.05)
-    trainer = demo_trainer(args, tokenizer, rows, dpo.build_trainer)
+    expected = loss_and_gradients(demo_trainer(args, demo_tokenizer, rows, None), 0.05)
+    trainer = demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer)
     assert_same_step(loss_and_gradients(trainer, 0.05), expected)
 
 
 @pytest.fixture(scope="module")
-def three_trainers(demo_args, tokenizer, rows, tmp_path_factory):
+def three_trainers(demo_args, demo_tokenizer, rows, tmp_path_factory):
     """TRL's own, with and without shared prefixes, moved off the reference by the same step."""
     args = copy.copy(demo_args)
     args.batch, args.beta, args.output_dir = 4, 0.3, str(tmp_path_factory.mktemp("losses"))
-    trainers = [demo_trainer(args, tokenizer, rows, None)]
+    trainers = [demo_trainer(args, demo_tokenizer, rows, None)]
     for args.no_prefix_sharing in (False, True):
-        trainers.append(demo_trainer(args, tokenizer, rows, dpo.build_trainer))
+        trainers.append(demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer))
     for trainer in trainers:
         move(trainer, 0.02)
     return trainers
@@ -235,12 +223,12 @@ def test_a_loaded_adapter_keeps_its_own_settings(tmp_path, logged):
     assert "lora_r: 32 -> 4, lora_alpha: 16 -> 8" in logged.text
 
 
-def test_weighted_losses_reach_trl(demo_args, tokenizer, rows, tmp_path):
+def test_weighted_losses_reach_trl(demo_args, demo_tokenizer, rows, tmp_path):
     args = copy.copy(demo_args)
     args.output_dir, args.loss_type, args.loss_weights = str(tmp_path), "robust, sft", "1,0.2"
     args.label_smoothing = 0.1
     dpo.check_flags(args)
-    trainer = demo_trainer(args, tokenizer, rows, dpo.build_trainer)
+    trainer = demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer)
     assert trainer.loss_types == ["robust", "sft"] and trainer.loss_weights == [1.0, 0.2]
     assert trainer.label_smoothing == 0.1
 
@@ -261,24 +249,24 @@ def two_bos(tokenizer, chat):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_one_bos_at_most(demo_args, tokenizer, tmp_path, chat):
+def test_one_bos_at_most(demo_args, demo_tokenizer, tmp_path, chat):
     args = copy.copy(demo_args)
     args.output_dir, args.use_chat_template = str(tmp_path), chat
-    tokenizer = two_bos(tokenizer, chat)
-    rows = dpo.fit_pairs([{"prompt": "Hi", "chosen": "Good", "rejected": "Bad"}], tokenizer, args, "\0")
-    ids = demo_trainer(args, tokenizer, rows, dpo.build_trainer).train_dataset[0]["prompt_ids"]
-    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
-    assert ids == tokenizer(rows[0]["prompt"])["input_ids"]  # what the evaluation shows the model
+    demo_tokenizer = two_bos(demo_tokenizer, chat)
+    rows = dpo.fit_pairs([{"prompt": "Hi", "chosen": "Good", "rejected": "Bad"}], demo_tokenizer, args, "\0")
+    ids = demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer).train_dataset[0]["prompt_ids"]
+    assert ids.count(demo_tokenizer.bos_token_id) == 1 and ids[0] == demo_tokenizer.bos_token_id
+    assert ids == demo_tokenizer(rows[0]["prompt"])["input_ids"]  # what the evaluation shows the model
 
 
 @pytest.mark.parametrize("room", [2, 300])  # for the answer to the longest prompt, so the first cuts answers
-def test_held_out_rewards_are_those_of_training(demo_args, tokenizer, rows, tmp_path, room):
+def test_held_out_rewards_are_those_of_training(demo_args, demo_tokenizer, rows, tmp_path, room):
     import torch
 
     args = copy.copy(demo_args)
     args.batch, args.beta, args.output_dir = 1, 0.3, str(tmp_path)
-    args.max_length = room + max(len(tokenizer(row["prompt"])["input_ids"]) for row in rows)
-    trainer = demo_trainer(args, tokenizer, rows, dpo.build_trainer)
+    args.max_length = room + max(len(demo_tokenizer(row["prompt"])["input_ids"]) for row in rows)
+    trainer = demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer)
     loss_and_gradients(trainer, shift=0.05)
     trainer.model.eval()
     expected = []
@@ -289,7 +277,7 @@ def test_held_out_rewards_are_those_of_training(demo_args, tokenizer, rows, tmp_
     pairs = [{**row, "question_id": str(number), "cluster": "one"} for number, row in enumerate(rows)]
     measured = dpo.reward_pairs(
         trainer.model,
-        tokenizer,
+        demo_tokenizer,
         pairs,
         path=tmp_path / "rewards.jsonl",
         fingerprint={},
@@ -330,8 +318,8 @@ def assert_half_precision_equals_trl(demo_args, tokenizer, rows, folder):
 
 
 @pytest.mark.slow
-def test_half_precision_equals_trl(demo_args, tokenizer, rows, tmp_path):
-    assert_half_precision_equals_trl(demo_args, tokenizer, rows, tmp_path)
+def test_half_precision_equals_trl(demo_args, demo_tokenizer, rows, tmp_path):
+    assert_half_precision_equals_trl(demo_args, demo_tokenizer, rows, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,16 +336,16 @@ def cuda():
 
 
 @pytest.mark.gpu
-def test_half_precision_on_a_gpu(cuda, demo_args, tokenizer, rows, tmp_path):
-    assert_half_precision_equals_trl(demo_args, tokenizer, rows, tmp_path)
+def test_half_precision_on_a_gpu(cuda, demo_args, demo_tokenizer, rows, tmp_path):
+    assert_half_precision_equals_trl(demo_args, demo_tokenizer, rows, tmp_path)
 
 
 @pytest.mark.gpu
-def test_4bit_training_with_checkpointing_lowers_the_loss(cuda, demo_args, tokenizer, rows, tmp_path):
+def test_4bit_training_with_checkpointing_lowers_the_loss(cuda, demo_args, demo_tokenizer, rows, tmp_path):
     args = copy.copy(demo_args)
     args.no_4bit, args.gradient_checkpointing, args.output_dir = False, "on", str(tmp_path)
     args.batch, args.grad_acc, args.epochs, args.learning_rate, args.beta = 4, 1, 10, 1e-3, 0.3
-    trainer = demo_trainer(args, tokenizer, rows, dpo.build_trainer)
+    trainer = demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer)
     add_reference(args, trainer, tmp_path)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -365,13 +353,13 @@ def test_4bit_training_with_checkpointing_lowers_the_loss(cuda, demo_args, token
 
 
 @pytest.mark.gpu
-def test_shared_prompts_take_less_memory(cuda, demo_args, tokenizer, tmp_path):
+def test_shared_prompts_take_less_memory(cuda, demo_args, demo_tokenizer, tmp_path):
     args = copy.copy(demo_args)
     args.batch, args.output_dir = 8, str(tmp_path)
     long_rows = [{"prompt": "Q:" + " net sales" * 150, "chosen": f" {n}", "rejected": " 12"} for n in range(8)]
     peaks = {}
     for args.no_prefix_sharing in (False, True):
-        trainer = demo_trainer(args, tokenizer, long_rows, dpo.build_trainer)
+        trainer = demo_trainer(args, demo_tokenizer, long_rows, dpo.build_trainer)
         before = cuda.memory_allocated()
         cuda.reset_peak_memory_stats()
         loss_and_gradients(trainer, 0.05)

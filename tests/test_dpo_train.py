@@ -14,27 +14,17 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, ROOT, write_rows
+from conftest import DEMO, ROOT, logged_commands, read_rows, write_rows
+from toys import context, question
 
 import dpo_train
 from dpo_train import tatqa_pairs
-from llm_alignment import dpo, generation, models, tatqa
+from llm_alignment import dpo, generation, tatqa
 from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.tatqa import tatqa_em_f1, tatqa_parse, tatqa_prompt
 
 REAL = ROOT.parent / "shared" / "data" / "tatqa"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real TAT-QA files are not here")
-
-
-def question(kind="span", answer=("revenue",), scale="", uid="q1", **more):
-    answer = list(answer) if isinstance(answer, tuple) else answer
-    return {"uid": uid, "question": "What?", "answer_type": kind, "answer": answer, "scale": scale, **more}
-
-
-def context(*questions):
-    table = [["", "2019", "2018"], ["Sales", "$1,496.5", "(59.9)"], ["Costs", "1,202.9", "1,107.7"]]
-    paragraphs = [{"order": 2, "text": "Second passage."}, {"order": 1, "text": "First passage of words."}]
-    return {"table": {"uid": "t", "table": table}, "paragraphs": paragraphs, "questions": list(questions)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,40 +97,30 @@ def test_real_questions(split):
     assert tatqa_pairs(contexts, seed=42) == pairs
 
 
-@pytest.fixture(scope="module")
-def demo_args():
-    return dpo_train.build_parser().parse_args(["--model", str(DEMO / "model"), "--no_4bit"])
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_args):
-    return models.load_tokenizer(demo_args)
-
-
 @pytest.mark.parametrize("chat", [False, True])
-def test_a_long_prompt_keeps_its_question(demo_args, tokenizer, chat):
+def test_a_long_prompt_keeps_its_question(demo_args, demo_tokenizer, chat):
     args = copy.copy(demo_args)
     args.use_chat_template = chat
     gold = question(rel_paragraphs=["1", "2"])
     prompt = tatqa_prompt(context(gold), gold)
-    whole, _, is_cut = generation.fit_prompt(prompt, tokenizer, args, tatqa.QUESTION_PREFIX)
+    whole, _, is_cut = generation.fit_prompt(prompt, demo_tokenizer, args, tatqa.QUESTION_PREFIX)
     assert not is_cut and prompt in whole
-    args.max_prompt_length = len(tokenizer(whole)["input_ids"]) - 40
-    text, _, is_cut = generation.fit_prompt(prompt, tokenizer, args, tatqa.QUESTION_PREFIX)
+    args.max_prompt_length = len(demo_tokenizer(whole)["input_ids"]) - 40
+    text, _, is_cut = generation.fit_prompt(prompt, demo_tokenizer, args, tatqa.QUESTION_PREFIX)
     assert is_cut and "Question: What?\nAnswer:" in text and "You are a financial analyst" in text
-    assert args.max_prompt_length - 5 <= len(tokenizer(text)["input_ids"]) <= args.max_prompt_length
+    assert args.max_prompt_length - 5 <= len(demo_tokenizer(text)["input_ids"]) <= args.max_prompt_length
     args.max_prompt_length = 5
     with pytest.raises(InputError, match="--max_prompt_length 5"):
-        generation.fit_prompt(prompt, tokenizer, args, tatqa.QUESTION_PREFIX)
+        generation.fit_prompt(prompt, demo_tokenizer, args, tatqa.QUESTION_PREFIX)
 
 
-def test_a_first_character_of_several_tokens_is_cut_too(demo_args, tokenizer):
+def test_a_first_character_of_several_tokens_is_cut_too(demo_args, demo_tokenizer):
     args = copy.copy(demo_args)
     prompt = "\U0001f98a what did it cost"
-    whole = len(tokenizer(prompt)["input_ids"])
+    whole = len(demo_tokenizer(prompt)["input_ids"])
     for args.max_prompt_length in range(whole - 5, whole):
-        text, _, is_cut = generation.fit_prompt(prompt, tokenizer, args, mark="\0")
-        assert is_cut and len(tokenizer(text)["input_ids"]) <= args.max_prompt_length and text.endswith("cost")
+        text, _, is_cut = generation.fit_prompt(prompt, demo_tokenizer, args, mark="\0")
+        assert is_cut and len(demo_tokenizer(text)["input_ids"]) <= args.max_prompt_length and text.endswith("cost")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,10 +131,7 @@ SMALL = """--demo --limit_pairs 12 --batch 2 --grad_acc 1 --save_steps 2 --eval_
     --eval_pairs 7 --mtbench_limit 2 --mtbench_max_tokens 4 --instruct_limit 2 --instruct_max_tokens 4""".split()
 
 
-@pytest.fixture(autouse=True)
-def own_folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_folders")
 
 
 @pytest.mark.slow
@@ -174,7 +151,7 @@ def test_a_run_from_start_to_finish(tmp_path, capsys):
     for name in ("baseline", "post"):
         lines = (tmp_path / "new" / f"answers_{name}.jsonl").read_text("utf-8").splitlines()
         assert len(lines) == 8 and {"question_id", "answer", "gold", "em"} <= json.loads(lines[0]).keys()
-    log = [json.loads(line) for line in (out / "train_log.jsonl").read_text("utf-8").split("\n") if line]
+    log = read_rows(out / "train_log.jsonl")
     assert "rewards/margins" in log[0] and log[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
     assert "TAT-QA, official EM" in capsys.readouterr().out
 
@@ -187,7 +164,7 @@ def test_a_run_from_start_to_finish(tmp_path, capsys):
     more[1] = "on"
     trained_on = dpo_train.main([*SMALL, *more, "--adapter_trainable"])
     assert trained_on["baseline"]["tatqa"] == record["final"]["tatqa"]
-    log = [json.loads(line) for line in Path("on/train_log.jsonl").read_text("utf-8").split("\n") if line]
+    log = read_rows(Path("on/train_log.jsonl"))
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
     assert not (tmp_path / "on" / "ref").exists()
 
@@ -303,7 +280,7 @@ def test_own_pairs(tmp_path, capsys):
     rows = record["data"]["rows"]
     assert rows["pairs_leaks"] == 1 and rows["held_out"] == 6 and 15 <= rows["pairs"] <= 16
     assert record["final"]["tatqa"]["n"] == 8 and record["final"]["held_out"]["n"] == 6
-    held_out = [json.loads(line) for line in Path("out/held_out_final.jsonl").read_text("utf-8").splitlines()[1:]]
+    held_out = read_rows(Path("out/held_out_final.jsonl"))[1:]
     # the choice depends on the file alone, and no prompt is on both sides
     args = dpo_train.build_parser().parse_args([*argv, "--seed", "7", "--tatqa_dir", str(DEMO / "tatqa")])
     pairs, others, _ = dpo_train.own_pairs(args)
@@ -323,7 +300,7 @@ def test_own_pairs(tmp_path, capsys):
         "--learning_rate",
         "1e-9",
     ])
-    log = [json.loads(line) for line in Path("on/train_log.jsonl").read_text("utf-8").split("\n") if line]
+    log = read_rows(Path("on/train_log.jsonl"))
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
@@ -338,24 +315,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
 
 
 def test_published_commands_parse():
-    runs = [
-        json.loads(line)
-        for line in (ROOT / "experiments" / "logged_runs.jsonl").read_text("utf-8").split("\n")
-        if line
-    ]
-    commands = [run["command"] for run in runs if run["script"] == "dpo_train.py"]
-    readme = ROOT / "README.md"
-    if readme.exists():
-        commands += re.findall(r"^(poetry run python dpo_train\.py .*)$", readme.read_text("utf-8"), re.MULTILINE)
+    commands = [*logged_commands("dpo_train.py").values()]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    commands += [shlex.split(line)[4:] for line in re.findall(r"^(poetry run python dpo_train\.py .*)$", readme, re.M)]
     assert len(commands) >= 7
     for command in commands:
-        args = dpo_train.build_parser().parse_args(shlex.split(command)[4:])
-        dpo.check_flags(args)
-
-
-def test_help_is_quick():
-    start = time.perf_counter()
-    subprocess.run([sys.executable, str(ROOT / "dpo_train.py"), "--help"], check=True, stdout=subprocess.DEVNULL)
-    assert time.perf_counter() - start < 0.5 * float(os.environ.get("SLOW_MACHINE", "3"))
-    code = "import sys, dpo_train; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+        dpo.check_flags(dpo_train.build_parser().parse_args(command))

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import shlex
 
 import pytest
-from conftest import ROOT, run_error
+from conftest import logged_commands, read_rows, run_error
 
 from dpo_train_mt import main, parse, warn_of_unused_flags
-
-LOGGED = ROOT / "experiments" / "logged_runs.jsonl"
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
 
 def test_logged_commands_parse_as_they_stand():
-    commands = [json.loads(line) for line in LOGGED.read_text("utf-8").split("\n") if line]
-    commands = {run["id"]: shlex.split(run["command"])[4:] for run in commands if run["script"] == "dpo_train_mt.py"}
+    commands = logged_commands("dpo_train_mt.py")
     assert len(commands) == 8
     parsed = {name: parse(argv) for name, argv in commands.items()}
     assert parsed["reddit_only"].output_dir == "qwen3_reddit_finance_dpo"
@@ -79,13 +74,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.mark.slow
 def test_a_three_way_run_from_start_to_finish(tmp_path, capsys, cache):
     argv = ["--demo", "--use_3way_hybrid", "--output_dir", str(tmp_path / "run"), *SMALL]
@@ -98,14 +86,14 @@ def test_a_three_way_run_from_start_to_finish(tmp_path, capsys, cache):
     for name in ("tatqa", "mtbench", "finance_instruct", "reddit"):
         assert record["baseline"][name]["n"] == record["final"][name]["n"] == record["delta"][name]["n"] > 0
         assert (folder / f"{name}_baseline.jsonl").exists() and (folder / f"{name}_final.jsonl").exists()
-    pairs = [json.loads(line) for line in (folder / "train_pairs.jsonl").read_text("utf-8").split("\n") if line]
+    pairs = read_rows(folder / "train_pairs.jsonl")
     assert len(pairs) == 24 and {pair["uid"].split(":")[0] for pair in pairs} == {"reddit", "finance", "general"}
     assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"] == 8
     for stage in ("baseline", "post"):
         saved = (tmp_path / f"tatqa_{stage}.jsonl").read_text("utf-8").splitlines()
         assert len(saved) == 12 and json.loads(saved[0])["context"]
     for name, kept in {"reddit": {"title", "subreddit", "reference"}, "finance_instruct": {"reference"}}.items():
-        rows = [json.loads(line) for line in (folder / f"{name}_final.jsonl").read_text("utf-8").split("\n")[1:-1]]
+        rows = read_rows(folder / f"{name}_final.jsonl")[1:]
         assert len(rows) == 6 and all(kept <= row.keys() for row in rows)
     out = capsys.readouterr().out
     assert "asked 40-30-30, reached 40-30-30: 16 reddit, 12 finance, 12 general" in out

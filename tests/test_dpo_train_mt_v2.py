@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import shutil
 import subprocess
 import sys
@@ -12,15 +11,13 @@ import weakref
 from pathlib import Path
 
 import pytest
-from conftest import run_error
+from conftest import ROOT, logged_commands, read_rows, run_error
 
 import dpo_train_mt
 import dpo_train_mt_v2
 from dpo_train_mt_v2 import build_parser, grown_adapter, main, stage_arguments
 from llm_alignment import dpo, files, flags, models, preferences, training
 
-ROOT = Path(__file__).resolve().parents[1]
-LOGGED = ROOT / "experiments" / "logged_runs.jsonl"
 SMALL = [
     "--demo", "--no_4bit", "--eval_limit", "8", "--mtbench_limit", "3", "--instruct_limit", "4", "--reddit_limit", "4",
     "--eval_max_new_tokens", "6", "--instruct_max_tokens", "12", "--reddit_max_tokens", "8",
@@ -31,13 +28,6 @@ SMALL = [
 
 def arguments(folder: Path, *argv: str) -> list[str]:
     return [*SMALL, "--output_dir", str(folder), "--exp_log", str(folder.parent / "log.jsonl"), *argv]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +68,9 @@ def set_gate(folder: Path, gate: str) -> None:
 
 
 def test_logged_command_parses_with_the_published_defaults():
-    runs = [json.loads(line) for line in LOGGED.read_text("utf-8").split("\n") if line]
-    commands = {run["id"]: run["command"] for run in runs if run["command"] and "_mt_v2.py" in run["command"]}
+    commands = logged_commands("dpo_train_mt_v2.py")
     assert len(commands) == 4
-    for command in commands.values():
-        build_parser().parse_args(shlex.split(command)[4:])
-    args = build_parser().parse_args(shlex.split(commands["progressive-quickstart"])[4:])
+    args = {name: build_parser().parse_args(argv) for name, argv in commands.items()}["progressive-quickstart"]
     assert args.output_dir == "qwen3_3stage_progressive_experiment"
     stages = [stage_arguments(args, stage) for stage in (1, 2, 3)]
     assert [stage.lora_r for stage in stages] == [8, 12, 16]
@@ -218,7 +205,7 @@ def test_the_record_holds_every_domain_at_every_stage(whole, capsys):
         assert after["baseline"] == before["final"]
     assert record["baseline"] == record["stages"][0]["baseline"]
     assert record["final"] == record["stages"][-1]["final"]
-    lines = [json.loads(line) for line in (folder.parent / "log.jsonl").read_text("utf-8").split("\n") if line]
+    lines = read_rows(folder.parent / "log.jsonl")
     assert [line["stages"] for line in lines] == [json.loads(json.dumps(record["stages"]))]
 
 
@@ -301,7 +288,7 @@ def test_a_missed_gate_ends_the_run_unless_forced(whole, tmp_path, monkeypatch, 
     error = capsys.readouterr().err
     gain = json.loads((folder / "stage2" / "stage.json").read_text("utf-8"))["delta"]["mtbench"]["mean"]
     assert f"{9.5 - gain:.3f} short" in error and not (folder / "stage3").exists()
-    [record] = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text("utf-8").split("\n") if line]
+    [record] = read_rows(tmp_path / "log.jsonl")
     assert record["status"] == "failed" and "missed its gate" in record["reason"]
 
 

@@ -4,27 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import DEMO
 
-from llm_alignment import dpo, drift, evaluation, flags, models
-
-
-@pytest.fixture(scope="module")
-def args():
-    parser = flags.new_parser("t", "t")
-    dpo.add_dpo_flags(parser)
-    return parser.parse_args(["--model", str(DEMO / "model"), "--no_4bit"])
+from llm_alignment import drift, evaluation, models
 
 
 @pytest.fixture(scope="module")
-def tokenizer(args):
-    return models.load_tokenizer(args)
-
-
-@pytest.fixture(scope="module")
-def model(args):
+def model(demo_args):
     torch.manual_seed(0)
-    return models.new_adapter(models.load_model(args), args).eval()
+    return models.new_adapter(models.load_model(demo_args), demo_args).eval()
 
 
 @pytest.fixture
@@ -79,10 +66,10 @@ def test_drift_is_the_plain_formula(tuned):
     assert drift.row_drift(tuned, [5, 6], [-100, -100]) == (0.0, 0)
 
 
-def test_rows_summary_difference_and_restart(tuned, tokenizer, tmp_path):
+def test_rows_summary_difference_and_restart(tuned, demo_tokenizer, tmp_path):
     task = drift.drift_evaluation(ROWS)
     measured = {
-        name: task.answer(tuned, tokenizer, path=tmp_path / f"{name}.jsonl", fingerprint={"adapter": adapter})
+        name: task.answer(tuned, demo_tokenizer, path=tmp_path / f"{name}.jsonl", fingerprint={"adapter": adapter})
         for name, adapter in (("baseline", "none"), ("final", "abc"))
     }
     assert task.summarise(measured["baseline"]) == {"drift": 0.0}
@@ -93,12 +80,12 @@ def test_rows_summary_difference_and_restart(tuned, tokenizer, tmp_path):
     assert delta["mean"] == pytest.approx(total, rel=1e-4) and delta["n"] == 2
     whole = (tmp_path / "final.jsonl").read_bytes()
     (tmp_path / "final.jsonl").write_bytes(whole[:-9])
-    task.answer(tuned, tokenizer, path=tmp_path / "final.jsonl", fingerprint={"adapter": "abc"})
+    task.answer(tuned, demo_tokenizer, path=tmp_path / "final.jsonl", fingerprint={"adapter": "abc"})
     assert (tmp_path / "final.jsonl").read_bytes() == whole
     assert not tuned.training
 
 
-def test_drift_is_measured_on_reference_answers(args, tokenizer, logged):
+def test_drift_is_measured_on_reference_answers(demo_args, demo_tokenizer, logged):
     turns = [{"role": "user", "content": "What is a bond?"}]
     tasks = [
         evaluation.Evaluation(
@@ -107,13 +94,13 @@ def test_drift_is_measured_on_reference_answers(args, tokenizer, logged):
         evaluation.Evaluation("mtbench", 1, None, None, None),
         evaluation.Evaluation("finance_instruct", 1, None, None, None, [("f1", turns, "A loan.", "f1")]),
     ]
-    (task,) = drift.reference_drift(args, tokenizer, tasks)
+    (task,) = drift.reference_drift(demo_args, demo_tokenizer, tasks)
     rows = task.answer.keywords["rows"]
     assert [row["question_id"] for row in rows] == ["tatqa q1", "finance_instruct f1"]
     assert json.dumps(rows)  # plain numbers
-    shown = [tokenizer.decode(row["input_ids"]) for row in rows]
+    shown = [demo_tokenizer.decode(row["input_ids"]) for row in rows]
     assert shown[0].endswith("Answer: 12") and shown[1].endswith("A loan.") and "What is a bond?" in shown[1]
-    targets = [tokenizer.decode([label for label in row["labels"] if label != -100]).strip() for row in rows]
+    targets = [demo_tokenizer.decode([label for label in row["labels"] if label != -100]).strip() for row in rows]
     assert targets == ["12", "A loan."]
-    assert drift.reference_drift(args, tokenizer, tasks[1:2]) == []
+    assert drift.reference_drift(demo_args, demo_tokenizer, tasks[1:2]) == []
     assert "drift is not measured" in logged.text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -13,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_error, write_rows
+from conftest import ROOT, finance_args, finance_data, read_rows, run_error, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +20,6 @@ from dpo_train_mt import main, parse
 from llm_alignment import finance, generation, hub, models
 from llm_alignment.files import InputError
 from llm_alignment.finance import mix_counts, reddit_pairs
-from mtbench_eval import load_questions
 
 
 def comment(post: str, body: str, score: object, **others) -> dict:
@@ -35,14 +33,6 @@ def comment(post: str, body: str, score: object, **others) -> dict:
 
 def str_rows(path: Path, rows: list[dict]) -> str:
     return str(write_rows(path, rows))
-
-
-def demo_args(tmp_path: Path, *argv: str) -> argparse.Namespace:
-    return parse(["--demo", "--output_dir", str(tmp_path / "run"), "--exp_log", str(tmp_path / "log.jsonl"), *argv])
-
-
-def load_data(args, sources):
-    return finance.load_data(args, sources, load_questions(args.mtbench_file))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +191,7 @@ def test_an_empty_mix_is_an_error():
 
 def test_reddit_ids_that_are_numbers(tmp_path):
     rows = [comment(7, "good " * 20, 0.9), comment(7, "bad " * 20, 0.1), comment(True, "x" * 50, 0.5)]
-    args = demo_args(tmp_path, "--reddit_dataset", str_rows(tmp_path / "reddit.jsonl", rows))
+    args = finance_args(tmp_path, "--reddit_dataset", str_rows(tmp_path / "reddit.jsonl", rows))
     assert [row["id"] for row in finance.read_comments(args)] == ["7", "7"]
     assert "neither a text nor a whole number" in finance.reddit_problem(rows[2])
 
@@ -212,13 +202,13 @@ def test_reddit_ids_that_are_numbers(tmp_path):
 
 def test_what_is_asked_and_trained_on_does_not_depend_on_the_order_of_rows(tmp_path):
     def load(seed: int, shuffle: int) -> finance.TrainingData:
-        args = demo_args(tmp_path, "--seed", str(seed))
+        args = finance_args(tmp_path, "--seed", str(seed))
         for name in ("reddit", "finance", "general"):
             path = Path(getattr(args, f"{name}_dataset"))
-            rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+            rows = read_rows(path)
             random.Random(shuffle).shuffle(rows)
             setattr(args, f"{name}_dataset", str_rows(tmp_path / f"{name}.jsonl", rows))
-        return load_data(args, {"reddit", "finance", "general"})
+        return finance_data(args, {"reddit", "finance", "general"})
 
     first, again, other = load(1, 1), load(1, 2), load(2, 1)
     assert first == again
@@ -254,7 +244,7 @@ finance.answered_by_base(args, models.load_tokenizer(args), instructions, 24)
 def test_a_killed_generation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     argv = ["--demo", "--no_4bit", "--instruct_max_tokens", "12", "--output_dir", str(tmp_path / "run")]
     args = parse(argv)
-    instructions = load_data(args, {"finance"}).items["finance"]
+    instructions = finance_data(args, {"finance"}).items["finance"]
     tokenizer = models.load_tokenizer(args)
     generate, asked = generation.generate, []
 
@@ -313,7 +303,7 @@ def test_answers_that_are_empty_cut_or_equal_are_not_used(tmp_path, monkeypatch,
         return text.format(number), finished
 
     batches = fake_generate(monkeypatch, answer_of)
-    args = demo_args(tmp_path, "--no_baseline_cache")
+    args = finance_args(tmp_path, "--no_baseline_cache")
     pairs = finance.answered_by_base(args, None, numbered(40), 10)
     assert [pair["prompt"] for pair in pairs] == [f"Q{n}" for n in range(1, 20, 2)]
     assert all(pair["rejected"] == "good" and pair["uid"].startswith("finance:") for pair in pairs)
@@ -325,7 +315,7 @@ def test_answers_that_are_empty_cut_or_equal_are_not_used(tmp_path, monkeypatch,
 
 def test_generation_ends_after_twice_the_wanted_number(tmp_path, monkeypatch, logged):
     batches = fake_generate(monkeypatch, lambda prompt: ("cut", prompt == "Q3"))
-    args = demo_args(tmp_path, "--no_baseline_cache")
+    args = finance_args(tmp_path, "--no_baseline_cache")
     pairs = finance.answered_by_base(args, None, numbered(500), 10)
     assert [pair["prompt"] for pair in pairs] == ["Q3"] and sum(map(len, batches)) == 20
     assert "1 Finance-Instruct pairs instead of 10" in logged.text and "of 20 instructions answered" in logged.text
@@ -334,7 +324,7 @@ def test_generation_ends_after_twice_the_wanted_number(tmp_path, monkeypatch, lo
 def test_sampled_answers_do_not_depend_on_a_kill(tmp_path, monkeypatch):
     """At --finance_temperature 0.8 a text depends on its batch, so the batches stay the same after a restart."""
     batches = fake_generate(monkeypatch, lambda prompt: (f"{prompt} in a batch from {batches[-1][0]}", True))
-    args = demo_args(tmp_path, "--finance_temperature", "0.8")
+    args = finance_args(tmp_path, "--finance_temperature", "0.8")
     whole = finance.answered_by_base(args, None, numbered(200), 40)
     assert len(whole) == 40 and max(map(len, batches)) == finance.SAMPLED_AT_ONCE
     stored = tmp_path / "run" / "finance_answers.jsonl"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from llm_alignment import flags
 
@@ -26,6 +29,26 @@ def test_help_states_every_default_as_it_is(script):
             # words where there is no value: "default: the hub", "default: none, the base model"
             assert action.default in (None, "") or value == str(action.default), f"--{action.dest}: {text}"
     assert stated > 10
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_misspelt_flags_answer_at_once(script):
+    """Without torch and its family, whose import takes seconds; a bound in seconds would fail on a busy machine."""
+    program = f"""
+import sys, {script}
+for argument, code in (("--help", 0), ("--modle", 2), ("--quant", 2)):
+    try:
+        {script}.main([argument])
+    except SystemExit as stop:
+        assert stop.code == code
+    else:
+        raise AssertionError(argument)
+slow = {{"torch", "transformers", "numpy", "scipy", "rich", "matplotlib", "huggingface_hub"}} & set(sys.modules)
+sys.exit("imports " + ", ".join(slow) if slow else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "--model_revision" in done.stdout and "--modle" in done.stderr and "--quant" in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

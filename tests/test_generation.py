@@ -14,19 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO, ROOT
-from toys import CHATML, WORDS, chats, make_model, make_tokenizer, plain_answers, save_reward_model
+from toys import CHATML, WORDS, chats, make_tokenizer, plain_answers, save_reward_model
 
 from llm_alignment import flags, generation, models
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
 
 
 def texts(*args, **kwargs) -> list[str]:

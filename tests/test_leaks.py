@@ -6,20 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-from conftest import DEMO, write_rows
+from conftest import DEMO, finance_args, finance_data, read_rows, write_rows
 
-from dpo_train_mt import parse
 from llm_alignment import finance, tatqa
 from llm_alignment.leaks import leak_finder, normalise_text
-from mtbench_eval import load_questions
-
-
-def demo_args(tmp_path: Path, *argv: str) -> argparse.Namespace:
-    return parse(["--demo", "--output_dir", str(tmp_path / "run"), "--exp_log", str(tmp_path / "log.jsonl"), *argv])
-
-
-def load_data(args, sources):
-    return finance.load_data(args, sources, load_questions(args.mtbench_file))
 
 
 def test_leaks_are_found_whatever_their_form():
@@ -33,12 +23,12 @@ def test_leaks_are_found_whatever_their_form():
 def with_leaks(tmp_path: Path) -> tuple[argparse.Namespace, dict[str, int]]:
     """The demo's data with leaks planted into each set; how many each got."""
     instructions, general = DEMO / "finance_instruct.jsonl", DEMO / "orca_pairs.jsonl"
-    args = demo_args(tmp_path)
-    clean = load_data(args, {"reddit", "finance", "general"})
+    args = finance_args(tmp_path)
+    clean = finance_data(args, {"reddit", "finance", "general"})
     contexts = json.loads((DEMO / "tatqa" / "tatqa_dataset_dev.json").read_text("utf-8"))
     asked = [contexts[0]["questions"][0]["question"], contexts[-1]["questions"][-1]["question"]]
     post, instruction = clean.questions["reddit"][3]["turns"][0], clean.questions["finance_instruct"][5]["turns"][0]
-    rows = [json.loads(line) for line in instructions.read_text("utf-8").split("\n") if line]
+    rows = read_rows(instructions)
     leaks = [
         {"system": "", "user": f"As a table shows: {asked[0].upper()}", "assistant": "nine"},
         {"system": "", "user": "Do the exercise of the book.", "assistant": f"It asks: {asked[1]}"},
@@ -46,10 +36,10 @@ def with_leaks(tmp_path: Path) -> tuple[argparse.Namespace, dict[str, int]]:
         {"system": "", "user": f"A friend wrote: {post}", "assistant": "I see."},
     ]
     args.finance_dataset = str(write_rows(tmp_path / "finance.jsonl", rows + leaks))
-    rows = [json.loads(line) for line in general.read_text("utf-8").split("\n") if line]
+    rows = read_rows(general)
     leak = {"system": "", "question": f"{instruction} And {asked[0]}", "chosen": "yes", "rejected": "no"}
     args.general_dataset = str(write_rows(tmp_path / "general.jsonl", [*rows, leak]))
-    rows = [json.loads(line) for line in (DEMO / "reddit.jsonl").read_text("utf-8").split("\n") if line]
+    rows = read_rows(DEMO / "reddit.jsonl")
     title, _, text = post.partition("\n\n")
     copies = [
         {**rows[0], "id": "copy", "title": f"Again: {title}", "selftext": text.replace(" ", "  "), "body": body,
@@ -63,7 +53,7 @@ def with_leaks(tmp_path: Path) -> tuple[argparse.Namespace, dict[str, int]]:
 
 def test_nothing_that_is_asked_is_trained_on(tmp_path, logged):
     args, expected = with_leaks(tmp_path)
-    data = load_data(args, {"reddit", "finance", "general"})
+    data = finance_data(args, {"reddit", "finance", "general"})
     lines = logged.messages
     assert {name: data.counts[name] for name in expected} == expected
     assert any(f"finance: {expected['finance_leaks']} of" in line and "TAT-QA question" in line for line in lines)
@@ -84,8 +74,8 @@ def test_nothing_that_is_asked_is_trained_on(tmp_path, logged):
 
 
 def test_evaluation_questions_keep_what_a_reader_needs(tmp_path):
-    args = demo_args(tmp_path)
-    data = load_data(args, set())
+    args = finance_args(tmp_path)
+    data = finance_data(args, set())
     rows = finance.read_comments(args)
     for question in data.questions["reddit"]:
         post = [row for row in rows if row["id"] == question["question_id"]]

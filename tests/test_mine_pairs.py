@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, write_rows
+from conftest import DEMO, read_rows, write_rows
 from run_records import mine_pairs
 
 from llm_alignment import preferences
@@ -17,14 +17,10 @@ def mine(folder: Path, prompts: Path, *argv: str) -> int:
     return mine_pairs.main([*flags, *argv])
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
 @pytest.mark.slow
 def test_a_stop_and_a_restart_sample_no_prompt_twice_and_give_the_same_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr(mine_pairs, "PROMPTS_AT_ONCE", 4)
-    prompts = write_rows(tmp_path / "prompts.jsonl", read(DEMO / "prompts.jsonl")[:12])
+    prompts = write_rows(tmp_path / "prompts.jsonl", read_rows(DEMO / "prompts.jsonl")[:12])
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir(), stopped.mkdir()
     assert mine(whole, prompts) == 0
@@ -38,13 +34,13 @@ def test_a_stop_and_a_restart_sample_no_prompt_twice_and_give_the_same_pairs(tmp
 
     monkeypatch.setattr(mine_pairs, "generate", stopping)
     assert mine(stopped, prompts) == 130
-    assert len(read(stopped / "pairs.jsonl.samples.jsonl")) == 1 + 4 and not (stopped / "pairs.jsonl").exists()
+    assert len(read_rows(stopped / "pairs.jsonl.samples.jsonl")) == 1 + 4 and not (stopped / "pairs.jsonl").exists()
     assert mine(stopped, prompts) == 0
     assert len(calls) == 7 + 8  # the first chunk is not sampled again
-    rows = read(stopped / "pairs.jsonl.samples.jsonl")[1:]
+    rows = read_rows(stopped / "pairs.jsonl.samples.jsonl")[1:]
     assert len({row["question_id"] for row in rows}) == len(rows) == 12
     assert (stopped / "pairs.jsonl").read_bytes() == (whole / "pairs.jsonl").read_bytes()
-    pairs = read(whole / "pairs.jsonl")
+    pairs = read_rows(whole / "pairs.jsonl")
     for pair in pairs:
         row = next(row for row in rows if row["prompt"][0]["content"] == pair["prompt"])
         assert {pair["chosen"], pair["rejected"]} <= set(row["answers"])

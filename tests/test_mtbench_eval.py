@@ -1,9 +1,8 @@
-"""What measures: questions, answers, rewards, scales, evaluation that survives kill -9, statistics, command line."""
+"""What measures: questions, answers, rewards, scales, evaluation that survives kill -9, command line."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -11,41 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from toys import make_model, make_tokenizer, save_reward_model, sentences
+from conftest import ROOT, write_rows
+from toys import save_reward_model, sentences
 
 import mtbench_eval as me
 from llm_alignment import files, generation, rewards
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def reward_folder(tmp_path_factory, tokenizer):
-    return save_reward_model(tmp_path_factory.mktemp("reward"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def reward_model(reward_folder):
-    return rewards.RewardModel(reward_folder)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # questions
-
-
-def write_lines(path: Path, *rows) -> Path:
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
-    return path
 
 
 def test_questions_of_every_shape(tmp_path):
@@ -55,7 +27,7 @@ def test_questions_of_every_shape(tmp_path):
         {"question_id": 9, "question": "q"},
         {"text": "t"},
     ]
-    lines = me.load_questions(str(write_lines(tmp_path / "q.jsonl", *rows)))
+    lines = me.load_questions(str(write_rows(tmp_path / "q.jsonl", rows)))
     assert [q["turns"] for q in lines] == [["a\u2028b", "c"], ["p"], ["q"], ["t"]]
     assert [q["question_id"] for q in lines] == [7, 8, 9, 4]
     assert lines[0]["category"] == "math"
@@ -97,7 +69,7 @@ def test_a_column_that_is_null_counts_as_absent(tmp_path):
         {"question_id": None, "category": None, "turns": None, "prompt": "a"},
         {"question_id": 7.0, "category": "math", "turns": ["b"], "prompt": None},  # whole numbers of a table with gaps
     ]
-    assert me.load_questions(str(write_lines(tmp_path / "q.jsonl", *rows))) == [
+    assert me.load_questions(str(write_rows(tmp_path / "q.jsonl", rows))) == [
         {"question_id": 1, "category": "general", "turns": ["a"]},
         {"question_id": 7, "category": "math", "turns": ["b"]},
     ]
@@ -105,10 +77,10 @@ def test_a_column_that_is_null_counts_as_absent(tmp_path):
 
 def test_the_limit_is_a_seeded_sample_in_file_order(tmp_path):
     rows = [{"question_id": n, "turns": [str(n)]} for n in range(40)]
-    first = me.load_questions(str(write_lines(tmp_path / "a.jsonl", *rows)), limit=10, seed=3)
+    first = me.load_questions(str(write_rows(tmp_path / "a.jsonl", rows)), limit=10, seed=3)
     ids = [q["question_id"] for q in first]
     assert len(ids) == 10 and ids == sorted(ids) and ids != list(range(10))
-    shuffled = me.load_questions(str(write_lines(tmp_path / "b.jsonl", *rows[::-1])), limit=10, seed=3)
+    shuffled = me.load_questions(str(write_rows(tmp_path / "b.jsonl", rows[::-1])), limit=10, seed=3)
     assert {q["question_id"] for q in shuffled} == set(ids)
     other = me.load_questions(str(tmp_path / "a.jsonl"), limit=10, seed=4)
     assert other != first
@@ -204,7 +176,7 @@ def test_another_fingerprint_is_refused_by_name(evaluate, questions, tmp_path):
     assert (tmp_path / "results.jsonl").read_bytes() == content
 
 
-def test_a_resumed_run_measures_anew_and_keeps_what_it_had(evaluate, tmp_path, caplog):
+def test_a_resumed_run_measures_anew_and_keeps_what_it_had(evaluate, tmp_path):
     path = tmp_path / "rows.jsonl"
     evaluate(path=path)
     former = path.read_bytes()
@@ -216,15 +188,13 @@ def test_a_resumed_run_measures_anew_and_keeps_what_it_had(evaluate, tmp_path, c
     assert path.read_bytes().count(b"\n") == former.count(b"\n") and b"other" in path.read_bytes()
 
 
-def test_the_baseline_cache(evaluate, tmp_path, caplog, monkeypatch):
-    caplog.set_level("INFO", logger="llm_alignment")
-    monkeypatch.setattr(logging.getLogger("llm_alignment"), "propagate", True)
+def test_the_baseline_cache(evaluate, tmp_path, logged, monkeypatch):
     first = evaluate("one.jsonl", use_cache=True)
-    assert "baseline cache" not in caplog.text
+    assert "baseline cache" not in logged.text
     generate = generation.generate
     monkeypatch.setattr(me, "generate", None)
     assert evaluate("two.jsonl", use_cache=True) == first
-    assert "taken from the baseline cache" in caplog.text
+    assert "taken from the baseline cache" in logged.text
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     with pytest.raises(TypeError):
         evaluate("three.jsonl", use_cache=False)
@@ -249,10 +219,6 @@ def test_an_answer_that_only_thinks_scores_as_empty(evaluate, questions, reward_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# statistics
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
 
@@ -263,7 +229,7 @@ def cli_folder(tmp_path_factory, model, tokenizer, reward_folder):
     tokenizer.save_pretrained(folder / "model")
     texts = sentences(80, seed=3)
     rows = [{"question_id": n, "category": "ab"[n % 2], "turns": texts[2 * n : 2 * n + 2]} for n in range(40)]
-    write_lines(folder / "questions.jsonl", *rows)
+    write_rows(folder / "questions.jsonl", rows)
     return folder
 
 
@@ -366,7 +332,7 @@ def test_a_byte_order_mark_is_no_error_and_half_a_character_is(tmp_path):
     (tmp_path / "bom.json").write_text(json.dumps(rows), encoding="utf-8-sig")
     for name in ("bom.jsonl", "bom.json"):
         assert [question["turns"] for question in me.load_questions(str(tmp_path / name))] == [["a"], ["\u0444"]]
-    write_lines(tmp_path / "half.jsonl", {"text": "whole"})
+    write_rows(tmp_path / "half.jsonl", [{"text": "whole"}])
     with (tmp_path / "half.jsonl").open("ab") as file:
         file.write(b'{"text": "\\ud83e\\udd8a"}\n{"text": "\\ud83e"}\n')
     skipped = files.SkippedRows()
@@ -378,22 +344,6 @@ def test_a_dry_run_asks_nothing(cli_folder, reward_folder, tmp_path, capsys):
     me.main(flags(cli_folder, reward_folder, tmp_path / "out", "--dry_run"))
     assert "40 questions, 80 answers" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("arguments, code", [(["--help"], 0), (["--mtbench_max_tokns", "3"], 2)])
-def test_help_and_a_misspelt_flag_answer_at_once(arguments, code):
-    # what takes seconds is the import of torch and its family; a bound in seconds would fail on a busy machine
-    script = f"""
-import sys, mtbench_eval
-try:
-    mtbench_eval.main({arguments!r})
-except SystemExit as stop:
-    slow = {{"torch", "transformers", "numpy", "scipy", "rich", "matplotlib", "huggingface_hub"}} & set(sys.modules)
-    sys.exit("imports " + ", ".join(slow) if slow else stop.code)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT, text=True, encoding="utf-8")
-    assert done.returncode == code, done.stderr
-    assert ("--mtbench_max_tokens" if code == 0 else "--mtbench_max_tokns") in done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -5,17 +5,13 @@ import json
 import math
 
 import pytest
-from conftest import DEMO
+from conftest import DEMO, read_rows
 
 import dpo_train
 from llm_alignment import dpo, models, reference
 from llm_alignment.files import baseline_cache
 
-
-@pytest.fixture(autouse=True)
-def own_folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_folders")
 
 
 @pytest.fixture
@@ -53,7 +49,7 @@ def difference(one, other):
 def test_the_reference_is_read_once(reference_passes, monkeypatch, capsys, tmp_path):
     record = dpo_train.main([*TRAIN_ALONE, "--output_dir", "first", "--epochs", "2"])
     assert record["kept_step"] == 10 and len(reference_passes) == math.ceil(20 / reference.PAIRS_AT_ONCE)
-    log = [json.loads(line) for line in (tmp_path / "first" / "train_log.jsonl").read_text("utf-8").splitlines()]
+    log = read_rows(tmp_path / "first" / "train_log.jsonl")
     assert "rewards/margins" in log[0]
 
     # another beta on the same base and pairs: nothing is computed again

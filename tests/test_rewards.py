@@ -7,29 +7,9 @@ import math
 
 import pytest
 import torch
-from toys import CHATML, QWEN25, WORDS, dialogues, make_model, make_tokenizer, save_reward_model
+from toys import CHATML, QWEN25, WORDS, dialogues, make_tokenizer, save_reward_model
 
 from llm_alignment import files, rewards
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def reward_folder(tmp_path_factory, tokenizer):
-    return save_reward_model(tmp_path_factory.mktemp("reward"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def reward_model(reward_folder):
-    return rewards.RewardModel(reward_folder)
 
 
 def test_rewards_equal_the_model_alone_and_do_not_depend_on_the_batch(reward_folder, reward_model, tokenizer):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -10,18 +9,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, ROOT, write_rows
+from conftest import DEMO, ROOT, chat, logged_commands, read_rows, write_rows
 
 import sft_train
 from llm_alignment import files, models, twix
 from llm_alignment.files import SkippedRows
-
-
-def chat(prompt, answer, subset="general", system=None):
-    turns = [{"role": "system", "content": system}] if system else []
-    turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    return {"messages": turns, "subset": subset}
-
 
 TWIX = [row for _, row in files.read_rows(DEMO / "twix.jsonl", SkippedRows())]
 FOLDER = tempfile.TemporaryDirectory()
@@ -83,7 +75,7 @@ def test_a_run_measures_trains_and_leaves_everything(tmp_path, capsys):
     assert metrics["delta"]["mtbench"]["n"] == 5
     for word in ("validation loss", "perplexity", "MT-Bench", "95 % interval", "held-out rows", "seconds: baseline"):
         assert word in printed, word
-    history = [json.loads(line) for line in (folder / "train_log.jsonl").read_text("utf-8").split("\n") if line]
+    history = read_rows(folder / "train_log.jsonl")
     scores = {entry["step"]: entry["eval_mtbench"] for entry in history if "eval_mtbench" in entry}
     assert list(scores) == [6, 12, 16]  # every --eval_steps and after the last step
     assert record["kept_step"] == max(scores, key=scores.get)
@@ -124,7 +116,7 @@ def read_answers(path):
 def test_the_anchor_starts_from_no_divergence(whole_run):
     """The reference is the base: before the first KL step moves the adapter far, the KL is near 0, and it grows."""
     _, folder = whole_run
-    history = [json.loads(line) for line in (folder / "train_log.jsonl").read_text("utf-8").split("\n") if line]
+    history = read_rows(folder / "train_log.jsonl")
     kl = [entry["kl"] for entry in history if "kl" in entry]
     assert 0 < kl[0] < kl[-1]
 
@@ -225,10 +217,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
     a, b = (safetensors.torch.load_file(f / "adapter_model.safetensors") for f in (both, one))
     for name in a:
         assert (a[name] - b[name]).norm() < 1e-4 * a[name].norm(), name
-    curves = [
-        [json.loads(line) for line in (f / "train_log.jsonl").read_text("utf-8").split("\n") if line]
-        for f in (both, one)
-    ]
+    curves = [read_rows(f / "train_log.jsonl") for f in (both, one)]
     assert len(curves[0]) == len(curves[1]) == 17
     for x, y in zip(*curves, strict=True):
         for key in {"loss", "nll", "kl"} & x.keys():
@@ -258,7 +247,7 @@ def test_a_stream_has_epochs_and_partial_steps_like_loaded_rows(tmp_path):
         still = ["--learning_rate", "1e-12", "--kl_coef", "0", "--streaming"]
         record = sft_train.main(flags(folder, *more, *(still if name == "streamed" else still[:-1])))
         assert record["kept_step"] == 8  # of 3 + 3 + 2
-        log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text("utf-8").split("\n") if line]
+        log = read_rows(folder / "train_log.jsonl")
         logs[name] = [entry["nll"] for entry in log if "nll" in entry]
     assert max(logs["streamed"]) < 1.3 * min(logs["streamed"])  # a step that accumulated two would have twice the loss
     assert sum(logs["streamed"][:3]) == pytest.approx(sum(logs["loaded"][:3]), rel=0.1)
@@ -367,22 +356,9 @@ def test_a_folder_that_holds_another_run_is_left_alone(whole_run, capsys):
 
 
 def test_logged_commands_parse():
-    for row in files.read_records(ROOT / "experiments" / "logged_runs.jsonl"):
-        if row["script"] == "sft_train.py" and row["command"]:
-            words = shlex.split(row["command"])
-            assert words[:4] == ["poetry", "run", "python", "sft_train.py"]
-            args = sft_train.build_parser().parse_args(words[4:])
-            assert args.output_dir.startswith("qwen3_") and args.no_4bit is False
-
-
-@pytest.mark.parametrize("words, code", [(["--help"], 0), (["--smaple_ratio", "1"], 2), (["--sample", "1"], 2)])
-def test_help_and_misspelt_flags_answer_at_once(words, code):
-    """Without torch, which alone takes seconds to import."""
-    program = (
-        "import sys, sft_train\ntry:\n sft_train.main(sys.argv[1:])\nfinally:\n assert 'torch' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert done.returncode == code, done.stderr
+    for argv in logged_commands("sft_train.py").values():
+        args = sft_train.build_parser().parse_args(argv)
+        assert args.output_dir.startswith("qwen3_") and args.no_4bit is False
 
 
 def test_early_stopping_rule():

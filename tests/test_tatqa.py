@@ -7,33 +7,11 @@ import pytest
 from conftest import DEMO
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import context, question
 
-import dpo_train
 from llm_alignment import generation, models, tatqa
 from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.tatqa import tatqa_em_f1, tatqa_em_like, tatqa_parse, tatqa_prompt
-
-
-def question(kind="span", answer=("revenue",), scale="", uid="q1", **more):
-    answer = list(answer) if isinstance(answer, tuple) else answer
-    return {"uid": uid, "question": "What?", "answer_type": kind, "answer": answer, "scale": scale, **more}
-
-
-def context(*questions):
-    table = [["", "2019", "2018"], ["Sales", "$1,496.5", "(59.9)"], ["Costs", "1,202.9", "1,107.7"]]
-    paragraphs = [{"order": 2, "text": "Second passage."}, {"order": 1, "text": "First passage of words."}]
-    return {"table": {"uid": "t", "table": table}, "paragraphs": paragraphs, "questions": list(questions)}
-
-
-@pytest.fixture(scope="module")
-def demo_args():
-    return dpo_train.build_parser().parse_args(["--model", str(DEMO / "model"), "--no_4bit"])
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_args):
-    return models.load_tokenizer(demo_args)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The official metric, each rule worked by hand
@@ -248,11 +226,11 @@ def test_prompt_shows_table_and_passages_within_the_limits():
 
 
 @pytest.fixture(scope="module")
-def questions(demo_args, tokenizer):
+def questions(demo_args, demo_tokenizer):
     contexts = tatqa.read_tatqa(DEMO / "tatqa" / "tatqa_dataset_dev.json", SkippedRows())
     chosen = tatqa.tatqa_questions(contexts, limit=20, seed=1)
     assert tatqa.tatqa_questions(contexts[::-1], limit=20, seed=1) == chosen
-    return tatqa.fit_questions(chosen, tokenizer, demo_args)
+    return tatqa.fit_questions(chosen, demo_tokenizer, demo_args)
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +251,7 @@ def prompt_tokens_read(model, run):
 
 
 @pytest.mark.slow
-def test_reading_a_table_once_changes_no_answer(model, tokenizer, questions, tmp_path, monkeypatch):
+def test_reading_a_table_once_changes_no_answer(model, demo_tokenizer, questions, tmp_path, monkeypatch):
     answers, read, grouped = {}, {}, tatqa.generate_grouped
     for share in (True, False):
         monkeypatch.setattr(tatqa, "generate_grouped", functools.partial(grouped, share_prefix=share))
@@ -282,7 +260,7 @@ def test_reading_a_table_once_changes_no_answer(model, tokenizer, questions, tmp
             rows, read[share] = prompt_tokens_read(
                 model,
                 lambda settings=settings, one_line=one_line: tatqa.answer_tatqa(
-                    model, tokenizer, questions, one_line=one_line, **settings
+                    model, demo_tokenizer, questions, one_line=one_line, **settings
                 ),
             )
             assert [row["question_id"] for row in rows] == [question["question_id"] for question in questions]
@@ -292,9 +270,9 @@ def test_reading_a_table_once_changes_no_answer(model, tokenizer, questions, tmp
     assert read[True] < 0.7 * read[False]
 
 
-def test_a_row_holds_what_a_reader_needs(model, tokenizer, questions, tmp_path):
+def test_a_row_holds_what_a_reader_needs(model, demo_tokenizer, questions, tmp_path):
     rows = tatqa.answer_tatqa(
-        model, tokenizer, questions[:2], path=tmp_path / "rows.jsonl", fingerprint={}, max_new_tokens=6
+        model, demo_tokenizer, questions[:2], path=tmp_path / "rows.jsonl", fingerprint={}, max_new_tokens=6
     )
     for row, asked in zip(rows, questions, strict=False):
         assert set(row) == {
@@ -305,14 +283,14 @@ def test_a_row_holds_what_a_reader_needs(model, tokenizer, questions, tmp_path):
         assert (row["em"], row["f1"]) == tatqa_em_f1(asked, *tatqa_parse(row["answer"]))
 
 
-def test_groups_of_one_prompt_or_without_a_common_beginning(model, tokenizer):
-    settings = generation.decoding_settings(model, tokenizer, temperature=0.0, top_p=1.0)
+def test_groups_of_one_prompt_or_without_a_common_beginning(model, demo_tokenizer):
+    settings = generation.decoding_settings(model, demo_tokenizer, temperature=0.0, top_p=1.0)
     texts = [
         ["What is 3 + 4?"],
         ["Name the capital of France.", "Spell the word house."],
         ["Now add 5.", "Now add 5."],
     ]
-    groups = [[tokenizer(text)["input_ids"] for text in group] for group in texts]
+    groups = [[demo_tokenizer(text)["input_ids"] for text in group] for group in texts]
     assert [generation.shared_length(group) for group in groups] == [len(groups[0][0]) - 1, 0, len(groups[2][0]) - 1]
     expected, read_alone = prompt_tokens_read(
         model, lambda: generation.generate_grouped(model, groups, settings, 8, share_prefix=False)
@@ -322,17 +300,17 @@ def test_groups_of_one_prompt_or_without_a_common_beginning(model, tokenizer):
     assert read < read_alone
 
 
-def test_an_evaluation_goes_on_where_it_stopped(model, tokenizer, questions, tmp_path):
+def test_an_evaluation_goes_on_where_it_stopped(model, demo_tokenizer, questions, tmp_path):
     settings = dict(fingerprint={"model": "demo"}, max_new_tokens=8)
-    whole = tatqa.answer_tatqa(model, tokenizer, questions, path=tmp_path / "whole.jsonl", **settings)
+    whole = tatqa.answer_tatqa(model, demo_tokenizer, questions, path=tmp_path / "whole.jsonl", **settings)
     lines = (tmp_path / "whole.jsonl").read_bytes().split(b"\n")
     torn = tmp_path / "torn.jsonl"
     torn.write_bytes(b"\n".join(lines[:9]) + b"\n" + lines[9][:20])  # killed in the middle of a context and of a line
-    assert tatqa.answer_tatqa(model, tokenizer, questions, path=torn, **settings) == whole
+    assert tatqa.answer_tatqa(model, demo_tokenizer, questions, path=torn, **settings) == whole
     ids = [json.loads(line)["question_id"] for line in torn.read_text("utf-8").split("\n")[1:] if line]
     assert sorted(ids) == sorted(question["question_id"] for question in questions)
     with pytest.raises(InputError, match="max_new_tokens"):
-        tatqa.answer_tatqa(model, tokenizer, questions, path=torn, **{**settings, "max_new_tokens": 9})
+        tatqa.answer_tatqa(model, demo_tokenizer, questions, path=torn, **{**settings, "max_new_tokens": 9})
 
 
 def test_summary_and_comparison_by_answer_type():

@@ -460,13 +460,22 @@ def step_gradient(trainer):
     return {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_a_sorted_step_has_the_same_gradient(kind, sft_trainer, dpo_trainer, monkeypatch):
+@pytest.fixture(params=["sft", "dpo"])
+def trainers(request, sft_trainer, dpo_trainer, monkeypatch):
+    """A trainer whose steps are sorted by length, then one whose steps are not."""
+    make = {"sft": sft_trainer, "dpo": dpo_trainer}[request.param]
+
+    def of_both_orders():
+        yield make()
+        unsorted(monkeypatch)
+        yield make()
+
+    return of_both_orders()
+
+
+def test_a_sorted_step_has_the_same_gradient(trainers):
     gradients = []
-    for is_sorted in (True, False):
-        if not is_sorted:
-            unsorted(monkeypatch)
-        trainer = {"sft": sft_trainer, "dpo": dpo_trainer}[kind]()
+    for trainer in trainers:
         torch.manual_seed(0)
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name and parameter.requires_grad:
@@ -477,13 +486,9 @@ def test_a_sorted_step_has_the_same_gradient(kind, sft_trainer, dpo_trainer, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_ten_sorted_steps_end_with_the_same_adapter(kind, sft_trainer, dpo_trainer, monkeypatch):
+def test_ten_sorted_steps_end_with_the_same_adapter(trainers):
     adapters = []
-    for is_sorted in (True, False):
-        if not is_sorted:
-            unsorted(monkeypatch)
-        trainer = {"sft": sft_trainer, "dpo": dpo_trainer}[kind]()
+    for trainer in trainers:
         trainer.args.max_steps = 10
         trainer.train()
         adapters.append({name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad})

@@ -9,17 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import DEMO, write_rows
+from conftest import DEMO, chat, write_rows
 
 import sft_train
 from llm_alignment import files, models, twix
 from llm_alignment.files import InputError
-
-
-def chat(prompt, answer, subset="general", system=None):
-    turns = [{"role": "system", "content": system}] if system else []
-    turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    return {"messages": turns, "subset": subset}
 
 
 def demo_encoder(thinking=False, assistant_only=False, template=None):

@@ -1,4 +1,4 @@
-"""Toy models: a tokenizer, a random Qwen3 that says different things, a random reward model, and texts for them."""
+"""Toy models: a tokenizer, a random Qwen3, a random reward model, and texts for them; a TAT-QA table."""
 
 from __future__ import annotations
 
@@ -106,3 +106,16 @@ def dialogues(n: int) -> list[list[dict]]:
         [{**turn, "content": text} for turn, text in zip(turns, texts[4 * i :], strict=False)][: 2 + 2 * (i % 2)]
         for i in range(n)
     ]
+
+
+def question(kind="span", answer=("revenue",), scale="", uid="q1", **more) -> dict:
+    """A TAT-QA question; a tuple is a list of spans."""
+    answer = list(answer) if isinstance(answer, tuple) else answer
+    return {"uid": uid, "question": "What?", "answer_type": kind, "answer": answer, "scale": scale, **more}
+
+
+def context(*questions) -> dict:
+    """A TAT-QA table and passages with these questions."""
+    table = [["", "2019", "2018"], ["Sales", "$1,496.5", "(59.9)"], ["Costs", "1,202.9", "1,107.7"]]
+    paragraphs = [{"order": 2, "text": "Second passage."}, {"order": 1, "text": "First passage of words."}]
+    return {"table": {"uid": "t", "table": table}, "paragraphs": paragraphs, "questions": list(questions)}
