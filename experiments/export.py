@@ -16,14 +16,13 @@ llama.cpp's converter read it.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.files import InputError, SkippedRows, read_results, replace
+from llm_alignment.files import InputError, SkippedRows, parse_json, read_results, replace
 from llm_alignment.flags import positive
 from llm_alignment.generation import generate
 from llm_alignment.models import (
@@ -85,9 +84,11 @@ def model_arguments(args: argparse.Namespace) -> argparse.Namespace:
     config_file, run_file = args.run_folder / "adapter_config.json", args.run_folder / "run.json"
     try:
         base = adapter_config(str(args.run_folder))["base_model_name_or_path"]
-        trained_on = json.loads(run_file.read_bytes())["args"]["model"] if run_file.is_file() else base
+        trained_on = parse_json(run_file.read_bytes())["args"]["model"] if run_file.is_file() else base
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{args.run_folder}: its files name no base ({error!r}); train or copy it again") from error
+    if not isinstance(base, str):
+        raise InputError(f"{config_file}: it names no base ({base!r}); train or copy it again")
     if trained_on != base:
         raise InputError(f"{config_file} names the base {base}, but run.json says {trained_on}; copy the folder again")
     return argparse.Namespace(

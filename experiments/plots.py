@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from pathlib import Path
@@ -14,6 +13,7 @@ from tables import number, signed
 
 from llm_alignment.evaluation import METRICS
 from llm_alignment.files import read_records
+from llm_alignment.models import read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -234,7 +234,9 @@ def plot_curves(title: str, runs: list[Run]) -> Figure | None:
     logs = {}
     for run in runs:
         log_file, run_file = (Path(run.source["output_dir"]) / name for name in ("train_log.jsonl", "run.json"))
-        if log_file.is_file() and json.loads(run_file.read_text("utf-8"))["ts"] == run.source["ts"]:
+        if not (log_file.is_file() and run_file.is_file()):
+            continue
+        if read_json(run_file, f"run {run.name}").get("ts") == run.source["ts"]:
             logs[wrapped(run.label, 40)] = read_records(log_file)
     keys = [key for key in CURVES if any(key in line for lines in logs.values() for line in lines)]
     if not keys:

@@ -83,10 +83,8 @@ def read_objects(path: Path, skipped: SkippedRows, wanted: Iterator[bool] = EVER
             row = parse_json(text)
         except UnicodeDecodeError:
             skipped.add(place, "not UTF-8")
-        except ValueError:
-            skipped.add(place, "not valid JSON")
-        except RecursionError:
-            skipped.add(place, TOO_DEEP)
+        except ValueError as error:
+            skipped.add(place, TOO_DEEP if str(error) == TOO_DEEP else "not valid JSON")
         else:
             problem = object_problem(row, text)
             if problem:
@@ -139,7 +137,7 @@ def data_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     files, left_out = [], []
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+    for file in sorted(p for p in path.rglob("*") if not p.is_dir()):  # a link to nowhere is an error when it is read
         name = file.relative_to(path)
         if any(part.startswith(".") for part in name.parts):  # caches and git's own files
             continue
@@ -163,6 +161,8 @@ def data_files(path: Path) -> list[Path]:
 def open_data(path: Path) -> Iterator[IO[bytes]]:
     """Opens a data file for reading bytes, through gzip when it is packed. Raises InputError when it is no data."""
     try:
+        if path.exists() and not path.is_file():  # it would be waited for, or never end
+            raise InputError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or a device'}; name a file")
         with path.open("rb") as raw:
             head = raw.read(64)
         if head.startswith(b"version https://git-lfs.github.com/spec/"):
@@ -206,7 +206,6 @@ def is_json_list(path: Path) -> bool:
 
 def read_json_list(path: Path, skipped: SkippedRows, wanted: Iterator[bool]) -> Iterator[tuple[str, dict]]:
     """Yields ("file: row n", object) of the `wanted` rows of a file that is one JSON list, read piece by piece."""
-    decoder = json.JSONDecoder(parse_int=whole_number)
     number, size = 0, 2**20
     with open_data(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -220,7 +219,7 @@ def read_json_list(path: Path, skipped: SkippedRows, wanted: Iterator[bool]) -> 
                         raise ValueError("text after the list")
                     return
                 try:
-                    row, end = decoder.raw_decode(buffer, start)
+                    row, end = DECODER.raw_decode(buffer, start)
                     end = after_blanks(buffer, end)
                     problem = ValueError("no comma after it")
                 except json.JSONDecodeError as error:
@@ -259,7 +258,17 @@ def whole_number(text: str) -> float:
     return int(text) if len(text) < 300 else math.inf
 
 
-parse_json = json.JSONDecoder(parse_int=whole_number).decode  # json.loads would make a decoder for every row
+DECODER = json.JSONDecoder(parse_int=whole_number)  # json.loads would make one for every row
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError when it is none, also for bytes that are no UTF-8."""
+    try:
+        return DECODER.decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError(TOO_DEEP) from error
+
+
 TOO_DEEP = "nested too deeply"
 
 

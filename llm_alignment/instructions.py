@@ -6,12 +6,13 @@ The share of checks passed is what can be compared with the published instructio
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import statistics
 from collections.abc import Callable
 from typing import Any
+
+from llm_alignment.files import parse_json
 
 
 def _words(text: str) -> list[str]:
@@ -33,7 +34,7 @@ def _items(text: str) -> list[str]:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(re.sub(r"^```(json)?|```$", "", text.strip()))
+        return parse_json(re.sub(r"^```(json)?|```$", "", text.strip()))
     except ValueError:
         return None
 

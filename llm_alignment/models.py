@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.files import InputError, digest, file_sha256
+from llm_alignment.files import InputError, digest, file_sha256, parse_json
 from llm_alignment.hub import hub_files
 
 if TYPE_CHECKING:
@@ -105,8 +104,10 @@ def check_files(folder: Path, what: str) -> None:
     shards = sorted(folder.glob("*.safetensors"))
     if (folder / "model.safetensors.index.json").is_file():
         index = read_json(folder / "model.safetensors.index.json", what)
-        names = sorted(set(index.get("weight_map", {}).values()))
-        shards = [folder / name for name in names]
+        names = index.get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise InputError(f"{what}: model.safetensors.index.json names no files of weights; fetch it again")
+        shards = [folder / name for name in sorted(set(names.values()))]
     elif shards and not (folder / "model.safetensors").is_file():
         raise InputError(
             f"{what}: neither model.safetensors nor model.safetensors.index.json is there; fetch it again"
@@ -124,8 +125,8 @@ def read_json(path: Path, what: str) -> dict:
     """The JSON object in a file of a model. Raises InputError that names the file when it holds none."""
     content = path.read_bytes()
     try:
-        value = json.loads(content)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+        value = parse_json(content)
+    except ValueError as error:
         reason = LFS_POINTER if content.startswith(b"version https://git-lfs") else f"not valid JSON ({error})"
         raise InputError(f"{what}: {path.name} cannot be read: {reason}; fetch it again") from error
     if not isinstance(value, dict):

@@ -102,17 +102,22 @@ def read_turns(value: Any, role: str, name: str) -> list[dict[str, str]]:
         raise ValueError(f"{name} is neither a text nor a list of turns")
     turns = []
     for turn in value:
-        who, content = turn.get("role"), turn.get("content")
+        who, content = turn.get("role"), content_text(turn.get("content"))
         if not isinstance(who, str) or who.lower() not in ROLES:
             raise ValueError(f"{name} has a turn of unknown role {who!r}")
-        if isinstance(content, list) and all(
-            isinstance(part, dict) and part.get("type") == "text" for part in content
-        ):
-            content = "".join(str(part.get("text", "")) for part in content)
-        if not isinstance(content, str):
+        if content is None:
             raise ValueError(f"{name} has a turn whose content is no text")
         turns.append({"role": ROLES[who.lower()], "content": content.strip()})
     return turns
+
+
+def content_text(content: Any) -> str | None:
+    """The text of a turn: a text, or parts [{"type": "text", "text": ...}] joined; None when it is neither."""
+    if isinstance(content, list) and content:
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        is_text = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+        return "".join(map(str, texts)) if is_text else None
+    return content if isinstance(content, str) else None
 
 
 def join_turns(prompt: list[dict[str, str]], side: list[dict[str, str]]) -> list[dict[str, str]]:

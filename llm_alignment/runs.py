@@ -112,12 +112,15 @@ def recorded_run(args: argparse.Namespace, argv: list[str], script: str) -> Iter
 def ending(error: BaseException, args: argparse.Namespace) -> tuple[int | None, str, str]:
     """(exit code, reason for the record, line for the console) of a run that ends by `error`.
 
-    Bad input: 2. Packages that cannot be imported: 2. A loss that is not finite, a full disk: 1. Signals: 128 + their
-    number. The code is None for any other error, which goes on to its traceback.
+    Bad input, also a name that is too long: 2. Packages that cannot be imported: 2. A loss that is not finite, a full
+    disk: 1. Signals: 128 + their number. The code is None for any other error, which goes on to its traceback.
     """
     go_on = f"the same command goes on in {args.output_dir}, training with --resume_from_checkpoint auto"
     if isinstance(error, InputError):
         return 2, str(error), f"error: {error}"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        reason = f"{str(error.filename)[:60]}...: the name is too long; give a shorter one"
+        return 2, reason, f"error: {reason}"
     if isinstance(error, NotFiniteError):
         advice = f"the last checkpoint in {args.output_dir} is whole: lower --learning_rate and rerun"
         return 1, str(error), f"error: {error}; {advice}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import logging
 import math
 import random
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.evaluation import Evaluation, pair_rows
-from llm_alignment.files import InputError, ResultFile, SkippedRows, digest
+from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, object_problem, open_data, parse_json
 from llm_alignment.flags import not_negative, positive, ratio
 from llm_alignment.generation import (
     decoding_settings,
@@ -110,43 +109,58 @@ def read_tatqa(path: Path, skipped: SkippedRows) -> list[dict]:
     `skipped`. Raises InputError, with the place, when the file is missing, truncated or of another shape, or when no
     question is left.
     """
+    if not path.exists():
+        raise InputError(f"{path}: no such file; --tatqa_dir takes the folder that holds {path.name}")
+    with open_data(path) as file:
+        content = file.read()
     try:
-        contexts = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; --tatqa_dir takes the folder that holds {path.name}") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+        text = content.decode("utf-8-sig")
+        contexts = parse_json(text)
+    except ValueError as error:  # UnicodeDecodeError is one
         raise InputError(f"{path}: not valid JSON ({error}); fetch the file again") from error
     if not isinstance(contexts, list):
         raise InputError(f"{path}: not a list of contexts; fetch the TAT-QA file of that name again")
-    found = 0
+    uids: set[str] = set()
     for number, context in enumerate(contexts, 1):
-        try:
-            cells = [cell for row in context["table"]["table"] for cell in row]
-            texts = [passage["text"] for passage in context["paragraphs"]]
-            texts += [question[key] for question in context["questions"] for key in ("uid", "question")]
-            orders = [str(passage["order"]) for passage in context["paragraphs"]]
-            is_whole = all(isinstance(text, str) for text in cells + texts) and all(map(str.isdigit, orders))
-        except (TypeError, KeyError):
-            is_whole = False
-        if not is_whole:
+        if not is_context(context):
             raise InputError(f"{path}: context {number} is not a table of strings, passages and questions as TAT-QA's")
+        if problem := object_problem(context, text):
+            raise InputError(f"{path}: context {number}: {problem}; fetch the file again")
         usable = []
         for question in context["questions"]:
             problem = question_problem(context, question)
+            if question["uid"] in uids:
+                problem = "another question has its uid"
             if problem:
                 skipped.add(f"{path.name}: context {number}, question {question['uid']}", problem)
             else:
                 usable.append(question)
+                uids.add(question["uid"])
         context["questions"] = usable
-        found += len(usable)
-    if not found:
+    if not uids:
         raise InputError(f"{path}: no usable question ({'; '.join(skipped.places) or 'the file is empty'})")
     return contexts
+
+
+def is_context(context: Any) -> bool:
+    """Whether a value has the shape of a context: a table of strings, numbered passages, questions with their uid."""
+    try:
+        rows, passages, questions = context["table"]["table"], context["paragraphs"], context["questions"]
+        texts = [cell for row in rows for cell in row] + [passage["text"] for passage in passages]
+        texts += [question[key] for question in questions for key in ("uid", "question")]
+        lists = [rows, *rows, *(question.get("rel_paragraphs") or [] for question in questions)]
+        orders = [str(passage["order"]) for passage in passages]
+    except (TypeError, KeyError, AttributeError):
+        return False
+    is_whole = all(isinstance(text, str) for text in texts) and all(isinstance(value, list) for value in lists)
+    return is_whole and all(map(str.isdecimal, orders))
 
 
 def question_problem(context: dict, question: dict) -> str | None:
     """The reason why a question cannot be used, or None."""
     kind, answer = question.get("answer_type"), question.get("answer")
+    if not question["question"].strip():
+        return "no question"
     if kind not in ANSWER_TYPES:
         return f"answer type {kind!r} is not one of {', '.join(ANSWER_TYPES)}"
     if question.get("scale") not in list(SCALES):
@@ -160,8 +174,10 @@ def question_problem(context: dict, question: dict) -> str | None:
             return "the answer is not a list of strings"
         if not any(part.strip() for part in answer):
             return "no answer"
-    elif not re.fullmatch(r"-?\d+" if kind == "count" else r"-?\d+(\.\d+)?(e[-+]?\d+)?", str(answer)):
-        return f"the answer {answer!r} is not a number"
+    elif not re.fullmatch(r"-?\d+" if kind == "count" else r"-?\d+(\.\d+)?(e[-+]?\d+)?", str(answer)) or math.isinf(
+        float(answer)
+    ):
+        return f"the answer {answer!r:.60} is not a number"
     return None
 
 
@@ -185,7 +201,7 @@ def tatqa_prompt(
         for row in context["table"]["table"][:table_rows]
     ]
     rows.insert(1, "|" + " --- |" * min(len(context["table"]["table"][0]), table_cols))
-    relevant = question.get("rel_paragraphs") or []
+    relevant = list(map(str, question.get("rel_paragraphs") or []))
     passages = "\n".join(
         passage["text"].strip()
         for passage in sorted(context["paragraphs"], key=lambda passage: int(passage["order"]))
@@ -260,7 +276,8 @@ def _to_number(text: str) -> float | None:
     first = re.search(r"([+-]?\d+(?:\.\d+)?)|[+-]?\.\d+", _bare(text))
     if not is_number(text) or not first or first[1] is None:
         return None
-    value = float(first[1]) if "." in first[1] else int(first[1])
+    is_long = len(first[1]) > 200  # times its scales an int would be beyond a float, which formatting refuses
+    value = float(first[1]) if "." in first[1] or is_long else int(first[1])
     unit = re.search(r"[\d.]+\s?[a-zA-Z]+", text)
     value *= _scale_value(unit[0]) if unit else 1
     value *= -1 if re.search(r"\([\d.\s]+\)", text) else 1

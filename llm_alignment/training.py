@@ -13,7 +13,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.files import InputError, differing, file_sha256, replace, write_atomic, write_json
+from llm_alignment.files import (
+    InputError,
+    differing,
+    file_sha256,
+    parse_json,
+    read_records,
+    replace,
+    write_atomic,
+    write_json,
+)
 from llm_alignment.models import (
     DDP_TIMEOUT,
     device_and_dtype,
@@ -222,6 +231,9 @@ def token_counts(dataset: Dataset, *columns: str) -> list[int]:
 
 def save_adapter(trainer: Trainer, folder: Path) -> None:
     """Writes adapter, tokenizer and model card into `folder`, file by file under a temporary name that is renamed."""
+    for config in trainer.model.peft_config.values():
+        if isinstance(config.target_modules, set):  # which is written in another order by every process
+            config.target_modules = sorted(config.target_modules)
     trainer.save_model(str(folder / "saving"))
     if main_process():
         for path in (folder / "saving").iterdir():
@@ -247,7 +259,7 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
             log.info("training had ended at step %d; no further step is taken", state.global_step)
             history = Path(trainer.args.output_dir) / "train_log.jsonl"
             if history.exists():  # it has what was logged after that checkpoint too
-                state.log_history = [json.loads(line) for line in history.read_text("utf-8").splitlines()]
+                state.log_history = read_records(history)
             trainer.state = state
             trainer._load_from_checkpoint(str(checkpoint))
             return
@@ -383,8 +395,10 @@ def checkpoint_problem(folder: Path) -> str | None:
     if not (folder / MANIFEST).is_file():
         return "it was not finished"
     try:
-        files = json.loads((folder / MANIFEST).read_bytes())
+        files = parse_json((folder / MANIFEST).read_bytes())
     except ValueError:
+        files = None
+    if not isinstance(files, dict) or not files:
         return f"{MANIFEST} is damaged"
     for name, digest in files.items():
         if not (folder / name).is_file():
@@ -435,7 +449,7 @@ def check_same_run(folder: Path, args: argparse.Namespace, ignored: set[str], da
     device, dtype = device_and_dtype(args.dtype)
     now = {"args": vars(args), "device": {"processes": processes(), "dtype": str(dtype).removeprefix("torch.")}}
     try:
-        stored = json.loads(path.read_bytes())
+        stored = parse_json(path.read_bytes())
         before, after = (
             {f"--{name}": value for name, value in run["args"].items() if name not in ignored}
             | {name: run["device"][name] for name in ("processes", "dtype")}

@@ -22,6 +22,7 @@ from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.generation import strip_thinking
 from llm_alignment.hub import Rows, hub_dataset, hub_rows, open_dataset
 from llm_alignment.models import all_processes
+from llm_alignment.preferences import content_text
 from llm_alignment.training import sorted_within_steps
 
 if TYPE_CHECKING:
@@ -37,15 +38,6 @@ Turns = list[tuple[str, str]]  # (role, content)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One row
-
-
-def content_text(content: Any) -> str | None:
-    """The text of a turn: a text, or parts [{"type": "text", "text": ...}] joined; None when it is neither."""
-    if isinstance(content, list) and content:
-        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        is_text = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
-        return "".join(map(str, texts)) if is_text else None
-    return content if isinstance(content, str) else None
 
 
 def turns_of(row: dict) -> Turns:

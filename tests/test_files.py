@@ -110,6 +110,17 @@ def test_a_malformed_line_is_skipped_and_named(tmp_path, line, reason):
     assert skipped.count == 1 and skipped.places[0].startswith("rows.jsonl:2 (") and reason in skipped.places[0]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, told in ((tmp_path / "pipe", "a pipe or a device"), (Path(os.devnull), "a pipe or a device")):
+        with pytest.raises(InputError, match=told):
+            read(path)
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(InputError, match="folder"):
+        list(files.read_jsonl(tmp_path / "folder.jsonl"))
+
+
 def test_the_first_five_places_are_named(tmp_path, logged):
     rows, skipped = read(write_rows(tmp_path / "rows.jsonl", [{"a": 1}, *["torn"] * 7]))
     skipped.report("rows")
@@ -166,6 +177,9 @@ def test_a_folder_names_what_it_does_not_read(tmp_path, logged):
     for name in ("test-00000-of-00001.jsonl", "a_dev.json", "v.jsonl", "README.md", "dataset_info.json"):
         assert name in logged.text
     assert "4 files read, 5 not read" in logged.text and ".cache" not in logged.text
+    (folder / "lost.parquet").symlink_to("nowhere")
+    with pytest.raises(InputError, match="lost.parquet: no such file"):
+        list(open_dataset(str(folder), "--dataset")(SkippedRows()))
     with pytest.raises(InputError, match="data.README.md"):
         (tmp_path / "empty" / "data").mkdir(parents=True)
         (tmp_path / "empty" / "data" / "README.md").write_text("", encoding="utf-8")

@@ -92,6 +92,11 @@ DAMAGES = {
         lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
         ["model.safetensors.index.json"],
     ),
+    "the config is too deep": (lambda f: (f / "config.json").write_text("[" * 100_000), ["config.json", "deeply"]),
+    "the index is no index": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'),
+        ["model.safetensors.index.json", "names no files"],
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["no .safetensors"]),
     "stored in fp8": (
         lambda f: change_json(f / "config.json", quantization_config={"quant_method": "fp8"}),

@@ -151,6 +151,11 @@ def test_general_pairs_of_every_shape(row, prompt):
         {"question": "Why?", "chosen": "Because.", "rejected": "Because."},
         {"question": "Why?", "chosen": "Because.", "rejected": None},
         {"question": "Why?", "chosen": 3, "rejected": "No."},
+        {  # null is no text, least of all "None"
+            "prompt": "Why?",
+            "chosen": [{"role": "assistant", "content": [{"type": "text", "text": None}]}],
+            "rejected": "No.",
+        },
         {"chosen": "\n\nHuman: Why?\n\nAssistant: A.", "rejected": "\n\nHuman: How?\n\nAssistant: B."},
         # question 1 is not paired with the answer to question 2
         {"prompt": "Hi", "chosen": dialogue("Hi", "Hello!", "Why?", "Because."), "rejected": dialogue("Hi", "No.")},

@@ -189,6 +189,9 @@ def test_the_same_records_give_the_same_files_and_no_plot_is_blank(tmp_path):
         ink = (pixels[..., :3].min(axis=-1) < 0.9).mean()
         assert 0.005 < ink < 0.5, f"{name}: {ink:.3f} of the pixels are not white"
         assert (pixels[[0, -1], :, :3] > 0.99).all(), f"{name} is cut off"
+    (tmp_path / "one" / "run.json").unlink()
+    run = records.from_record(runs[0] | {"place": "log.jsonl:1"})
+    assert plots.plot_curves("curves", [run]) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

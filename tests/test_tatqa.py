@@ -183,11 +183,18 @@ def test_parse(text, expected):
         ("{}", ["not a list"]),
         ('[{"table": {"table": [[1]]}, "paragraphs": [], "questions": []}]', ["context 1"]),
         ('[{"paragraphs": []}]', ["context 1"]),
+        ("[" * 100_000, ["nested too deeply"]),
+        (json.dumps([context({**question(), "question": "\ud800?"})]), ["context 1", "unpaired surrogate"]),
+        ("version https://git-lfs.github.com/spec/v1", ["Git LFS pointer"]),
         ("[]", ["no usable question"]),
         (json.dumps([context(question(answer=None))]), ["context 1, question q1", "no answer"]),
         (json.dumps([context(question("essay"))]), ["question q1", "'essay'"]),
         (json.dumps([{**context(question()), "table": {"table": [["", " "]]}}]), ["the table is empty"]),
         (json.dumps([context(question("count", "many"))]), ["'many' is not a number"]),
+        (json.dumps([context(question("count", "9" * 5000))]), ["99 is not a number"]),
+        (json.dumps([context({**question(), "question": " "})]), ["no question"]),
+        (json.dumps([context({**question(), "rel_paragraphs": 3})]), ["context 1"]),
+        (json.dumps([{**context(question()), "table": {"table": "ab"}}]), ["context 1"]),
         (json.dumps([context(question(scale="dozen"))]), ["'dozen'"]),
     ],
 )
@@ -207,6 +214,17 @@ def test_bad_questions_are_left_out_and_counted(tmp_path):
     (kept,) = tatqa.read_tatqa(path, skipped)
     assert [q["uid"] for q in kept["questions"]] == ["good"]
     assert skipped.count == 1 and "question bad" in skipped.places[0]
+    path.write_text(json.dumps([context(question(uid="one")), context(question(uid="one"))]), encoding="utf-8")
+    _, second = tatqa.read_tatqa(path, skipped)
+    assert not second["questions"] and "another question has its uid" in skipped.places[1]
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 305 + " billion", "-" + "9" * 400 + "%", "1" * 300])
+def test_an_answer_of_endless_digits_is_a_wrong_number(text):
+    for kind in ("arithmetic", "span"):
+        asked = question(kind, "3" if kind == "arithmetic" else ["3"])
+        for parts, scale in (tatqa.tatqa_parse(text), ([text], "billion")):
+            assert tatqa.tatqa_em_f1(asked, parts, scale) == (0, 0)
 
 
 def test_prompt_shows_table_and_passages_within_the_limits():

@@ -216,6 +216,18 @@ def test_a_damaged_checkpoint_is_named_and_skipped(flags, whole, tmp_path, capsy
     assert "checkpoint-6" in printed and adapter(folder) == adapter(whole)
 
 
+@pytest.mark.parametrize("manifest", ["[]", "null", "{}", "[" * 100_000])
+def test_a_manifest_that_names_no_files_is_damaged(manifest, tmp_path):
+    (tmp_path / "complete.json").write_text(manifest, encoding="utf-8")
+    assert training.checkpoint_problem(tmp_path) == "complete.json is damaged"
+
+
+def test_the_layers_in_the_adapter_config_have_one_order(whole):
+    """PEFT keeps them in a set, which every process writes in another order."""
+    layers = json.loads((whole / "adapter_config.json").read_text("utf-8"))["target_modules"]
+    assert len(layers) > 1 and layers == sorted(layers)
+
+
 def test_other_damage_is_skipped_too(flags, whole, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
@@ -272,7 +284,7 @@ def test_a_resume_by_another_number_of_processes_is_refused(flags, whole, monkey
     assert "processes: 1 -> 2" in error
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"args": 3}', '{"args": {}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"args": 3}', '{"args": {}}', "[" * 100_000])
 def test_a_damaged_run_file_is_named(text, flags, whole, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
