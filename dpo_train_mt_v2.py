@@ -33,7 +33,7 @@ from llm_alignment.evaluation import (
     save_answers,
     stored_rows,
 )
-from llm_alignment.files import InputError, digest, file_sha256, replace, sample, write_atomic, write_json
+from llm_alignment.files import InputError, digest, file_sha256, parse_json, replace, sample, write_atomic, write_json
 from llm_alignment.finance import (
     MEASURING_FLAGS,
     TrainingData,
@@ -236,7 +236,7 @@ def check_own_folder(args: argparse.Namespace) -> None:
     if not run_file.exists():
         return
     try:
-        script = json.loads(run_file.read_bytes())["script"]
+        script = parse_json(run_file.read_bytes())["script"]
     except (ValueError, KeyError, TypeError):
         script = "a damaged one"
     if script != "dpo_train_mt_v2.py":

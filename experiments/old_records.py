@@ -11,7 +11,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from records import HERE, flatten, load_records
+from records import HERE, flatten, load_records, record_problem
 
 from llm_alignment.files import InputError, SkippedRows, append_record, read_rows
 
@@ -47,9 +47,15 @@ def import_records(path: Path) -> tuple[int, int]:
     skipped, found = SkippedRows(), []
     for place, old in read_rows(path, skipped):
         try:
-            found.append(convert(old, place))
+            record = convert(old, place)
         except InputError as error:
             skipped.add(place, str(error))
+            continue
+        problem = record_problem(record)
+        if problem:
+            skipped.add(place, problem)
+        else:
+            found.append(record)
     if not found:
         raise InputError(
             f"--import {path}: no record of the original scripts ({'; '.join(skipped.places) or 'it is empty'}); "

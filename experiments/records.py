@@ -50,13 +50,21 @@ def load_records(path: Path) -> list[dict]:
 
 
 def record_problem(row: dict) -> str | None:
-    """Why an object is no record of a run, or None."""
+    """Why an object is no record of a run, such as one that somebody edited, or None."""
     if not row.keys() >= RECORD_TYPES.keys():
         return "not a run record"
     wrong = [key for key, kind in RECORD_TYPES.items() if not isinstance(row[key], kind)]
     if wrong:
         return f"{wrong[0]} {str(row[wrong[0]])[:40]!r} is not what a run record has there"
-    return None if "model" in row["args"] else "args without a model"
+    if not all(isinstance(word, str) for word in row["argv"]):
+        return "argv is no list of words"
+    if not all(isinstance(change, dict) for change in row["delta"].values()):
+        return "a delta is no object"
+    for side in ("baseline", "final"):
+        figures = [get_nested(row[side], keys) for _, keys in PUBLISHED.values() if keys]
+        if not all(figure is None or isinstance(figure, int | float) for figure in figures):
+            return f"a figure of {side} is no number"
+    return None if isinstance(row["args"].get("model"), str) else "args without a model"
 
 
 def record_name(record: dict) -> str:
@@ -70,6 +78,8 @@ def find_run(name: str, files: list[Path] | None = None) -> dict:
     `name` is FILE:LINE, a published id or one of its aliases, a tag, or an output folder. Raises InputError when there
     is no such run.
     """
+    if not name:
+        raise InputError("the name of a run is empty; `rerun.py --list` shows ids and tags")
     file, _, line = name.rpartition(":")
     if file and line.isdigit():
         path = next((path for path in (Path(file), HERE / file) if path.is_file()), None)

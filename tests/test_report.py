@@ -164,6 +164,23 @@ def test_new_runs_stand_beside_the_logged_ones_and_are_told_apart(tmp_path):
     assert "poetry run python sft_train.py --demo --exp_tag 'a|b'" in log_text and markdown_tables(log_text)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"argv": None},
+        {"argv": [1]},
+        {"args": {}},
+        {"final": []},
+        {"delta": {"mtbench": None}},
+        {"final": {"mtbench": {"avg_logged": "high"}}},
+    ],
+)
+def test_a_record_that_somebody_edited_is_skipped_and_named(change, tmp_path, logged):
+    log = write_log(tmp_path / "log.jsonl", make_record("whole"), make_record("edited", **change))
+    assert [record["tag"] for record in records.load_records(log)] == ["whole"]
+    assert "skipped 1 lines" in logged.text and "log.jsonl:2" in logged.text
+
+
 @pytest.mark.slow
 def test_the_same_records_give_the_same_files_and_no_plot_is_blank(tmp_path):
     from matplotlib import image
