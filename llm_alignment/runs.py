@@ -154,7 +154,9 @@ def import_problem(error: BaseException) -> str:
     return ""
 
 
-DISK_ERRORS = {"EACCES", "EDQUOT", "EFBIG", "EIO", "ENAMETOOLONG", "ENOSPC", "EPERM", "EROFS"}
+DISK_ERRORS = {
+    "EACCES", "EDQUOT", "EFBIG", "EIO", "EISDIR", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EPERM", "EROFS", "ESTALE",
+}  # fmt: skip
 FULL_DISK = re.compile(
     r"No space left on device|os error 28|quota exceeded|PytorchStreamWriter|inline_container", re.I
 )

@@ -80,6 +80,7 @@ def test_every_end_has_its_code_and_its_line(tmp_path, capsys):
             "failed",
         ),
         (OSError(errno.EROFS, "Read-only file system", "x"), 1, "Read-only", "failed"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "metrics.json"), 1, "metrics.json: Is a dir", "failed"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2, "xx...: the name is too long", "failed"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, "torch cannot be imported", "failed"),
     ]:
