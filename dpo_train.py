@@ -4,10 +4,9 @@
 
 The reference is the same 4-bit base with the adapter switched off; its log-probabilities are computed once and kept
 for later runs. The pairs of a micro-batch go through the model as one row in which every prompt stands once, with the
-answers
-hidden from each other; only the answers go through the LM head. With --pairs the pairs are your own. TAT-QA, MT-Bench,
-instruction following and, with --eval_pairs, the rewards of held-out pairs against the base are measured before and
-after.
+answers hidden from each other; only the answers go through the LM head. With --pairs the pairs are your own. TAT-QA,
+MT-Bench, instruction following and, with --eval_pairs, the rewards of held-out pairs against the base are measured
+before and after.
 
     poetry run python dpo_train.py --model Qwen/Qwen3-1.7B --output_dir qwen3_tatqa_dpo_base --beta 0.02 --epochs 1
 """
@@ -21,7 +20,6 @@ import random
 import re
 import sys
 from collections.abc import Collection, Iterator
-from pathlib import Path
 
 from llm_alignment.dpo import (
     add_dpo_flags,
@@ -33,13 +31,11 @@ from llm_alignment.dpo import (
     print_plan,
     reward_evaluation,
 )
-from llm_alignment.drift import reference_drift
-from llm_alignment.evaluation import save_answers, stored_rows
 from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
 from llm_alignment.flags import DPO_DEMO, new_parser, not_negative, parse_arguments
 from llm_alignment.instructions import instruct_questions
 from llm_alignment.leaks import leak_finder, without_leaks
-from llm_alignment.models import check_model, load_tokenizer, main_process
+from llm_alignment.models import check_model, load_tokenizer
 from llm_alignment.preferences import read_pairs, transcript
 from llm_alignment.runs import recorded_run
 from llm_alignment.tatqa import (
@@ -51,13 +47,12 @@ from llm_alignment.tatqa import (
     prompt_options,
     read_tatqa,
     tatqa_em_f1,
-    tatqa_evaluation,
     tatqa_file,
     tatqa_parse,
     tatqa_prompt,
 )
 from llm_alignment.training import check_output_folder, newest_complete
-from mtbench_eval import load_questions, mtbench_questions, scored_evaluations
+from mtbench_eval import all_mtbench_questions, dpo_evaluations
 
 log = logging.getLogger("llm_alignment")
 
@@ -202,27 +197,16 @@ def run(args: argparse.Namespace, record: dict) -> None:
     check_output_folder(args, neutral_flags(args), data)
     checkpoint = newest_complete(args)
     fit = fit_chats if args.pairs else functools.partial(fit_pairs, mark=QUESTION_PREFIX)
-    evaluations = []
-    if held_out:
-        evaluations.append(reward_evaluation(args, held_out, fit(held_out, tokenizer, args)))
-    if args.do_eval:
-        evaluations.append(tatqa_evaluation(args, tokenizer))
+    rewards = [reward_evaluation(args, held_out, fit(held_out, tokenizer, args))] if held_out else []
     asked = {}
-    if args.do_mtbench:
-        asked["mtbench"] = mtbench_questions(args), args.mtbench_max_tokens
     if args.do_instruct:
         asked["instruct"] = instruct_questions(args.instruct_limit, args.seed), args.instruct_max_tokens
-    evaluations += scored_evaluations(args, asked)
-    evaluations += reference_drift(args, tokenizer, evaluations)
+    evaluations = dpo_evaluations(args, tokenizer, asked, *rewards)
     rows = fit(pairs, tokenizer, args)
     if args.dry_run:
         print_plan(args, tokenizer, rows, evaluations)
         return
     align(args, record, tokenizer, rows, evaluations, data, checkpoint)
-    if args.eval_save_json and main_process():
-        folder, stages = Path(args.output_dir), ("baseline", "final")
-        answers = {stage: stored_rows(folder, stage, evaluations).get("tatqa", []) for stage in stages}
-        save_answers(args, answers)
 
 
 def check_pairs_flags(args: argparse.Namespace, argv: list[str]) -> None:
@@ -280,9 +264,7 @@ def asked_texts(args: argparse.Namespace) -> dict[str, list[str]]:
         contexts = read_tatqa(tatqa_file(args, args.eval_split), SkippedRows())
         texts["TAT-QA question"] = [question["question"] for c in contexts for question in c["questions"]]
     if args.do_mtbench:
-        mtbench_questions(args)  # fetches the file when it is missing
-        questions = load_questions(args.mtbench_file, flag="--mtbench_file")
-        texts["MT-Bench question"] = [question["turns"][0] for question in questions]
+        texts["MT-Bench question"] = [question["turns"][0] for question in all_mtbench_questions(args)]
     if args.do_instruct:
         texts["instruction"] = [question["turns"][0] for question in instruct_questions(0, args.seed)]
     return texts

@@ -17,16 +17,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import logging
 import sys
 from fractions import Fraction
 from pathlib import Path
 
 from llm_alignment.dpo import add_dpo_flags, align, check_flags, fit_chats, print_plan
-from llm_alignment.drift import reference_drift
-from llm_alignment.evaluation import save_answers, stored_rows
-from llm_alignment.files import InputError, sample, write_atomic
+from llm_alignment.files import InputError, sample, write_rows
 from llm_alignment.finance import (
     MEASURING_FLAGS,
     add_data_flags,
@@ -40,9 +37,9 @@ from llm_alignment.finance import (
 from llm_alignment.flags import FINANCE_DEMO, new_parser, parse_arguments, positive, ratio
 from llm_alignment.models import check_model, load_tokenizer, main_process
 from llm_alignment.runs import recorded_run
-from llm_alignment.tatqa import add_tatqa_flags, tatqa_evaluation
+from llm_alignment.tatqa import add_tatqa_flags
 from llm_alignment.training import FLAGS_THAT_DO_NOT_AFFECT_TRAINING, check_output_folder, newest_complete
-from mtbench_eval import load_questions, mtbench_questions, scored_evaluations
+from mtbench_eval import all_mtbench_questions, dpo_evaluations
 
 log = logging.getLogger("llm_alignment")
 
@@ -132,14 +129,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
     ignored = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS
     check_output_folder(args, ignored)
     tokenizer = load_tokenizer(args)
-    asked = {"mtbench": (mtbench_questions(args), args.mtbench_max_tokens)} if args.do_mtbench else {}
-    all_asked = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-    data = load_data(args, set() if args.no_train else set(shares), all_asked)
+    data = load_data(args, set() if args.no_train else set(shares), all_mtbench_questions(args))
     check_model(args, tokenizer, adapter=args.load_adapter)
-    evaluations = [tatqa_evaluation(args, tokenizer)] if args.do_eval else []
-    evaluations += scored_evaluations(args, asked | finance_questions(args, data))
-    evaluations += reference_drift(args, tokenizer, evaluations)
-
+    evaluations = dpo_evaluations(args, tokenizer, finance_questions(args, data))
     pairs: list[dict] = []
     if not args.no_train:
         limits = {"finance": args.finance_instruct_pairs, "general": args.general_pairs}
@@ -154,13 +146,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     check_output_folder(args, ignored, fingerprint)
     align(args, record, tokenizer, rows, evaluations, fingerprint, newest_complete(args))
     if main_process():
-        folder = Path(args.output_dir)
-        lines = [json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs]
-        write_atomic(folder / "train_pairs.jsonl", "".join(lines))
-        if args.eval_save_json:
-            stages = ("baseline", "final")
-            answers = {stage: stored_rows(folder, stage, evaluations).get("tatqa", []) for stage in stages}
-            save_answers(args, answers)
+        write_rows(Path(args.output_dir) / "train_pairs.jsonl", pairs)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.dpo import add_dpo_flags, build_trainer, check_common_flags, fit_chats, print_plan, train
-from llm_alignment.drift import reference_drift
 from llm_alignment.evaluation import (
     METRICS,
     Evaluation,
@@ -56,7 +55,7 @@ from llm_alignment.models import (
     on_main_process,
 )
 from llm_alignment.runs import begin, recorded_run, timed
-from llm_alignment.tatqa import add_tatqa_flags, tatqa_evaluation
+from llm_alignment.tatqa import add_tatqa_flags
 from llm_alignment.training import (
     FLAGS_THAT_DO_NOT_AFFECT_TRAINING,
     check_output_folder,
@@ -65,7 +64,7 @@ from llm_alignment.training import (
     newest_complete,
     write_manifest,
 )
-from mtbench_eval import load_questions, mtbench_questions, scored_evaluations
+from mtbench_eval import all_mtbench_questions, dpo_evaluations
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -402,13 +401,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if not from_scratch:
         check_stage_folders(by_stage)
     tokenizer = load_tokenizer(args)
-    asked = {"mtbench": (mtbench_questions(args), args.mtbench_max_tokens)} if args.do_mtbench else {}
-    all_asked = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-    data = load_data(args, set().union(*(SOURCES[stage] for stage in stages)), all_asked)
+    data = load_data(args, set().union(*(SOURCES[stage] for stage in stages)), all_mtbench_questions(args))
     check_model(by_stage[stages[0]], tokenizer)
-    evaluations = [tatqa_evaluation(args, tokenizer)] if args.do_eval else []
-    evaluations += scored_evaluations(args, asked | finance_questions(args, data))
-    evaluations += reference_drift(args, tokenizer, evaluations)
+    evaluations = dpo_evaluations(args, tokenizer, finance_questions(args, data))
     pairs = stage_pairs(args, record, tokenizer, data, stages)
     if args.dry_run:
         for stage in stages:
@@ -508,8 +503,7 @@ def finish(args: argparse.Namespace, record: dict, folder: Path, last: Path, eva
         write_atomic(folder / path.name, path.read_bytes())
     before, after = (stored_rows(*where, evaluations) for where in ((folder, "baseline"), (last, "final")))
     report(record, folder, evaluations, before, after)
-    if args.eval_save_json:
-        save_answers(args, {"baseline": before.get("tatqa", []), "final": after.get("tatqa", [])})
+    save_answers(args, before, after)
     table = []
     for evaluation in evaluations:
         metric, key = METRICS[evaluation.name], evaluation.name

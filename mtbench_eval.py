@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_alignment.drift import reference_drift
 from llm_alignment.evaluation import Evaluation, pair_rows, print_table, report, table_rows
 from llm_alignment.files import (
     InputError,
@@ -58,6 +59,7 @@ from llm_alignment.models import (
 from llm_alignment.rewards import RewardModel, load_reward_model, to_logged_scale, to_score
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.scores import compare_scored, summarise, summarise_scored
+from llm_alignment.tatqa import tatqa_evaluation
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
 if TYPE_CHECKING:
@@ -252,18 +254,6 @@ def answer_and_score(model, tokenizer, reward_model, questions, progress, **sett
 # Before and after
 
 
-def scored_evaluations(args: argparse.Namespace, asked: dict[str, tuple[list[dict], int]]) -> list[Evaluation]:
-    """Evaluations that the reward model scores; `asked`: {name in EVALUATIONS: (questions, tokens of an answer)}.
-
-    The reward model is loaded in the main process.
-    """
-    reward_model = load_reward_model(args) if asked and main_process() else None
-    return [
-        scored_evaluation(args, name, questions, reward_model, max_new_tokens=max_new_tokens)
-        for name, (questions, max_new_tokens) in asked.items()
-    ]
-
-
 def scored_evaluation(
     args: argparse.Namespace, name: str, questions: list[dict], reward_model: RewardModel | None, **generation: Any
 ) -> Evaluation:
@@ -286,9 +276,32 @@ def scored_evaluation(
     return Evaluation(name, len(questions), answer, summarise_rows, compare, references, split=True)
 
 
-def mtbench_questions(args: argparse.Namespace) -> list[dict]:
-    """MT-Bench's questions as the DPO scripts' flags ask for them."""
-    return load_questions(args.mtbench_file, limit=args.mtbench_limit, seed=args.seed, flag="--mtbench_file")
+def dpo_evaluations(
+    args: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: dict[str, tuple[list[dict], int]],
+    *held_out: Evaluation,
+) -> list[Evaluation]:
+    """What a DPO script measures: `held_out`, TAT-QA, MT-Bench, what is `asked`, drift on their reference answers.
+
+    `asked`: {name in EVALUATIONS: (questions, tokens of an answer)}, which the reward model scores; it is loaded in
+    the main process.
+    """
+    evaluations = [*held_out]
+    if args.do_eval:
+        evaluations.append(tatqa_evaluation(args, tokenizer))
+    if args.do_mtbench:
+        questions = sample_questions(all_mtbench_questions(args), args.mtbench_limit, args.seed)
+        asked = {"mtbench": (questions, args.mtbench_max_tokens), **asked}
+    reward_model = load_reward_model(args) if asked and main_process() else None
+    for name, (questions, max_new_tokens) in asked.items():
+        evaluations.append(scored_evaluation(args, name, questions, reward_model, max_new_tokens=max_new_tokens))
+    return evaluations + reference_drift(args, tokenizer, evaluations)
+
+
+def all_mtbench_questions(args: argparse.Namespace) -> list[dict]:
+    """The questions of --mtbench_file, none of which may be trained on; [] with --no-do_mtbench."""
+    return load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.evaluation import Evaluation, measure, pair_rows, plot_curves, report
+from llm_alignment.evaluation import Evaluation, measure, pair_rows, plot_curves, report, save_answers
 from llm_alignment.files import InputError, ResultFile, differing, digest
 from llm_alignment.flags import (
     add_lora_flags,
@@ -502,6 +502,7 @@ def align(
             after = measure(args, model, tokenizer, evaluations, folder, "final", with_adapter=True)
     if main_process():
         report(record, folder, evaluations, before, after)
+        save_answers(args, before, after)
 
 
 def print_plan(

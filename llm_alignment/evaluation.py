@@ -280,13 +280,18 @@ def print_table(title: str, rows: list[TableRow]) -> None:
         console.print(f"{len(p_values)} p values; {marked} (*) stay below 0.05 after Holm's correction")
 
 
-def save_answers(args: argparse.Namespace, answers: dict[str, list[dict]]) -> None:
-    """Writes TAT-QA's rows, as --eval_save_json X.jsonl asks: X_baseline.jsonl and, after training, X_post.jsonl."""
+def save_answers(args: argparse.Namespace, before: dict[str, list[dict]], after: dict[str, list[dict]]) -> None:
+    """Writes TAT-QA's rows where --eval_save_json X.jsonl asks for them: to X_baseline.jsonl and X_post.jsonl.
+
+    `before` and `after` are what `measure` gave; what was not measured is not written.
+    """
+    if not args.eval_save_json:
+        return
     path = Path(args.eval_save_json)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stage, name in (("baseline", "baseline"), ("final", "post")):
-        if answers[stage]:
-            write_rows(path.with_name(f"{path.stem}_{name}.jsonl"), answers[stage])
+    for name, rows in (("baseline", before), ("post", after)):
+        if "tatqa" in rows:
+            write_rows(path.with_name(f"{path.stem}_{name}.jsonl"), rows["tatqa"])
 
 
 def plot_categories(before: dict | None, after: dict, path: Path) -> None:
