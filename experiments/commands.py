@@ -82,7 +82,7 @@ def join_empty(arguments: list[str]) -> list[str]:
 
 
 def exit_code(run: Callable[[], int]) -> int:
-    """What `run()` gives; 2 after one line for bad input, 1 for what the disk refuses, 130 for Ctrl-C.
+    """What `run()` gives; after one line 2 for bad input, 1 for what the disk refuses, 130 for Ctrl-C.
 
     A reader that has seen enough, as `head -1`, is no error.
     """
@@ -90,18 +90,17 @@ def exit_code(run: Callable[[], int]) -> int:
         code = run()
         sys.stdout.flush()
         return code
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return 0
+    except InputError as error:
+        line, code = f"error: {error}", 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        line, code = "interrupted: start the same command again", 130
     except OSError as error:
-        print(f"error: {disk_problem(error) or error}; give write access or name another folder", file=sys.stderr)
-        return 1
+        line, code = f"error: {disk_problem(error) or error}; free space, give write access or name another folder", 1
+    print(line, file=sys.stderr)
+    return code
 
 
 def command_line(script: str, arguments: list[str]) -> str:

@@ -22,6 +22,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from commands import exit_code
+
 from llm_alignment.files import InputError, SkippedRows, parse_json, read_results, replace
 from llm_alignment.flags import positive
 from llm_alignment.generation import generate
@@ -34,7 +36,7 @@ from llm_alignment.models import (
     load_tokenizer,
     model_fingerprint,
 )
-from llm_alignment.runs import console_and_log, disk_problem
+from llm_alignment.runs import console_and_log
 
 if TYPE_CHECKING:
     import torch
@@ -225,24 +227,15 @@ def verify(
         log.warning("rounding to %s changes the model about as much as the adapter does; take --dtype fp32", dtype)
 
 
+def run(args: argparse.Namespace) -> int:
+    with console_and_log():
+        export(args)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        with console_and_log():
-            export(args)
-        return 0
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    except OSError as error:
-        reason = disk_problem(error)
-        if not reason:
-            raise
-        print(f"error: {reason}; free space or give write access, then run it again", file=sys.stderr)
-        return 1
+    return exit_code(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.files import (
-    InputError,
-    ResultFile,
-    SkippedRows,
-    digest,
-    write_rows,
-)
+from commands import exit_code
+
+from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, write_rows
 from llm_alignment.flags import DEMO_DIR, add_model_flags, not_negative, positive, ratio
 from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.hub import read_usable
@@ -38,7 +34,7 @@ from llm_alignment.leaks import leak_finder, without_leaks
 from llm_alignment.models import adapter_sha256, load_adapter, load_model, load_tokenizer, model_fingerprint
 from llm_alignment.preferences import merge_system_prompt, read_turns
 from llm_alignment.rewards import RewardModel
-from llm_alignment.runs import console_and_log, disk_problem
+from llm_alignment.runs import console_and_log
 from llm_alignment.tatqa import read_tatqa
 from mtbench_eval import load_questions
 
@@ -284,24 +280,15 @@ def mine(args: argparse.Namespace) -> None:
     log.info('wrote %s; train on it: dpo_train.py --pairs "%s"', args.output, args.output)
 
 
+def run(argv: list[str] | None) -> int:
+    args = parse(argv)
+    with console_and_log():
+        mine(args)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse(argv)
-        with console_and_log():
-            mine(args)
-        return 0
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
-    except OSError as error:
-        reason = disk_problem(error)
-        if not reason:
-            raise
-        print(f"error: {reason}; free space or give write access, then the same command goes on", file=sys.stderr)
-        return 1
+    return exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":
