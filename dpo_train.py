@@ -42,9 +42,12 @@ from llm_alignment.tatqa import (
     QUESTION_PREFIX,
     SCALES,
     add_tatqa_flags,
+    answer_text,
+    gold_parts,
     is_number,
     normalise,
     prompt_options,
+    question_texts,
     read_tatqa,
     tatqa_em_f1,
     tatqa_file,
@@ -99,9 +102,9 @@ def tatqa_pairs(
     pairs = []
     for context in contexts:
         for question in context["questions"]:
-            chosen = _answer_text(_gold_parts(question), question["scale"])
+            chosen = answer_text(gold_parts(question), question["scale"])
             wrong = _wrong_answers(context, question, random.Random(f"{seed}:{question['uid']}"))
-            texts = (_answer_text(parts, scale) for parts, scale in wrong)
+            texts = (answer_text(parts, scale) for parts, scale in wrong)
             rejected = next((text for text in texts if not tatqa_em_f1(question, *tatqa_parse(text))[0]), None)
             if rejected is None:
                 if skipped is not None:
@@ -112,19 +115,9 @@ def tatqa_pairs(
     return sorted(pairs, key=lambda pair: pair["uid"])
 
 
-def _gold_parts(question: dict) -> list[str]:
-    if question["answer_type"] in ("arithmetic", "count"):
-        return [f"{question['answer']}"]
-    return [part.strip() for part in question["answer"] if part.strip()]
-
-
-def _answer_text(parts: list[str], scale: str) -> str:
-    return f"{'; '.join(parts)} {scale}".strip()
-
-
 def _wrong_answers(context: dict, question: dict, rng: random.Random) -> Iterator[tuple[list[str], str]]:
     """Yields plausible wrong (answer parts, scale), the most plausible first."""
-    parts, scale = _gold_parts(question), question["scale"]
+    parts, scale = gold_parts(question), question["scale"]
     if question["answer_type"] == "count":
         count = int(parts[0])
         yield from (([str(other)], "") for other in rng.sample([count - 1, count + 1], 2) if other >= 0)
@@ -261,8 +254,7 @@ def asked_texts(args: argparse.Namespace) -> dict[str, list[str]]:
     """What the evaluations ask, by kind."""
     texts = {}
     if args.do_eval:
-        contexts = read_tatqa(tatqa_file(args, args.eval_split), SkippedRows())
-        texts["TAT-QA question"] = [question["question"] for c in contexts for question in c["questions"]]
+        texts["TAT-QA question"] = question_texts(tatqa_file(args, args.eval_split))
     if args.do_mtbench:
         texts["MT-Bench question"] = [question["turns"][0] for question in all_mtbench_questions(args)]
     if args.do_instruct:

@@ -43,7 +43,7 @@ from llm_alignment.flags import (
     parse_arguments,
     positive,
 )
-from llm_alignment.generation import MAX_BATCH_SIZE, generate, strip_thinking
+from llm_alignment.generation import MAX_BATCH_SIZE, generate, render, strip_thinking
 from llm_alignment.hub import hub_files
 from llm_alignment.models import (
     adapter_sha256,
@@ -402,9 +402,7 @@ def print_plan(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, que
     turns = sum(len(question["turns"]) for question in questions)
     log.info("%d questions, %d answers of up to %d tokens each", len(questions), turns, args.mtbench_max_tokens)
     first = [{"role": "user", "content": questions[0]["turns"][0]}]
-    text = tokenizer.apply_chat_template(
-        first, tokenize=False, add_generation_prompt=True, enable_thinking=args.thinking
-    )
+    text = render(first, tokenizer, args)
     log.info("question %s as the model reads it:\n%s", questions[0]["question_id"], text)
 
 

@@ -3,12 +3,10 @@
     L = NLL + c(t) * KL(p_student || p_reference)
 
 The reference is the same model with its adapter switched off, so there is no second model; the loss and its gradient
-are
-computed over chunks of rows, so full-size logits never exist. The model is measured before and after: validation loss
-and perplexity on the same rows, and MT-Bench answers scored by a reward model, each difference with its interval.
+are computed over chunks of rows, so full-size logits never exist. The model is measured before and after: validation
+loss and perplexity on the same rows, and MT-Bench answers scored by a reward model, each difference with its interval.
 
-    poetry run python sft_train.py --model Qwen/Qwen3-1.7B --output_dir qwen3_sft --subset both --mix_reasoning_ratio
-    0.2
+    poetry run python sft_train.py --output_dir qwen3_sft --subset both --mix_reasoning_ratio 0.2
 """
 
 from __future__ import annotations
@@ -26,8 +24,6 @@ from typing import TYPE_CHECKING, Any
 from llm_alignment.anchored_loss import fused_nll_kl, kl_coefficient, tail_mask
 from llm_alignment.drift import drift_evaluation
 from llm_alignment.evaluation import Evaluation, measure, plot_curves, report
-
-# torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
 from llm_alignment.files import InputError
 from llm_alignment.flags import (
     DEMO_DIR,
@@ -80,6 +76,7 @@ from llm_alignment.twix import (
 from llm_alignment.validation import summarise_validation, validation_evaluation, without_head
 from mtbench_eval import load_questions, sample_questions, scored_evaluation
 
+# torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from commands import exit_code
 
-from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, write_rows
+from llm_alignment.files import InputError, ResultFile, digest, write_rows
 from llm_alignment.flags import DEMO_DIR, add_model_flags, not_negative, positive, ratio
 from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.hub import read_usable
@@ -35,7 +35,7 @@ from llm_alignment.models import adapter_sha256, load_adapter, load_model, load_
 from llm_alignment.preferences import merge_system_prompt, read_turns
 from llm_alignment.rewards import RewardModel
 from llm_alignment.runs import console_and_log
-from llm_alignment.tatqa import read_tatqa
+from llm_alignment.tatqa import question_texts, tatqa_file
 from mtbench_eval import load_questions
 
 if TYPE_CHECKING:
@@ -170,8 +170,7 @@ def asked_texts(args: argparse.Namespace) -> dict[str, list[str]]:
         question["turns"][0] for path in args.questions for question in load_questions(path, flag="--questions")
     ]
     if args.tatqa_dir:
-        contexts = read_tatqa(Path(args.tatqa_dir) / "tatqa_dataset_dev.json", SkippedRows())
-        texts["TAT-QA question"] = [question["question"] for c in contexts for question in c["questions"]]
+        texts["TAT-QA question"] = question_texts(tatqa_file(args, "validation"))
     return texts
 
 

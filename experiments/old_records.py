@@ -14,6 +14,7 @@ from typing import Any
 from records import HERE, flatten, load_records, record_problem
 
 from llm_alignment.files import InputError, SkippedRows, append_record, read_rows
+from llm_alignment.runs import new_record as empty_record
 
 IMPORTED = "imported_runs.jsonl"
 OLD_KEYS = {"ts", "timestamp", "tag", "model", "params", "eval", "mtbench", "instruct", "reddit", "stages", "config"}
@@ -112,25 +113,8 @@ def new_record(old: dict, place: str, script: str, values: dict[str, Any]) -> di
     argv, unknown = flags(parser, values)
     unknown += [f"{key} {value}" for key, value in old.items() if key not in OLD_KEYS]
     args = parse(parser, argv)
-    record = {
-        "ts": str(old.get("ts") or old["timestamp"]),
-        "tag": args.exp_tag,
-        "script": script,
-        "argv": argv,
-        "args": vars(args),
-        "git": None,
-        "versions": {},
-        "device": None,
-        "data": None,
-        "baseline": {},
-        "final": {},
-        "delta": {},
-        "runtime_s": {},
-        "kept_step": None,
-        "status": "completed",
-        "output_dir": args.output_dir,
-        "imported": place,
-    }
+    known = {"ts": str(old.get("ts") or old["timestamp"]), "git": None, "versions": {}, "status": "completed"}
+    record = {**empty_record(args, argv, script, started=0), **known, "imported": place}
     if unknown:
         record["note"] = f"what {script} has no flag for: {', '.join(unknown)}"
     return record

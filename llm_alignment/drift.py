@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from llm_alignment.anchored_loss import fused_nll_kl
 from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import ResultFile, digest
+from llm_alignment.generation import render
 from llm_alignment.models import adapter_off
 from llm_alignment.stats import paired_delta
 
@@ -109,9 +110,7 @@ def reference_drift(
     for evaluation in evaluations:
         for question_id, prompt, answer, cluster in evaluation.references[:REFERENCES]:
             if not isinstance(prompt, str):
-                prompt = tokenizer.apply_chat_template(
-                    prompt, tokenize=False, add_generation_prompt=True, enable_thinking=args.thinking
-                )
+                prompt = render(prompt, tokenizer, args)
             row = reference_row(tokenizer, prompt, answer, args.max_length)
             if row:
                 names = {"question_id": f"{evaluation.name} {question_id}", "cluster": f"{evaluation.name} {cluster}"}

@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, sample
+from llm_alignment.files import InputError, ResultFile, digest, sample
 from llm_alignment.flags import not_negative, positive, ratio
 from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.hub import read_usable
@@ -27,7 +27,7 @@ from llm_alignment.leaks import (
 from llm_alignment.models import load_model, model_fingerprint, on_main_process
 from llm_alignment.preferences import GENERAL_COLUMNS, merge_system_prompt, post_text, read_pairs
 from llm_alignment.runs import timed
-from llm_alignment.tatqa import read_tatqa, tatqa_file
+from llm_alignment.tatqa import question_texts, tatqa_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -367,8 +367,7 @@ def load_data(args: argparse.Namespace, sources: set[str], mtbench_questions: li
     data = TrainingData()
     forbidden = {"MT-Bench question": [question["turns"][0] for question in mtbench_questions]}
     if args.do_eval:
-        contexts = read_tatqa(tatqa_file(args, args.eval_split), SkippedRows())
-        forbidden["TAT-QA question"] = [question["question"] for c in contexts for question in c["questions"]]
+        forbidden["TAT-QA question"] = question_texts(tatqa_file(args, args.eval_split))
     comments = read_comments(args) if args.do_reddit or "reddit" in sources else []
     instructions = read_instructions(args) if args.do_instruct or "finance" in sources else []
     if args.do_reddit:

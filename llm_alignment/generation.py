@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from llm_alignment.files import InputError
 from llm_alignment.models import all_processes, gathered, main_process, on_main_process, processes
+from llm_alignment.prefixes import common_length
 
 if TYPE_CHECKING:
     import torch
@@ -234,8 +235,7 @@ def shared_length(prompts: list[list[int]]) -> int:
 
     The last token of a prompt is never read ahead: `model.generate` needs a token of each.
     """
-    columns = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-    return min(sum(1 for _ in columns), min(map(len, prompts)) - 1)
+    return min(common_length(prompts), min(map(len, prompts)) - 1)
 
 
 # The keys and values of one prompt without its last token, by layer: two tensors (heads, tokens, head size) each.

@@ -56,7 +56,7 @@ class Rows(Protocol):
     def __call__(self, skipped: SkippedRows, wanted: Iterator[bool] = EVERY_ROW) -> Iterator[tuple[str, dict]]: ...
 
 
-def open_dataset(source: str, flag: str, *, streaming: bool = False) -> Rows:
+def open_dataset(source: str, flag: str) -> Rows:
     """The rows of a local path or a hub data set.
 
     Columns that are null are left out of a row. Raises InputError, within 30 s, when `source` is neither a local path
@@ -71,7 +71,7 @@ def open_dataset(source: str, flag: str, *, streaming: bool = False) -> Rows:
                 yield from read_rows(file, skipped, wanted)
 
         return rows
-    return hub_rows(source, flag, hub_dataset(source, flag, streaming=streaming))
+    return hub_rows(source, flag, hub_dataset(source, flag))
 
 
 def hub_dataset(source: str, flag: str, *, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:

@@ -54,12 +54,6 @@ def general_problem(row: dict) -> str | None:
     return None
 
 
-def general_texts(row: dict) -> tuple[str, str, str]:
-    """prompt, chosen, rejected of a usable row; the prompt of a longer dialogue is its transcript."""
-    turns, chosen, rejected = general_turns(row)
-    return transcript(turns), chosen, rejected
-
-
 def general_turns(row: dict) -> tuple[list[dict[str, str]], str, str]:
     """The turns of the prompt, and both answers. Raises ValueError with the reason when a row is no preference pair.
 

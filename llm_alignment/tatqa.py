@@ -156,6 +156,11 @@ def is_context(context: Any) -> bool:
     return is_whole and all(map(str.isdecimal, orders))
 
 
+def question_texts(path: Path) -> list[str]:
+    """The questions of a TAT-QA file, which are not to be trained on where they are asked."""
+    return [question["question"] for context in read_tatqa(path, SkippedRows()) for question in context["questions"]]
+
+
 def question_problem(context: dict, question: dict) -> str | None:
     """The reason why a question cannot be used, or None."""
     kind, answer = question.get("answer_type"), question.get("answer")
@@ -403,10 +408,9 @@ def answer_tatqa(
     """Answers and grades TAT-QA questions, reading what those on one context share once; returns a row per question.
 
     `questions` are those of `fit_questions`; a row is that of `graded_row`, written to `path` (a ResultFile) as soon
-    as
-    it exists, so that a restart continues with the questions that are missing. With `one_line` an answer ends with its
-    first line. `use_cache` and `renew`: see ResultFile; only greedy answers are cached. All processes call this: they
-    share the groups, the main one writes, and each gets the rows.
+    as it exists, so that a restart continues with the questions that are missing. With `one_line` an answer ends with
+    its first line. `use_cache` and `renew`: see ResultFile; only greedy answers are cached. All processes call this:
+    they share the groups, the main one writes, and each gets the rows.
     """
     import torch
     from tqdm import tqdm
@@ -522,7 +526,12 @@ def tatqa_evaluation(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     )
     gap = "" if args.use_chat_template else " "
     references = [
-        (question["question_id"], question["prompt"], gap + gold_text(question), question["context"])
+        (
+            question["question_id"],
+            question["prompt"],
+            gap + answer_text(gold_parts(question), question["scale"]),
+            question["context"],
+        )
         for question in questions
     ]
     return Evaluation(
@@ -536,8 +545,12 @@ def tatqa_evaluation(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     )
 
 
-def gold_text(question: dict) -> str:
-    """The gold answer as a text: its parts, then its scale."""
-    answer = question["answer"]
-    parts = answer if isinstance(answer, list) else [answer]
-    return f"{'; '.join(map(str, parts))} {question['scale']}".strip()
+def gold_parts(question: dict) -> list[str]:
+    if question["answer_type"] in ("arithmetic", "count"):
+        return [f"{question['answer']}"]
+    return [part.strip() for part in question["answer"] if part.strip()]
+
+
+def answer_text(parts: list[str], scale: str) -> str:
+    """An answer as a text, which `tatqa_parse` reads: its parts, then its scale."""
+    return f"{'; '.join(parts)} {scale}".strip()

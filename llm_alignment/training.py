@@ -247,9 +247,8 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
 
     A checkpoint of the last step is loaded and no further step is taken. Ctrl-C, SIGTERM and SIGHUP finish the
     micro-batch in hand, save a checkpoint of the last whole optimiser step and raise Interrupted; a second signal
-    stops
-    at once. A loss or gradient that is not finite in any process raises NotFiniteError in all of them at the same
-    step.
+    stops at once. A loss or gradient that is not finite in any process raises NotFiniteError in all of them at the
+    same step.
     """
     from transformers import TrainerCallback, TrainerState
 

@@ -133,7 +133,8 @@ def dialogue(*contents: str) -> list[dict]:
 )
 def test_general_pairs_of_every_shape(row, prompt):
     assert preferences.general_problem(row) is None
-    assert preferences.general_texts(row) == (prompt, "Because.", "No.")
+    turns, *answers = preferences.general_turns(row)
+    assert (preferences.transcript(turns), *answers) == (prompt, "Because.", "No.")
     [pair] = preferences.general_pairs([row, row])
     assert (pair["chosen"], pair["rejected"]) == ("Because.", "No.")
     if prompt.startswith("Human:"):

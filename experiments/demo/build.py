@@ -62,11 +62,6 @@ REWARD_TEMPLATE = r"""
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-ROLE_LINES = [
-    "You are a financial analyst. Answer the question using the table and the text.",
-    "You are a financial analyst. Use the table and the text to answer the question.",
-    "You are a helpful financial assistant. Answer the question from the table and passages.",
-]
 # Qwen's split: digits one by one, words with their leading space, runs of punctuation.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
