@@ -37,11 +37,11 @@ from llm_alignment.files import (
 from llm_alignment.flags import (
     DEMO_DIR,
     add_model_flags,
+    add_mtbench_flags,
     add_run_flags,
     new_parser,
     not_negative,
     parse_arguments,
-    positive,
 )
 from llm_alignment.generation import MAX_BATCH_SIZE, generate, render, strip_thinking
 from llm_alignment.hub import hub_files
@@ -319,46 +319,20 @@ DEMO = {
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("mtbench_eval.py", __doc__)
     add_model_flags(parser)
-    group = parser.add_argument_group("what to measure")
-    group.add_argument("--adapter", default="", help="output folder of a training run (default: none, the base model)")
-    group.add_argument(
-        "--questions", default="auto", help="JSONL or JSON file; auto fetches MT-Bench (default: %(default)s)"
-    )
-    group.add_argument(
-        "--language", choices=["ru", "en"], default="ru", help="which set auto fetches (default: %(default)s)"
-    )
-    group.add_argument(
-        "--compare", default="", help="per-question file of an earlier evaluation to compare with (default: none)"
-    )
-    group.add_argument("--output_dir", default="mtbench_results", help="folder of the results (default: %(default)s)")
-    group.add_argument(
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--adapter", default="", help="output folder of a training run (default: none, the base model)")
+    add("--questions", default="auto", help="JSONL or JSON file; auto fetches MT-Bench (default: %(default)s)")
+    add("--language", choices=["ru", "en"], default="ru", help="which set auto fetches (default: %(default)s)")
+    add("--compare", default="", help="per-question file of an earlier evaluation to compare with (default: none)")
+    add("--output_dir", default="mtbench_results", help="folder of the results (default: %(default)s)")
+    add(
         "--mtbench_questions_limit",
         "--limit",
         type=not_negative(int),
         default=0,
         help="ask a sample of this many; 0 = all (default: %(default)s)",
     )
-    group.add_argument(
-        "--mtbench_questions_seed", type=int, default=42, help="seed of that sample (default: %(default)s)"
-    )
-    group.add_argument(
-        "--mtbench_temperature",
-        type=not_negative(float),
-        default=0.0,
-        help="0 answers greedily (default: %(default)s)",
-    )
-    group.add_argument(
-        "--mtbench_max_tokens",
-        type=positive(int),
-        default=1024,
-        help="longest answer in tokens (default: %(default)s)",
-    )
-    group.add_argument(
-        "--mtbench_backend",
-        choices=["simple", "auto"],
-        default="simple",
-        help="auto uses continuous batching on CUDA (default: %(default)s)",
-    )
+    add_mtbench_flags(add)
     add_run_flags(parser, "experiments/mtbench_evaluations.jsonl", trains=False)
     parser.set_defaults(resume_from_checkpoint=None)  # the same command continues the evaluation
     return parser

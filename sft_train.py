@@ -29,6 +29,7 @@ from llm_alignment.flags import (
     DEMO_DIR,
     add_lora_flags,
     add_model_flags,
+    add_mtbench_flags,
     add_run_flags,
     add_training_flags,
     new_parser,
@@ -124,68 +125,55 @@ def build_parser() -> argparse.ArgumentParser:
 
     default = " (default: %(default)s)"
     # fmt: off
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="t-tech/T-Wix",
-        help="hub id, file or folder of {messages, subset} rows" + default)
-    group.add_argument("--subset", choices=["general", "reasoning", "both"], default="general",
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="t-tech/T-Wix", help="hub id, file or folder of {messages, subset} rows" + default)
+    add("--subset", choices=["general", "reasoning", "both"], default="general",
         help="which rows; one without a subset is general" + default)
-    group.add_argument("--val_split", type=ratio, default=0.01,
+    add("--val_split", type=ratio, default=0.01,
         help="share of the prompts held out for validation, at least one" + default)
-    group.add_argument("--streaming", action="store_true", help="read rows as they are needed, never all in memory")
-    group.add_argument("--max_seq_length", type=positive(int), default=1024,
-        help="tokens that an example is cut to" + default)
-    group.add_argument("--packing", action="store_true",
-        help="fill sequences with several examples; none sees another")
-    group.add_argument("--num_proc", type=positive(int), default=4,
-        help="processes that tokenise large data" + default)
-    group.add_argument("--sample_ratio", type=ratio, default=0.25, help="share of the rows to use, by hash" + default)
-    group.add_argument("--sample_seed", type=int, default=42,
-        help="seed of the sample and of the validation split" + default)
-    group.add_argument("--mix_reasoning_ratio", type=ratio, default=None,
+    add("--streaming", action="store_true", help="read rows as they are needed, never all in memory")
+    add("--max_seq_length", type=positive(int), default=1024, help="tokens that an example is cut to" + default)
+    add("--packing", action="store_true", help="fill sequences with several examples; none sees another")
+    add("--num_proc", type=positive(int), default=4, help="processes that tokenise large data" + default)
+    add("--sample_ratio", type=ratio, default=0.25, help="share of the rows to use, by hash" + default)
+    add("--sample_seed", type=int, default=42, help="seed of the sample and of the validation split" + default)
+    add("--mix_reasoning_ratio", type=ratio, default=None,
         help="share of reasoning rows with --subset both (default: as they are in the data)")
-    group.add_argument("--assistant_only_loss", action="store_true",
+    add("--assistant_only_loss", action="store_true",
         help="train on the answers and their end of turn alone (without it: on the whole text)")
 
-    group = parser.add_argument_group("loss")
-    group.add_argument("--sft_loss", choices=["nll", "dft"], default="nll",
+    add = parser.add_argument_group("loss").add_argument
+    add("--sft_loss", choices=["nll", "dft"], default="nll",
         help="dft weights each token's NLL by its probability; with forward KL this is ASFT" + default)
-    group.add_argument("--kl_coef", type=not_negative(float), default=0.02,
+    add("--kl_coef", type=not_negative(float), default=0.02,
         help="weight of the KL anchor; 0 switches it off" + default)
-    group.add_argument("--kl_start_step", type=not_negative(int), default=0,
-        help="step at which the anchor starts" + default)
-    group.add_argument("--kl_warmup_steps", type=not_negative(int), default=300,
+    add("--kl_start_step", type=not_negative(int), default=0, help="step at which the anchor starts" + default)
+    add("--kl_warmup_steps", type=not_negative(int), default=300,
         help="steps until the anchor has its full weight" + default)
-    group.add_argument("--kl_limit_seq", type=not_negative(int), default=0,
+    add("--kl_limit_seq", type=not_negative(int), default=0,
         help="the anchor acts on the last N target tokens of each example; 0 = all" + default)
-    group.add_argument("--kl_direction", choices=["reverse", "forward"], default="reverse",
+    add("--kl_direction", choices=["reverse", "forward"], default="reverse",
         help="reverse: KL(student || reference); forward: KL(reference || student)" + default)
-    group.add_argument("--kl_log_interval", type=positive(int), default=50, help="steps between log lines" + default)
+    add("--kl_log_interval", type=positive(int), default=50, help="steps between log lines" + default)
 
-    group = parser.add_argument_group("MT-Bench and validation")
-    group.add_argument("--mtbench_ru", default="auto", metavar="auto|none|PATH",
-        help="question file; auto downloads it" + default)
-    group.add_argument("--mtbench_backend", choices=["simple", "auto"], default="simple",
-        help="auto: continuous batching on a GPU" + default)
-    group.add_argument("--mtbench_questions_limit", type=not_negative(int), default=0,
+    add = parser.add_argument_group("MT-Bench and validation").add_argument
+    add("--mtbench_ru", default="auto", metavar="auto|none|PATH", help="question file; auto downloads it" + default)
+    add("--mtbench_questions_limit", type=not_negative(int), default=0,
         help="a sample of N questions before and after training; 0 = all" + default)
-    group.add_argument("--mtbench_midtrain_questions", type=not_negative(int), default=0,
+    add_mtbench_flags(add)
+    add("--mtbench_midtrain_questions", type=not_negative(int), default=0,
         help="a sample of N of these for early stopping; 0 = all of them" + default)
-    group.add_argument("--mtbench_questions_seed", type=int, default=42, help="seed of both samples" + default)
-    group.add_argument("--mtbench_temperature", type=not_negative(float), default=0.0,
-        help="sampling temperature; 0 = greedy" + default)
-    group.add_argument("--mtbench_max_tokens", type=positive(int), default=1024, help="new tokens a turn" + default)
-    group.add_argument(
+    add(
         "--early_stop_patience",
         type=positive(int),
         default=None,
         help="evaluate every --eval_steps, keep the best checkpoint by MT-Bench, and stop after N evaluations without "
         "a gain of 0.05 (default: off)",
     )
-    group.add_argument("--eval_steps", type=positive(int), default=200,
-        help="steps between those evaluations" + default)
-    group.add_argument("--baseline_eval_samples", type=positive(int), default=60,
+    add("--eval_steps", type=positive(int), default=200, help="steps between those evaluations" + default)
+    add("--baseline_eval_samples", type=positive(int), default=60,
         help="validation rows that are compared before and after" + default)
-    group.add_argument("--skip_baseline_eval", action="store_true", help="measure only after training")
+    add("--skip_baseline_eval", action="store_true", help="measure only after training")
     parser.add_argument("--warmup_ratio", type=ratio, default=0.1,
         help="share of the steps in which the learning rate rises" + default)
     # fmt: on

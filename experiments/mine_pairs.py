@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from commands import exit_code
 
 from llm_alignment.files import InputError, ResultFile, digest, write_rows
-from llm_alignment.flags import DEMO_DIR, add_model_flags, not_negative, positive, ratio
+from llm_alignment.flags import DEMO_DIR, add_model_flags, add_scoring_flags, new_parser, not_negative, positive, ratio
 from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.hub import read_usable
 from llm_alignment.instructions import instruct_questions
@@ -57,47 +57,33 @@ DEMO = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mine_pairs.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("experiments/mine_pairs.py", __doc__)
     add_model_flags(parser)
-    group = parser.add_argument_group("pairs")
-    group.add_argument("--adapter", default="", help="output folder of a training run (default: the base model)")
-    group.add_argument("--prompts", default="", metavar="FILE", help="prompts to answer")
-    group.add_argument("--samples", type=positive(int), default=4, help="answers to a prompt (default: %(default)s)")
-    group.add_argument("--output", default="pairs.jsonl", metavar="FILE", help="pairs (default: %(default)s)")
-    group.add_argument("--temperature", type=positive(float), default=0.8, help="of sampling (default: %(default)s)")
-    group.add_argument("--top_p", type=ratio, default=0.95, help="of sampling (default: %(default)s)")
-    group.add_argument(
-        "--max_new_tokens", type=positive(int), default=512, help="longest answer (default: %(default)s)"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("pairs").add_argument
+    add("--adapter", default="", help="output folder of a training run (default: the base model)")
+    add("--prompts", default="", metavar="FILE", help="prompts to answer")
+    add("--samples", type=positive(int), default=4, help="answers to a prompt (default: %(default)s)")
+    add("--output", default="pairs.jsonl", metavar="FILE", help="pairs (default: %(default)s)")
+    add("--temperature", type=positive(float), default=0.8, help="of sampling (default: %(default)s)")
+    add("--top_p", type=ratio, default=0.95, help="of sampling (default: %(default)s)")
+    add("--max_new_tokens", type=positive(int), default=512, help="longest answer (default: %(default)s)")
+    add(
         "--min_margin",
         type=not_negative(float),
         default=0.0,
         help="least difference of raw rewards (default: %(default)s)",
     )
-    group.add_argument(
+    add(
         "--questions",
         nargs="+",
         default=["mt_bench_ru.json", "mt_bench_en.json"],
         metavar="FILE",
         help="evaluation questions that no prompt may contain (default: %(default)s, fetched where missing)",
     )
-    group.add_argument("--tatqa_dir", default="", help="TAT-QA files whose validation questions no prompt may contain")
-    group.add_argument(
-        "--reward_model",
-        default="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
-        help="hub id or folder (default: %(default)s)",
-    )
-    group.add_argument(
-        "--eval_batch_size", type=not_negative(int), default=0, help="0 = by free memory (default: %(default)s)"
-    )
-    group.add_argument("--seed", type=not_negative(int), default=42, help="seed of sampling (default: %(default)s)")
-    group.add_argument("--demo", action="store_true", help="a miniature: CPU, a minute, no downloads")
+    add("--tatqa_dir", default="", help="TAT-QA files whose validation questions no prompt may contain")
+    add("--seed", type=not_negative(int), default=42, help="seed of sampling (default: %(default)s)")
+    add("--demo", action="store_true", help="a miniature: CPU, a minute, no downloads")
+    add_scoring_flags(parser)
     return parser
 
 

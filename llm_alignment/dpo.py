@@ -79,80 +79,64 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
     add_run_flags(parser, exp_log="experiments/dpo_experiments.jsonl")
     parser.add_argument("--output_dir", help="folder of the run (default: %(default)s)")
 
-    group = parser.add_argument_group("DPO", "dropout is off, as in TRL: policy and reference agree at the first step")
-    group.add_argument(
+    add = parser.add_argument_group(
+        "DPO", "dropout is off, as in TRL: policy and reference agree at the first step"
+    ).add_argument
+    add(
         "--loss_type",
         default="sigmoid",
         metavar="NAME[,NAME...]",
         help=f"TRL's losses, their weighted sum if there are several: {', '.join(LOSS_TYPES)} (default: %(default)s)",
     )
-    group.add_argument(
+    add(
         "--loss_weights",
         default="",
         metavar="W[,W...]",
         help="a number for each of --loss_type; without it each counts 1",
     )
-    group.add_argument(
+    add(
         "--label_smoothing",
         type=ratio,
         default=0.0,
         help=f"share of pairs taken to be labelled the wrong way, for {', '.join(SMOOTHED)} (default: %(default)s)",
     )
-    group.add_argument(
+    add(
         "--max_prompt_length",
         type=positive(int),
         default=2048,
         help="tokens a prompt is cut to (default: %(default)s)",
     )
-    group.add_argument(
+    add(
         "--max_length",
         type=positive(int),
         default=3072,
         help="tokens of prompt and answer together (default: %(default)s)",
     )
-    group.add_argument(
-        "--use_chat_template", action="store_true", help="wrap prompts in it (plain text, as published)"
-    )
-    group.add_argument("--no_prefix_sharing", action="store_true", help="read a pair's prompt once for each answer")
-    group.add_argument(
+    add("--use_chat_template", action="store_true", help="wrap prompts in it (plain text, as published)")
+    add("--no_prefix_sharing", action="store_true", help="read a pair's prompt once for each answer")
+    add(
         "--group_by_table",
         action=on_off,
         default=False,
         help="train on pairs whose prompts begin alike (one table, one system prompt) one after the other and read "
         "what they share once; it changes which pairs meet in an optimiser step",
     )
-    group.add_argument(
-        "--limit_pairs", type=not_negative(int), default=0, help="a sample of N pairs; 0 = all (default: %(default)s)"
-    )
+    add("--limit_pairs", type=not_negative(int), default=0, help="a sample of N pairs; 0 = all (default: %(default)s)")
     if not in_stages:
-        group.add_argument(
-            "--beta", type=positive(float), default=0.03, help="pull towards the reference (default: %(default)s)"
-        )
-        group.add_argument("--no_train", action="store_true", help="only evaluate")
-        group.add_argument("--load_adapter", default="", metavar="DIR", help="start from this adapter")
-        group.add_argument(
-            "--adapter_trainable", action="store_true", help="continue its training; it is the reference too"
-        )
+        add("--beta", type=positive(float), default=0.03, help="pull towards the reference (default: %(default)s)")
+        add("--no_train", action="store_true", help="only evaluate")
+        add("--load_adapter", default="", metavar="DIR", help="start from this adapter")
+        add("--adapter_trainable", action="store_true", help="continue its training; it is the reference too")
 
-    group = parser.add_argument_group("measuring")
-    group.add_argument("--eval_baseline", action=on_off, default=True, help="measure before training too")
-    group.add_argument("--do_mtbench", action=on_off, default=True, help="MT-Bench")
-    group.add_argument(
-        "--mtbench_file", default="mt_bench_ru.json", help="questions, fetched when missing (default: %(default)s)"
-    )
-    group.add_argument(
-        "--mtbench_limit", type=not_negative(int), default=50, help="a sample of N; 0 = all (default: %(default)s)"
-    )
-    group.add_argument(
-        "--mtbench_max_tokens", type=positive(int), default=256, help="new tokens a turn (default: %(default)s)"
-    )
-    group.add_argument("--do_instruct", action=on_off, default=True, help="instruction following")
-    group.add_argument(
-        "--instruct_limit", type=not_negative(int), default=25, help="instructions (default: %(default)s)"
-    )
-    group.add_argument(
-        "--instruct_max_tokens", type=positive(int), default=512, help="new tokens (default: %(default)s)"
-    )
+    add = parser.add_argument_group("measuring").add_argument
+    add("--eval_baseline", action=on_off, default=True, help="measure before training too")
+    add("--do_mtbench", action=on_off, default=True, help="MT-Bench")
+    add("--mtbench_file", default="mt_bench_ru.json", help="questions, fetched when missing (default: %(default)s)")
+    add("--mtbench_limit", type=not_negative(int), default=50, help="a sample of N; 0 = all (default: %(default)s)")
+    add("--mtbench_max_tokens", type=positive(int), default=256, help="new tokens a turn (default: %(default)s)")
+    add("--do_instruct", action=on_off, default=True, help="instruction following")
+    add("--instruct_limit", type=not_negative(int), default=25, help="instructions (default: %(default)s)")
+    add("--instruct_max_tokens", type=positive(int), default=512, help="new tokens (default: %(default)s)")
     parser.set_defaults(batch=2, grad_acc=16)
     if not in_stages:
         parser.set_defaults(learning_rate=5e-6)

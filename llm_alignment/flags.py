@@ -63,24 +63,20 @@ def new_parser(script: str, docstring: str) -> argparse.ArgumentParser:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default="Qwen/Qwen3-1.7B", help="hub id or local folder (default: %(default)s)")
-    group.add_argument(
-        "--model_revision", default=None, help="branch, tag or commit on the hub (default: the main branch)"
-    )
-    group.add_argument("--no_4bit", action="store_true", help="load the base in full precision, not in 4 bits")
-    group.add_argument(
-        "--quant_type", choices=["nf4", "fp4"], default="nf4", help="4-bit format (default: %(default)s)"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="Qwen/Qwen3-1.7B", help="hub id or local folder (default: %(default)s)")
+    add("--model_revision", default=None, help="branch, tag or commit on the hub (default: the main branch)")
+    add("--no_4bit", action="store_true", help="load the base in full precision, not in 4 bits")
+    add("--quant_type", choices=["nf4", "fp4"], default="nf4", help="4-bit format (default: %(default)s)")
+    add(
         "--dtype",
         choices=["auto", "bf16", "fp16", "fp32"],
         default="auto",
         help="type of the weights and of computing; auto: bf16 where the GPU has it, else fp16, fp32 on CPU "
         "(default: %(default)s)",
     )
-    group.add_argument("--trust_remote_code", action="store_true", help="run code that a model's repository ships")
-    group.add_argument(
+    add("--trust_remote_code", action="store_true", help="run code that a model's repository ships")
+    add(
         "--thinking",
         action="store_true",
         help="Qwen3 may think before it answers: prompts end without the empty <think></think> block, and thoughts in "
@@ -90,16 +86,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_lora_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
     """The adapter's flags; a script that trains `in_stages` has rank and alpha of its own for each stage."""
-    group = parser.add_argument_group("LoRA")
+    add = parser.add_argument_group("LoRA").add_argument
     if not in_stages:
-        group.add_argument("--lora_r", type=positive(int), default=8, help="rank (default: %(default)s)")
-        group.add_argument(
-            "--lora_alpha", type=positive(int), default=16, help="scale is alpha / rank (default: %(default)s)"
-        )
-    group.add_argument(
-        "--lora_dropout", type=ratio, default=0.05, help="dropout before the adapter (default: %(default)s)"
-    )
-    group.add_argument(
+        add("--lora_r", type=positive(int), default=8, help="rank (default: %(default)s)")
+        add("--lora_alpha", type=positive(int), default=16, help="scale is alpha / rank (default: %(default)s)")
+    add("--lora_dropout", type=ratio, default=0.05, help="dropout before the adapter (default: %(default)s)")
+    add(
         "--target_modules",
         default="q_proj,v_proj",
         help="comma-separated layers that get an adapter, or all-linear (default: %(default)s)",
@@ -112,22 +104,18 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
     A script that trains `in_stages` has epochs and learning rate of its own for each stage, and takes no checkpoint
     by its path: the stages know theirs.
     """
-    group = parser.add_argument_group("training")
+    add = parser.add_argument_group("training").add_argument
     if not in_stages:
-        group.add_argument(
+        add(
             "--epochs",
             type=positive(float),
             default=1.0,
             help="passes over the data, 0.5 is fine (default: %(default)s)",
         )
-        group.add_argument("--learning_rate", type=positive(float), help="peak of the cosine (default: %(default)s)")
-    group.add_argument(
-        "--batch", type=positive(int), help="examples per device and forward pass (default: %(default)s)"
-    )
-    group.add_argument(
-        "--grad_acc", type=positive(int), default=16, help="passes per optimiser step (default: %(default)s)"
-    )
-    group.add_argument(
+        add("--learning_rate", type=positive(float), help="peak of the cosine (default: %(default)s)")
+    add("--batch", type=positive(int), help="examples per device and forward pass (default: %(default)s)")
+    add("--grad_acc", type=positive(int), default=16, help="passes per optimiser step (default: %(default)s)")
+    add(
         "--gradient_checkpointing",
         nargs="?",
         choices=["auto", "on", "off"],
@@ -136,17 +124,15 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
         help="recompute activations to save memory; auto: only where the GPU would otherwise have less than a quarter "
         "of its memory free (default: %(default)s)",
     )
-    group.add_argument(
+    add(
         "--no-gradient_checkpointing",
         dest="gradient_checkpointing",
         action="store_const",
         const="off",
         help="the same as --gradient_checkpointing off",
     )
-    group.add_argument(
-        "--save_steps", type=positive(int), default=50, help="steps between checkpoints (default: %(default)s)"
-    )
-    group.add_argument(
+    add("--save_steps", type=positive(int), default=50, help="steps between checkpoints (default: %(default)s)")
+    add(
         "--resume_from_checkpoint",
         choices=["auto"] if in_stages else None,
         metavar="auto" if in_stages else "auto|PATH",
@@ -157,39 +143,59 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
 
 def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool = True) -> None:
     """Flags of every run; --report_to is there for a script that trains."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=seed, default=42, help="seed of everything random (default: %(default)s)")
-    group.add_argument(
-        "--dry_run", action="store_true", help="check data, model files and adapter, print the plan, and exit"
-    )
-    group.add_argument("--demo", action="store_true", help="a miniature of the experiment: CPU, minutes, no downloads")
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=seed, default=42, help="seed of everything random (default: %(default)s)")
+    add("--dry_run", action="store_true", help="check data, model files and adapter, print the plan, and exit")
+    add("--demo", action="store_true", help="a miniature of the experiment: CPU, minutes, no downloads")
     if trains:
-        group.add_argument(
+        add(
             "--report_to",
             choices=["none", "trackio", "tensorboard", "wandb"],
             default="none",
             help="tracker of the training (default: %(default)s)",
         )
-    group.add_argument(
-        "--exp_log", default=exp_log, help="JSONL file that gets the run's record (default: %(default)s)"
+    add("--exp_log", default=exp_log, help="JSONL file that gets the run's record (default: %(default)s)")
+    add("--exp_tag", default="", help="a name for the run in that file, for rerun.py and report.py")
+    add = add_scoring_flags(parser)
+    add(
+        "--no_baseline_cache",
+        action="store_true",
+        help="compute the baseline and the reference of DPO again instead of taking them from the cache",
     )
-    group.add_argument("--exp_tag", default="", help="a name for the run in that file, for rerun.py and report.py")
-    group = parser.add_argument_group("evaluation")
-    group.add_argument(
+
+
+def add_scoring_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """The reward model and its batches; returns the function that adds more flags to their group."""
+    add = parser.add_argument_group("evaluation").add_argument
+    add(
         "--eval_batch_size",
         type=not_negative(int),
         default=0,
         help="answers in one batch, and rewards; 0 = by free memory (default: %(default)s)",
     )
-    group.add_argument(
+    add(
         "--reward_model",
         default="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
         help="hub id or folder of a sequence classifier with one label (default: %(default)s)",
     )
-    group.add_argument(
-        "--no_baseline_cache",
-        action="store_true",
-        help="compute the baseline and the reference of DPO again instead of taking them from the cache",
+    return add
+
+
+def add_mtbench_flags(add: Callable[..., argparse.Action]) -> None:
+    """How the questions of MT-Bench are sampled and answered; `add` adds a flag to the script's own group."""
+    add("--mtbench_questions_seed", type=int, default=42, help="seed of the samples (default: %(default)s)")
+    add(
+        "--mtbench_temperature",
+        type=not_negative(float),
+        default=0.0,
+        help="0 answers greedily (default: %(default)s)",
+    )
+    add("--mtbench_max_tokens", type=positive(int), default=1024, help="new tokens a turn (default: %(default)s)")
+    add(
+        "--mtbench_backend",
+        choices=["simple", "auto"],
+        default="simple",
+        help="auto: continuous batching on a GPU (default: %(default)s)",
     )
 
 

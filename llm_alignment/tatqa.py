@@ -525,14 +525,10 @@ def tatqa_evaluation(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
         one_line=not args.use_chat_template,
     )
     gap = "" if args.use_chat_template else " "
+    golds = [gap + answer_text(gold_parts(question), question["scale"]) for question in questions]
     references = [
-        (
-            question["question_id"],
-            question["prompt"],
-            gap + answer_text(gold_parts(question), question["scale"]),
-            question["context"],
-        )
-        for question in questions
+        (question["question_id"], question["prompt"], gold, question["context"])
+        for question, gold in zip(questions, golds, strict=True)
     ]
     return Evaluation(
         "tatqa",
