@@ -183,8 +183,8 @@ def score_questions(
     """Answers every turn of every question, scores each answer with its history, and returns a row per question.
 
     A row: {"question_id", "category", "turns", "answers", "rewards", "scores", "scores_logged", "answer_tokens",
-    "finished"}, the last six with one entry per turn. Questions are processed in waves; the rows of a wave are written
-    to `path` (a ResultFile) as soon as they exist, and a restart continues with the first incomplete wave.
+    "finished"}, the last six with one entry per turn. Questions are processed in chunks; the rows of a chunk are
+    written to `path` (a ResultFile) as soon as they exist, and a restart continues with the first incomplete chunk.
     `fingerprint` describes the model; questions, reward model and generation settings are added to it.
     `use_cache` takes a greedy result from the user's cache folder and puts it there. `renew`: see ResultFile.
     """
@@ -358,7 +358,7 @@ def earlier_results(path: str, questions: list[dict]) -> tuple[dict, list[dict]]
 
 
 def check_settings(args: argparse.Namespace, earlier: dict, now: dict) -> None:
-    """Warns when the answers to compare with were generated otherwise. Raises InputError for another reward model."""
+    """Warns when the answers to compare with had other settings. Raises InputError for another reward model."""
     if earlier["reward_model"] != now["reward_model"]:
         other = differing(earlier["reward_model"], now["reward_model"])
         raise InputError(
@@ -367,7 +367,7 @@ def check_settings(args: argparse.Namespace, earlier: dict, now: dict) -> None:
     if earlier["generation"] != now["generation"]:
         other = differing(earlier["generation"], now["generation"])
         log.warning(
-            "--compare %s was answered otherwise (%s): part of the difference comes from that", args.compare, other
+            "--compare %s had other settings (%s): part of the difference comes from that", args.compare, other
         )
 
 

@@ -352,7 +352,7 @@ def origins_table(runs: list[Run]) -> str:
 NOISE = """\
 The same base was logged again and again under the same protocol. With s the standard deviation of its baselines, two
 measurements differ by sqrt(2) * s (standard deviation) with nothing changed. A published change within twice that
-cannot be told from no change."""
+cannot be distinguished from no change."""
 
 
 def notes(runs: list[Run]) -> str:

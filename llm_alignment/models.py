@@ -270,7 +270,7 @@ def check_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, *,
 def load_model(args: argparse.Namespace, *, on_meta: bool = False) -> PreTrainedModel:
     """The base model on this process's device: 4-bit with double quantisation unless --no_4bit.
 
-    A former model that only reference cycles keep alive is freed first. `on_meta` gives a model without weights.
+    A previous model that only reference cycles keep alive is freed first. `on_meta` gives a model without weights.
     Raises InputError when its files do not make a whole model.
     """
     import gc
@@ -290,7 +290,7 @@ def load_model(args: argparse.Namespace, *, on_meta: bool = False) -> PreTrained
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    gc.collect()  # a former model may be held by reference cycles alone; both would need memory at once
+    gc.collect()  # a previous model may be held by reference cycles alone; both would need memory at once
     model = from_pretrained(
         AutoModelForCausalLM,
         folder,
@@ -321,7 +321,7 @@ def check_head(model: PreTrainedModel, what: str) -> None:
     """Raises InputError unless the logits are the last hidden states times the head, with nothing before or after.
 
     The fused losses compute them so. Models that cap, scale or bias their logits (Gemma 2, Cohere, Phi) would train
-    and measure something else. The head's own output is compared, so that rounding plays no part.
+    and measure something else. The head's own output is compared, so that rounding does not matter.
     """
     import torch
 

@@ -404,7 +404,7 @@ def tokenise(
 
 
 def training_stream(args: argparse.Namespace, selection: Selection, examples: Examples) -> datasets.IterableDataset:
-    """The training rows of --streaming, shuffled anew for every epoch, each subset in its share."""
+    """The training rows of --streaming, shuffled again for every epoch, each subset in its share."""
     import datasets
 
     if args.packing:

@@ -165,7 +165,7 @@ def test_a_stage_begins_as_the_policy_that_the_last_one_ended_with(whole, stage)
     tokenizer = models.load_tokenizer(args)
     lines = (flags.DEMO_DIR / "orca_pairs.jsonl").read_text("utf-8").split("\n")[:4]
     rows = dpo.fit_chats(preferences.general_pairs([json.loads(line) for line in lines]), tokenizer, args)
-    former = folder / f"stage{stage - 1}"
+    previous = folder / f"stage{stage - 1}"
 
     def first_step(model) -> tuple[float, torch.Tensor]:
         trainer = dpo.build_trainer(args, model, tokenizer, rows)
@@ -180,8 +180,8 @@ def test_a_stage_begins_as_the_policy_that_the_last_one_ended_with(whole, stage)
             )  # fmt: skip
         return loss, output.log_probs
 
-    _, ended = first_step(models.load_adapter(models.load_model(args), str(former), trainable=True))
-    loss, begins = first_step(grown_adapter(models.load_model(args), former, args))
+    _, ended = first_step(models.load_adapter(models.load_model(args), str(previous), trainable=True))
+    loss, begins = first_step(grown_adapter(models.load_model(args), previous, args))
     assert (begins - ended).abs().mean() < 1e-6
     # a product with 12 columns adds up in another order than one with 8: last places of logits of 20 and more
     assert torch.allclose(begins, ended, rtol=1e-6, atol=1e-5)

@@ -136,7 +136,7 @@ def test_a_number_beyond_a_float_is_infinite(tmp_path, number):
 
 
 @pytest.mark.parametrize(
-    "name, content, told",
+    "name, content, message",
     [
         ("a.json", b'[{"a": 1}, {"a"', "row 2"),
         ("a.json", b'[{"a": 1} {"a": 2}]', "row 1"),
@@ -150,9 +150,9 @@ def test_a_number_beyond_a_float_is_infinite(tmp_path, number):
         ("a.parquet", b"PAR1 and nothing", "Parquet"),
     ],
 )
-def test_a_file_that_is_no_data_is_one_line(tmp_path, name, content, told):
+def test_a_file_that_is_no_data_is_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=message) as error:
         read(tmp_path / name)
     assert name in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(InputError, match="no such file"):

@@ -86,7 +86,7 @@ def ask(what: str) -> object:
 
 @pytest.mark.parametrize("what, flag", [("model", "--model"), ("file", "--questions"), ("data", "--general_dataset")])
 @pytest.mark.parametrize(
-    "fault, told",
+    "fault, message",
     [
         ({"/api/": 401}, "answers 401"),
         ({"/api/": 403}, "answers 403"),
@@ -97,12 +97,12 @@ def ask(what: str) -> object:
         ({"/cdn/": "other"}, "another file than its ETag says"),
     ],
 )
-def test_what_a_hub_does_wrong_is_one_line_and_the_next_start_goes_on(what, flag, fault, told, hub):
+def test_what_a_hub_does_wrong_is_one_line_and_the_next_start_goes_on(what, flag, fault, message, hub):
     hub.faults.update(fault)
     with pytest.raises(InputError) as error:
         ask(what)
     assert (
-        told in str(error.value)
+        message in str(error.value)
         and str(error.value).startswith(f"{flag} ")
         and f"give {flag} a local path" in str(error.value)
     )

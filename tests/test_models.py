@@ -124,12 +124,12 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage, told", DAMAGES.values(), ids=DAMAGES)
-def test_a_model_that_is_not_whole_is_told_without_reading_its_weights(copied, damage, told):
+@pytest.mark.parametrize("damage, message", DAMAGES.values(), ids=DAMAGES)
+def test_a_model_that_is_not_whole_is_told_without_reading_its_weights(copied, damage, message):
     damage(copied)
     args = arguments(copied)
     error = error_of(lambda: models.check_model(args, models.load_tokenizer(args)))
-    assert error.startswith(f"--model {copied}: ") and all(part in error for part in told), error
+    assert error.startswith(f"--model {copied}: ") and all(part in error for part in message), error
 
 
 def test_a_whole_model_passes_also_in_shards(copied):
@@ -164,14 +164,14 @@ def test_code_of_a_repository_needs_its_flag_and_nobody_is_asked(copied, monkeyp
 
 def test_a_reward_model_that_is_not_whole_is_told(tmp_path):
     whole = save_reward_model(tmp_path / "whole", make_tokenizer())
-    for name, (damage, told) in DAMAGES.items():
+    for name, (damage, message) in DAMAGES.items():
         if name in {"no head", "half a layer", "a small embedding", "a template that is broken"}:
             continue
         folder = shutil.copytree(whole, tmp_path / name)
         damage(folder)
         error = error_of(lambda folder=folder: rewards.RewardModel(str(folder), device="meta"))
         assert error.startswith(f"--reward_model {folder}: "), error
-        assert name == "other sizes" or all(part in error for part in told), error
+        assert name == "other sizes" or all(part in error for part in message), error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,14 +235,14 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("damage, told", ADAPTERS.values(), ids=ADAPTERS)
-def test_an_adapter_that_does_not_fit_is_told_before_and_when_it_is_loaded(folder, adapter, damage, told):
+@pytest.mark.parametrize("damage, message", ADAPTERS.values(), ids=ADAPTERS)
+def test_an_adapter_that_does_not_fit_is_told_before_and_when_it_is_loaded(folder, adapter, damage, message):
     damage(adapter)
     args = arguments(folder)
     before = error_of(lambda: models.check_model(args, models.load_tokenizer(args), adapter=str(adapter)))
     loaded = error_of(lambda: models.load_adapter(models.load_model(args), str(adapter)))
     assert before == loaded
-    assert before.startswith(f"adapter {adapter}") and all(part in before for part in told), before
+    assert before.startswith(f"adapter {adapter}") and all(part in before for part in message), before
 
 
 def test_an_adapter_that_fits_is_loaded_as_it_is(folder, adapter):
@@ -259,7 +259,7 @@ def test_an_adapter_that_fits_is_loaded_as_it_is(folder, adapter):
 
 
 @pytest.mark.parametrize(
-    "layers, told",
+    "layers, message",
     [
         ("q_proj,v_porj", "no layer 'v_porj'"),
         ("q_proj,lm_head", "lm_head, cannot be trained"),
@@ -267,10 +267,10 @@ def test_an_adapter_that_fits_is_loaded_as_it_is(folder, adapter):
         ("proj", "no layer 'proj'"),
     ],
 )
-def test_target_modules_that_are_not_there_are_told(folder, layers, told):
+def test_target_modules_that_are_not_there_are_told(folder, layers, message):
     args = arguments(folder, "--target_modules", layers)
     error = error_of(lambda: models.check_model(args, models.load_tokenizer(args)))
-    assert error.startswith(f"--target_modules {layers}: ") and told in error
+    assert error.startswith(f"--target_modules {layers}: ") and message in error
     assert error == error_of(lambda: models.new_adapter(models.load_model(args), args))
 
 
@@ -384,10 +384,10 @@ def test_the_fingerprint_follows_weights_template_and_type(copied):
 
 def test_a_former_model_is_freed_before_the_next_is_loaded(folder, monkeypatch):
     args = arguments(folder)
-    former = models.load_model(args)
-    former.held_by = {"the model": former}  # a cycle, as trainers and patched methods make them
-    alive = weakref.ref(former)
-    del former
+    previous = models.load_model(args)
+    previous.held_by = {"the model": previous}  # a cycle, as trainers and patched methods make them
+    alive = weakref.ref(previous)
+    del previous
     gc.disable()
     try:
         seen = []

@@ -154,7 +154,7 @@ def test_two_turns_with_their_history(evaluate, model, tokenizer, reward_model, 
 def test_an_interrupted_evaluation_goes_on_to_the_same_rows(evaluate, tmp_path, reward_model, monkeypatch):
     whole = evaluate("whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_bytes().split(b"\n")
-    for kept in (1, 3, 6, 9):  # the fingerprint, part of the first wave, ..., and a torn line
+    for kept in (1, 3, 6, 9):  # the fingerprint, part of the first chunk, ..., and half a line
         path = tmp_path / f"cut{kept}.jsonl"
         path.write_bytes(b"\n".join(lines[:kept]) + b"\n" + lines[kept][:17])
         assert evaluate(path.name) == whole
@@ -179,13 +179,13 @@ def test_another_fingerprint_is_refused_by_name(evaluate, questions, tmp_path):
 def test_a_resumed_run_measures_anew_and_keeps_what_it_had(evaluate, tmp_path):
     path = tmp_path / "rows.jsonl"
     evaluate(path=path)
-    former = path.read_bytes()
+    earlier = path.read_bytes()
     with pytest.raises(files.InputError, match="adapter"):
         evaluate(path=path, fingerprint={"model": "m", "adapter": "other"})
-    assert path.read_bytes() == former
+    assert path.read_bytes() == earlier
     evaluate(path=path, fingerprint={"model": "m", "adapter": "other"}, renew=True)
-    assert path.with_name("rows.jsonl.old").read_bytes() == former
-    assert path.read_bytes().count(b"\n") == former.count(b"\n") and b"other" in path.read_bytes()
+    assert path.with_name("rows.jsonl.old").read_bytes() == earlier
+    assert path.read_bytes().count(b"\n") == earlier.count(b"\n") and b"other" in path.read_bytes()
 
 
 def test_the_baseline_cache(evaluate, tmp_path, logged, monkeypatch):

@@ -397,7 +397,7 @@ def test_a_file_without_old_records_is_one_line_and_exit_code_2(content, project
 def test_a_line_torn_by_a_crash_is_skipped_with_a_warning_and_the_rest_is_used(tmp_path, logged):
     log = write_log(tmp_path / "log.jsonl", make_record("one"))
     with log.open("ab") as file:
-        file.write(json.dumps(make_record("torn")).encode()[:200])
+        file.write(json.dumps(make_record("cut")).encode()[:200])
     write_log(log, make_record("two"))
     runs = [run.name for run in records.load_runs([log]) if not run.is_logged]
     assert runs == ["one", "two"]

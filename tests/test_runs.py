@@ -68,7 +68,7 @@ def test_every_end_has_its_code_and_its_line(tmp_path, capsys):
     full = OSError(errno.ENOSPC, "No space left on device", "adapter.safetensors")
     wrapped = RuntimeError("while saving")
     wrapped.__cause__ = full
-    for error, code, told, status in [
+    for error, code, message, status in [
         (InputError("--dataset x: no rows"), 2, "--dataset x: no rows", "failed"),
         (NotFiniteError("the loss is nan at step 3"), 1, "the loss is nan at step 3", "failed"),
         (full, 1, "adapter.safetensors: No space left on device", "failed"),
@@ -85,7 +85,7 @@ def test_every_end_has_its_code_and_its_line(tmp_path, capsys):
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, "torch cannot be imported", "failed"),
     ]:
         found, shown, record = failed(arguments(tmp_path), error, capsys)
-        assert (found, record["status"]) == (code, status) and told in shown and told in record["reason"]
+        assert (found, record["status"]) == (code, status) and message in shown and message in record["reason"]
         assert shown.startswith("error: ") and shown.count("\n") == 1
 
 
@@ -155,7 +155,7 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path, capsys):
 def test_what_cannot_be_written_is_found_at_once(tmp_path, capsys):
     (tmp_path / "file").write_text("", encoding="utf-8")
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing" / "target")
-    for change, told in [
+    for change, message in [
         ({"output_dir": str(tmp_path / "file")}, "is a file"),
         ({"output_dir": str(tmp_path / "file" / "out")}, "cannot be written"),
         ({"output_dir": str(tmp_path / ("x" * 300))}, "cannot be written"),
@@ -173,7 +173,7 @@ def test_what_cannot_be_written_is_found_at_once(tmp_path, capsys):
             pytest.fail(f"began with {change}")
         shown = capsys.readouterr().err
         [flag] = change
-        assert stop.value.code == 2 and shown.startswith(f"error: --{flag} ") and told in shown, change
+        assert stop.value.code == 2 and shown.startswith(f"error: --{flag} ") and message in shown, change
         assert shown.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"file", "nowhere"}
 
@@ -296,8 +296,8 @@ def test_bitsandbytes_without_its_library_is_one_line(tmp_path, capsys):
     assert stop.value.code == 2 and "--no_4bit" in shown and shown.count("\n") == 1
 
 
-@pytest.mark.parametrize("version, told", [((3, 10, 4), "3.10"), ((3, 14, 0), "3.14")])
-def test_another_python_is_one_line(version, told):
+@pytest.mark.parametrize("version, message", [((3, 10, 4), "3.10"), ((3, 14, 0), "3.14")])
+def test_another_python_is_one_line(version, message):
     code = f"import sys; sys.version_info = {version}; import llm_alignment"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

@@ -322,13 +322,13 @@ def test_an_evaluation_goes_on_where_it_stopped(model, demo_tokenizer, questions
     settings = dict(fingerprint={"model": "demo"}, max_new_tokens=8)
     whole = tatqa.answer_tatqa(model, demo_tokenizer, questions, path=tmp_path / "whole.jsonl", **settings)
     lines = (tmp_path / "whole.jsonl").read_bytes().split(b"\n")
-    torn = tmp_path / "torn.jsonl"
-    torn.write_bytes(b"\n".join(lines[:9]) + b"\n" + lines[9][:20])  # killed in the middle of a context and of a line
-    assert tatqa.answer_tatqa(model, demo_tokenizer, questions, path=torn, **settings) == whole
-    ids = [json.loads(line)["question_id"] for line in torn.read_text("utf-8").split("\n")[1:] if line]
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(b"\n".join(lines[:9]) + b"\n" + lines[9][:20])  # killed in the middle of a context and of a line
+    assert tatqa.answer_tatqa(model, demo_tokenizer, questions, path=cut, **settings) == whole
+    ids = [json.loads(line)["question_id"] for line in cut.read_text("utf-8").split("\n")[1:] if line]
     assert sorted(ids) == sorted(question["question_id"] for question in questions)
     with pytest.raises(InputError, match="max_new_tokens"):
-        tatqa.answer_tatqa(model, demo_tokenizer, questions, path=torn, **{**settings, "max_new_tokens": 9})
+        tatqa.answer_tatqa(model, demo_tokenizer, questions, path=cut, **{**settings, "max_new_tokens": 9})
 
 
 def test_summary_and_comparison_by_answer_type():
