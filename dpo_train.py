@@ -18,7 +18,6 @@ import functools
 import logging
 import random
 import re
-import sys
 from collections.abc import Collection, Iterator
 
 from llm_alignment.dpo import (
@@ -172,7 +171,6 @@ def _cells_near(context: dict, text: str, rng: random.Random) -> list[str]:
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
-    argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(build_parser(), argv, DPO_DEMO)
     with recorded_run(args, argv, "dpo_train.py") as record:
         run(args, record)

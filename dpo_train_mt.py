@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; a mix adds its name to the output folder, as in the published runs."""
     given = build_parser().parse_args(argv)
     suffix = "_3way_hybrid" if given.use_3way_hybrid else "_hybrid" if given.use_hybrid else ""
@@ -114,7 +113,6 @@ def warn_of_unused_flags(args: argparse.Namespace, argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
-    argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     with recorded_run(args, argv, "dpo_train_mt.py") as record:
         run(args, record)

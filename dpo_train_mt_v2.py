@@ -382,7 +382,6 @@ def run_stage(
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2), a missed gate in SystemExit(1)."""
-    argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(build_parser(), argv, DEMO)
     with recorded_run(args, argv, "dpo_train_mt_v2.py") as record:
         run(args, record)

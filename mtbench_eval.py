@@ -17,7 +17,6 @@ import functools
 import json
 import logging
 import random
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -382,7 +381,6 @@ def print_plan(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, que
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the evaluation that `argv` asks for and returns its record."""
-    argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(build_parser(), argv, DEMO)
     with recorded_run(args, argv, "mtbench_eval.py") as record:
         run(args, record)

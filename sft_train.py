@@ -16,7 +16,6 @@ import itertools
 import logging
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -413,7 +412,6 @@ def print_plan(
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
-    argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(build_parser(), argv, DEMO)
     with recorded_run(args, argv, "sft_train.py") as record:
         run(args, record)

@@ -13,7 +13,7 @@ from llm_alignment.anchored_loss import fused_nll_kl
 from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import ResultFile, digest
 from llm_alignment.generation import render
-from llm_alignment.models import adapter_off
+from llm_alignment.models import adapter_off, evaluating
 from llm_alignment.stats import paired_delta
 
 if TYPE_CHECKING:
@@ -72,16 +72,14 @@ def measure_drift(
     """
     is_base = fingerprint["adapter"] == "none"
     results = ResultFile(path, {**fingerprint, "rows": digest(rows)}, renew=renew)
-    was_training = model.training
-    model.eval()
-    for row in results.missing(rows):
-        if is_base:
-            kl, tokens = 0.0, sum(label != -100 for label in row["labels"][1:])
-        else:
-            kl, tokens = row_drift(model, row["input_ids"], row["labels"])
-        names = {"question_id": row["question_id"], "cluster": row["cluster"]}
-        results.append({**names, "kl": kl, "tokens": tokens})
-    model.train(was_training)
+    with evaluating(model):
+        for row in results.missing(rows):
+            if is_base:
+                kl, tokens = 0.0, sum(label != -100 for label in row["labels"][1:])
+            else:
+                kl, tokens = row_drift(model, row["input_ids"], row["labels"])
+            names = {"question_id": row["question_id"], "cluster": row["cluster"]}
+            results.append({**names, "kl": kl, "tokens": tokens})
     return results.rows_of(rows)
 
 

@@ -234,8 +234,10 @@ FINANCE_DEMO = {
 }
 
 
-def parse_arguments(parser: argparse.ArgumentParser, argv: list[str], demo: dict[str, Any]) -> argparse.Namespace:
-    """Parses `argv`; with --demo the flags that the user did not give take their values from `demo`.
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: list[str] | None, demo: dict[str, Any]
+) -> argparse.Namespace:
+    """Parses `argv`, or the command line; with --demo flags that the user did not give take their values from `demo`.
 
     A demo's output folder is the first free one of NAME_1, NAME_2, ..., so that the demo can be run again; one that
     goes on, from a checkpoint or a stage, takes the last one.

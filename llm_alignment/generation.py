@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from llm_alignment.files import InputError
-from llm_alignment.models import all_processes, gathered, main_process, on_main_process, processes
+from llm_alignment.models import all_processes, evaluating, gathered, main_process, on_main_process, processes
 from llm_alignment.prefixes import common_length
 
 if TYPE_CHECKING:
@@ -88,24 +88,19 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     special_ids = shown_as_nothing(tokenizer)
     progress = tqdm(total=len(prompts), desc=description, unit="answer", disable=not (description and main_process()))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), progress:
-            is_continuous = backend == "auto" and can_run_continuously(
-                model, [prompts[index] for index in order[:3]], settings, split=split
-            )
-            size = len(order) if is_continuous else batch_size
-            size = size or free_batch_size(model, len(prompts[order[-1]]) + max_new_tokens)
-            for index, tokens in in_batches(order, size, answer_batch, split=split):
-                end = next((n for n, token in enumerate(tokens) if token in settings.eos_token_id), None)
-                text = tokenizer.decode([token for token in tokens[:end] if token not in special_ids]).strip()
-                if tokenizer.decode(prompts[index][-16:]).rstrip().endswith("<think>"):  # opened by the template
-                    text = "<think>" + text
-                progress.update()
-                yield Answer(index, text, len(tokens[:end]), end is not None)
-    finally:
-        model.train(was_training)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), progress, evaluating(model):
+        is_continuous = backend == "auto" and can_run_continuously(
+            model, [prompts[index] for index in order[:3]], settings, split=split
+        )
+        size = len(order) if is_continuous else batch_size
+        size = size or free_batch_size(model, len(prompts[order[-1]]) + max_new_tokens)
+        for index, tokens in in_batches(order, size, answer_batch, split=split):
+            end = next((n for n, token in enumerate(tokens) if token in settings.eos_token_id), None)
+            text = tokenizer.decode([token for token in tokens[:end] if token not in special_ids]).strip()
+            if tokenizer.decode(prompts[index][-16:]).rstrip().endswith("<think>"):  # opened by the template
+                text = "<think>" + text
+            progress.update()
+            yield Answer(index, text, len(tokens[:end]), end is not None)
 
 
 def shown_as_nothing(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -403,6 +403,17 @@ def check_adapter_fits(model: PeftModel, weights: Path, what: str) -> None:
         raise InputError(f"{what} lacks {len(absent)} of {len(wanted)} tensors for {base} (the first is {absent[0]})")
 
 
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode, without dropout; then in the mode that it had."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def adapter_off(model: PreTrainedModel | PeftModel) -> contextlib.AbstractContextManager[None]:
     """A context in which the model answers as its base does."""
     from peft import PeftModel

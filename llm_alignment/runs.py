@@ -69,19 +69,20 @@ def _interrupt(signum: int, frame: Any) -> None:
 
 
 @contextlib.contextmanager
-def recorded_run(args: argparse.Namespace, argv: list[str], script: str) -> Iterator[dict]:
+def recorded_run(args: argparse.Namespace, argv: list[str] | None, script: str) -> Iterator[dict]:
     """Wraps a run: yields its record, logs to console and run.log, and turns every end into an exit code and a record.
 
     `ending` has the table of exit codes. Bad input that is found before `begin` and a dry run leave no record and no
     file. The script calls `begin(record)` once its input is checked; `record["runtime_s"]` gets its total here. Ctrl-C
-    exits with 130 on the command line; a caller of `main(argv)`, such as pytest, gets the KeyboardInterrupt.
+    exits with 130 on the command line, where `argv` is None; a caller of `main(argv)`, such as pytest, gets the
+    KeyboardInterrupt.
     """
     started = time.time()
     with console_and_log():
         record: dict = {}
         keeps_record = main_process() and not args.dry_run
         try:
-            record |= new_record(args, argv, script, started)
+            record |= new_record(args, sys.argv[1:] if argv is None else argv, script, started)
             with signals_go_to(_interrupt), run_folder(args):
                 yield record
             record["status"] = "completed"
@@ -98,7 +99,7 @@ def recorded_run(args: argparse.Namespace, argv: list[str], script: str) -> Iter
                 line += finish(record, args, started)
             if line:
                 print(line, file=sys.stderr)
-            if code is None or (code == 128 + signal.SIGINT and argv != sys.argv[1:]):
+            if code is None or (code == 128 + signal.SIGINT and argv is not None):
                 raise
             raise SystemExit(code) from error
         if keeps_record:

@@ -29,7 +29,7 @@ from llm_alignment.generation import (
     strip_thinking,
 )
 from llm_alignment.hub import hub_files
-from llm_alignment.models import main_process, on_main_process
+from llm_alignment.models import evaluating, main_process, on_main_process
 from llm_alignment.preferences import cut_at_word
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 
@@ -433,8 +433,6 @@ def answer_tatqa(
         prompts = [[question["tokens"] for question in group] for group in batch]
         yield from enumerate(generate_grouped(model, prompts, settings, max_new_tokens, line_break))
 
-    was_training = model.training
-    model.eval()
     progress = tqdm(
         total=len(questions),
         initial=len(questions) - len(missing),
@@ -442,7 +440,7 @@ def answer_tatqa(
         unit="answer",
         disable=not (missing and results),
     )
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), progress:
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), progress, evaluating(model):
         size = groups_at_once(model, groups, max_new_tokens, batch_size)
         for group, answers in in_batches(groups, size, answer_batch, split=True):
             for question, answer in zip(group, answers, strict=True):
@@ -450,7 +448,6 @@ def answer_tatqa(
                     text = strip_thinking(tokenizer.decode(answer, skip_special_tokens=True))
                     results.append(graded_row(question, text))
                 progress.update()
-    model.train(was_training)
     if results:
         results.finish()
     return on_main_process(lambda: results.rows_of(questions) if results else [])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llm_alignment.anchored_loss import fused_nll_kl
 from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import ResultFile, digest
+from llm_alignment.models import evaluating
 from llm_alignment.stats import paired_delta
 from llm_alignment.training import token_counts
 
@@ -39,8 +40,6 @@ def validation_nll(
     """NLL summed over each row's targets, in nats, and their number. `rows`: a prepared `datasets.Dataset`."""
     import torch
 
-    was_training = model.training
-    model.eval()
     weight = model.get_base_model().get_output_embeddings().weight
     lengths = token_counts(rows, "input_ids")
     order = sorted(range(len(rows)), key=lambda row: -lengths[row])  # little padding
@@ -51,6 +50,7 @@ def validation_nll(
         labels = batch.pop("labels")[:, 1:]
         with (
             torch.no_grad(),
+            evaluating(model),
             without_head(model),
             torch.autocast(model.device.type, model.dtype, enabled=model.device.type == "cuda"),
         ):
@@ -59,7 +59,6 @@ def validation_nll(
             row = next(place)
             sums[row] = fused_nll_kl(row_hidden, weight, row_labels, num_items=1)[1].item()
             tokens[row] = int((row_labels != -100).sum())
-    model.train(was_training)
     return sums, tokens
 
 

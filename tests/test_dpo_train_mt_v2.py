@@ -236,12 +236,12 @@ import os, sys
 sys.path.insert(0, {root!r})
 import dpo_train_mt_v2
 from llm_alignment import training
-seal = training.write_manifest
-def seal_and_die(folder):
-    seal(folder)
+write_manifest = training.write_manifest
+def write_and_die(folder):
+    write_manifest(folder)
     if folder.parent.name == "stage2":
         os._exit(9)
-training.write_manifest = seal_and_die
+training.write_manifest = write_and_die
 dpo_train_mt_v2.main({argv!r})
 """
 

@@ -24,7 +24,7 @@ SCRIPT = """
 import argparse, os, pathlib, signal, sys, time
 from llm_alignment.runs import recorded_run, log
 args = argparse.Namespace(output_dir=sys.argv[1], exp_log=sys.argv[2], exp_tag="", dry_run=False)
-with recorded_run(args, sys.argv[1:], "script.py") as record:
+with recorded_run(args, None, "script.py") as record:
     record["device"] = {{}}
     log.info("строка журнала")
     print("строка", flush=True)
@@ -111,7 +111,7 @@ def test_an_error_nobody_expects_keeps_its_traceback_and_its_record(tmp_path):
 
 def test_ctrl_c_reaches_a_caller_of_main(tmp_path):
     """So that pytest, which calls main(argv) in its own process, stops."""
-    with pytest.raises(KeyboardInterrupt), recorded_run(arguments(tmp_path), ["--seed", "1"], "script.py"):
+    with pytest.raises(KeyboardInterrupt), recorded_run(arguments(tmp_path), [], "script.py"):
         signal.raise_signal(signal.SIGINT)
     [record] = read_records(tmp_path / "log.jsonl")
     assert (record["status"], record["reason"]) == ("interrupted", "Ctrl-C")
