@@ -177,30 +177,8 @@ def check_stage_flags(args: argparse.Namespace, stages: list[int]) -> None:
 def stage_arguments(args: argparse.Namespace, stage: int) -> argparse.Namespace:
     """What a stage is trained with, under the names that the other scripts use, without what it does not depend on."""
     kept = {name: value for name, value in vars(args).items() if name not in unused_flags(args, stage)}
-    own = {
-        1: {
-            "epochs": args.stage1_epochs,
-            "beta": args.stage1_beta,
-            "learning_rate": args.stage1_learning_rate,
-            "lora_r": args.stage1_lora_r,
-            "lora_alpha": args.stage1_lora_alpha,
-            "general_pairs": args.stage1_general_pairs,
-        },
-        2: {
-            "epochs": args.stage2_epochs,
-            "beta": args.stage2_beta,
-            "learning_rate": args.stage2_learning_rate,
-            "lora_r": args.stage2_lora_r,
-            "lora_alpha": args.stage2_lora_alpha,
-        },
-        3: {
-            "epochs": args.stage3_epochs,
-            "beta": args.stage3_beta,
-            "learning_rate": args.stage3_learning_rate,
-            "lora_r": args.stage3_lora_r,
-            "lora_alpha": args.stage3_lora_alpha,
-        },
-    }[stage]
+    prefix = f"stage{stage}_"
+    own = {name.removeprefix(prefix): value for name, value in vars(args).items() if name.startswith(prefix)}
     return argparse.Namespace(**{**kept, **own, "output_dir": str(stage_folder(args, stage))})
 
 
