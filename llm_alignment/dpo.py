@@ -551,5 +551,6 @@ def log_training_plan(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
         "tokens a step: %.0f of the pairs, %.0f padded as TRL reads them, %.0f read here",
         *(total * epochs / steps for total in (sum(both), padded, read)),
     )
-    log_memory_plan(args, max(both))
+    once = [pair - (0 if args.no_prefix_sharing else len(prompt)) for pair, prompt in zip(both, prompts, strict=True)]
+    log_memory_plan(args, max(once))
     return read * epochs

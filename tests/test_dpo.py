@@ -223,6 +223,15 @@ def test_a_loaded_adapter_keeps_its_own_settings(tmp_path, logged):
     assert "lora_r: 32 -> 4, lora_alpha: 16 -> 8" in logged.text
 
 
+def test_the_memory_plan_counts_a_shared_prompt_once(demo_args, demo_tokenizer, monkeypatch):
+    args, seen = copy.copy(demo_args), []
+    monkeypatch.setattr(dpo, "log_memory_plan", lambda args, tokens: seen.append(tokens))
+    row = {"prompt": "Where does the Volga end?", "chosen": " in the sea", "rejected": " in a lake"}
+    for args.no_prefix_sharing in (False, True):
+        dpo.log_training_plan(args, demo_tokenizer, [row])
+    assert seen[1] - seen[0] == len(demo_tokenizer(row["prompt"])["input_ids"])
+
+
 def test_weighted_losses_reach_trl(demo_args, demo_tokenizer, rows, tmp_path):
     args = copy.copy(demo_args)
     args.output_dir, args.loss_type, args.loss_weights = str(tmp_path), "robust, sft", "1,0.2"
