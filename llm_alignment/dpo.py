@@ -166,7 +166,7 @@ def take_adapter_settings(args: argparse.Namespace) -> None:
     own = {
         "lora_r": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
-        "target_modules": ",".join(sorted(layers)) if isinstance(layers, list) else layers,
+        "target_modules": ",".join(sorted(layers)) if isinstance(layers, list) else None,  # else a pattern
     }
     asked = {**vars(args), "target_modules": ",".join(sorted(args.target_modules.split(",")))}
     other = {name: value for name, value in own.items() if value and value != asked[name]}
