@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import os
 import re
 import signal
 import subprocess
@@ -170,7 +171,10 @@ def print_plan(runs: list[PlannedRun]) -> int:
         arguments = apply_changes(run.resuming(), ["--dry_run"])
         print(f"{run.name}: {command_line(run.script, arguments)}", flush=True)
         command = [sys.executable, str(HERE.parent / run.script), *arguments]
-        dry_run = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace", check=False)
+        in_utf8 = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # Windows would write a pipe in the system's code page
+        dry_run = subprocess.run(
+            command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace", env=in_utf8, check=False
+        )
         print(dry_run.stdout, flush=True)
         steps += sum(int(n.replace(",", "")) for n in re.findall(r"^steps: (\d[\d,]*)", dry_run.stdout, re.MULTILINE))
         resumes = "--resume_from_checkpoint" in arguments

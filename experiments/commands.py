@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from llm_alignment.files import InputError
-from llm_alignment.runs import disk_problem
+from llm_alignment.runs import disk_problem, print_unknown_letters_as_question_marks
 
 
 def flag_groups(arguments: list[str]) -> list[list[str]]:
@@ -86,6 +86,7 @@ def exit_code(run: Callable[[], int]) -> int:
 
     A reader that has seen enough, as `head -1`, is no error.
     """
+    print_unknown_letters_as_question_marks()
     try:
         code = run()
         sys.stdout.flush()

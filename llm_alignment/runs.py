@@ -249,10 +249,8 @@ def console_and_log() -> Iterator[None]:
     while first_free < 3:  # a closed stdin, stdout or stderr: no file of the run may get its number
         first_free = os.open(os.devnull, os.O_RDWR)
     os.close(first_free)
+    print_unknown_letters_as_question_marks()
     streams = sys.stdout, sys.stderr
-    for stream in streams:
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a Windows console may not know every Russian letter
     sys.stdout, sys.stderr = (Console(stream or open(os.devnull, "w", encoding="utf-8")) for stream in streams)
     # What libraries say to one another: their deprecations, and bitsandbytes missing an optional CPU kernel.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
@@ -274,6 +272,13 @@ def console_and_log() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         sys.stdout, sys.stderr = streams
+
+
+def print_unknown_letters_as_question_marks() -> None:
+    """A Windows console, or a file that its output goes to, may not know every Russian letter."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def log_to_file(text: str) -> None:

@@ -180,6 +180,13 @@ def test_a_record_is_found_by_tag_and_by_line_and_the_newest_tag_counts(project,
     assert "sft_experiments.jsonl:2" in listed and "twice" in listed and "S4" in listed
 
 
+def test_a_console_that_does_not_know_russian_gets_question_marks(tmp_path):
+    log = write_log(tmp_path / "log.jsonl", make_record("", argv=["--output_dir", "папка"]))
+    command = [sys.executable, str(EXPERIMENTS / "rerun.py"), f"{log}:1", "--print"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
+    assert done.returncode == 0 and b"--output_dir '?????'" in done.stdout
+
+
 def test_a_rerun_uses_this_python_and_gives_back_the_exit_code(project, capfd):
     script = "import sys; print(sys.executable, sys.argv[1:]); sys.exit(7)"
     (project / "sft_train.py").write_text(script, encoding="utf-8")
