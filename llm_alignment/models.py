@@ -62,6 +62,17 @@ def device_and_dtype(choice: str = "auto") -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, DTYPES.get(choice) or ("bfloat16" if has_bf16 else "float16"))
 
 
+def named_device(choice: str) -> tuple[str, str]:
+    """The name of this process's device ("cpu", or the GPU's) and of the type of the weights; logs both."""
+    import torch
+
+    device, dtype = device_and_dtype(choice)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    type_name = str(dtype).removeprefix("torch.")
+    log.info("device: %s, %s", name, type_name)
+    return name, type_name
+
+
 def matmul_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """a (m, k) @ b (k, n) with `a` in the type of `b`; half types are summed, and returned, in float32."""
     import torch

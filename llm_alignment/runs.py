@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llm_alignment.files import InputError, append_record, causes, write_json
-from llm_alignment.models import all_processes, device_and_dtype, main_process, processes, versions
+from llm_alignment.models import all_processes, main_process, named_device, processes, versions
 
 log = logging.getLogger("llm_alignment")
 
@@ -353,13 +353,12 @@ def begin(record: dict, data: dict) -> Path:
 
     A resumed run keeps the run.json that it was started with.
     """
-    device, dtype = device_and_dtype(record["args"]["dtype"])
     import torch
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name, dtype = named_device(record["args"]["dtype"])
     record["device"] = {
         "name": name,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "processes": processes(),
         "threads": torch.get_num_threads(),
     }

@@ -28,6 +28,7 @@ from llm_alignment.models import (
     device_and_dtype,
     fetch_model,
     main_process,
+    named_device,
     new_adapter,
     processes,
 )
@@ -153,6 +154,7 @@ def log_memory_plan(args: argparse.Namespace, tokens: int) -> None:
     """Logs the `memory_estimate` of examples of `tokens` tokens."""
     needed = {part: size / 2**30 for part, size in memory_estimate(args, tokens).items()}
     common = needed["weights"] + needed["adapter"] + needed["logits"]
+    named_device(args.dtype)
     log.info(
         "memory: about %.2f GiB with gradient checkpointing, %.2f GiB without (weights %.2f, adapter, optimizer %.2f, "
         "activations %.2f or %.2f, logits %.2f); --gradient_checkpointing %s",

@@ -309,7 +309,12 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "pairs: 12" in out and "steps: 6" in out and "tatqa: 8 questions" in out and "memory" in out
     assert "Question:" in out and "chosen: " in out and "<|im_end|>\nrejected: " in out  # a pair as the model reads it
-    assert "6 forward and backward passes" in out and "2 forward passes, once" in out and "tokens a step" in out
+    assert (
+        "device: " in out
+        and "6 forward and backward passes" in out
+        and "2 forward passes, once" in out
+        and "tokens a step" in out
+    )
     assert "% of the tokens" in out
     assert not list(tmp_path.iterdir())
 
