@@ -192,6 +192,8 @@ def detectable(spread: float, questions: int) -> float:
 
 def print_power(names: list[str], files: list[Path]) -> None:
     """For each evaluation of a run (its answers before and after), or of two runs: what N questions can detect."""
+    if len(names) > 2:
+        raise InputError(f"--power {' '.join(names)}: give one run, or two to compare")
     finals = [answer_files(name, files) for name in names]
     for key, after_path in finals[-1].items():
         before_path = after_path.with_name(f"{key}_baseline.jsonl") if len(names) == 1 else finals[0].get(key)

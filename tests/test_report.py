@@ -449,6 +449,7 @@ def test_power_is_printed_for_the_spread_of_a_run(tmp_path, capsys):
     before = {str(i): 5.0 for i in range(40)}
     write_answers(tmp_path / "mtbench_baseline.jsonl", before, answer="")
     write_answers(tmp_path / "mtbench_final.jsonl", {name: 4.0 + 2.0 * (int(name) % 2) for name in before}, answer="")
+    assert report.main(["--power", *[str(tmp_path)] * 3]) == 2
     assert report.main(["--power", str(tmp_path)]) == 0
     lines = {int(n): float(x) for n, x in re.findall(r"n = +(\d+): .*? of (\d+\.\d+)", capsys.readouterr().out)}
     spread = (40 / 39) ** 0.5
