@@ -10,7 +10,7 @@ import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,7 +214,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, what: str) -> str | None:
 def from_pretrained(
     auto_class: Any, folder: Path, what: str, *, advice: str = "fetch it again or name another model", **options: Any
 ) -> PreTrainedModel:
-    """`auto_class.from_pretrained`, whose failures become an InputError: also weights that do not fill the model.
+    """`auto_class.from_pretrained`, whose failures become an InputError: also weights that do not fill the model, and
+    values that are not finite.
 
     `what` is the flag and its value, and `advice` what to do, for the message.
     """
@@ -247,6 +248,8 @@ def from_pretrained(
     unused = sorted(loading["unexpected_keys"])
     if unused:
         log.warning("%s: %d tensors of its weights are not used, the first is %s", what, len(unused), unused[0])
+    if model.device.type != "meta":
+        check_finite(model.named_parameters(), what)
     return model
 
 
@@ -316,14 +319,24 @@ def load_model(args: argparse.Namespace, *, on_meta: bool = False) -> PreTrained
         if isinstance(module, Linear4bit):
             # CPUs with AVX512-BF16: the first evaluation would repack the weights for a kernel without a backward
             module.support_avx512bf16_for_cpu = False
-    if not on_meta:
-        check_finite(dict(model.named_parameters()), what)
+    if quantization:  # 4 bits have no code for a value that is not finite: it becomes another one
+        for path in sorted(folder.glob("*.safetensors")):
+            check_finite(stored_tensors(path), what)
     return model
 
 
-def check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
-    """Raises InputError when a tensor of floats holds a value that is not finite."""
-    for name, tensor in tensors.items():
+def stored_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a file of weights, one in memory at a time."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - the file is no dict
+            yield name, file.get_tensor(name)
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
+    """Raises InputError when a tensor of floats, one of (name, tensor), holds a value that is not finite."""
+    for name, tensor in tensors:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"{what}: {name} holds values that are not finite; train or fetch it again")
 
@@ -373,14 +386,13 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     import warnings
 
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
-    from safetensors.torch import load_file
 
     what, config = f"adapter {folder}", adapter_config(folder)
     if config.get("peft_type") not in list(PEFT_TYPE_TO_CONFIG_MAPPING):
         raise InputError(f"{what}: adapter_config.json names no known peft_type ({config.get('peft_type')!r})")
     weights = Path(folder) / "adapter_model.safetensors"
     check_safetensors(weights, what)
-    check_finite(load_file(weights), what)
+    check_finite(stored_tensors(weights), what)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of is an error below, or the meta device

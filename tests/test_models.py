@@ -148,7 +148,9 @@ def test_weights_that_are_not_finite_are_told(copied):
     model = make_model(tie_word_embeddings=False)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(copied)
-    assert "model.layers.0.mlp.up_proj.weight holds values" in error_of(lambda: models.load_model(arguments(copied)))
+    args = arguments(copied)
+    for args.no_4bit in (True, False):  # in 4 bits the value would be another one, and finite
+        assert "model.layers.0.mlp.up_proj.weight holds values" in error_of(lambda: models.load_model(args))
 
 
 def test_code_of_a_repository_needs_its_flag_and_nobody_is_asked(copied, monkeypatch):
@@ -172,6 +174,11 @@ def test_a_reward_model_that_is_not_whole_is_told(tmp_path):
         error = error_of(lambda folder=folder: rewards.RewardModel(str(folder), device="meta"))
         assert error.startswith(f"--reward_model {folder}: "), error
         assert name == "other sizes" or all(part in error for part in message), error
+    model = rewards.RewardModel(whole).model
+    model.score.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "not finite")
+    make_tokenizer().save_pretrained(tmp_path / "not finite")
+    assert "score.weight holds values" in error_of(lambda: rewards.RewardModel(str(tmp_path / "not finite")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
