@@ -3,8 +3,7 @@
 The training scripts measure with these functions before and after training. The command line scores any model or
 adapter later:
 
-    poetry run python mtbench_eval.py --model Qwen/Qwen3-1.7B --adapter OUTPUT_DIR --questions mt_bench_ru.json \
-        --output_dir DIR
+    poetry run python mtbench_eval.py --model Qwen/Qwen3-1.7B --adapter OUTPUT_DIR --output_dir DIR
 
 Every turn is answered with the chat template and the whole conversation so far, greedily, in batches. Every question
 is one JSONL line, written as soon as it exists, so the same command continues an evaluation that was stopped.
@@ -344,7 +343,9 @@ def earlier_results(path: str, questions: list[dict]) -> tuple[dict, list[dict]]
     """
     skipped = SkippedRows()
     fingerprint, rows = read_results(Path(path), skipped)
-    if not rows or not all("rewards" in row for row in rows):
+    needed = {"turns", "rewards", "scores", "scores_logged", "answer_tokens", "finished"}
+    is_whole = all(needed <= row.keys() for row in rows) and {"reward_model", "generation"} <= fingerprint.keys()
+    if not rows or not is_whole:
         raise InputError(f"--compare {path}: no per-question results; name an mtbench_*.jsonl of an output folder")
     skipped.report(f"damaged lines of {path}")
     turns = {question["question_id"]: question["turns"] for question in questions}

@@ -278,6 +278,8 @@ def test_bad_input_is_one_line_and_exit_code_2(cli_folder, reward_folder, tmp_pa
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "adapter_config.json").write_text('{"peft_type": "LO', encoding="utf-8")
+    lines = [{"fingerprint": {}}, {"question_id": 81, "rewards": [1.0]}]
+    files.write_rows(tmp_path / "of_another_kind.jsonl", lines)
     for change in (
         ["--questions", str(tmp_path / "missing.jsonl")],
         ["--model", str(cli_folder)],
@@ -287,6 +289,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli_folder, reward_folder, tmp_pa
         ["--output_dir", str(cli_folder / "questions.jsonl")],
         ["--exp_log", str(cli_folder)],
         ["--compare", str(cli_folder / "questions.jsonl")],
+        ["--compare", str(tmp_path / "of_another_kind.jsonl")],
     ):
         with pytest.raises(SystemExit) as stop:
             me.main(good + change)
