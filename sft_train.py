@@ -2,7 +2,7 @@
 
     L = NLL + c(t) * KL(p_student || p_reference)
 
-The reference is the same model with its adapter switched off, so there is no second model; the loss and its gradient
+The reference is the same model with its adapter switched off, so there is no second model. The loss and its gradient
 are computed over chunks of rows, so full-size logits never exist. The model is measured before and after: validation
 loss and perplexity on the same rows, and MT-Bench answers scored by a reward model, each difference with its interval.
 
@@ -340,16 +340,20 @@ def build_trainer(
             callbacks=[EvaluateLastStep()] if early else [],
         )
     for name, dataset in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
-        # TRL leaves out rows without a target token, and says so
-        if next(iter(dataset), None) is None:
+        # TRL leaves out rows without a target token; of a single token there is none to predict
+        if args.max_seq_length == 1 or next(iter(dataset), None) is None:
             folder = Path(args.output_dir)
             if main_process() and not any(folder.iterdir()):
                 folder.rmdir()  # the trainer has made it
-            raise InputError(f"no {name} row has an answer within --max_seq_length {args.max_seq_length}; raise it")
+            raise no_answers(name, args.max_seq_length)
     if args.streaming:
         step = args.batch * args.grad_acc * processes()
         trainer.train_dataset = sized_stream(trainer.train_dataset, rows, batch=args.batch, step=step)
     return trainer
+
+
+def no_answers(side: str, longest: int) -> InputError:
+    return InputError(f"no {side} row has an answer within --max_seq_length {longest}; raise it")
 
 
 def early_stop_reason(baseline: float | None, scores: list[float], patience: int) -> str | None:
@@ -473,6 +477,8 @@ def mtbench_questions(args: argparse.Namespace) -> list[dict]:
     """The questions asked before and after training; [] with --mtbench_ru none."""
     if args.early_stop_patience is None and args.mtbench_midtrain_questions:
         log.warning("--mtbench_midtrain_questions is not used without --early_stop_patience")
+    if args.early_stop_patience is not None and args.skip_baseline_eval:
+        log.warning("--skip_baseline_eval: early stopping has no baseline, so it does not see a fall below it")
     if args.mtbench_ru == "none":
         if args.early_stop_patience is not None:
             raise InputError("--early_stop_patience decides by MT-Bench: leave out --mtbench_ru none or the patience")
@@ -490,7 +496,20 @@ def tokenised_rows(
         rows = {**examples.stored("validation"), "train": training_stream(args, selection, examples)}
     else:
         rows = examples.stored("train", "validation")
-    return {side: tokenise(rows[side], encoder, args.num_proc) for side in rows}
+    tokens = {side: tokenise(rows[side], encoder, args.num_proc) for side in rows}
+    if args.assistant_only_loss and not args.streaming:
+        tokens["train"] = with_answers(tokens["train"], args.max_seq_length)
+    return tokens
+
+
+def with_answers(rows: Dataset, longest: int) -> Dataset:
+    """The training rows with a target within `longest` tokens; says how many have none, which TRL would pack too."""
+    kept = rows.filter(lambda labels: any(label != -100 for label in labels[1:longest]), input_columns="labels")
+    if not len(kept):
+        raise no_answers("training", longest)
+    if left_out := len(rows) - len(kept):
+        log.warning("%d of %d training rows have no answer within --max_seq_length: left out", left_out, len(rows))
+    return kept
 
 
 def all_evaluations(
@@ -548,7 +567,8 @@ def train(
     best = trainer.state.best_model_checkpoint
     if best is None:
         return trainer.state.global_step
-    trainer._load_from_checkpoint(best)
+    moved = folder / Path(best).name  # the state names the folder as it was called then
+    trainer._load_from_checkpoint(str(moved if moved.is_dir() else best))
     log.info("kept the adapter of step %d, the best by MT-Bench", trainer.state.best_global_step)
     return trainer.state.best_global_step
 

@@ -300,6 +300,14 @@ def bad_inputs(tmp_path):
             ["--assistant_only_loss", "--max_seq_length", "2"],
             "no training row has an answer within --max_seq_length 2",
         ),
+        "packed answers beyond the length": (
+            ["--assistant_only_loss", "--max_seq_length", "2", "--packing"],
+            "no training row has an answer within --max_seq_length 2",
+        ),
+        "a length of one token": (
+            ["--max_seq_length", "1"],
+            "no training row has an answer within --max_seq_length 1",
+        ),
         "a sample of nothing": (["--sample_ratio", "0"], "0 prompts left"),
         "an empty question file": (["--mtbench_ru", str(empty)], "no questions"),
         "a truncated question file": (["--mtbench_ru", str(truncated)], "questions.json"),
@@ -329,6 +337,7 @@ def few(folder):
     "no such dataset", "an empty dataset", "no usable row", "a broken Parquet file", "a subset without rows",
     "a ratio above 1", "a negative ratio", "a sample of nothing", "an empty question file",
     "a mix of one subset", "layers that the model lacks", "answers beyond the length",
+    "packed answers beyond the length", "a length of one token",
     "a truncated question file", "questions without turns", "a model without weights", "no such model",
     "no such reward model", "early stopping without MT-Bench",
         "a tracker that is not installed", "packing a stream",
