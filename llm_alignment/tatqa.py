@@ -263,7 +263,7 @@ def _answer_string(parts: list[str], scale: str) -> str:
         elif "%" in part:
             strings.append(f"{value:.4f}")
         else:
-            strings.append(f"{round(value, 2) * SCALES[scale]:.4f}")
+            strings.append(f"{round(value, 2) * _scale_value(scale):.4f}")
     return " ".join(strings)
 
 

@@ -61,7 +61,7 @@ def training_arguments(
         gradient_accumulation_steps=args.grad_acc,
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=warmup_ratio,  # below 1: a share of the steps
+        warmup_steps=min(warmup_ratio, math.nextafter(1, 0)),  # below 1 a share of the steps; 1 would be one step
         weight_decay=weight_decay,
         max_grad_norm=1.0,
         optim="paged_adamw_32bit" if device.type == "cuda" else "adamw_torch",
