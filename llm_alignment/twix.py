@@ -342,8 +342,10 @@ class Examples:
         used = self.selection.used
         numbers = {number for number, key in used.items() if key[1] in sides and subset in {None, key[0]}}
         wanted = (number in numbers for number in itertools.count())
-        for number, (_, row) in zip(sorted(numbers), self.rows(SkippedRows(), wanted), strict=True):
-            messages = [{"role": role, "content": content} for role, content in turns_of(row)]
+        for number, placed in itertools.zip_longest(sorted(numbers), self.rows(SkippedRows(), wanted)):
+            if number is None or placed is None or row_problem(placed[1]):
+                raise InputError("--dataset: its rows changed while they were read; start the run again")
+            messages = [{"role": role, "content": content} for role, content in turns_of(placed[1])]
             yield used[number][1], {"messages": messages}
 
     def stored(self, *sides: str) -> dict[str, datasets.Dataset]:
@@ -358,7 +360,7 @@ class Examples:
         schema = pyarrow.schema({"messages": pyarrow.list_(message)})
 
         def table_of(examples: list[dict]) -> pyarrow.Table:
-            # Arrow's own pool keeps what a growing column had reserved: half as much again as the rows take
+            # Arrow's own pool keeps what a growing column had reserved: half of the rows' size
             pool = pyarrow.system_memory_pool()
             messages = [example["messages"] for example in examples]
             return pyarrow.Table.from_arrays(

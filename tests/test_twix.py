@@ -259,6 +259,14 @@ def test_rows_that_cannot_be_read_do_not_shift_those_that_are_used(tmp_path):
     assert len(found) == 1
 
 
+def test_a_file_that_changes_between_the_two_reads_is_an_error(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [chat(f"q{n}", "a") for n in range(6)])
+    _, examples = loaded(path)
+    write_rows(path, [chat(f"q{n}", "a") for n in range(3)])
+    with pytest.raises(InputError, match="changed while they were read"):
+        examples.stored("train", "validation")
+
+
 def test_rows_that_are_not_used_are_parsed_once(tmp_path, monkeypatch):
     path = write_rows(tmp_path / "rows.jsonl", MANY)
     parsed = []
