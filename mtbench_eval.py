@@ -153,6 +153,8 @@ def evaluation_fingerprint(
     model_settings: dict, questions: list[dict], reward_model: RewardModel, **generation_settings: Any
 ) -> dict:
     """What the results of `score_questions` depend on; `model_settings` as from `model_fingerprint`."""
+    if generation_settings["temperature"] == 0:
+        generation_settings.pop("seed")  # so that greedy baselines are reused by runs of other seeds
     return {
         **model_settings,
         "questions": digest(questions),

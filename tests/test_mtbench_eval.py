@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, write_rows
@@ -73,6 +74,14 @@ def test_a_column_that_is_null_counts_as_absent(tmp_path):
         {"question_id": 1, "category": "general", "turns": ["a"]},
         {"question_id": 7, "category": "math", "turns": ["b"]},
     ]
+
+
+def test_greedy_results_are_those_of_every_seed():
+    def fingerprint(temperature, seed):
+        reward_model = SimpleNamespace(fingerprint={})
+        return me.evaluation_fingerprint({}, [], reward_model, temperature=temperature, seed=seed)
+
+    assert fingerprint(0.0, 1) == fingerprint(0.0, 2) and fingerprint(0.7, 1) != fingerprint(0.7, 2)
 
 
 def test_the_limit_is_a_seeded_sample_in_file_order(tmp_path):
