@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "experiments" / "demo"
 COMMIT = "1" * 40
+OWN_FILES = {  # what the README's recipes call the user's own -> the demo's file that stands for it
+    "my_pairs.jsonl": "orca_pairs.jsonl",
+    "mined_pairs.jsonl": "orca_pairs.jsonl",
+    "held_out_prompts.jsonl": "prompts.jsonl",
+}
 LARGE = (".safetensors", ".parquet", ".jsonl")  # kept by LFS, so sent by a redirect to another host
 
 
@@ -272,6 +278,8 @@ def main(argv: list[str] | None = None) -> None:
     ]
     folder = Path(args.folder or tempfile.mkdtemp(prefix="hub-"))
     folder.mkdir(parents=True, exist_ok=True)
+    for name, source in OWN_FILES.items():
+        shutil.copyfile(DEMO / source, folder / name)
     failed = 0
     with serve() as hub:
         for name in wanted:
