@@ -37,10 +37,14 @@ def answer_files(name: str, files: list[Path]) -> dict[str, Path]:
             )
         path = Path(run["output_dir"])
     found = {}
-    for key in COMPARED:
-        for file in (path / f"{key}_final.jsonl", path / f"{key}.jsonl"):  # a training run's, mtbench_eval.py's
-            if file.is_file():
-                found[key] = file
+    for folder in (path, *sorted(path.glob("stage[123]"))):  # of a run in stages the last one's answers
+        for key in COMPARED:
+            for file in (
+                folder / f"{key}_final.jsonl",
+                folder / f"{key}.jsonl",
+            ):  # a training run's, mtbench_eval.py's
+                if file.is_file():
+                    found[key] = file
     if not found:
         raise InputError(f"{path}: no *_final.jsonl with answers here; name the output folder of a finished run")
     return found

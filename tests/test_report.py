@@ -417,6 +417,18 @@ def test_two_runs_are_compared_over_shared_questions_and_the_page_shows_both_ans
     assert "held-out pairs: no question in common, not compared" in capsys.readouterr().err
 
 
+def test_a_run_in_stages_is_compared_by_its_last_stage(tmp_path, capsys):
+    for stage, score in ((1, 2.0), (3, 7.0)):
+        write_answers(
+            tmp_path / "staged" / f"stage{stage}" / "mtbench_final.jsonl", {"1": score, "2": score}, answer="text"
+        )
+    write_answers(tmp_path / "other" / "mtbench_final.jsonl", {"1": 7.0, "2": 8.0}, answer="text")
+    names = [str(tmp_path / "staged"), str(tmp_path / "other")]
+    assert report.main(["--compare", *names, "--output_dir", str(tmp_path)]) == 0
+    page = Page(next(tmp_path.glob("compare_*.html")).read_text(encoding="utf-8"))
+    assert "7 -> 8 (+1)" in page.text and "2 ->" not in page.text
+
+
 @pytest.mark.parametrize(
     ("names", "words"),
     [
