@@ -28,8 +28,8 @@ def paired_delta(
 
     Returns {"mean", "low", "high", "p", "n", "changed", "clusters", "changed_clusters"}: the last four are counts of
     items, items that differ, labels (None without) and labels whose sum differs. With fewer than 6 units (clusters or
-    items) no 95 % interval exists: low and high are None. With no item everything but the counts is None. Raises
-    InputError when the lengths differ.
+    items) no 95 % interval exists: low and high are None. With no item, or with a value that is not finite, everything
+    but the counts is None. Raises InputError when the lengths differ.
     """
     return _delta(before, after, clusters, exact_p=None)
 
@@ -64,8 +64,9 @@ def _delta(before: Sequence[float], after: Sequence[float], clusters: Sequence |
     sizes = np.bincount(unit_of).astype(np.float64)
     sums = np.bincount(unit_of, weights=differences)
     sums[np.abs(sums) <= 1e-12 * np.abs(differences).sum()] = 0
+    can_tell = len(differences) > 0 and bool(np.isfinite(differences).all())
     delta: dict[str, Any] = {
-        "mean": float(differences.mean()) if len(differences) else None,
+        "mean": float(differences.mean()) if can_tell else None,
         "low": None,
         "high": None,
         "p": None,
@@ -74,7 +75,7 @@ def _delta(before: Sequence[float], after: Sequence[float], clusters: Sequence |
         "clusters": None if clusters is None else len(number),
         "changed_clusters": None if clusters is None else int(np.count_nonzero(sums)),
     }
-    if not len(differences):
+    if not can_tell:
         return delta
     flipped_sums, flipped_sizes = _random_parts(sums, sizes)
     delta["p"] = _sign_flip_p(sums, flipped_sums) if exact_p is None else exact_p
@@ -192,8 +193,8 @@ def equal_length_delta(differences: Sequence[float], length_differences: Sequenc
     Both (n,): after - before of each item's score and of its answer's length. The 95 % interval and p are those of the
     t distribution with n - 2 degrees of freedom and errors that may differ in spread (HC3; MacKinnon and White 1985,
     https://doi.org/10.1016/0304-4076(85)90158-7). Returns the keys of `paired_delta` and "per_unit": the slope, for
-    one unit of length. With fewer than 4 items, or where one item alone decides the slope, everything but the counts
-    is None; where no length changed, it is the mean difference.
+    one unit of length. With fewer than 4 items, a difference that is not finite, or where one item alone decides the
+    slope, everything but the counts is None; where no length changed, it is the mean difference.
     """
     import numpy as np
     from scipy import stats
@@ -206,7 +207,7 @@ def equal_length_delta(differences: Sequence[float], length_differences: Sequenc
         return {**paired_delta([0.0] * len(y), y.tolist()), "per_unit": 0.0}
     design = np.stack([np.ones_like(x), x], axis=1)
     nothing = {"mean": None, "low": None, "high": None, "p": None, **counts, "per_unit": None}
-    if len(y) < 4 or np.linalg.matrix_rank(design) < 2:
+    if len(y) < 4 or not np.isfinite(y).all() or np.linalg.matrix_rank(design) < 2:
         return nothing
     inverse = np.linalg.inv(design.T @ design)
     leverage = np.einsum("ij,jk,ik->i", design, inverse, design)

@@ -82,11 +82,14 @@ def validation_evaluation(name: str, rows: Dataset, collator: Callable, batch_si
     return Evaluation(name, len(rows), answer, summarise_rows, compare_validation)
 
 
+MOST = 700.0  # nats: the perplexity of a run that diverged is beyond a float
+
+
 def summarise_validation(rows: list[dict]) -> dict:
     """Loss in nats a token and perplexity, token-weighted, and the mean of row means as the published runs."""
     loss = sum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows)
     row_mean = sum(row["nll"] / row["tokens"] for row in rows) / len(rows)
-    return {"val_loss": loss, "val_loss_row_mean": row_mean, "ppl": math.exp(loss)}
+    return {"val_loss": loss, "val_loss_row_mean": row_mean, "ppl": math.exp(min(loss, MOST))}
 
 
 def summarise_full_validation(rows: list[dict]) -> dict:
@@ -99,8 +102,9 @@ def compare_validation(before: list[dict], after: list[dict]) -> dict[str, dict]
     mean_tokens = sum(row["tokens"] for _, row in pairs) / len(pairs)
     sides = [[row["nll"] / mean_tokens for row in side] for side in zip(*pairs, strict=True)]
     row_means = [[row["nll"] / row["tokens"] for row in side] for side in zip(*pairs, strict=True)]
-    delta, perplexity = paired_delta(*sides), math.exp(sum(sides[0]) / len(pairs))
+    delta, perplexity = paired_delta(*sides), math.exp(min(sum(sides[0]) / len(pairs), MOST))
     ends = {
-        key: None if delta[key] is None else perplexity * math.expm1(delta[key]) for key in ("mean", "low", "high")
+        key: None if delta[key] is None else perplexity * math.expm1(min(delta[key], MOST - math.log(perplexity)))
+        for key in ("mean", "low", "high")
     }
     return {"val_loss": delta, "val_loss_row_mean": paired_delta(*row_means), "ppl": {**delta, **ends}}

@@ -1,6 +1,7 @@
 """Paired differences: by hand, by simulation, with clusters, at equal length, several at once."""
 
 import itertools
+import math
 import random
 import warnings
 
@@ -64,6 +65,16 @@ def test_paired_delta_where_resampling_has_nothing_to_resample():
     assert shifted["p"] == pytest.approx(0.25) and shifted["low"] is None
     eight = stats.paired_delta([n / 10 for n in range(8)], [(n + 1) / 10 for n in range(8)])
     assert eight["low"] == pytest.approx(0.1) and eight["high"] == pytest.approx(0.1)
+
+
+def test_values_that_are_not_finite_say_nothing():
+    before, after = [0.0] * 8, [1.0] * 7 + [math.nan]
+    for delta in (
+        stats.paired_delta(before, after),
+        stats.mcnemar(before, after),
+        stats.equal_length_delta(after, [*range(8)]),
+    ):
+        assert delta["p"] is delta["mean"] is delta["low"] is None and delta["n"] == 8
 
 
 def test_bad_input_is_one_line():

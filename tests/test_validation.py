@@ -21,3 +21,12 @@ def test_validation_loss_by_hand():
     assert deltas["val_loss_row_mean"]["mean"] == pytest.approx((-1 - 0.5) / 2)
     assert deltas["ppl"]["mean"] == pytest.approx(math.exp(2.5 / 4) - math.exp(5 / 4))
     assert deltas["ppl"]["low"] is None, "two rows are too few for an interval"
+
+
+def test_a_run_that_diverged_has_a_perplexity_too():
+    rows = [{"question_id": n, "nll": 2.0, "tokens": 1} for n in range(8)]
+    diverged = [{**row, "nll": 5000.0 + row["question_id"]} for row in rows]
+    assert validation.summarise_validation(diverged)["ppl"] > 1e300
+    for before, after in ((rows, diverged), (diverged, rows)):
+        deltas = validation.compare_validation(before, after)
+        assert abs(deltas["ppl"]["mean"]) > 1e300 and math.isfinite(deltas["ppl"]["high"])
