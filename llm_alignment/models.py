@@ -8,7 +8,9 @@ import datetime
 import hashlib
 import importlib.metadata
 import logging
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -197,7 +199,7 @@ def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, what: str) -> str | None:
     """The token with which the chat template ends an assistant's turn; None when it ends with plain text.
 
-    Raises InputError when the template cannot render a question and its answer.
+    Raises InputError when the template cannot render a question and its answer, or leaves one of them out.
     """
     from jinja2 import TemplateError
 
@@ -206,6 +208,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, what: str) -> str | None:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     except TemplateError as error:
         raise InputError(f"{what}: its chat template cannot render a question and an answer ({error})") from error
+    if "QUESTION" not in text or "ANSWER" not in text:
+        raise InputError(f"{what}: its chat template leaves out the question or the answer; name a chat model")
     rest = text.rpartition("ANSWER")[2].lstrip()
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     return max((token for token in added if rest.startswith(token)), key=len, default=None)
@@ -390,14 +394,20 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     what, config = f"adapter {folder}", adapter_config(folder)
     if config.get("peft_type") not in list(PEFT_TYPE_TO_CONFIG_MAPPING):
         raise InputError(f"{what}: adapter_config.json names no known peft_type ({config.get('peft_type')!r})")
+    unknown = sorted(config.keys() - PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]].__dataclass_fields__.keys())
+    if unknown and model.device.type != "meta":
+        log.warning("%s: this peft does not know these settings of it: %s", what, ", ".join(unknown))
     weights = Path(folder) / "adapter_model.safetensors"
     check_safetensors(weights, what)
     check_finite(stored_tensors(weights), what)
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, float) and not math.isfinite(alpha):
+        raise InputError(f"{what}: lora_alpha in adapter_config.json is not finite; train or fetch it again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of is an error below, or the meta device
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # sizes or layers that this base does not have
+    except (RuntimeError, ValueError, TypeError, KeyError, re.error) as error:  # sizes or layers it does not have
         if "out of memory" in str(error):
             raise
         reason = str(error).strip().split("\n")[-1].strip()

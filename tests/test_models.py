@@ -235,6 +235,14 @@ ADAPTERS = {
     "no type": (lambda f: change_json(f / "adapter_config.json", peft_type=None), ["peft_type"]),
     "an unknown type": (lambda f: change_json(f / "adapter_config.json", peft_type="LORAX"), ["peft_type", "LORAX"]),
     "a list": (lambda f: (f / "adapter_config.json").write_text("[1]"), ["adapter_config.json", "object"]),
+    "a scale that is no number": (
+        lambda f: change_json(f / "adapter_config.json", lora_alpha=float("nan")),
+        ["lora_alpha", "not finite"],
+    ),
+    "layers by a broken pattern": (
+        lambda f: change_json(f / "adapter_config.json", target_modules="("),
+        ["does not fit"],
+    ),
     "layers that are not there": (
         lambda f: change_json(f / "adapter_config.json", target_modules=["query"]),
         ["does not fit"],
@@ -252,10 +260,11 @@ def test_an_adapter_that_does_not_fit_is_told_before_and_when_it_is_loaded(folde
     assert before.startswith(f"adapter {adapter}") and all(part in before for part in message), before
 
 
-def test_an_adapter_that_fits_is_loaded_as_it_is(folder, adapter):
+def test_an_adapter_that_fits_is_loaded_as_it_is(folder, adapter, logged):
     from safetensors.torch import load_file
 
     args = arguments(folder)
+    change_json(adapter / "adapter_config.json", of_a_later_peft=True)
     models.check_model(args, models.load_tokenizer(args), adapter=str(adapter))
     model = models.load_adapter(models.load_model(args), str(adapter), trainable=True)
     weights = load_file(adapter / "adapter_model.safetensors")
@@ -263,6 +272,7 @@ def test_an_adapter_that_fits_is_loaded_as_it_is(folder, adapter):
         name = name.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default")
         assert torch.equal(model.state_dict()[name], tensor)
     assert any(parameter.requires_grad for parameter in model.parameters())
+    assert logged.text.count("does not know these settings of it: of_a_later_peft") == 1
 
 
 @pytest.mark.parametrize(
@@ -359,6 +369,13 @@ def test_an_answer_ends_where_the_template_ends_a_turn(copied, logged):
 )
 def test_the_end_of_a_turn_is_what_the_template_writes(template, end):
     assert models.end_of_turn(make_tokenizer(template), "--model toy") == end
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ '' }}", "Hello", "{% for turn in messages[:1] %}{{ turn.content }}{% endfor %}"]
+)
+def test_a_template_that_leaves_out_a_turn_is_told(template):
+    assert "leaves out" in error_of(lambda: models.end_of_turn(make_tokenizer(template), "--model toy"))
 
 
 @pytest.mark.slow
