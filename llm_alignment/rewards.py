@@ -13,6 +13,7 @@ from llm_alignment.models import (
     check_files,
     check_vocabulary,
     device_and_dtype,
+    end_of_turn,
     fetch_model,
     from_pretrained,
     main_process,
@@ -47,6 +48,7 @@ class RewardModel:
         folder = fetch_model(name, None, "--reward_model")
         check_files(folder, what)
         self.tokenizer = read_tokenizer(folder, what, trust_remote_code=trust_remote_code)
+        end_of_turn(self.tokenizer, what)  # a template that fails is told here, not after the first answers
         self.model = from_pretrained(
             AutoModelForSequenceClassification,
             folder,

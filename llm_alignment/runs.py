@@ -336,6 +336,8 @@ def check_writable(path: Path, flag: str) -> None:
     try:
         if path.is_dir():
             raise InputError(f"{flag} {path} is a folder; name a file")
+        if path.is_fifo():
+            raise InputError(f"{flag} {path} is a pipe; name a file")
         if path.is_symlink() and not path.exists():
             raise InputError(f"{flag} {path} is a link to nowhere; name another file")
         name_limit = 255 - len(b".4194304.tmp")
