@@ -183,8 +183,9 @@ def score_questions(
     """Answers every turn of every question, scores each answer with its history, and returns a row per question.
 
     A row: {"question_id", "category", "turns", "answers", "rewards", "scores", "scores_logged", "answer_tokens",
-    "finished"}, the last six with one entry per turn. Questions are processed in chunks; the rows of a chunk are
-    written to `path` (a ResultFile) as soon as they exist, and a restart continues with the first incomplete chunk.
+    "finished", "batch_sizes"}, the last seven with one entry per turn. Questions are processed in chunks; the rows of a
+    chunk are written to `path` (a ResultFile) as soon as they exist, and a restart continues with the first incomplete
+    chunk.
     `fingerprint` describes the model; questions, reward model and generation settings are added to it.
     `use_cache` takes a greedy result from the user's cache folder and puts it there. `renew`: see ResultFile.
     """
@@ -224,7 +225,7 @@ def score_questions(
 
 def answer_and_score(model, tokenizer, reward_model, questions, progress, **settings) -> list[dict]:
     """The rows of a chunk: turn after turn, each with the conversation so far, then the rewards, if they can be."""
-    per_turn = ("answers", "rewards", "scores", "scores_logged", "answer_tokens", "finished")
+    per_turn = ("answers", "rewards", "scores", "scores_logged", "answer_tokens", "finished", "batch_sizes")
     rows = [{**question, **{key: [] for key in per_turn}} for question in questions]
     conversations: list[list[dict]] = [[] for _ in questions]
     for turn in range(max(len(question["turns"]) for question in questions)):
@@ -237,6 +238,7 @@ def answer_and_score(model, tokenizer, reward_model, questions, progress, **sett
             row["answers"].append(strip_thinking(answer.text))
             row["answer_tokens"].append(answer.tokens)
             row["finished"].append(answer.finished)
+            row["batch_sizes"].append(answer.batch_size)
             progress.update()
         for index in asked:
             conversations[index].append({"role": "assistant", "content": rows[index]["answers"][turn]})

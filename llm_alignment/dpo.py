@@ -8,6 +8,7 @@ import logging
 import math
 import random
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,17 +23,19 @@ from llm_alignment.flags import (
     positive,
     ratio,
 )
-from llm_alignment.generation import fit_prompt
+from llm_alignment.generation import fit_prompt, in_batches
 from llm_alignment.models import (
     adapter_config,
     adapter_kept_in_float32,
     adapter_off,
     check_head,
+    inner_model,
     load_adapter,
     load_model,
     main_process,
     matmul_float32,
     new_adapter,
+    on_main_process,
     processes,
 )
 from llm_alignment.prefixes import GroupedOrder, add_prefix_sharing, groups_of, no_sharing_reason, shared_lengths
@@ -351,26 +354,38 @@ def reward_pairs(
 
     Returns and writes to `path` (a ResultFile) a row per pair: {"question_id", "cluster", "chosen", "rejected",
     "chosen_reward", "rejected_reward"}. The base is the model with its adapter off, also for a run that continues the
-    training of an adapter. `pairs` are the rows of `fit_pairs` with a "question_id" and a "cluster". `renew`,
-    `use_cache`: see ResultFile.
+    training of an adapter; its own rewards are 0 by definition. `pairs` are the rows of `fit_pairs` with a
+    "question_id" and a "cluster". `renew`, `use_cache`: see ResultFile. All processes call this: they share the pairs,
+    the main one writes, and each gets the rows.
     Source: section 4 of Rafailov et al., https://arxiv.org/abs/2305.18290.
     """
     from tqdm import tqdm
 
+    is_base = fingerprint["adapter"] == "none"
     fingerprint = {**fingerprint, "pairs": digest(pairs), "beta": beta, "max_length": max_length}
-    results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache)
+    results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache) if main_process() else None
+    missing = on_main_process(lambda: results.missing(pairs) if results else [])
+
+    def read(batch: list[int]) -> Iterator[tuple[int, list[float]]]:
+        """(place, rewards of the chosen and the rejected answer) of every pair of a batch, by index in `missing`."""
+        for place, index in enumerate(batch):
+            policy = answer_log_probs(model, tokenizer, missing[index], max_length)
+            with adapter_off(model):
+                base = answer_log_probs(model, tokenizer, missing[index], max_length)
+            yield place, [beta * (now - then) for now, then in zip(policy, base, strict=True)]
+
     was_training = model.training
     model.eval()
-    for pair in tqdm(results.missing(pairs), desc=path.stem, unit="pair"):
-        policy = answer_log_probs(model, tokenizer, pair, max_length)
-        with adapter_off(model):
-            base = answer_log_probs(model, tokenizer, pair, max_length)
-        chosen, rejected = (beta * (now - then) for now, then in zip(policy, base, strict=True))
-        kept = {key: pair[key] for key in ("question_id", "cluster", "chosen", "rejected")}
-        results.append({**kept, "chosen_reward": chosen, "rejected_reward": rejected})
+    order = range(len(missing))
+    rewards = ((index, (0.0, 0.0)) for index in order) if is_base else in_batches([*order], 1, read, split=True)
+    for index, (chosen, rejected) in tqdm(rewards, path.stem, len(missing), unit="pair", disable=results is None):
+        if results:
+            kept = {key: missing[index][key] for key in ("question_id", "cluster", "chosen", "rejected")}
+            results.append({**kept, "chosen_reward": chosen, "rejected_reward": rejected})
     model.train(was_training)
-    results.finish()
-    return results.rows_of(pairs)
+    if results:
+        results.finish()
+    return on_main_process(lambda: results.rows_of(pairs) if results else [])
 
 
 def answer_log_probs(
@@ -382,7 +397,6 @@ def answer_log_probs(
     at `max_length` tokens of prompt and answer.
     """
     import torch
-    from peft import PeftModel
     from torch.nn.utils.rnn import pad_sequence
     from transformers import DynamicCache
     from trl.data_utils import common_prefix_length
@@ -393,7 +407,7 @@ def answer_log_probs(
     start = min(common_prefix_length(prompt, row) for row in rows)
     ids = pad_sequence([torch.tensor(row[:max_length], device=model.device) for row in rows], batch_first=True)
     cache = DynamicCache()
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = inner_model(model)
     with torch.no_grad():
         base.base_model(ids[:1, : start - 1], past_key_values=cache)
         cache.batch_repeat_interleave(2)
@@ -447,7 +461,12 @@ def reward_evaluation(args: argparse.Namespace, pairs: list[dict], rows: list[di
     ]
     answer = functools.partial(reward_pairs, pairs=rows, beta=args.beta, max_length=args.max_length)
     return Evaluation(
-        "held_out", len(rows), answer, lambda rows: {"held_out": summarise_rewards(rows)}, compare_rewards
+        "held_out",
+        len(rows),
+        answer,
+        lambda rows: {"held_out": summarise_rewards(rows)},
+        compare_rewards,
+        split=True,
     )
 
 

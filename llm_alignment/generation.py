@@ -14,7 +14,15 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from llm_alignment.files import InputError
-from llm_alignment.models import all_processes, evaluating, gathered, main_process, on_main_process, processes
+from llm_alignment.models import (
+    all_processes,
+    evaluating,
+    gathered,
+    inner_model,
+    main_process,
+    on_main_process,
+    processes,
+)
 from llm_alignment.prefixes import common_length
 
 if TYPE_CHECKING:
@@ -36,6 +44,7 @@ class Answer(NamedTuple):
     text: str  # without the end token; a block of thinking is part of it, see `strip_thinking`
     tokens: int  # new tokens, the end token not counted
     finished: bool  # False: cut at the token limit
+    batch_size: int  # most answers at once in one process
 
 
 def generate(
@@ -100,7 +109,7 @@ def generate(
             if tokenizer.decode(prompts[index][-16:]).rstrip().endswith("<think>"):  # opened by the template
                 text = "<think>" + text
             progress.update()
-            yield Answer(index, text, len(tokens[:end]), end is not None)
+            yield Answer(index, text, len(tokens[:end]), end is not None, size)
 
 
 def shown_as_nothing(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -251,7 +260,7 @@ def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad
         ids = torch.tensor(tokens, dtype=torch.long, device=model.device)
         if ids.numel():
             with torch.no_grad():
-                model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                inner_model(model)(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     shared = shared_length(prompts)
     prefix = DynamicCache()

@@ -454,6 +454,17 @@ def adapter_off(model: PreTrainedModel | PeftModel) -> contextlib.AbstractContex
     return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
 
 
+def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model that a PeftModel holds, its adapter at work; any other model as it is.
+
+    What measures goes through it: once a trainer has prepared a PeftModel, the forward pass of that one alone runs in
+    accelerate's autocast, so in half precision a baseline would be measured in another way than what follows.
+    """
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def adapter_sha256(model: PreTrainedModel | PeftModel) -> str:
     """SHA-256 of the active adapter's tensors as safetensors; "none" for a model without an adapter."""
     from peft import PeftModel, get_peft_model_state_dict

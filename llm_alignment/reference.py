@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llm_alignment.files import ResultFile, digest
 from llm_alignment.generation import in_batches
-from llm_alignment.models import adapter_sha256, model_fingerprint, on_main_process
+from llm_alignment.models import adapter_sha256, main_process, model_fingerprint, on_main_process
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
@@ -24,7 +24,7 @@ def add_reference(args: argparse.Namespace, trainer: DPOTrainer, folder: Path) -
     To be called before the first step. They become TRL's columns "ref_chosen_logps" and "ref_rejected_logps", so that
     no step runs the reference. The reference is the base, or, for an adapter that is trained on, that adapter as it is
     now, TRL's copy "ref". The values are kept in `folder`/reference.jsonl and in the baseline cache, by base, adapter
-    and the pairs' tokens. The main process computes them.
+    and the pairs' tokens. All processes share the work; the main one writes.
     """
     trainer.train_dataset = trainer.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     rows = trainer.train_dataset.to_list()
@@ -39,19 +39,19 @@ def add_reference(args: argparse.Namespace, trainer: DPOTrainer, folder: Path) -
     if goes_on:
         fingerprint["scaling"] = digest({name: trainer.model.peft_config["ref"].to_dict()[name] for name in SCALING})
 
-    def compute() -> list[dict]:
-        path, use_cache = folder / "reference.jsonl", not args.no_baseline_cache
-        results = ResultFile(path, fingerprint, renew=True, use_cache=use_cache)
-        missing = {question["question_id"] for question in results.missing(questions)}
-        for index, log_probs in in_batches_of_like_prompts(trainer, rows, questions, missing):
-            question = questions[index]
-            if question["question_id"] in missing:
+    path, use_cache = folder / "reference.jsonl", not args.no_baseline_cache
+    results = ResultFile(path, fingerprint, renew=True, use_cache=use_cache) if main_process() else None
+    unread = on_main_process(lambda: results.missing(questions) if results else [])
+    missing = {question["question_id"] for question in unread}
+    for index, log_probs in in_batches_of_like_prompts(trainer, rows, questions, missing):
+        question = questions[index]
+        if question["question_id"] in missing:
+            missing.remove(question["question_id"])
+            if results:
                 results.append({**question, "chosen": log_probs[0], "rejected": log_probs[1]})
-                missing.remove(question["question_id"])
+    if results:
         results.finish()
-        return results.rows_of(questions)
-
-    references = on_main_process(compute)
+    references = on_main_process(lambda: results.rows_of(questions) if results else [])
     for side in ("chosen", "rejected"):
         values = [row[side] for row in references]
         trainer.train_dataset = trainer.train_dataset.add_column(f"ref_{side}_logps", values)
@@ -70,11 +70,11 @@ def in_batches_of_like_prompts(
     """Yields (index of a row, reference log-probabilities in nats of its chosen and rejected answer).
 
     Prompts that begin alike are read together. A batch without a `missing` question is left out; the others are the
-    same ones in every run, so that a restart finds the same numbers to the bit.
+    same ones in every run, so that a restart finds the same numbers to the bit. All processes take them in turn.
     """
     from tqdm import tqdm
 
-    progress = tqdm(total=len(rows), desc="reference", unit="pair", disable=not missing)
+    progress = tqdm(total=len(rows), desc="reference", unit="pair", disable=not (missing and main_process()))
 
     def run(batch: list[int]) -> Iterator[tuple[int, tuple[float, float]]]:
         progress.update(len(batch))
@@ -88,4 +88,4 @@ def in_batches_of_like_prompts(
 
     order = sorted(range(len(rows)), key=lambda index: rows[index]["prompt_ids"])
     with progress:
-        yield from in_batches(order, PAIRS_AT_ONCE, run)
+        yield from in_batches(order, PAIRS_AT_ONCE, run, split=True)

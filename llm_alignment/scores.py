@@ -13,7 +13,8 @@ from llm_alignment.stats import equal_length_delta, in_per_cent, mcnemar, paired
 def summarise(rows: list[dict]) -> dict:
     """Averages over questions (a question counts as the mean of its turns), overall, per turn and per category.
 
-    `answer_tokens` is the mean length of an answer, `unfinished` the share of answers cut by the token limit.
+    `answer_tokens` is the mean length of an answer, `unfinished` the share of answers cut by the token limit,
+    `batch_sizes` the numbers of answers that were to be generated at once.
     """
     mean = statistics.fmean
     categories = sorted({row["category"] for row in rows})
@@ -30,6 +31,8 @@ def summarise(rows: list[dict]) -> dict:
         "n": len(rows),
         "answer_tokens": mean(tokens for row in rows for tokens in row["answer_tokens"]),
         "unfinished": mean(not finished for row in rows for finished in row["finished"]),
+        # older files do not have them
+        "batch_sizes": sorted({size for row in rows for size in row.get("batch_sizes", [])}),
     }
 
 

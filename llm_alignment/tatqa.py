@@ -441,12 +441,12 @@ def answer_tatqa(
         disable=not (missing and results),
     )
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), progress, evaluating(model):
-        size = groups_at_once(model, groups, max_new_tokens, batch_size)
+        size, rows_at_once = groups_at_once(model, groups, max_new_tokens, batch_size)
         for group, answers in in_batches(groups, size, answer_batch, split=True):
             for question, answer in zip(group, answers, strict=True):
                 if results:
                     text = strip_thinking(tokenizer.decode(answer, skip_special_tokens=True))
-                    results.append(graded_row(question, text))
+                    results.append({**graded_row(question, text), "batch_size": rows_at_once})
                 progress.update()
     if results:
         results.finish()
@@ -464,15 +464,19 @@ def graded_row(question: dict, text: str) -> dict:
 
 def groups_at_once(
     model: PreTrainedModel | PeftModel, groups: list[list[dict]], max_new_tokens: int, batch_size: int = 0
-) -> int:
-    """How many groups of questions are answered at once: enough for `batch_size` rows; 0 = by free memory."""
+) -> tuple[int, int]:
+    """How many groups of questions are answered at once, and the rows that this is to be: `batch_size`, or with 0 what
+    the free memory holds."""
     longest = max((len(question["tokens"]) for group in groups for question in group), default=0) + max_new_tokens
     rows = batch_size or free_batch_size(model, longest)
-    return math.ceil(rows / max(map(len, groups), default=1))
+    return math.ceil(rows / max(map(len, groups), default=1)), rows
 
 
 def summarise_tatqa(rows: list[dict]) -> dict:
-    """Both metrics in per cent, overall and by answer type: {"em_like", "em", "f1", "n", "by_type": {type: ...}}."""
+    """Both metrics in per cent, overall and by answer type: {"em_like", "em", "f1", "n", "by_type": {type: ...}}.
+
+    "batch_sizes" are the numbers of answers that were to be generated at once.
+    """
 
     def shares(rows: list[dict]) -> dict:
         means = {key: 100 * statistics.fmean(row[key] for row in rows) for key in ("em_like", "em", "f1")}
@@ -480,7 +484,8 @@ def summarise_tatqa(rows: list[dict]) -> dict:
 
     kinds = sorted({row["answer_type"] for row in rows})
     by_type = {kind: shares([row for row in rows if row["answer_type"] == kind]) for kind in kinds}
-    return {**shares(rows), "by_type": by_type}
+    sizes = {row["batch_size"] for row in rows if "batch_size" in row}  # older files do not have it
+    return {**shares(rows), "by_type": by_type, "batch_sizes": sorted(sizes)}
 
 
 def compare_tatqa(before: list[dict], after: list[dict]) -> dict[str, dict]:

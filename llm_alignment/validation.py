@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llm_alignment.anchored_loss import fused_nll_kl
 from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import ResultFile, digest
-from llm_alignment.models import evaluating
+from llm_alignment.models import evaluating, inner_model
 from llm_alignment.stats import paired_delta
 from llm_alignment.training import token_counts
 
@@ -40,7 +40,8 @@ def validation_nll(
     """NLL summed over each row's targets, in nats, and their number. `rows`: a prepared `datasets.Dataset`."""
     import torch
 
-    weight = model.get_base_model().get_output_embeddings().weight
+    inner = inner_model(model)
+    weight = inner.get_output_embeddings().weight
     lengths = token_counts(rows, "input_ids")
     order = sorted(range(len(rows)), key=lambda row: -lengths[row])  # little padding
     sums, tokens = [0.0] * len(rows), [0] * len(rows)
@@ -54,7 +55,7 @@ def validation_nll(
             without_head(model),
             torch.autocast(model.device.type, model.dtype, enabled=model.device.type == "cuda"),
         ):
-            hidden = model(**batch, use_cache=False).logits[:, :-1]
+            hidden = inner(**batch, use_cache=False).logits[:, :-1]
         for row_hidden, row_labels in zip(hidden, labels, strict=True):
             row = next(place)
             sums[row] = fused_nll_kl(row_hidden, weight, row_labels, num_items=1)[1].item()

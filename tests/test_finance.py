@@ -282,7 +282,7 @@ def fake_generate(monkeypatch, answer_of):
         batches.append([conversation[0]["content"] for conversation in conversations])
         for index, prompt in reversed(list(enumerate(batches[-1]))):  # in an order of its own
             text, finished = answer_of(prompt)
-            yield generation.Answer(index, text, 3, finished)
+            yield generation.Answer(index, text, 3, finished, 8)
 
     monkeypatch.setattr(finance, "generate", generate)
     monkeypatch.setattr(finance, "load_model", lambda args: None)

@@ -177,6 +177,20 @@ def test_a_block_that_the_template_opens_is_seen(model, tokenizer):
     assert text.startswith("<think>") and generation.strip_thinking(text) == ""
 
 
+def test_prompts_are_read_outside_of_the_trainer_s_autocast(model):
+    """After training a PeftModel's forward runs in it; the baseline was read before."""
+    from peft import LoraConfig, get_peft_model
+
+    adapter = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    trained = get_peft_model(copy.deepcopy(model).to(torch.bfloat16), adapter)
+    prompts = [list(range(5, 30)), [*range(5, 20), 3, 4]]
+    before = generation.read_group(trained, prompts, 0)
+    trained.forward = torch.autocast("cpu", torch.bfloat16)(trained.forward)
+    after = generation.read_group(trained, prompts, 0)
+    for one, other in zip(before, after, strict=True):
+        assert all(map(torch.equal, (keys for keys, _ in one), (keys for keys, _ in other)))
+
+
 # Run by two processes or by one: MT-Bench answers and TAT-QA answers of toy models, with what each process got.
 SPLIT = """
 import json, os, pathlib, sys

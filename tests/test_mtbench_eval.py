@@ -217,7 +217,7 @@ def test_the_baseline_cache(evaluate, tmp_path, logged, monkeypatch):
 def test_an_answer_that_only_thinks_scores_as_empty(evaluate, questions, reward_model, monkeypatch):
     def thinker(model, tokenizer, conversations, **_):
         for index in range(len(conversations)):
-            yield generation.Answer(index, "<think>and so on", 10, False)
+            yield generation.Answer(index, "<think>and so on", 10, False, 8)
 
     monkeypatch.setattr(me, "generate", thinker)
     row = evaluate(questions=questions[:1])[0]

@@ -198,6 +198,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists() and not (tmp_path / "log.jsonl").exists()
 
 
+def test_half_precision_is_measured_in_one_way_before_and_after_training(tmp_path):
+    """A step of nearly nothing, so that the model stays what it was. Training itself runs in autocast."""
+    argv = flags(tmp_path / "run", "--dtype", "bf16", "--learning_rate", "1e-30", "--epochs", "0.1")
+    record = sft_train.main([flag for flag in argv if flag != "--skip_baseline_eval"])
+    assert record["kept_step"] == 2 and record["final"]["val_loss"] == record["baseline"]["val_loss"]
+    assert record["final"]["drift"] == pytest.approx(0, abs=1e-12)
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
     import safetensors.torch

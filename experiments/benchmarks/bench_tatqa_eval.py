@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     questions = tatqa.fit_questions(questions, tokenizer, args)
     by_context = [[*group] for _, group in itertools.groupby(questions, key=lambda question: question["context"])]
     groups = sorted(by_context[: args.contexts], key=lambda group: len(group[0]["tokens"]))
-    size = tatqa.groups_at_once(model, groups, args.eval_max_new_tokens, args.eval_batch_size)
+    size, _ = tatqa.groups_at_once(model, groups, args.eval_max_new_tokens, args.eval_batch_size)
     prompts = [[question["tokens"] for question in group] for group in groups]
     batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     settings = generation.decoding_settings(model, tokenizer, temperature=0.0, top_p=1.0)
