@@ -297,7 +297,7 @@ def test_held_out_rewards_are_those_of_training(demo_args, demo_tokenizer, rows,
     assert sorted(rewards) == pytest.approx(sorted(expected), rel=1e-4, abs=1e-5)  # the loader shuffles
     assert max(map(abs, rewards)) > 0.1
     settings = dict(beta=args.beta, max_length=args.max_length, path=tmp_path / "base.jsonl")
-    for row in dpo.reward_pairs(trainer.model, tokenizer, pairs, fingerprint={"adapter": "none"}, **settings):
+    for row in dpo.reward_pairs(trainer.model, demo_tokenizer, pairs, fingerprint={"adapter": "none"}, **settings):
         assert row["chosen_reward"] == row["rejected_reward"] == 0, "the base is its own reference"
 
 
