@@ -170,34 +170,6 @@ def test_a_run_from_start_to_finish(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
-    """They share the reference pass and the held-out pairs, 7 of them, too."""
-    from safetensors.torch import load_file
-
-    argv = [*SMALL, "--no_baseline_cache", "--no-do_eval", "--no-do_mtbench", "--no-do_instruct"]
-    argv += ["--limit_pairs", "24", "--batch", "2"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = [str(ROOT / "dpo_train.py"), *argv, "--output_dir", "two", "--exp_log", "two.jsonl", "--grad_acc", "1"]
-    done = subprocess.run(
-        [*launch, *two], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, encoding="utf-8",
-        errors="replace",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    dpo_train.main([*argv, "--output_dir", "one", "--exp_log", "one.jsonl", "--grad_acc", "2"])
-    alone, shared = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    for name, tensor in alone.items():
-        assert (tensor - shared[name]).norm() < 1e-4 * tensor.norm(), name
-    for file, size in (("reference.jsonl", 24), ("held_out_final.jsonl", 7)):
-        lines = [(tmp_path / name / file).read_text("utf-8").splitlines()[1:] for name in ("one", "two")]
-        rows, others = ({row["question_id"]: row for row in map(json.loads, side)} for side in lines)
-        assert len(rows) == len(lines[1]) == size and rows.keys() == others.keys()
-        for name, row in rows.items():
-            numbers = {key: value for key, value in row.items() if isinstance(value, float)}
-            assert {key: others[name][key] for key in numbers} == pytest.approx(numbers, rel=1e-5, abs=1e-5)
-    assert len(Path("two.jsonl").read_text("utf-8").splitlines()) == 1, "one record a run, not one a process"
-
-
-@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_adapter(tmp_path):
     argv = [*SMALL, "--exp_log", "log.jsonl", "--do_eval", "--no-do_mtbench", "--no-do_instruct"]
     dpo_train.main([*argv, "--output_dir", "whole"])
