@@ -198,6 +198,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists() and not (tmp_path / "log.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_half_precision_is_measured_in_one_way_before_and_after_training(tmp_path):
     """A step of nearly nothing, so that the model stays what it was. Training itself runs in autocast."""
     argv = flags(tmp_path / "run", "--dtype", "bf16", "--learning_rate", "1e-30", "--epochs", "0.1")

@@ -294,7 +294,8 @@ def test_a_row_holds_what_a_reader_needs(model, demo_tokenizer, questions, tmp_p
     )
     for row, asked in zip(rows, questions, strict=False):
         assert set(row) == {
-            "question_id", "context", "question", "answer_type", "scale", "gold", "answer", "em_like", "em", "f1"
+            "question_id", "context", "question", "answer_type", "scale", "gold", "answer", "em_like", "em", "f1",
+            "batch_size",
         }  # fmt: skip
         assert row["gold"] == asked["answer"] and row["context"] == asked["context"]
         assert row["em_like"] is tatqa_em_like(asked, row["answer"])
