@@ -183,9 +183,9 @@ def score_questions(
     """Answers every turn of every question, scores each answer with its history, and returns a row per question.
 
     A row: {"question_id", "category", "turns", "answers", "rewards", "scores", "scores_logged", "answer_tokens",
-    "finished", "batch_sizes"}, the last seven with one entry per turn. Questions are processed in chunks; the rows of a
-    chunk are written to `path` (a ResultFile) as soon as they exist, and a restart continues with the first incomplete
-    chunk.
+    "finished", "batch_sizes"}, the last seven with one entry per turn. Questions are processed in chunks; the rows of
+    a chunk are written to `path` (a ResultFile) as soon as they exist, and a restart continues with the first
+    incomplete chunk.
     `fingerprint` describes the model; questions, reward model and generation settings are added to it.
     `use_cache` takes a greedy result from the user's cache folder and puts it there. `renew`: see ResultFile.
     """
