@@ -21,7 +21,8 @@ def paired_delta(
     ones. The interval is that test inverted: every shift that it does not reject, so it holds 0 exactly when p is
     above 0.05. Its ends are the 2.5 % and 97.5 % points of the means of random halves of the data (Hartigan
     1969, Using subsample values as typical values, JASA 64, 1303). That test assumes symmetric differences, so where
-    the BCa bootstrap reaches further its end is taken; only 0 stays on the side of the interval that p says.
+    the BCa bootstrap reaches further its end is taken; only 0 stays on the side of the interval that p says. Where
+    fewer than 6 units changed, their number alone is uncertain: the ends reach as far as its exact bounds allow.
 
     `clusters`: one label for each item. Items of one label share a sign and are resampled together, so that items with
     a common context do not count as independent. Without it every item is its own cluster.
@@ -137,12 +138,27 @@ def _interval(sums: Any, sizes: Any, part_sums: Any, part_sizes: Any, p: float) 
     high = -np.sort(np.where(empty, -np.inf, -means))[skip]
     boot_low, boot_high = _bca(sums, sizes)
     if p > 0.05:
-        return float(min(low, boot_low, 0)), float(max(high, boot_high, 0))
+        few_low, few_high = _few_changed(sums, sizes) if np.count_nonzero(sums) < ENOUGH else (0, 0)
+        return float(min(low, boot_low, few_low, 0)), float(max(high, boot_high, few_high, 0))
     if sums.sum() > 0:
         low = min([end for end in (low, boot_low) if end > 0], default=means[means > 0].min())
         return float(low), float(max(high, boot_high))
     high = max([end for end in (high, boot_high) if end < 0], default=means[means < 0].max())
     return float(min(low, boot_low)), float(high)
+
+
+def _few_changed(sums: Any, sizes: Any) -> tuple[float, float]:
+    """How far the mean may lie from 0 where so few units changed that their number is the largest uncertainty.
+
+    The exact 95 % bounds of the shares of units that fall and that rise (Clopper and Pearson 1934), times the mean
+    size of a change.
+    """
+    import numpy as np
+    from scipy.stats import beta
+
+    size = np.abs(sums[sums != 0]).mean() * len(sums) / sizes.sum()
+    fall, rise = (beta.ppf(0.975, count + 1, len(sums) - count) for count in (np.sum(sums < 0), np.sum(sums > 0)))
+    return -float(fall) * size, float(rise) * size
 
 
 def _bca(sums: Any, sizes: Any) -> tuple[float, float]:

@@ -186,6 +186,8 @@ def test_few_changed_items_cannot_tell():
     delta = stats.paired_delta([0.0] * 40, after)
     assert delta["p"] == pytest.approx(2 / 2**5) and delta["changed"] == 5 and stats.too_few_changed(delta)
     assert holds_0(delta)
+    # 2 of 40 rose and none fell: the exact upper bound of 0 in 40 is 1 - 0.025 ** (1 / 40)
+    assert stats.mcnemar([0] * 40, [1, 1] + [0] * 38)["low"] == pytest.approx(-(1 - 0.025 ** (1 / 40)))
     six = stats.paired_delta([0.0] * 41, [6.0, *after])
     assert six["p"] == pytest.approx(2 / 2**6) and not stats.too_few_changed(six) and not holds_0(six)
 
