@@ -78,7 +78,13 @@ def generate(
     if not conversations:
         return
     device, context = model.device, model.config.get_text_config().max_position_embeddings
-    max_new_tokens = min(max_new_tokens, context // 2)
+    if max_new_tokens > context // 2:
+        log.warning(
+            "answers get %d new tokens, not %d: half of the model's context; lower the limit",
+            context // 2,
+            max_new_tokens,
+        )
+        max_new_tokens = context // 2
     prompts = tokenizer.apply_chat_template(
         conversations, add_generation_prompt=True, return_dict=False, enable_thinking=thinking
     )

@@ -146,7 +146,13 @@ def test_continuous_batching_gives_the_same_tokens(model, tokenizer):
     assert list(answers.values()) == plain_answers(model, tokenizer, conversations, [2], 10)
 
 
-def test_a_prompt_beyond_the_context_loses_its_beginning(model, tokenizer, caplog):
+def test_a_limit_beyond_half_of_the_context_is_lowered_and_said(model, tokenizer, monkeypatch, logged):
+    monkeypatch.setattr(model.config, "max_position_embeddings", 40)
+    (answer,) = generation.generate(model, tokenizer, chats(1), max_new_tokens=30)
+    assert answer.tokens <= 20 and "answers get 20 new tokens, not 30" in logged.text
+
+
+def test_a_prompt_beyond_the_context_loses_its_beginning(model, tokenizer):
     long = [{"role": "user", "content": " ".join(WORDS * 60)}]
     ids = tokenizer.apply_chat_template(long, add_generation_prompt=True, return_dict=False)
     assert len(ids) > 512
