@@ -266,7 +266,7 @@ def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad
         ids = torch.tensor(tokens, dtype=torch.long, device=model.device)
         if ids.numel():
             with torch.no_grad():
-                inner_model(model)(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                inner_model(model)(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     shared = shared_length(prompts)
     prefix = DynamicCache()
