@@ -31,6 +31,7 @@ SHAPE = dict(
     vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
     intermediate_size=768,
 )  # fmt: skip
+OTHERS = ("unsorted", "TRL", "published")  # than sorted, which the others are compared with
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--grad_acc", type=int, default=16, help="micro-batches of a step" + default)
     parser.add_argument("--rounds", type=int, default=3, help="measured steps of each variant" + default)
     parser.add_argument("--tail", type=int, default=128, help="last tokens that the KL acts on" + default)
+    parser.add_argument("--without", nargs="+", default=[], choices=OTHERS, help="variants to leave out")
     return parser
 
 
@@ -60,6 +62,7 @@ class Bench:
 
         torch.manual_seed(0)
         self.device, self.dtype = device_and_dtype("auto")
+        self.without = options.without
         config = Qwen3Config(tie_word_embeddings=True, max_position_embeddings=4096, **SHAPE)
         Qwen3ForCausalLM(config).to(self.dtype).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
@@ -114,12 +117,14 @@ class Bench:
             (loss / len(batches)).backward()
 
     def variants(self) -> dict[str, tuple[str, Callable[[list[dict]], None]]]:
-        return {
+        """{name: (order of the rows, step)} of those to measure."""
+        every = {
             "sorted": ("sorted", lambda batches: self.step(self.ours, batches)),
             "unsorted": ("unsorted", lambda batches: self.step(self.ours, batches)),
             "TRL": ("unsorted", lambda batches: self.step(self.stock, batches)),
             "published": ("unsorted", self.step_published),
         }
+        return {name: variant for name, variant in every.items() if name not in self.without}
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
