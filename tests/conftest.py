@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("LLM_ALIGNMENT_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """SIGHUP does what it does in a terminal: under nohup it is ignored, and runs and child processes keep that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def test_ctrl_c_reaches_a_caller_of_main(tmp_path):
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_signal_ends_in_its_code_and_a_record(tmp_path, name, code):
+def test_a_signal_ends_in_its_code_and_a_record(tmp_path, name, code, hangup):
     process = start(tmp_path, "time.sleep(60)", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while process.stdout.readline() != "строка\n":
         assert process.poll() is None

@@ -127,7 +127,7 @@ def test_a_signal_ends_the_micro_batch_and_the_resumed_run_is_the_same(
     assert (folder / "metrics.json").read_bytes() == (whole / "metrics.json").read_bytes()
 
 
-def test_a_checkpoint_that_exists_is_not_saved_again(flags, tmp_path, monkeypatch):
+def test_a_checkpoint_that_exists_is_not_saved_again(flags, tmp_path, monkeypatch, hangup):
     saved, save = [], transformers.Trainer._save_checkpoint
     monkeypatch.setattr(
         transformers.Trainer,
