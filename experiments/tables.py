@@ -212,7 +212,7 @@ def delta_rows(run: Run) -> list[TableRow]:
     for row in table_rows(run.source["baseline"], run.source["final"], run.delta):
         is_part = row.title.startswith("  ")
         title = title if is_part else row.title
-        if row.delta and row.delta["n"]:
+        if row.delta and row.delta["mean"] is not None:
             rows.append(row._replace(title=f"{title}: {row.title.strip()}") if is_part else row)
     return rows
 

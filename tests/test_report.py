@@ -271,6 +271,16 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path):
     assert figure is not None
 
 
+def test_a_difference_that_one_seed_does_not_have_is_no_row(tmp_path):
+    """Where no answer changed its length there is no difference at equal length."""
+    nothing = dict.fromkeys(("mean", "low", "high", "p")) | {"changed": 0}
+    members = [seed_record(1, 0.0), seed_record(2, 0.1)]
+    for record, equal_length in zip(members, (nothing, {}), strict=True):
+        record["delta"]["mtbench_equal_length"] = delta(0.1, -0.1, 0.3, 0.4) | equal_length
+    text = tables.results(seeds.merge_seeds(records.load_runs([write_log(tmp_path / "log.jsonl", *members)])), [], {})
+    assert "mine, 2 seeds | MT-Bench, 1-10" in text and "at equal length" not in text.partition("## Differences")[2]
+
+
 @pytest.mark.parametrize(
     ("count", "seed_sd", "question_sd", "both_sd"), [(2, 0.3, 1.0, 1.0), (3, 0.0, 1.0, 2.0), (5, 0.5, 0.5, 1.0)]
 )
