@@ -17,6 +17,7 @@ from conftest import DEMO, ROOT
 from toys import CHATML, WORDS, chats, make_tokenizer, plain_answers, save_reward_model
 
 from llm_alignment import flags, generation, models
+from llm_alignment.prefixes import add_prefix_sharing
 
 
 def texts(*args, **kwargs) -> list[str]:
@@ -195,6 +196,16 @@ def test_prompts_are_read_outside_of_the_trainer_s_autocast(model):
     after = generation.read_group(trained, prompts, 0)
     for one, other in zip(before, after, strict=True):
         assert all(map(torch.equal, (keys for keys, _ in one), (keys for keys, _ in other)))
+
+
+def test_a_model_whose_forward_folds_pairs_answers_as_before(model, tokenizer):
+    """TAT-QA is answered after the DPO trainer has changed the model's forward."""
+    folded = copy.deepcopy(model)
+    add_prefix_sharing(folded)
+    groups = [[list(range(5, 30)), [*range(5, 20), 3, 4]]]
+    settings = generation.decoding_settings(model, tokenizer, temperature=0.0, top_p=1.0)
+    answers = [generation.generate_grouped(of, groups, settings, 6) for of in (model, folded)]
+    assert answers[0] == answers[1] and all(len(tokens) > 0 for tokens in answers[0][0])
 
 
 # Run by two processes or by one: MT-Bench answers and TAT-QA answers of toy models, with what each process got.
