@@ -29,6 +29,7 @@ from llm_alignment.models import (
     adapter_kept_in_float32,
     adapter_off,
     check_head,
+    evaluating,
     inner_model,
     load_adapter,
     load_model,
@@ -374,15 +375,13 @@ def reward_pairs(
                 base = answer_log_probs(model, tokenizer, missing[index], max_length)
             yield place, [beta * (now - then) for now, then in zip(policy, base, strict=True)]
 
-    was_training = model.training
-    model.eval()
     order = range(len(missing))
     rewards = ((index, (0.0, 0.0)) for index in order) if is_base else in_batches([*order], 1, read, split=True)
-    for index, (chosen, rejected) in tqdm(rewards, path.stem, len(missing), unit="pair", disable=results is None):
-        if results:
-            kept = {key: missing[index][key] for key in ("question_id", "cluster", "chosen", "rejected")}
-            results.append({**kept, "chosen_reward": chosen, "rejected_reward": rejected})
-    model.train(was_training)
+    with evaluating(model):
+        for index, (chosen, rejected) in tqdm(rewards, path.stem, len(missing), unit="pair", disable=results is None):
+            if results:
+                kept = {key: missing[index][key] for key in ("question_id", "cluster", "chosen", "rejected")}
+                results.append({**kept, "chosen_reward": chosen, "rejected_reward": rejected})
     if results:
         results.finish()
     return on_main_process(lambda: results.rows_of(pairs) if results else [])
