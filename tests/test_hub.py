@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -203,3 +204,10 @@ def test_a_recipe_of_the_readme_runs_to_its_end(tmp_path):
     shown = (tmp_path / "sft-quickstart.txt").read_text("utf-8")
     assert done.returncode == 0, shown[-2000:]
     assert (tmp_path / "mt_bench_ru.json").exists() and "MT-Bench" in shown
+
+
+def test_no_run_is_reported_to_the_hub():
+    """TRL's report comes from a thread whose look-up of the host can end the process in a segmentation fault."""
+    shown = "import sft_train, huggingface_hub.constants as hub; print(hub.HF_HUB_DISABLE_TELEMETRY)"
+    unset = {key: value for key, value in os.environ.items() if key != "HF_HUB_DISABLE_TELEMETRY"}
+    assert subprocess.check_output([sys.executable, "-c", shown], cwd=ROOT, env=unset, text=True).strip() == "True"
