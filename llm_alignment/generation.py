@@ -101,7 +101,6 @@ def generate(
         return answers(model, batch_prompts, settings, max_new_tokens)
 
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    special_ids = shown_as_nothing(tokenizer)
     progress = tqdm(total=len(prompts), desc=description, unit="answer", disable=not (description and main_process()))
     with torch.random.fork_rng([device] if device.type == "cuda" else []), progress, evaluating(model):
         is_continuous = backend == "auto" and can_run_continuously(
@@ -111,20 +110,24 @@ def generate(
         size = size or free_batch_size(model, len(prompts[order[-1]]) + max_new_tokens)
         for index, tokens in in_batches(order, size, answer_batch, split=split):
             end = next((n for n, token in enumerate(tokens) if token in settings.eos_token_id), None)
-            text = tokenizer.decode([token for token in tokens[:end] if token not in special_ids]).strip()
-            if tokenizer.decode(prompts[index][-16:]).rstrip().endswith("<think>"):  # opened by the template
-                text = "<think>" + text
             progress.update()
+            text = text_of(tokens[:end], tokenizer, prompts[index])
             yield Answer(index, text, len(tokens[:end]), end is not None, size)
 
 
-def shown_as_nothing(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special tokens, but for the tags of thinking, which must be seen to be removed: see `strip_thinking`."""
-    return {
+def text_of(tokens: list[int], tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+    """The text of the new tokens after the tokens of a prompt; special tokens are shown as nothing.
+
+    The tags of thinking must be seen to be removed by `strip_thinking`, also one that the template has opened.
+    """
+    hidden = {
         number
         for number, token in tokenizer.added_tokens_decoder.items()
         if token.special and token.content not in {"<think>", "</think>"}
     }
+    text = tokenizer.decode([token for token in tokens if token not in hidden]).strip()
+    is_open = tokenizer.decode(prompt[-16:]).rstrip().endswith("<think>")
+    return f"<think>{text}" if is_open else text
 
 
 def decoding_settings(

@@ -27,6 +27,7 @@ from llm_alignment.generation import (
     in_batches,
     line_break_tokens,
     strip_thinking,
+    text_of,
 )
 from llm_alignment.hub import hub_files
 from llm_alignment.models import evaluating, main_process, on_main_process
@@ -445,7 +446,8 @@ def answer_tatqa(
         for group, answers in in_batches(groups, size, answer_batch, split=True):
             for question, answer in zip(group, answers, strict=True):
                 if results:
-                    text = strip_thinking(tokenizer.decode(answer, skip_special_tokens=True))
+                    answer = itertools.takewhile(lambda token: token not in settings.eos_token_id, answer)
+                    text = strip_thinking(text_of([*answer], tokenizer, question["tokens"]))
                     results.append({**graded_row(question, text), "batch_size": rows_at_once})
                 progress.update()
     if results:

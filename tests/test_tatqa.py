@@ -302,6 +302,19 @@ def test_a_row_holds_what_a_reader_needs(model, demo_tokenizer, questions, tmp_p
         assert (row["em"], row["f1"]) == tatqa_em_f1(asked, *tatqa_parse(row["answer"]))
 
 
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_thought_is_no_answer(demo_tokenizer, questions, tmp_path, monkeypatch, model, opens):
+    """Templates of thinking models may open the block themselves: what the model writes then closes it alone."""
+    text = "It is 5.\n</think>\n\n7" if opens else "<think>It is 5.\n</think>\n\n7"
+    tokens = demo_tokenizer(text)["input_ids"] + [demo_tokenizer.eos_token_id]
+    monkeypatch.setattr(tatqa, "generate_grouped", lambda model, groups, *_: [[tokens] * len(g) for g in groups])
+    prompt = demo_tokenizer("Answer:<think>\n" if opens else "Answer:")["input_ids"]
+    rows = tatqa.answer_tatqa(
+        model, demo_tokenizer, [{**questions[0], "tokens": prompt}], path=tmp_path / "rows.jsonl", fingerprint={}
+    )
+    assert [row["answer"] for row in rows] == ["7"]
+
+
 def test_groups_of_one_prompt_or_without_a_common_beginning(model, demo_tokenizer):
     settings = generation.decoding_settings(model, demo_tokenizer, temperature=0.0, top_p=1.0)
     texts = [
