@@ -29,6 +29,7 @@ from llm_alignment.dpo import (
     neutral_flags,
     print_plan,
     reward_evaluation,
+    starting_adapter,
 )
 from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
 from llm_alignment.flags import DPO_DEMO, new_parser, not_negative, parse_arguments
@@ -185,6 +186,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     tokenizer = load_tokenizer(args)
     check_model(args, tokenizer, adapter=args.load_adapter)
     pairs, held_out, data = own_pairs(args) if args.pairs else table_pairs(args)
+    data |= starting_adapter(args)
     check_output_folder(args, neutral_flags(args), data)
     checkpoint = newest_complete(args)
     fit = fit_chats if args.pairs else functools.partial(fit_pairs, mark=QUESTION_PREFIX)
@@ -218,7 +220,8 @@ def own_pairs(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict]:
     on the seed. Raises InputError when no prompt is left to train on, or to hold out.
     """
     counts: dict[str, int] = {}
-    pairs = without_leaks(read_pairs(args.pairs, "--pairs"), leak_finder(asked_texts(args)), "pairs", counts)
+    pairs = read_pairs(args.pairs, "--pairs", thinking=args.thinking)
+    pairs = without_leaks(pairs, leak_finder(asked_texts(args)), "pairs", counts)
     by_prompt: dict[str, list[dict]] = {}
     for pair in pairs:
         by_prompt.setdefault(transcript(pair["prompt"]), []).append(pair)

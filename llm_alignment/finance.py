@@ -414,7 +414,7 @@ def fill_items(
         clean = distinct(without_leaks(instructions, find_leak, "finance", data.counts))
         data.items["finance"] = sample(clean, len(clean), args.seed)
     if "general" in sources:
-        pairs = read_pairs(args.general_dataset, "--general_dataset")
+        pairs = read_pairs(args.general_dataset, "--general_dataset", thinking=args.thinking)
         pairs = without_leaks(pairs, find_leak, "general", data.counts)
         data.items["general"] = sample(pairs, len(pairs), args.seed)
 

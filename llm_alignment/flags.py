@@ -80,7 +80,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--thinking",
         action="store_true",
         help="Qwen3 may think before it answers: prompts end without the empty <think></think> block, and thoughts in "
-        "the SFT data are trained on (without it every answer follows an empty block, and thoughts are left out)",
+        "the data are trained on (without it every answer follows an empty block, and thoughts are left out)",
     )
 
 

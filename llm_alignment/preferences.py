@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -21,40 +22,42 @@ ROLES = {
 }
 
 
-def read_pairs(source: str, flag: str) -> list[dict]:
+def read_pairs(source: str, flag: str, *, thinking: bool = False) -> list[dict]:
     """The preference pairs of a JSONL, JSON or Parquet file, a folder of them or a hub data set, as `general_pairs`.
 
     Rows that cannot be used are skipped, counted and reported. Raises InputError, which names `flag`, when the source
     cannot be read or no row is left.
     """
-    return general_pairs(read_usable(source, flag, general_problem, GENERAL_COLUMNS))
+    problem = functools.partial(general_problem, thinking=thinking)
+    return general_pairs(read_usable(source, flag, problem, GENERAL_COLUMNS), thinking=thinking)
 
 
-def general_pairs(rows: list[dict]) -> list[dict]:
+def general_pairs(rows: list[dict], *, thinking: bool = False) -> list[dict]:
     """Preference pairs {"prompt", "chosen", "rejected", "uid"} of usable rows, each once, sorted by uid.
 
     The prompt of a single question is its text. That of a longer dialogue is a list of {role, content} turns, from a
-    user's turn to a user's turn, which goes through the chat template as such.
+    user's turn to a user's turn, which goes through the chat template as such. Without `thinking` the answers lose
+    their thoughts, as the prompt ends after an empty <think></think> block then.
     """
     pairs = {}
     for row in rows:
-        turns, chosen, rejected = general_turns(row)
+        turns, chosen, rejected = general_turns(row, thinking=thinking)
         uid = f"general:{digest(transcript(turns), chosen, rejected)[:16]}"
         prompt = turns if len(turns) > 1 else turns[0]["content"]
         pairs[uid] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "uid": uid}
     return [pairs[uid] for uid in sorted(pairs)]
 
 
-def general_problem(row: dict) -> str | None:
+def general_problem(row: dict, *, thinking: bool = False) -> str | None:
     """The reason why a row is no preference pair; None when it is one."""
     try:
-        general_turns(row)
+        general_turns(row, thinking=thinking)
     except ValueError as error:
         return str(error)
     return None
 
 
-def general_turns(row: dict) -> tuple[list[dict[str, str]], str, str]:
+def general_turns(row: dict, *, thinking: bool = False) -> tuple[list[dict[str, str]], str, str]:
     """The turns of the prompt, and both answers. Raises ValueError with the reason when a row is no preference pair.
 
     Everything before the last answer is the prompt, and it must be the same on both sides. A column that is null or
@@ -74,9 +77,14 @@ def general_turns(row: dict) -> tuple[list[dict[str, str]], str, str]:
     )
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected differ before the last turn")
-    if chosen == rejected:
+    answers = [turns[-1]["content"] for turns in (chosen, rejected)]
+    if not thinking:
+        answers = [re.sub(r"\A<think>.*?</think>\s*", "", answer, flags=re.DOTALL) for answer in answers]
+        if any(not answer or answer.startswith("<think>") for answer in answers):
+            raise ValueError("an answer has no text outside its <think> block")
+    if answers[0] == answers[1]:
         raise ValueError("equal answers")
-    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+    return chosen[:-1], answers[0], answers[1]
 
 
 def read_turns(value: Any, role: str, name: str) -> list[dict[str, str]]:

@@ -203,6 +203,24 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path, logged):
     assert "skipped 2 rows" in logged.text and "pairs.jsonl:2 (chosen and rejected differ before" in logged.text
 
 
+@pytest.mark.parametrize(
+    "chosen, rejected, thinking, expected",
+    [
+        ("<think>\nhm\n</think>\n\nYes.", "No.", False, ("Yes.", "No.")),
+        ("<think>\nhm\n</think>\n\nYes.", "No.", True, ("<think>\nhm\n</think>\n\nYes.", "No.")),
+        ("<think>never closed", "No.", False, None),
+        ("<think>a</think>Yes.", "<think>b</think> Yes.", False, None),  # equal without their thoughts
+    ],
+)
+def test_thoughts_are_trained_on_with_thinking_alone(chosen, rejected, thinking, expected):
+    """The prompt ends after an empty block, and a second one would stand behind it."""
+    row = {"prompt": "Well?", "chosen": chosen, "rejected": rejected}
+    assert (preferences.general_problem(row, thinking=thinking) is None) == bool(expected)
+    if expected:
+        [pair] = preferences.general_pairs([row], thinking=thinking)
+        assert (pair["chosen"], pair["rejected"]) == expected
+
+
 def test_a_leak_in_an_earlier_turn_is_found():
     find = leak_finder({"question": ["What is the total of all sales?"]})
     item = {"prompt": dialogue("What is the total of all sales?", "It is 7.", "And then?"), "chosen": "8"}
