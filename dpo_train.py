@@ -269,6 +269,11 @@ def table_pairs(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict]
     held_out: list[dict] = []
     data = {"source": args.tatqa_dir or "next-tat/TAT-QA"}
     if not args.no_train:
+        if args.do_eval and args.eval_split == args.tatqa_split:
+            log.warning(
+                "--eval_split %s is trained on too, so TAT-QA is measured on questions that were seen; name another",
+                args.eval_split,
+            )
         pairs, data = load_pairs(args, args.tatqa_split, args.limit_pairs)
     if args.eval_pairs:
         held_out, _ = load_pairs(args, args.eval_split, args.eval_pairs, without={pair["uid"] for pair in pairs})

@@ -21,7 +21,7 @@ import logging
 from fractions import Fraction
 from pathlib import Path
 
-from llm_alignment.dpo import add_dpo_flags, align, check_flags, fit_chats, print_plan
+from llm_alignment.dpo import add_dpo_flags, align, check_flags, fit_chats, print_plan, starting_adapter
 from llm_alignment.files import InputError, sample, write_rows
 from llm_alignment.finance import (
     MEASURING_FLAGS,
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if args.dry_run:
         print_plan(args, tokenizer, rows, evaluations)
         return
-    fingerprint = data_fingerprint(data, pairs)
+    fingerprint = data_fingerprint(data, pairs) | starting_adapter(args)
     check_output_folder(args, ignored, fingerprint)
     align(args, record, tokenizer, rows, evaluations, fingerprint, newest_complete(args))
     if main_process():

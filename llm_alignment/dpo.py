@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.evaluation import Evaluation, measure, pair_rows, plot_curves, report, save_answers
-from llm_alignment.files import InputError, ResultFile, differing, digest
+from llm_alignment.files import InputError, ResultFile, differing, digest, file_sha256
 from llm_alignment.flags import (
     add_lora_flags,
     add_model_flags,
@@ -157,20 +157,37 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--no_train without --load_adapter measures the base alone: leave out --no-eval_baseline")
     if args.load_adapter:
         take_adapter_settings(args)
+    if args.adapter_trainable and Path(args.load_adapter).resolve() == Path(args.output_dir).resolve():
+        raise InputError(
+            f"--load_adapter {args.load_adapter} is --output_dir too, and would be overwritten; name another"
+        )
+
+
+def starting_adapter(args: argparse.Namespace) -> dict[str, str]:
+    """For the fingerprint of the data: a run that is resumed must begin with the same adapter, its reference too."""
+    if not args.load_adapter:
+        return {}
+    return {"adapter": file_sha256(Path(args.load_adapter) / "adapter_model.safetensors")}
 
 
 def take_adapter_settings(args: argparse.Namespace) -> None:
     """Puts rank, alpha and layers of the adapter that --load_adapter names into `args`, and says where they differ.
 
     They are what is trained and recorded, whatever --lora_r and the like say. Raises InputError when its
-    adapter_config.json cannot be read.
+    adapter_config.json cannot be read, and for an adapter of the head.
     """
     config = adapter_config(args.load_adapter)
     layers = config.get("target_modules")
+    trained = [*(layers if isinstance(layers, list) else []), *(config.get("modules_to_save") or [])]
+    if any(str(layer).split(".")[-1] == "lm_head" for layer in trained):
+        raise InputError(
+            f"--load_adapter {args.load_adapter}: it changes the head (lm_head), which the losses here take from the "
+            "base; name another adapter"
+        )
     own = {
         "lora_r": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
-        "target_modules": ",".join(sorted(layers)) if isinstance(layers, list) else None,  # else a pattern
+        "target_modules": ",".join(sorted(map(str, layers))) if isinstance(layers, list) else None,  # else a pattern
     }
     asked = {**vars(args), "target_modules": ",".join(sorted(args.target_modules.split(",")))}
     other = {name: value for name, value in own.items() if value and value != asked[name]}

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, ROOT, logged_commands, read_rows, write_rows
+from conftest import DEMO, ROOT, logged_commands, read_rows, run_error, write_rows
 from toys import context, question
 
 import dpo_train
@@ -238,6 +238,30 @@ def test_bad_input_ends_before_anything_is_written(tmp_path, capsys, flags, word
     assert not (tmp_path / "out").exists() and not (tmp_path / "log.jsonl").exists()
 
 
+def test_questions_that_are_trained_on_are_measured_with_a_warning(logged):
+    argv = [*SMALL, "--no-do_mtbench", "--no-do_instruct", "--eval_pairs", "0", "--tatqa_dir", str(DEMO / "tatqa")]
+    dpo_train.table_pairs(dpo_train.build_parser().parse_args([*argv, "--eval_split", "validation"]))
+    assert "is trained on too" not in logged.text
+    dpo_train.table_pairs(dpo_train.build_parser().parse_args([*argv, "--eval_split", "train"]))
+    assert "--eval_split train is trained on too" in logged.text
+
+
+@pytest.mark.parametrize(
+    "settings, flags, words",
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, [], "it changes the head"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, [], "it changes the head"),
+        ({"target_modules": ["q_proj"]}, ["--output_dir", "adapter"], "is --output_dir too"),
+    ],
+)
+def test_adapters_that_cannot_be_trained_on(tmp_path, settings, flags, words):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 8, **settings}), encoding="utf-8")
+    args = dpo_train.build_parser().parse_args(["--load_adapter", "adapter", "--adapter_trainable", *flags])
+    with pytest.raises(InputError, match=words):
+        dpo.check_flags(args)
+
+
 @pytest.mark.slow
 def test_grouped_pairs_resumed_in_the_second_epoch(tmp_path, capsys):
     argv = [*SMALL, "--group_by_table", "--epochs", "2", "--eval_pairs", "0", "--no-do_eval", "--no-do_mtbench"]
@@ -290,18 +314,12 @@ def test_own_pairs(tmp_path, capsys):
     args = dpo_train.build_parser().parse_args(["--pairs", "one.jsonl", "--no-do_eval", "--no-do_mtbench"])
     assert [pair["chosen"] for pair in dpo_train.own_pairs(args)[0]] == ["0"]
     # SFT or DPO before it: the adapter that is loaded is the reference at the start
-    dpo_train.main([
-        *argv,
-        "--output_dir",
-        "on",
-        "--load_adapter",
-        "out",
-        "--adapter_trainable",
-        "--learning_rate",
-        "1e-9",
-    ])
+    again = [*argv, "--output_dir", "on", "--load_adapter", "out", "--adapter_trainable", "--learning_rate", "1e-9"]
+    dpo_train.main(again)
     log = read_rows(Path("on/train_log.jsonl"))
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    shutil.copy("on/adapter_model.safetensors", "out")  # another start, and so another reference
+    assert "data adapter" in run_error(capsys, dpo_train.main, *again, "--resume_from_checkpoint", "auto")
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
