@@ -79,7 +79,7 @@ def read_objects(path: Path, skipped: SkippedRows, wanted: Iterator[bool] = EVER
             continue
         place = f"{path.name}:{number}"
         try:
-            text = line.decode("utf-8-sig")  # Windows tools begin a file with a byte order mark
+            text = line.decode("utf-8").removeprefix("\ufeff")  # Windows tools begin a file with a byte order mark
             row = parse_json(text)
         except UnicodeDecodeError:
             skipped.add(place, "not UTF-8")
@@ -263,10 +263,14 @@ DECODER = json.JSONDecoder(parse_int=whole_number)  # json.loads would make one 
 
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text. Raises ValueError when it is none, also for bytes that are no UTF-8."""
+    text = (text if isinstance(text, str) else text.decode("utf-8-sig")).strip(" \t\r\n")
     try:
-        return DECODER.decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
+        value, end = DECODER.raw_decode(text)  # `decode` looks for the blanks by a regular expression, twice a row
     except RecursionError as error:
         raise ValueError(TOO_DEEP) from error
+    if end < len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
+    return value
 
 
 TOO_DEEP = "nested too deeply"
