@@ -15,7 +15,6 @@ import argparse
 import itertools
 import logging
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from llm_alignment.anchored_loss import fused_nll_kl, kl_coefficient, tail_mask
 from llm_alignment.drift import drift_evaluation
 from llm_alignment.evaluation import Evaluation, measure, plot_curves, report
-from llm_alignment.files import InputError
+from llm_alignment.files import InputError, write_atomic
 from llm_alignment.flags import (
     DEMO_DIR,
     add_lora_flags,
@@ -182,9 +181,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def neutral_flags(args: argparse.Namespace) -> set[str]:
     """Flags that do not change which adapter comes out; with early stopping, MT-Bench decides, so its flags do."""
-    measuring = {"skip_baseline_eval", "baseline_eval_samples"}
+    measuring = {"baseline_eval_samples"}
     if args.early_stop_patience is None:
-        measuring |= {"reward_model", "eval_steps"} | {name for name in vars(args) if name.startswith("mtbench_")}
+        measuring |= {name for name in vars(args) if name.startswith("mtbench_")}
+        measuring |= {"reward_model", "eval_steps", "skip_baseline_eval"}
     return FLAGS_THAT_DO_NOT_AFFECT_TRAINING | measuring | {"kl_log_interval"}
 
 
@@ -399,8 +399,9 @@ def print_plan(
         micro, micro, args.batch * processes(), anchored * args.grad_acc,
     )  # fmt: skip
     log_memory_plan(args, args.max_seq_length)
-    during = steps // args.eval_steps if args.early_stop_patience else 0
-    log.info("MT-Bench: %d questions before, after, and %d times during training", len(questions), during)
+    during = math.ceil(steps / args.eval_steps) if args.early_stop_patience else 0
+    before = "" if args.skip_baseline_eval else "before training, "
+    log.info("MT-Bench: %d questions %safter it, and %d times during it", len(questions), before, during)
     turns = sum(len(question["turns"]) for question in questions)
     asked = args.mtbench_midtrain_questions or len(questions)
     rounds = 1 + (not args.skip_baseline_eval) + during * min(1, asked / max(1, len(questions)))
@@ -578,7 +579,7 @@ def reuse_step_rows(folder: Path, step: int, evaluations: dict[str, list[Evaluat
     sizes = [{e.name: e.size for e in evaluations[stage]}.get("mtbench") for stage in ("midtrain", "final")]
     source, target = folder / f"mtbench_step_{step}.jsonl", folder / "mtbench_final.jsonl"
     if main_process() and sizes[0] == sizes[1] and source.exists() and not target.exists():
-        shutil.copyfile(source, target)
+        write_atomic(target, source.read_bytes())
 
 
 if __name__ == "__main__":

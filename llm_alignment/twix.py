@@ -152,6 +152,8 @@ def select_rows(
             columns[1].append(prompt)
             columns[2].append(number)
     skipped.report("rows")
+    if others:
+        log.info("rows of other subsets, not used: %s", ", ".join(f"{n} {subset}" for subset, n in others.items()))
     if not any(numbers for _, _, numbers in found.values()):
         seen = f"; it has {dict(others)}" if others else ""
         places = f" ({'; '.join(skipped.places)})" if skipped.places else ""
@@ -165,7 +167,10 @@ def select_rows(
         drawn[subset] = [np.asarray(column)[order] for column in found_columns]
     prompts = np.unique(np.concatenate([prompts for _, prompts, _ in drawn.values()])).tolist()
     if len(prompts) < 2:
-        raise InputError(f"--sample_ratio {args.sample_ratio}: {len(prompts)} prompts left; at least 2 are needed")
+        mix = "" if args.mix_reasoning_ratio is None else f" --mix_reasoning_ratio {args.mix_reasoning_ratio}"
+        raise InputError(
+            f"--sample_ratio {args.sample_ratio}{mix}: {len(prompts)} prompts left; at least 2 are needed"
+        )
     last_held_out = prompts[min(max(1, round(args.val_split * len(prompts))), len(prompts) - 1) - 1]
     used: dict[int, tuple[str, str]] = {}
     for subset, (_, hashes, numbers) in drawn.items():
@@ -196,12 +201,13 @@ def rows_to_take(args: argparse.Namespace, found: dict[str, int]) -> dict[str, i
         take["reasoning"] = min(asked["reasoning"], found["reasoning"])
         asked["general"] = total - take["reasoning"]
         take["general"] = min(asked["general"], found["general"])
-        reached = take["reasoning"] / max(1, sum(take.values()))
-        log.info("reasoning rows: asked for %.1f %%, reached %.1f %%", 100 * args.mix_reasoning_ratio, 100 * reached)
         if take["reasoning"] < asked["reasoning"]:
             log.warning("too few reasoning rows (%d): general rows fill the rest", found["reasoning"])
         if take["general"] < asked["general"]:
-            log.warning("too few general rows (%d): fewer rows are trained on", found["general"])
+            log.warning("too few general rows (%d): fewer reasoning rows are used too", found["general"])
+            take["reasoning"] = round(take["general"] * args.mix_reasoning_ratio / (1 - args.mix_reasoning_ratio))
+        reached = take["reasoning"] / max(1, sum(take.values()))
+        log.info("reasoning rows: asked for %.1f %%, reached %.1f %%", 100 * args.mix_reasoning_ratio, 100 * reached)
     return take
 
 

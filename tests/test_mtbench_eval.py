@@ -282,6 +282,15 @@ def test_the_command_line(cli_folder, reward_folder, tmp_path, monkeypatch, caps
     assert {path: path.read_bytes() for path in (tmp_path / "two").iterdir()} == before
 
 
+def test_the_folder_of_a_training_run_is_left_alone(cli_folder, reward_folder, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        me.main(flags(cli_folder, reward_folder, tmp_path / "run"))
+    assert stop.value.code == 2 and "holds another run" in capsys.readouterr().err
+    assert [(path.name, path.read_text("utf-8")) for path in (tmp_path / "run").iterdir()] == [("run.json", "{}")]
+
+
 def test_bad_input_is_one_line_and_exit_code_2(cli_folder, reward_folder, tmp_path, capsys):
     good = flags(cli_folder, reward_folder, tmp_path / "out")
     damaged = tmp_path / "damaged"

@@ -4,6 +4,7 @@ import argparse
 import gzip
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -195,9 +196,18 @@ def test_rows_that_the_template_refuses_are_counted(tmp_path, logged):
 
 def test_too_few_rows_of_a_subset_are_said(logged):
     rows = [chat(f"q{n}", "a", "reasoning") for n in range(90)] + [chat(f"p{n}", "a") for n in range(10)]
-    selection = select(rows, mix_reasoning_ratio=0.5)
-    assert len(selection.used) == 60 and "too few general rows (10)" in logged.text
-    assert "asked for 50.0 %, reached 83.3 %" in logged.text
+    selection = select(rows, mix_reasoning_ratio=0.2)  # the share holds, with fewer rows
+    assert Counter(subset for subset, _ in selection.used.values()) == {"general": 10, "reasoning": 2}
+    assert "too few general rows (10)" in logged.text and "asked for 20.0 %, reached 16.7 %" in logged.text
+    logged.clear()
+    selection = select(rows, mix_reasoning_ratio=0.95)
+    assert len(selection.used) == 100 and "too few reasoning rows (90)" in logged.text
+    assert "asked for 95.0 %, reached 90.0 %" in logged.text
+
+
+def test_rows_of_other_subsets_are_counted(logged):
+    rows = [chat(f"q{n}", "a", subset) for n in range(4) for subset in ("general", "reasoning", "code")]
+    assert len(select(rows).used) == 8 and "rows of other subsets, not used: 4 code" in logged.text
 
 
 def test_a_hub_data_set_stays_one(tmp_path, monkeypatch):
