@@ -273,6 +273,10 @@ def test_an_adapter_that_fits_is_loaded_as_it_is(folder, adapter, logged):
         assert torch.equal(model.state_dict()[name], tensor)
     assert any(parameter.requires_grad for parameter in model.parameters())
     assert logged.text.count("does not know these settings of it: of_a_later_peft") == 1
+    assert "was trained on" not in logged.text
+    change_json(adapter / "adapter_config.json", base_model_name_or_path="Qwen/Another")
+    models.load_adapter(models.load_model(args), str(adapter))
+    assert f"was trained on Qwen/Another, not on {folder}" in logged.text
 
 
 @pytest.mark.parametrize(
