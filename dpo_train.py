@@ -185,7 +185,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     check_output_folder(args, neutral_flags(args))
     tokenizer = load_tokenizer(args)
     check_model(args, tokenizer, adapter=args.load_adapter)
-    pairs, held_out, data = own_pairs(args) if args.pairs else table_pairs(args)
+    mtbench = all_mtbench_questions(args)
+    pairs, held_out, data = own_pairs(args, mtbench) if args.pairs else table_pairs(args)
     data |= starting_adapter(args)
     check_output_folder(args, neutral_flags(args), data)
     checkpoint = newest_complete(args)
@@ -194,7 +195,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     asked = {}
     if args.do_instruct:
         asked["instruct"] = instruct_questions(args.instruct_limit, args.seed), args.instruct_max_tokens
-    evaluations = dpo_evaluations(args, tokenizer, asked, *rewards)
+    evaluations = dpo_evaluations(args, tokenizer, mtbench, asked, *rewards)
     rows = fit(pairs, tokenizer, args)
     if args.dry_run:
         print_plan(args, tokenizer, rows, evaluations)
@@ -212,7 +213,7 @@ def check_pairs_flags(args: argparse.Namespace, argv: list[str]) -> None:
         raise InputError(f"--pairs {args.pairs}: with --no_train it is used by --eval_pairs N alone; add it")
 
 
-def own_pairs(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict]:
+def own_pairs(args: argparse.Namespace, mtbench: list[dict]) -> tuple[list[dict], list[dict], dict]:
     """Pairs to train on and held-out ones from --pairs, and the fingerprint of the data.
 
     Pairs that contain a question of an evaluation are left out and counted. --eval_pairs are taken prompt by prompt in
@@ -221,7 +222,7 @@ def own_pairs(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict]:
     """
     counts: dict[str, int] = {}
     pairs = read_pairs(args.pairs, "--pairs", thinking=args.thinking)
-    pairs = without_leaks(pairs, leak_finder(asked_texts(args)), "pairs", counts)
+    pairs = without_leaks(pairs, leak_finder(asked_texts(args, mtbench)), "pairs", counts)
     by_prompt: dict[str, list[dict]] = {}
     for pair in pairs:
         by_prompt.setdefault(transcript(pair["prompt"]), []).append(pair)
@@ -251,13 +252,13 @@ def own_pairs(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict]:
     )
 
 
-def asked_texts(args: argparse.Namespace) -> dict[str, list[str]]:
-    """What the evaluations ask, by kind."""
+def asked_texts(args: argparse.Namespace, mtbench: list[dict]) -> dict[str, list[str]]:
+    """What the evaluations ask, by kind; `mtbench` are the questions of --mtbench_file."""
     texts = {}
     if args.do_eval:
         texts["TAT-QA question"] = question_texts(tatqa_file(args, args.eval_split))
-    if args.do_mtbench:
-        texts["MT-Bench question"] = [question["turns"][0] for question in all_mtbench_questions(args)]
+    if mtbench:
+        texts["MT-Bench question"] = [question["turns"][0] for question in mtbench]
     if args.do_instruct:
         texts["instruction"] = [question["turns"][0] for question in instruct_questions(0, args.seed)]
     return texts

@@ -127,9 +127,10 @@ def run(args: argparse.Namespace, record: dict) -> None:
     ignored = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS
     check_output_folder(args, ignored)
     tokenizer = load_tokenizer(args)
-    data = load_data(args, set() if args.no_train else set(shares), all_mtbench_questions(args))
+    mtbench = all_mtbench_questions(args)
+    data = load_data(args, set() if args.no_train else set(shares), mtbench)
     check_model(args, tokenizer, adapter=args.load_adapter)
-    evaluations = dpo_evaluations(args, tokenizer, finance_questions(args, data))
+    evaluations = dpo_evaluations(args, tokenizer, mtbench, finance_questions(args, data))
     pairs: list[dict] = []
     if not args.no_train:
         limits = {"finance": args.finance_instruct_pairs, "general": args.general_pairs}

@@ -32,7 +32,16 @@ from llm_alignment.evaluation import (
     save_answers,
     stored_rows,
 )
-from llm_alignment.files import InputError, digest, file_sha256, parse_json, replace, sample, write_atomic, write_json
+from llm_alignment.files import (
+    InputError,
+    digest,
+    file_sha256,
+    remove_left_over,
+    replace,
+    sample,
+    write_atomic,
+    write_json,
+)
 from llm_alignment.finance import (
     MEASURING_FLAGS,
     TrainingData,
@@ -207,19 +216,6 @@ def stage_fingerprint(args: argparse.Namespace, stage: int, pairs: list[dict]) -
     return {"pairs": len(pairs), "sha256": digest(pairs), "previous_adapter": adapter}
 
 
-def check_own_folder(args: argparse.Namespace) -> None:
-    """Raises InputError when --output_dir holds the run of another script, whose adapter this one would replace."""
-    run_file = Path(args.output_dir) / "run.json"
-    if not run_file.exists():
-        return
-    try:
-        script = parse_json(run_file.read_bytes())["script"]
-    except (ValueError, KeyError, TypeError):
-        script = "a damaged one"
-    if script != "dpo_train_mt_v2.py":
-        raise InputError(f"--output_dir {args.output_dir} holds another run ({script}); name another folder")
-
-
 def check_stage_folders(by_stage: dict[int, argparse.Namespace]) -> None:
     """Raises InputError when the folder of a stage holds another run, or one that was trained from an older stage."""
     for stage, args in by_stage.items():
@@ -330,6 +326,7 @@ def run_stage(
     trainer = build_trainer(args, model, tokenizer, rows)
     if main_process():
         folder.mkdir(exist_ok=True)
+        remove_left_over(folder)
         if not (folder / "run.json").exists():
             data = stage_fingerprint(args, stage, pairs)
             write_json(folder / "run.json", {"args": vars(args), "device": device, "data": data})
@@ -370,7 +367,6 @@ def run(args: argparse.Namespace, record: dict) -> None:
     """Stage after stage. What can be wrong with the input is found before anything is written."""
     stages = stages_to_run(args)
     check_stage_flags(args, stages)
-    check_own_folder(args)
     record["stages"] = [finished_stage(args, stage) for stage in range(1, stages[0])]
     by_stage = {stage: stage_arguments(args, stage) for stage in stages}
     # With both flags, a run that did stages again was interrupted, and that one is resumed.
@@ -378,9 +374,10 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if not from_scratch:
         check_stage_folders(by_stage)
     tokenizer = load_tokenizer(args)
-    data = load_data(args, set().union(*(SOURCES[stage] for stage in stages)), all_mtbench_questions(args))
+    mtbench = all_mtbench_questions(args)
+    data = load_data(args, set().union(*(SOURCES[stage] for stage in stages)), mtbench)
     check_model(by_stage[stages[0]], tokenizer)
-    evaluations = dpo_evaluations(args, tokenizer, finance_questions(args, data))
+    evaluations = dpo_evaluations(args, tokenizer, mtbench, finance_questions(args, data))
     pairs = stage_pairs(args, record, tokenizer, data, stages)
     if args.dry_run:
         for stage in stages:

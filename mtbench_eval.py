@@ -45,6 +45,7 @@ from llm_alignment.generation import MAX_BATCH_SIZE, generate, render, strip_thi
 from llm_alignment.hub import hub_files
 from llm_alignment.models import (
     adapter_sha256,
+    check_logits,
     check_model,
     load_adapter,
     load_model,
@@ -281,19 +282,20 @@ def scored_evaluation(
 def dpo_evaluations(
     args: argparse.Namespace,
     tokenizer: PreTrainedTokenizerBase,
+    mtbench: list[dict],
     asked: dict[str, tuple[list[dict], int]],
     *held_out: Evaluation,
 ) -> list[Evaluation]:
     """What a DPO script measures: `held_out`, TAT-QA, MT-Bench, what is `asked`, drift on their reference answers.
 
-    `asked`: {name in EVALUATIONS: (questions, tokens of an answer)}, which the reward model scores; it is loaded in
-    the main process.
+    `mtbench`: all its questions, of which --mtbench_limit are asked. `asked`: {name in EVALUATIONS: (questions, tokens
+    of an answer)}, which the reward model scores; it is loaded in the main process.
     """
     evaluations = [*held_out]
     if args.do_eval:
         evaluations.append(tatqa_evaluation(args, tokenizer))
-    if args.do_mtbench:
-        questions = sample_questions(all_mtbench_questions(args), args.mtbench_limit, args.seed)
+    if mtbench:
+        questions = sample_questions(mtbench, args.mtbench_limit, args.seed)
         asked = {"mtbench": (questions, args.mtbench_max_tokens), **asked}
     reward_model = load_reward_model(args) if asked and main_process() else None
     for name, (questions, max_new_tokens) in asked.items():
@@ -418,6 +420,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         return
     with timed(record, "load"):
         model = load_model(args)
+        check_logits(model, f"--model {args.model}")
         if args.adapter:
             model = load_adapter(model, args.adapter)
     scorer = reward_model if main_process() else None

@@ -35,6 +35,7 @@ from llm_alignment.flags import (
     parse_arguments,
     positive,
     ratio,
+    seed,
 )
 from llm_alignment.models import (
     adapter_kept_in_float32,
@@ -134,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--packing", action="store_true", help="fill sequences with several examples; none sees another")
     add("--num_proc", type=positive(int), default=4, help="processes that tokenise large data" + default)
     add("--sample_ratio", type=ratio, default=0.25, help="share of the rows to use, by hash" + default)
-    add("--sample_seed", type=int, default=42, help="seed of the sample and of the validation split" + default)
+    add("--sample_seed", type=seed, default=42, help="seed of the sample and of the validation split" + default)
     add("--mix_reasoning_ratio", type=ratio, default=None,
         help="share of reasoning rows with --subset both (default: as they are in the data)")
     add("--assistant_only_loss", action="store_true",

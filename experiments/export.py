@@ -27,10 +27,10 @@ from commands import exit_code
 from llm_alignment.files import InputError, SkippedRows, parse_json, read_results, replace
 from llm_alignment.flags import positive
 from llm_alignment.generation import generate
+from llm_alignment.model_files import fetch_model
 from llm_alignment.models import (
     adapter_config,
     adapter_off,
-    fetch_model,
     load_adapter,
     load_model,
     load_tokenizer,

@@ -13,7 +13,7 @@ from tables import number, signed
 
 from llm_alignment.evaluation import METRICS
 from llm_alignment.files import read_records
-from llm_alignment.models import read_json
+from llm_alignment.model_files import read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

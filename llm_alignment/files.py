@@ -36,6 +36,18 @@ def causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
+OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|(can't|cannot|unable to) allocate|ALLOC_FAILED", re.I)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, numpy or the system could not give the memory that was asked for, on the GPU or on the CPU."""
+    return any(
+        isinstance(cause, MemoryError)
+        or (isinstance(cause, RuntimeError | OSError) and OUT_OF_MEMORY.search(str(cause)) is not None)
+        for cause in causes(error)
+    )
+
+
 class SkippedRows:
     """Rows that cannot be used: how many, and where the first five stand."""
 
@@ -325,6 +337,13 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         if isinstance(error, OSError):
             error.filename = error.filename or str(path)  # a full disk names none
         raise
+
+
+def remove_left_over(folder: Path) -> None:
+    """Removes what a `write_atomic` that was killed left in a folder to which no other process writes."""
+    for path in folder.glob("*.tmp"):
+        if re.search(r"\.\d+\.tmp$", path.name):
+            path.unlink()
 
 
 def to_bytes(text: str) -> bytes:

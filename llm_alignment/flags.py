@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,19 @@ def ratio(text: str) -> float:
     return value
 
 
+def in_32_bits(value: float) -> float:
+    """The number itself. Raises ArgumentTypeError for one that is not finite, or larger than what counts here."""
+    if not abs(value) < 2**31:
+        raise argparse.ArgumentTypeError(f"not a finite number below {2**31}")
+    return value
+
+
 def positive(kind: type) -> Callable[[str], Any]:
     """argparse type: an int or float above 0."""
 
     def parse(text: str) -> Any:
-        value = kind(text)
-        if not value > 0 or not math.isfinite(value):
+        value = in_32_bits(kind(text))
+        if value <= 0:
             raise argparse.ArgumentTypeError(f"{text} is not above 0")
         return value
 
@@ -34,8 +41,8 @@ def not_negative(kind: type) -> Callable[[str], Any]:
     """argparse type: an int or float of 0 or more."""
 
     def parse(text: str) -> Any:
-        value = kind(text)
-        if not value >= 0 or not math.isfinite(value):
+        value = in_32_bits(kind(text))
+        if value < 0:
             raise argparse.ArgumentTypeError(f"{text} is below 0")
         return value
 
@@ -49,6 +56,16 @@ def seed(text: str) -> int:
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is not within 0..{2**32 - 1}")
     return value
+
+
+def tracker(text: str) -> str:
+    """argparse type: a tracker of the training that is installed, or "none"; others are left to the choices."""
+    if text in TRACKERS and importlib.util.find_spec(text) is None:
+        raise argparse.ArgumentTypeError(f"{text} is not installed; python -m pip install {text}")
+    return text
+
+
+TRACKERS = ("trackio", "tensorboard", "wandb")
 
 
 def new_parser(script: str, docstring: str) -> argparse.ArgumentParser:
@@ -150,7 +167,8 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
     if trains:
         add(
             "--report_to",
-            choices=["none", "trackio", "tensorboard", "wandb"],
+            type=tracker,
+            choices=["none", *TRACKERS],
             default="none",
             help="tracker of the training (default: %(default)s)",
         )
@@ -183,7 +201,7 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse
 
 def add_mtbench_flags(add: Callable[..., argparse.Action]) -> None:
     """How the questions of MT-Bench are sampled and answered; `add` adds a flag to the script's own group."""
-    add("--mtbench_questions_seed", type=int, default=42, help="seed of the samples (default: %(default)s)")
+    add("--mtbench_questions_seed", type=seed, default=42, help="seed of the samples (default: %(default)s)")
     add(
         "--mtbench_temperature",
         type=not_negative(float),
@@ -240,9 +258,13 @@ def parse_arguments(
     """Parses `argv`, or the command line; with --demo flags that the user did not give take their values from `demo`.
 
     A demo's output folder is the first free one of NAME_1, NAME_2, ..., so that the demo can be run again; one that
-    goes on, from a checkpoint or a stage, takes the last one.
+    goes on, from a checkpoint or a stage, takes the last one. A text that is empty, as of a shell variable that is not
+    set, is an error: as a path it would be the working folder.
     """
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == "" and parser.get_default(name) != "":
+            parser.error(f"argument --{name}: it is empty; give a value or leave the flag out")
     if args.demo:
         number = 1
         while Path(f"{demo['output_dir']}_{number}").exists():

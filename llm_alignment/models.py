@@ -10,14 +10,13 @@ import importlib.metadata
 import logging
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.files import InputError, digest, file_sha256, parse_json
-from llm_alignment.hub import hub_files
+from llm_alignment.files import InputError, digest, file_sha256, is_out_of_memory
+from llm_alignment.model_files import check_files, check_safetensors, fetch_model, read_json, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -87,84 +86,6 @@ def matmul_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = 
     return torch.mm(a.float(), b.float(), out=out)
 
 
-def fetch_model(name: str, revision: str | None, flag: str) -> Path:
-    """The folder of a model: `name` itself when it is one, else the hub's snapshot in the local cache.
-
-    Raises InputError when it is neither, when the hub cannot be reached, or when the folder holds no config.json.
-    """
-    folder = Path(name)
-    if not folder.exists():
-        if name.count("/") != 1 or name.startswith((".", "~", "/")):
-            raise InputError(f"{flag} {name}: no such folder, and not a hub id of the form owner/name")
-        kinds = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
-        folder = hub_files(name, flag, kinds, revision=revision)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{flag} {name}: no config.json in this folder; name the folder of a model")
-    return folder
-
-
-def check_files(folder: Path, what: str) -> None:
-    """Raises InputError for files of a model that cannot be loaded; reads no weights. `what`: the flag and its value.
-
-    That is: a config that is no JSON object or names a quantisation, weights that are missing, cut off, or a Git LFS
-    pointer, and a tokenizer that is no JSON.
-    """
-    config = read_json(folder / "config.json", what)
-    stored_as = config.get("quantization_config")
-    if stored_as:
-        method = stored_as.get("quant_method", "a quantised form") if isinstance(stored_as, dict) else stored_as
-        raise InputError(f"{what}: this model is stored in {method}; name the one that is not quantised")
-    shards = sorted(folder.glob("*.safetensors"))
-    if (folder / "model.safetensors.index.json").is_file():
-        index = read_json(folder / "model.safetensors.index.json", what)
-        names = index.get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise InputError(f"{what}: model.safetensors.index.json names no files of weights; fetch it again")
-        shards = [folder / name for name in sorted(set(names.values()))]
-    elif shards and not (folder / "model.safetensors").is_file():
-        raise InputError(
-            f"{what}: neither model.safetensors nor model.safetensors.index.json is there; fetch it again"
-        )
-    if not shards:
-        raise InputError(f"{what}: no .safetensors weights in this folder; name the folder of a model")
-    for path in shards:
-        check_safetensors(path, what)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            read_json(folder / name, what)
-
-
-def read_json(path: Path, what: str) -> dict:
-    """The JSON object in a file of a model. Raises InputError that names the file when it holds none."""
-    content = path.read_bytes()
-    try:
-        value = parse_json(content)
-    except ValueError as error:
-        reason = LFS_POINTER if content.startswith(b"version https://git-lfs") else f"not valid JSON ({error})"
-        raise InputError(f"{what}: {path.name} cannot be read: {reason}; fetch it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{what}: {path.name} is no JSON object; fetch it again")
-    return value
-
-
-LFS_POINTER = "it is a Git LFS pointer, not the file itself (git lfs pull fetches it)"
-
-
-def check_safetensors(path: Path, what: str) -> None:
-    """Raises InputError when a file of weights is missing, cut off or something else; reads its header alone."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise InputError(f"{what}: {path.name} is missing; fetch it again")
-    try:
-        with safe_open(path, "pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        with path.open("rb") as file:
-            reason = LFS_POINTER if file.read(23) == b"version https://git-lfs" else f"cut off or damaged ({error})"
-        raise InputError(f"{what}: {path.name} cannot be read: {reason}; fetch it again") from error
-
-
 def read_tokenizer(folder: Path, what: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder. Raises InputError when it is damaged or has no chat template."""
     from transformers import AutoTokenizer
@@ -223,7 +144,6 @@ def from_pretrained(
 
     `what` is the flag and its value, and `advice` what to do, for the message.
     """
-    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
@@ -233,8 +153,8 @@ def from_pretrained(
         transformers_logging.disable_progress_bar()
     try:
         model, loading = auto_class.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" in str(error):
+    except Exception as error:  # a config with a wrong value fails anywhere in transformers
+        if is_out_of_memory(error):
             raise
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -279,6 +199,10 @@ def check_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, *,
     """
     model = load_model(args, on_meta=True)
     check_vocabulary(tokenizer, model, f"--model {args.model}")
+    context = model.config.get_text_config().max_position_embeddings
+    for name in ("max_seq_length", "max_length"):
+        if vars(args).get(name, 0) > context:
+            log.warning("--%s %d: the model's context is %d tokens; lower it", name, vars(args)[name], context)
     if adapter:
         load_adapter(model, adapter)
     elif hasattr(args, "target_modules"):
@@ -329,20 +253,21 @@ def load_model(args: argparse.Namespace, *, on_meta: bool = False) -> PreTrained
     return model
 
 
-def stored_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a file of weights, one in memory at a time."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - the file is no dict
-            yield name, file.get_tensor(name)
-
-
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
     """Raises InputError when a tensor of floats, one of (name, tensor), holds a value that is not finite."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"{what}: {name} holds values that are not finite; train or fetch it again")
+
+
+def check_logits(model: PreTrainedModel | PeftModel, what: str) -> None:
+    """Raises InputError when the logits are not finite: their answers would be one token again and again."""
+    import torch
+
+    ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]), device=model.device)[None]
+    with torch.no_grad(), evaluating(model):
+        if not model(input_ids=ids, use_cache=False).logits.isfinite().all():
+            raise InputError(f"{what}: its logits are not finite; take another --dtype or fetch the model again")
 
 
 def check_head(model: PreTrainedModel, what: str) -> None:
@@ -353,6 +278,7 @@ def check_head(model: PreTrainedModel, what: str) -> None:
     """
     import torch
 
+    check_logits(model, what)
     head, seen = model.get_output_embeddings(), {}
 
     def keep(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
@@ -363,8 +289,6 @@ def check_head(model: PreTrainedModel, what: str) -> None:
         logits = model(ids, use_cache=False).logits
     with torch.no_grad():
         hidden = model.base_model(ids, use_cache=False).last_hidden_state
-    if not logits.isfinite().all():
-        raise InputError(f"{what}: its logits are not finite; take another --dtype or fetch the model again")
     is_plain = getattr(head, "bias", None) is None and torch.equal(logits, seen["logits"].to(logits.dtype))
     if not is_plain or not torch.allclose(hidden, seen["hidden"], rtol=1e-3, atol=1e-3):
         raise InputError(
@@ -401,14 +325,14 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     check_safetensors(weights, what)
     check_finite(stored_tensors(weights), what)
     alpha = config.get("lora_alpha")
-    if isinstance(alpha, float) and not math.isfinite(alpha):
-        raise InputError(f"{what}: lora_alpha in adapter_config.json is not finite; train or fetch it again")
+    if isinstance(alpha, int | float) and not 0 < abs(alpha) < math.inf:  # with 0 it would change nothing
+        raise InputError(f"{what}: lora_alpha {alpha} in adapter_config.json is no scale; train or fetch it again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of is an error below, or the meta device
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
-    except (RuntimeError, ValueError, TypeError, KeyError, re.error) as error:  # sizes or layers it does not have
-        if "out of memory" in str(error):
+    except Exception as error:  # sizes or layers that it does not have; a wrong value fails anywhere in PEFT
+        if is_out_of_memory(error):
             raise
         reason = str(error).strip().split("\n")[-1].strip()
         base = config.get("base_model_name_or_path")
@@ -417,6 +341,8 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     check_adapter_fits(adapted, weights, f"{what} of {base}")
     if base and Path(base).resolve() != Path(model.name_or_path).resolve() and model.device.type != "meta":
         log.warning("%s was trained on %s, not on %s: right only for equal weights", what, base, model.name_or_path)
+    if model.device.type != "meta":
+        check_logits(adapted, what)
     return adapted
 
 

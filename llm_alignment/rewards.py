@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 from llm_alignment.files import InputError, file_sha256
 from llm_alignment.generation import in_batches, without_tokens
+from llm_alignment.model_files import check_files, fetch_model
 from llm_alignment.models import (
-    check_files,
     check_vocabulary,
     device_and_dtype,
     end_of_turn,
-    fetch_model,
     from_pretrained,
     main_process,
     read_tokenizer,

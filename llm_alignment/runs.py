@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -22,7 +23,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from llm_alignment.files import InputError, append_record, causes, write_json
+from llm_alignment.files import (
+    InputError,
+    append_record,
+    cache_folder,
+    causes,
+    is_out_of_memory,
+    parse_json,
+    remove_left_over,
+    write_json,
+)
 from llm_alignment.models import all_processes, main_process, named_device, processes, versions
 
 log = logging.getLogger("llm_alignment")
@@ -83,7 +93,7 @@ def recorded_run(args: argparse.Namespace, argv: list[str] | None, script: str) 
         keeps_record = main_process() and not args.dry_run
         try:
             record |= new_record(args, sys.argv[1:] if argv is None else argv, script, started)
-            with signals_go_to(_interrupt), run_folder(args):
+            with signals_go_to(_interrupt), run_folder(args, script):
                 yield record
             record["status"] = "completed"
         except BaseException as error:
@@ -114,7 +124,8 @@ def ending(error: BaseException, args: argparse.Namespace) -> tuple[int | None, 
     """(exit code, reason for the record, line for the console) of a run that ends by `error`.
 
     Bad input, also a name that is too long: 2. Packages that cannot be imported: 2. A loss that is not finite, a full
-    disk: 1. Signals: 128 + their number. The code is None for any other error, which goes on to its traceback.
+    disk, memory that is full: 1. Signals: 128 + their number. The code is None for any other error, which goes on to
+    its traceback.
     """
     go_on = f"the same command goes on in {args.output_dir}, training with --resume_from_checkpoint auto"
     if isinstance(error, InputError):
@@ -130,11 +141,32 @@ def ending(error: BaseException, args: argparse.Namespace) -> tuple[int | None, 
         return 128 + signum, signal_name(signum), f"interrupted: {go_on}"
     if isinstance(error, SystemExit):
         return None, "", ""
+    if is_out_of_memory(error):
+        used, advice = memory_use(args)
+        reason = f"out of memory{used} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+        return 1, reason, f"error: out of memory{used}; {advice}"
     if reason := disk_problem(error):
         return 1, reason, f"error: {reason}; free space or give write access, then {go_on}"
     if reason := import_problem(error):
         return 2, reason, f"error: {reason}"
     return None, f"{type(error).__name__}: {error}", ""
+
+
+def memory_use(args: argparse.Namespace) -> tuple[str, str]:
+    """The flags that decide how much memory a run takes, as " at --batch 8 ...", and what to do when that is gone."""
+    flags = vars(args)
+    sizes = ("batch", "max_seq_length", "max_length", "gradient_checkpointing", "eval_batch_size")
+    used = "".join(f" --{name} {flags[name]}" for name in sizes if name in flags)
+    advice = "in an evaluation give a lower --eval_batch_size (0: by free memory)"
+    if "batch" in flags:
+        length = "--max_seq_length" if "max_seq_length" in flags else "--max_length"
+        advice = (
+            "in training add --gradient_checkpointing on and --resume_from_checkpoint auto, or start in another "
+            f"--output_dir with half of --batch and twice --grad_acc, or with a lower {length}; {advice}"
+        )
+    if flags.get("no_4bit"):
+        advice += "; without --no_4bit the base takes a quarter of it"
+    return f" at{used}" if used else "", advice
 
 
 def import_problem(error: BaseException) -> str:
@@ -288,12 +320,12 @@ def log_to_file(text: str) -> None:
 
 
 @contextlib.contextmanager
-def run_folder(args: argparse.Namespace) -> Iterator[None]:
-    """Makes and locks the output folder, and looks whether --exp_log can be written; a run that leaves no file removes
-    it.
+def run_folder(args: argparse.Namespace, script: str) -> Iterator[None]:
+    """Makes and locks the output folder, and looks whether --exp_log and the cache can be written; a run that leaves
+    no file removes it.
 
-    Raises InputError when another run works in the folder, or when folder or log cannot be written. The lock of a
-    process that died is free.
+    Raises InputError when another run works in the folder, when it holds the run of another script, or when folder,
+    log or cache cannot be written. The lock of a process that died is free.
     """
     from filelock import FileLock, Timeout
 
@@ -304,6 +336,9 @@ def run_folder(args: argparse.Namespace) -> Iterator[None]:
         return
     folder = Path(args.output_dir)
     check_writable(Path(args.exp_log), "--exp_log")
+    if not args.no_baseline_cache:
+        advice = "name another folder by LLM_ALIGNMENT_CACHE, or add --no_baseline_cache"
+        check_writable(cache_folder() / "baselines" / "rows.jsonl", "cache", advice)
     made, lock = [], FileLock(folder / "run.lock", blocking=False)
     try:
         if folder.is_file():
@@ -319,6 +354,7 @@ def run_folder(args: argparse.Namespace) -> Iterator[None]:
         reason = "a link to nowhere" if os.path.islink(folder) and not os.path.exists(folder) else error.strerror
         raise InputError(f"--output_dir {folder}: cannot be written ({reason}); name another folder") from error
     try:
+        check_script(folder, script)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -331,7 +367,30 @@ def run_folder(args: argparse.Namespace) -> Iterator[None]:
                 path.rmdir()
 
 
-def check_writable(path: Path, flag: str) -> None:
+def check_script(folder: Path, script: str) -> None:
+    """Raises InputError when `folder` holds the run of another script, a model or an adapter, which a run would
+    overwrite or mix with its own files."""
+    path = folder / "run.json"
+    if not path.exists():
+        for name in ("config.json", "adapter_config.json"):
+            if (folder / name).exists():
+                raise InputError(f"--output_dir {folder} holds a model or an adapter ({name}); name another folder")
+        return
+    try:
+        other = parse_json(path.read_bytes())["script"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged_run(path) from error
+    if other != script:
+        raise InputError(f"--output_dir {folder} holds another run ({other}); name another folder")
+
+
+def damaged_run(path: Path) -> InputError:
+    return InputError(
+        f"{path} is damaged, so the run cannot be checked: put it back, or start again in another --output_dir"
+    )
+
+
+def check_writable(path: Path, flag: str, advice: str = "name another file") -> None:
     """Raises InputError when the file that `flag` names cannot be written; touches nothing."""
     try:
         if path.is_dir():
@@ -344,10 +403,12 @@ def check_writable(path: Path, flag: str) -> None:
         if len(os.fsencode(path.name)) > name_limit:
             raise InputError(f"{flag} {path.name[:40]}...: the name is too long; name another file")
         existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if existing == path:
+            path.open("ab").close()
+        else:  # tried, because root has the right to write in /proc and cannot
+            tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be written ({error.strerror}); name another file") from error
-    if (existing != path and not existing.is_dir()) or not os.access(existing, os.W_OK):
-        raise InputError(f"{flag} {path}: cannot be written, {existing} does not allow it; name another file")
+        raise InputError(f"{flag} {path}: cannot be written ({error.strerror}); {advice}") from error
 
 
 def begin(record: dict, data: dict) -> Path:
@@ -369,6 +430,7 @@ def begin(record: dict, data: dict) -> Path:
     all_processes().wait_for_everyone()  # all have looked at the folder before it changes
     if main_process():
         folder.mkdir(parents=True, exist_ok=True)
+        remove_left_over(folder)
         keys = ("ts", "tag", "script", "argv", "args", "git", "versions", "device", "data")
         if not (record["args"].get("resume_from_checkpoint") and (folder / "run.json").exists()):
             write_json(folder / "run.json", {key: record[key] for key in keys})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import logging
@@ -23,16 +22,16 @@ from llm_alignment.files import (
     write_atomic,
     write_json,
 )
+from llm_alignment.model_files import fetch_model
 from llm_alignment.models import (
     DDP_TIMEOUT,
     device_and_dtype,
-    fetch_model,
     main_process,
     named_device,
     new_adapter,
     processes,
 )
-from llm_alignment.runs import Interrupted, NotFiniteError, signal_name, signals_go_to
+from llm_alignment.runs import Interrupted, NotFiniteError, damaged_run, signal_name, signals_go_to
 
 if TYPE_CHECKING:
     from accelerate.data_loader import DataLoaderShard
@@ -47,8 +46,6 @@ def training_arguments(
     args: argparse.Namespace, *, weight_decay: float, warmup_ratio: float, logging_steps: int, longest: int
 ) -> dict:
     """The keyword arguments that SFTConfig and DPOConfig share here; `longest`: the tokens of the longest example."""
-    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
-        raise InputError(f"--report_to {args.report_to}: it is not installed; python -m pip install {args.report_to}")
     device, dtype = device_and_dtype(args.dtype)
     import torch
 
@@ -461,9 +458,7 @@ def check_same_run(folder: Path, args: argparse.Namespace, ignored: set[str], da
             for run in (stored, json.loads(json.dumps({**now, "data": data})))
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is damaged, so the run cannot be checked: put it back, or start again in another --output_dir"
-        ) from error
+        raise damaged_run(path) from error
     if before != after:
         raise InputError(f"{folder}: the run to resume had other flags or data ({differing(before, after)})")
 

@@ -307,12 +307,12 @@ def test_own_pairs(tmp_path, capsys):
     held_out = read_rows(Path("out/held_out_final.jsonl"))[1:]
     # the choice depends on the file alone, and no prompt is on both sides
     args = dpo_train.build_parser().parse_args([*argv, "--seed", "7", "--tatqa_dir", str(DEMO / "tatqa")])
-    pairs, others, _ = dpo_train.own_pairs(args)
+    pairs, others, _ = dpo_train.own_pairs(args, [])
     assert {pair["uid"] for pair in others} == {row["question_id"] for row in held_out}
     assert not {str(pair["prompt"]) for pair in pairs} & {str(pair["prompt"]) for pair in others}
     write_rows(tmp_path / "one.jsonl", own_rows()[:1])  # with nothing to hold out, one pair is enough
     args = dpo_train.build_parser().parse_args(["--pairs", "one.jsonl", "--no-do_eval", "--no-do_mtbench"])
-    assert [pair["chosen"] for pair in dpo_train.own_pairs(args)[0]] == ["0"]
+    assert [pair["chosen"] for pair in dpo_train.own_pairs(args, [])[0]] == ["0"]
     # SFT or DPO before it: the adapter that is loaded is the reference at the start
     again = [*argv, "--output_dir", "on", "--load_adapter", "out", "--adapter_trainable", "--learning_rate", "1e-9"]
     dpo_train.main(again)

@@ -95,13 +95,6 @@ def test_flags_that_do_not_go_together(flags, message, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_of_another_script_is_refused(tmp_path, capsys):
-    for content in ('{"script": "dpo_train.py"}', "{"):
-        (tmp_path / "run.json").write_text(content, encoding="utf-8")
-        assert "holds another run" in run_error(capsys, main, *arguments(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
-
-
 @pytest.mark.parametrize(
     "flags",
     ["--lora_r 8", "--lora_alpha 8", "--epochs 1", "--beta 0.1", "--learning_rate 1e-5", "--no_train",

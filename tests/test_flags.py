@@ -68,11 +68,36 @@ def test_types_of_numbers():
         (flags.positive(int), "0"),
         (flags.positive(float), "inf"),
         (flags.not_negative(float), "-1"),
+        (flags.positive(int), "9" * 400),
+        (flags.not_negative(int), "2147483648"),
+        (flags.not_negative(float), "nan"),
+        (flags.positive(float), "1e10"),
+        (flags.ratio, "9" * 400),
+        (flags.seed, "9" * 400),
         (flags.seed, "4294967296"),
         (flags.seed, "-1"),
     ):
         with pytest.raises(argparse.ArgumentTypeError):
             parse(text)
+
+
+def test_a_tracker_that_is_not_installed_is_told_with_the_flags(monkeypatch, capsys):
+    parser = importlib.import_module("dpo_train").build_parser()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name, message in (("wandb", "python -m pip install wandb"), ("mlflow", "invalid choice")):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(["--report_to", name])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert parser.parse_args(["--report_to", "none"]).report_to == "none"
+
+
+def test_an_empty_text_is_told(capsys):
+    parser = importlib.import_module("mtbench_eval").build_parser()
+    for flag in ("--output_dir", "--model", "--questions", "--model_revision"):
+        with pytest.raises(SystemExit) as stop:
+            flags.parse_arguments(parser, [flag, ""], {})
+        assert stop.value.code == 2 and f"{flag}: it is empty" in capsys.readouterr().err
+    assert flags.parse_arguments(parser, ["--adapter", ""], {}).adapter == ""
 
 
 def test_a_demo_takes_the_first_free_folder_and_what_the_user_gave(tmp_path, monkeypatch):

@@ -117,6 +117,18 @@ DAMAGES = {
         lambda f: make_model(tie_word_embeddings=False, vocab_size=250).save_pretrained(f),
         ["the tokenizer has", "the model 250"],
     ),
+    "no context": (lambda f: change_json(f / "config.json", max_position_embeddings=0), ["max_position_embeddings 0"]),
+    "an end that is a text": (lambda f: change_json(f / "config.json", eos_token_id="</s>"), ["eos_token_id '</s>'"]),
+    "an end of answers that is a text": (
+        lambda f: change_json(f / "generation_config.json", eos_token_id=[0, "</s>"]),
+        ["generation_config.json has eos_token_id"],
+    ),
+    "a size that is a text": (
+        lambda f: change_json(f / "config.json", hidden_size="large"),
+        ["config", "hidden_size"],
+    ),
+    "no heads": (lambda f: change_json(f / "config.json", num_attention_heads=0), ["cannot be"]),
+    "an unknown activation": (lambda f: change_json(f / "config.json", hidden_act="tanhh"), ["tanhh"]),
     "a template that is broken": (
         lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no chats here') }}"),
         ["chat template", "no chats here"],
@@ -237,8 +249,11 @@ ADAPTERS = {
     "a list": (lambda f: (f / "adapter_config.json").write_text("[1]"), ["adapter_config.json", "object"]),
     "a scale that is no number": (
         lambda f: change_json(f / "adapter_config.json", lora_alpha=float("nan")),
-        ["lora_alpha", "not finite"],
+        ["lora_alpha nan"],
     ),
+    "a scale of 0": (lambda f: change_json(f / "adapter_config.json", lora_alpha=0), ["lora_alpha 0"]),
+    "a rank that is a text": (lambda f: change_json(f / "adapter_config.json", r="8"), ["does not fit"]),
+    "an unknown bias": (lambda f: change_json(f / "adapter_config.json", bias="some"), ["does not fit"]),
     "layers by a broken pattern": (
         lambda f: change_json(f / "adapter_config.json", target_modules="("),
         ["does not fit"],
@@ -258,6 +273,19 @@ def test_an_adapter_that_does_not_fit_is_told_before_and_when_it_is_loaded(folde
     loaded = error_of(lambda: models.load_adapter(models.load_model(args), str(adapter)))
     assert before == loaded
     assert before.startswith(f"adapter {adapter}") and all(part in before for part in message), before
+
+
+def test_logits_that_are_not_finite_are_told(folder, adapter):
+    """Greedy answers of such a model are one token again and again, and get a score."""
+    change_tensors(adapter, lambda tensors: {name: tensor * 1e30 for name, tensor in tensors.items()})
+    model = models.load_model(arguments(folder))
+    models.check_logits(model, "--model toy")
+    assert "logits are not finite" in error_of(lambda: models.load_adapter(model, str(adapter)))
+
+
+def test_a_folder_has_no_revision(folder):
+    args = arguments(folder, "--model_revision", "v2")
+    assert "--model_revision v2" in error_of(lambda: models.load_tokenizer(args))
 
 
 def test_an_adapter_that_fits_is_loaded_as_it_is(folder, adapter, logged):

@@ -23,7 +23,9 @@ from llm_alignment.runs import NotFiniteError, recorded_run
 SCRIPT = """
 import argparse, os, pathlib, signal, sys, time
 from llm_alignment.runs import recorded_run, log
-args = argparse.Namespace(output_dir=sys.argv[1], exp_log=sys.argv[2], exp_tag="", dry_run=False)
+args = argparse.Namespace(
+    output_dir=sys.argv[1], exp_log=sys.argv[2], exp_tag="", dry_run=False, no_baseline_cache=True
+)
 with recorded_run(args, None, "script.py") as record:
     record["device"] = {{}}
     log.info("строка журнала")
@@ -39,6 +41,7 @@ def arguments(folder: Path, **changes) -> argparse.Namespace:
         "exp_log": str(folder / "log.jsonl"),
         "exp_tag": "t",
         "dry_run": False,
+        "no_baseline_cache": True,
     }
     return argparse.Namespace(**values | changes)
 
@@ -87,6 +90,42 @@ def test_every_end_has_its_code_and_its_line(tmp_path, capsys):
         found, shown, record = failed(arguments(tmp_path), error, capsys)
         assert (found, record["status"]) == (code, status) and message in shown and message in record["reason"]
         assert shown.startswith("error: ") and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 68719476736 bytes."),
+        "torch",
+    ],
+    ids=str,
+)
+def test_memory_that_is_full_says_what_to_lower(tmp_path, capsys, error):
+    if error == "torch":
+        import torch
+
+        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
+    sizes = {"batch": 8, "grad_acc": 16, "max_seq_length": 1024, "gradient_checkpointing": "off", "eval_batch_size": 0}
+    code, shown, record = failed(arguments(tmp_path, **sizes), error, capsys)
+    assert code == 1 and shown.startswith("error: out of memory at --batch 8 --max_seq_length 1024 ")
+    assert shown.count("\n") == 1 and record["status"] == "failed" and "--batch 8" in record["reason"]
+    for flag in ("--gradient_checkpointing on", "--grad_acc", "--max_seq_length", "--eval_batch_size"):
+        assert flag in shown
+    _, shown, _ = failed(arguments(tmp_path, eval_batch_size=32), error, capsys)
+    assert "--batch" not in shown and "lower --eval_batch_size" in shown
+
+
+def test_memory_that_torch_cannot_have_is_told(tmp_path, capsys):
+    import torch
+
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    code, shown, _ = failed(arguments(tmp_path), error.value, capsys)
+    assert code == 1 and shown.startswith("error: out of memory") and shown.count("\n") == 1
 
 
 def test_bad_input_before_the_run_leaves_nothing(tmp_path, capsys):
@@ -178,6 +217,46 @@ def test_what_cannot_be_written_is_found_at_once(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"file", "nowhere"}
 
 
+@pytest.mark.parametrize("place", ["file", "file/cache", "/proc/nothing"])
+def test_a_cache_that_cannot_be_written_is_found_at_once(tmp_path, capsys, monkeypatch, place):
+    if place.startswith("/proc") and not Path("/proc").is_dir():
+        pytest.skip("no /proc")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / place))
+    args = arguments(tmp_path, no_baseline_cache=False)
+    code, shown, record = failed(args, AssertionError("began"), capsys, begun=False)
+    assert code == 2 and "LLM_ALIGNMENT_CACHE" in shown and shown.count("\n") == 1 and record is None
+    with recorded_run(arguments(tmp_path), [], "script.py"):  # with --no_baseline_cache
+        pass
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "new"))
+    with recorded_run(args, [], "script.py"):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"script": "dpo_train.py"}', "holds another run (dpo_train.py)"),
+        ("{", "run.json is damaged"),
+        ('{"args": {}}', "run.json is damaged"),
+    ],
+)
+def test_the_folder_of_another_script_is_refused(tmp_path, capsys, text, message):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text(text, encoding="utf-8")
+    code, shown, _ = failed(arguments(tmp_path), AssertionError("began"), capsys)
+    assert code == 2 and message in shown and shown.count("\n") == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
+    (tmp_path / "out" / "run.json").unlink()
+    (tmp_path / "out" / "config.json").write_text("{}", encoding="utf-8")
+    code, shown, _ = failed(arguments(tmp_path), AssertionError("began"), capsys)
+    assert code == 2 and "holds a model" in shown
+    (tmp_path / "out" / "run.json").write_text('{"script": "script.py"}', encoding="utf-8")
+    with recorded_run(arguments(tmp_path), [], "script.py"):
+        pass
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_found_at_once(tmp_path, capsys):
     tmp_path.chmod(0o555)
@@ -241,12 +320,15 @@ def test_the_log_of_a_run_goes_to_its_file(tmp_path, capsys):
     args = arguments(tmp_path, resume_from_checkpoint=None, dtype="auto")
     with pytest.raises(ZeroDivisionError), recorded_run(args, ["--flag"], "script.py") as record:
         runs.log.info("before the folder")
+        Path(args.output_dir, "train_log.jsonl.4711.tmp").write_text("of a killed run", encoding="utf-8")
+        Path(args.output_dir, "my.tmp").write_text("of the user", encoding="utf-8")
         folder = runs.begin(record, {"sha256": "0"})
         runs.log.info("после")
         run = json.loads((folder / "run.json").read_text("utf-8"))
         1 / 0  # noqa: B018
     assert run["argv"] == ["--flag"] and run["data"] == {"sha256": "0"} and run["device"]["processes"] == 1
     assert {"args", "versions", "git", "ts", "script"} <= set(run)
+    assert [path.name for path in folder.glob("*.tmp")] == ["my.tmp"]
     text = (folder / "run.log").read_text("utf-8")
     assert "before the folder" in text and "после" in text and "ZeroDivisionError" in text
     assert "ZeroDivisionError" not in capsys.readouterr().out

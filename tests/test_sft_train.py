@@ -328,7 +328,6 @@ def bad_inputs(tmp_path):
             "--reward_model",
         ),
         "early stopping without MT-Bench": (["--early_stop_patience", "2"], "--early_stop_patience"),
-        "a tracker that is not installed": (["--report_to", "trackio"], "python -m pip install trackio"),
         "packing a stream": (["--packing", "--streaming"], "--packing"),
         "a stream of answers beyond the length": (
             ["--assistant_only_loss", "--max_seq_length", "2", "--streaming"],
@@ -349,7 +348,7 @@ def few(folder):
     "packed answers beyond the length", "a length of one token",
     "a truncated question file", "questions without turns", "a model without weights", "no such model",
     "no such reward model", "early stopping without MT-Bench",
-        "a tracker that is not installed", "packing a stream",
+        "packing a stream",
         "a checkpoint that is none", "a stream of answers beyond the length",
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, capsys):
