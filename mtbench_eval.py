@@ -15,6 +15,7 @@ import argparse
 import functools
 import json
 import logging
+import math
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -349,8 +350,12 @@ def earlier_results(path: str, questions: list[dict]) -> tuple[dict, list[dict]]
     """
     skipped = SkippedRows()
     fingerprint, rows = read_results(Path(path), skipped)
-    needed = {"turns", "rewards", "scores", "scores_logged", "answer_tokens", "finished"}
-    is_whole = all(needed <= row.keys() for row in rows) and {"reward_model", "generation"} <= fingerprint.keys()
+    needed = ("rewards", "scores", "scores_logged", "answer_tokens", "finished")
+    is_whole = all(isinstance(fingerprint.get(name), dict) for name in ("reward_model", "generation"))
+    for row in rows:
+        columns = [row.get(name) for name in ("turns", *needed)]
+        is_whole &= all(isinstance(values, list) and len(values) == len(columns[0]) > 0 for values in columns)
+        is_whole = is_whole and all(isinstance(x, int | float) and math.isfinite(x) for x in sum(columns[1:], []))
     if not rows or not is_whole:
         raise InputError(f"--compare {path}: no per-question results; name an mtbench_*.jsonl of an output folder")
     skipped.report(f"damaged lines of {path}")

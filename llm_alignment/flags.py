@@ -17,6 +17,14 @@ def ratio(text: str) -> float:
     return value
 
 
+def dropout(text: str) -> float:
+    """argparse type: a share of what is dropped, which leaves something to train on."""
+    value = ratio(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError("1 drops everything, so that nothing is trained")
+    return value
+
+
 def in_32_bits(value: float) -> float:
     """The number itself. Raises ArgumentTypeError for one that is not finite, or larger than what counts here."""
     if not abs(value) < 2**31:
@@ -107,7 +115,7 @@ def add_lora_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) 
     if not in_stages:
         add("--lora_r", type=positive(int), default=8, help="rank (default: %(default)s)")
         add("--lora_alpha", type=positive(int), default=16, help="scale is alpha / rank (default: %(default)s)")
-    add("--lora_dropout", type=ratio, default=0.05, help="dropout before the adapter (default: %(default)s)")
+    add("--lora_dropout", type=dropout, default=0.05, help="dropout before the adapter (default: %(default)s)")
     add(
         "--target_modules",
         default="q_proj,v_proj",

@@ -74,7 +74,7 @@ def check_values(config: dict, what: str) -> None:
         if name in LEAST and not (isinstance(value, int | float) and value >= LEAST[name]):
             raise InputError(f"{what} has {name} {value!r}, and {LEAST[name]} is the least; fetch it again")
         tokens = value if isinstance(value, list) else [value]
-        if name.endswith("_token_id") and not all(type(token) is int for token in tokens):
+        if name.endswith("_token_id") and not all(type(token) is int and token < 2**31 for token in tokens):
             raise InputError(f"{what} has {name} {value!r}, which is no number of a token; fetch it again")
 
 
@@ -95,18 +95,22 @@ LFS_POINTER = "it is a Git LFS pointer, not the file itself (git lfs pull fetche
 
 
 def check_safetensors(path: Path, what: str) -> None:
-    """Raises InputError when a file of weights is missing, cut off or something else; reads its header alone."""
+    """Raises InputError when a file of weights is missing, cut off, something else or quantised; reads its header
+    alone."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise InputError(f"{what}: {path.name} is missing; fetch it again")
     try:
-        with safe_open(path, "pt"):
-            pass
+        with safe_open(path, "pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys() if name.endswith(".weight")}  # noqa: SIM118 - it is no dict
     except (SafetensorError, OSError) as error:
         with path.open("rb") as file:
             reason = LFS_POINTER if file.read(23) == b"version https://git-lfs" else f"cut off or damaged ({error})"
         raise InputError(f"{what}: {path.name} cannot be read: {reason}; fetch it again") from error
+    for name, kind in kinds.items():
+        if kind not in {"F64", "F32", "F16", "BF16"}:  # transformers and PEFT would take the codes for the values
+            raise InputError(f"{what}: {name} is stored as {kind}; name the one that is not quantised")
 
 
 def stored_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -93,7 +93,9 @@ def read_tokenizer(folder: Path, what: str, *, trust_remote_code: bool) -> PreTr
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust tokenizers raise plain Exceptions
-        raise InputError(f"{what}: its tokenizer cannot be read ({one_line(error)}); fetch it again") from error
+        raise InputError(
+            f"{what}: its tokenizer or config cannot be read ({one_line(error)}); fetch it again"
+        ) from error
     if tokenizer.chat_template is None:
         raise InputError(f"{what}: its tokenizer has no chat template; name a chat model")
     return tokenizer
@@ -122,13 +124,12 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, what: str) -> str | None:
 
     Raises InputError when the template cannot render a question and its answer, or leaves one of them out.
     """
-    from jinja2 import TemplateError
-
     turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except TemplateError as error:
-        raise InputError(f"{what}: its chat template cannot render a question and an answer ({error})") from error
+    except Exception as error:  # a template may raise anything, or be no text
+        reason = one_line(error)
+        raise InputError(f"{what}: its chat template cannot render a question and an answer ({reason})") from error
     if "QUESTION" not in text or "ANSWER" not in text:
         raise InputError(f"{what}: its chat template leaves out the question or the answer; name a chat model")
     rest = text.rpartition("ANSWER")[2].lstrip()

@@ -302,6 +302,11 @@ class RunKeeper:
             if self.checkpoint.resolve().parent == Path(args.output_dir).resolve():
                 self.saved_step = state.global_step
         self.last_step = random_state(), state.num_input_tokens_seen
+        if state.max_steps == 1 and args.get_warmup_steps(1):
+            log.warning(
+                "the only step is the first one of the warmup, whose learning rate is 0: nothing is trained; lower "
+                "--batch or --grad_acc, or raise --epochs"
+            )
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.in_steps = True

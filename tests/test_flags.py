@@ -65,6 +65,7 @@ def test_types_of_numbers():
     for parse, text in (
         (flags.ratio, "1.5"),
         (flags.ratio, "nan"),
+        (flags.dropout, "1"),
         (flags.positive(int), "0"),
         (flags.positive(float), "inf"),
         (flags.not_negative(float), "-1"),

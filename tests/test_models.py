@@ -79,6 +79,15 @@ def without(*names: str) -> Callable[[Path], object]:
     return damage
 
 
+def with_codes(folder: Path) -> None:
+    """Weights of a layer are whole numbers of 8 bits."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "q_proj" in name)
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 DAMAGES = {
     "weights are an LFS pointer": (lambda f: (f / "model.safetensors").write_text(LFS), ["model.safetensors", "LFS"]),
     "tokenizer is an LFS pointer": (lambda f: (f / "tokenizer.json").write_text(LFS), ["tokenizer.json", "LFS"]),
@@ -129,6 +138,14 @@ DAMAGES = {
     ),
     "no heads": (lambda f: change_json(f / "config.json", num_attention_heads=0), ["cannot be"]),
     "an unknown activation": (lambda f: change_json(f / "config.json", hidden_act="tanhh"), ["tanhh"]),
+    "a template that is no text": (
+        lambda f: (
+            (f / "chat_template.jinja").unlink(missing_ok=True),
+            change_json(f / "tokenizer_config.json", chat_template=5),
+        ),
+        ["template"],
+    ),
+    "quantised without a word of it": (with_codes, ["q_proj.weight is stored as I8"]),
     "a template that is broken": (
         lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no chats here') }}"),
         ["chat template", "no chats here"],

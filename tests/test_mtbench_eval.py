@@ -298,6 +298,17 @@ def test_bad_input_is_one_line_and_exit_code_2(cli_folder, reward_folder, tmp_pa
     (damaged / "adapter_config.json").write_text('{"peft_type": "LO', encoding="utf-8")
     lines = [{"fingerprint": {}}, {"question_id": 81, "rewards": [1.0]}]
     files.write_rows(tmp_path / "of_another_kind.jsonl", lines)
+    columns = {name: [1.0] for name in ("rewards", "scores", "scores_logged", "answer_tokens", "finished")}
+    row = {"question_id": 81, "turns": ["a"], **columns}
+    for number, change in enumerate([
+        {"scores": ["7"]},
+        {"scores": []},
+        {"rewards": None},
+        {"scores": [float("nan")]},
+    ]):
+        lines = [{"fingerprint": {"reward_model": {}, "generation": {}}}, row | change]
+        files.write_rows(tmp_path / f"scores{number}.jsonl", lines)
+    files.write_rows(tmp_path / "settings.jsonl", [{"fingerprint": {"reward_model": "x", "generation": {}}}, row])
     for change in (
         ["--questions", str(tmp_path / "missing.jsonl")],
         ["--model", str(cli_folder)],
@@ -308,6 +319,8 @@ def test_bad_input_is_one_line_and_exit_code_2(cli_folder, reward_folder, tmp_pa
         ["--exp_log", str(cli_folder)],
         ["--compare", str(cli_folder / "questions.jsonl")],
         ["--compare", str(tmp_path / "of_another_kind.jsonl")],
+        *(["--compare", str(tmp_path / f"scores{number}.jsonl")] for number in range(4)),
+        ["--compare", str(tmp_path / "settings.jsonl")],
     ):
         with pytest.raises(SystemExit) as stop:
             me.main(good + change)
