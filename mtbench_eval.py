@@ -401,10 +401,6 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(args: argparse.Namespace, record: dict) -> None:
     """Answer, score, summarise, compare. Everything that can be wrong with the input is found before it writes."""
-    folder = Path(args.output_dir)
-    path = folder / "mtbench.jsonl"
-    if (folder / "run.json").exists() and not path.exists():
-        raise InputError(f"--output_dir {folder} holds another run; name another folder")
     questions = load_questions(
         args.questions, language=args.language, limit=args.mtbench_questions_limit, seed=args.mtbench_questions_seed
     )
@@ -431,10 +427,11 @@ def run(args: argparse.Namespace, record: dict) -> None:
     scorer = reward_model if main_process() else None
     evaluation = scored_evaluation(args, "mtbench", questions, scorer, **settings)
     model_settings = model_fingerprint(args, adapter_sha256(model))
+    path = Path(args.output_dir) / "mtbench.jsonl"
     if main_process():
         # refuses the folder of another evaluation before anything in it changes
         ResultFile(path, {**model_settings, **fingerprint})
-    begin(record, {"questions": args.questions, "n": len(questions), "sha256": fingerprint["questions"]})
+    folder = begin(record, {"questions": args.questions, "n": len(questions), "sha256": fingerprint["questions"]})
     with timed(record, "final"):
         rows = evaluation.answer(
             model,

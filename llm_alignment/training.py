@@ -421,9 +421,8 @@ FLAGS_THAT_DO_NOT_AFFECT_TRAINING = {
 def check_output_folder(args: argparse.Namespace, ignored: set[str], data: dict | None = None) -> None:
     """Raises InputError, before anything is written, when --output_dir holds another run.
 
-    Without --resume_from_checkpoint that is any run, and a model or adapter that is no run's; with it, a run that
-    `check_same_run` finds to be another. Call it first of all, and again with the fingerprint of the data when that is
-    known.
+    Without --resume_from_checkpoint that is any run; with it, one that `check_same_run` finds to be another. Call it
+    first of all, and again with the fingerprint of the data when that is known.
     """
     folder = Path(args.output_dir)
     if args.resume_from_checkpoint is None:
@@ -432,8 +431,6 @@ def check_output_folder(args: argparse.Namespace, ignored: set[str], data: dict 
                 f"--output_dir {folder} holds another run; name another folder, or resume that run by "
                 "--resume_from_checkpoint auto"
             )
-        if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
-            raise InputError(f"--output_dir {folder} holds a model, which would be overwritten; name another folder")
         return
     folders = {folder}
     if args.resume_from_checkpoint != "auto":

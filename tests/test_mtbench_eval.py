@@ -284,7 +284,7 @@ def test_the_command_line(cli_folder, reward_folder, tmp_path, monkeypatch, caps
 
 def test_the_folder_of_a_training_run_is_left_alone(cli_folder, reward_folder, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "run" / "run.json").write_text('{"script": "sft_train.py"}', encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         me.main(flags(cli_folder, reward_folder, tmp_path / "run"))
     assert stop.value.code == 2 and "holds another run" in capsys.readouterr().err
