@@ -288,7 +288,9 @@ def test_the_folder_of_a_training_run_is_left_alone(cli_folder, reward_folder, t
     with pytest.raises(SystemExit) as stop:
         me.main(flags(cli_folder, reward_folder, tmp_path / "run"))
     assert stop.value.code == 2 and "holds another run" in capsys.readouterr().err
-    assert [(path.name, path.read_text("utf-8")) for path in (tmp_path / "run").iterdir()] == [("run.json", "{}")]
+    assert [(path.name, path.read_text("utf-8")) for path in (tmp_path / "run").iterdir()] == [
+        ("run.json", '{"script": "sft_train.py"}')
+    ]
 
 
 def test_bad_input_is_one_line_and_exit_code_2(cli_folder, reward_folder, tmp_path, capsys):
