@@ -353,7 +353,7 @@ def earlier_results(path: str, questions: list[dict]) -> tuple[dict, list[dict]]
     needed = ("rewards", "scores", "scores_logged", "answer_tokens", "finished")
     is_whole = all(isinstance(fingerprint.get(name), dict) for name in ("reward_model", "generation"))
     for row in rows:
-        columns = [row.get(name) for name in ("turns", *needed)]
+        columns: list[Any] = [row.get(name) for name in ("turns", *needed)]
         is_whole &= all(isinstance(values, list) and len(values) == len(columns[0]) > 0 for values in columns)
         is_whole = is_whole and all(isinstance(x, int | float) and math.isfinite(x) for x in sum(columns[1:], []))
     if not rows or not is_whole:
