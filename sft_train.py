@@ -426,6 +426,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(args: argparse.Namespace, record: dict) -> None:
     """Load, measure, train, measure again. Everything that can be wrong with the input is found before it writes."""
+    check_flags(args)
     check_output_folder(args, neutral_flags(args))
     tokenizer = load_tokenizer(args)
     encoder = ChatEncoder(tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
@@ -475,15 +476,21 @@ def run(args: argparse.Namespace, record: dict) -> None:
         log.info("validation loss on all %d held-out rows: %.4f", final["val_rows_full"], final["val_loss_full"])
 
 
-def mtbench_questions(args: argparse.Namespace) -> list[dict]:
-    """The questions asked before and after training; [] with --mtbench_ru none."""
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises InputError for flags that do not go together; warns of those that then do less."""
+    if args.packing and args.streaming:
+        raise InputError("--packing cannot count its sequences in a stream; leave out --streaming or --packing")
+    if args.early_stop_patience is not None and args.mtbench_ru == "none":
+        raise InputError("--early_stop_patience decides by MT-Bench: leave out --mtbench_ru none or the patience")
     if args.early_stop_patience is None and args.mtbench_midtrain_questions:
         log.warning("--mtbench_midtrain_questions is not used without --early_stop_patience")
     if args.early_stop_patience is not None and args.skip_baseline_eval:
         log.warning("--skip_baseline_eval: early stopping has no baseline, so it does not see a fall below it")
+
+
+def mtbench_questions(args: argparse.Namespace) -> list[dict]:
+    """The questions asked before and after training; [] with --mtbench_ru none."""
     if args.mtbench_ru == "none":
-        if args.early_stop_patience is not None:
-            raise InputError("--early_stop_patience decides by MT-Bench: leave out --mtbench_ru none or the patience")
         return []
     return load_questions(
         args.mtbench_ru, limit=args.mtbench_questions_limit, seed=args.mtbench_questions_seed, flag="--mtbench_ru"

@@ -424,8 +424,6 @@ def training_stream(args: argparse.Namespace, selection: Selection, examples: Ex
     """The training rows of --streaming, shuffled again for every epoch, each subset in its share."""
     import datasets
 
-    if args.packing:
-        raise InputError("--packing cannot count its sequences in a stream; leave out --streaming or --packing")
     counts = {subset: count for (subset, side), count in sorted(selection.counts.items()) if side == "train"}
 
     def read(subset: str) -> Iterator[dict]:

@@ -328,7 +328,7 @@ def bad_inputs(tmp_path):
             "--reward_model",
         ),
         "early stopping without MT-Bench": (["--early_stop_patience", "2"], "--early_stop_patience"),
-        "packing a stream": (["--packing", "--streaming"], "--packing"),
+        "packing a stream": (["--packing", "--streaming", "--dry_run"], "--packing"),
         "a stream of answers beyond the length": (
             ["--assistant_only_loss", "--max_seq_length", "2", "--streaming"],
             "no training row has an answer within --max_seq_length 2",
