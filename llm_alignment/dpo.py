@@ -178,7 +178,8 @@ def take_adapter_settings(args: argparse.Namespace) -> None:
     """
     config = adapter_config(args.load_adapter)
     layers = config.get("target_modules")
-    trained = [*(layers if isinstance(layers, list) else []), *(config.get("modules_to_save") or [])]
+    lists = (value for value in (layers, config.get("modules_to_save")) if isinstance(value, list))
+    trained = [layer for value in lists for layer in value]
     if any(str(layer).split(".")[-1] == "lm_head" for layer in trained):
         raise InputError(
             f"--load_adapter {args.load_adapter}: it changes the head (lm_head), which the losses here take from the "

@@ -154,7 +154,7 @@ def is_context(context: Any) -> bool:
     except (TypeError, KeyError, AttributeError):
         return False
     is_whole = all(isinstance(text, str) for text in texts) and all(isinstance(value, list) for value in lists)
-    return is_whole and all(map(str.isdecimal, orders))
+    return is_whole and all(order.isdecimal() and len(order) < 10 for order in orders)
 
 
 def question_texts(path: Path) -> list[str]:

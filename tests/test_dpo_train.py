@@ -251,6 +251,7 @@ def test_questions_that_are_trained_on_are_measured_with_a_warning(logged):
     [
         ({"target_modules": ["q_proj", "lm_head"]}, [], "it changes the head"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, [], "it changes the head"),
+        ({"target_modules": ["q_proj"], "modules_to_save": 3}, ["--output_dir", "adapter"], "is --output_dir too"),
         ({"target_modules": ["q_proj"]}, ["--output_dir", "adapter"], "is --output_dir too"),
     ],
 )

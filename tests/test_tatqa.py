@@ -194,6 +194,7 @@ def test_parse(text, expected):
         (json.dumps([context(question("count", "9" * 5000))]), ["99 is not a number"]),
         (json.dumps([context({**question(), "question": " "})]), ["no question"]),
         (json.dumps([context({**question(), "rel_paragraphs": 3})]), ["context 1"]),
+        (json.dumps([{**context(question()), "paragraphs": [{"order": "9" * 5000, "text": "a"}]}]), ["context 1"]),
         (json.dumps([{**context(question()), "table": {"table": "ab"}}]), ["context 1"]),
         (json.dumps([context(question(scale="dozen"))]), ["'dozen'"]),
     ],
