@@ -12,7 +12,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from commands import apply_changes, command_line, flag_groups, flag_name, join_empty, same_command
+from commands import (
+    apply_changes,
+    flag_groups,
+    flag_name,
+    join_empty,
+    parse_strictly,
+    same_command,
+    shown_command,
+)
 from records import HERE, find_run, from_record, load_records, record_files, run_arguments
 from seeds import merge_seeds
 from tables import deltas_table, markdown_table
@@ -54,9 +62,14 @@ class PlannedRun:
         return self.arguments
 
 
-def parse(script: str, arguments: list[str]) -> argparse.Namespace:
-    """What the script's own parser makes of the arguments; wrong ones end the program with exit code 2."""
-    return importlib.import_module(Path(script).stem).build_parser().parse_args(arguments)
+def parse(name: str, script: str, arguments: list[str]) -> argparse.Namespace:
+    """What the script's own parser makes of the arguments of the run `name`; InputError for wrong ones."""
+    try:
+        return parse_strictly(importlib.import_module(Path(script).stem).build_parser(), arguments)
+    except InputError as error:
+        raise InputError(
+            f"{name}: {script} refuses its command ({error}); change the flag, or leave the run out"
+        ) from error
 
 
 def plan_runs(names: list[str], seeds: list[int], changes: list[str]) -> list[PlannedRun]:
@@ -88,7 +101,7 @@ def plan_runs(names: list[str], seeds: list[int], changes: list[str]) -> list[Pl
 
 def plan_run(name: str, run: dict, arguments: list[str], seed: int | None) -> PlannedRun:
     """One run as it will be started; `seed` None keeps the command's own."""
-    args = parse(run["script"], arguments)
+    args = parse(name, run["script"], arguments)
     given = {flag_name(group) for group in flag_groups(arguments)}
     folder = args.output_dir
     if args.demo and "--output_dir" not in given:
@@ -106,20 +119,28 @@ def plan_run(name: str, run: dict, arguments: list[str], seed: int | None) -> Pl
     return PlannedRun(name, run["script"], join_empty(arguments), Path(folder), Path(args.exp_log))
 
 
-def execute(script: str, arguments: list[str]) -> int:
-    """Runs a script of the project with this Python; its exit code, or 128 + the signal that ended it."""
+def execute(script: str, arguments: list[str]) -> tuple[int, int]:
+    """Runs a script of the project with this Python; its exit code, or 128 + the signal that ended it.
+
+    The second number is the signal that this program got meanwhile, 0 for none.
+    """
     process = subprocess.Popen([sys.executable, str(HERE.parent / script), *arguments])
+    received = 0
+
+    def hand_on(signum: int, frame: object) -> None:
+        nonlocal received
+        received = signum
+        if signum == signal.SIGTERM:
+            process.terminate()
+
     # Ctrl-C reaches the script too, which saves a checkpoint and its record: wait for it. SIGTERM is handed on.
-    handlers = {
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
-    }
+    handlers = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = process.wait()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return code if code >= 0 else 128 - code
+    return (code if code >= 0 else 128 - code), received
 
 
 def run_campaign(runs: list[PlannedRun]) -> int:
@@ -134,10 +155,10 @@ def run_campaign(runs: list[PlannedRun]) -> int:
             print(f"[{place}/{len(runs)}] {run.name}: completed {record['ts']} ({record['place']})", flush=True)
             continue
         arguments = run.resuming()
-        print(f"[{place}/{len(runs)}] {run.name}: {command_line(run.script, arguments)}", flush=True)
-        code = execute(run.script, arguments)
-        if code in {130, 143}:
-            stopped = code
+        print(f"[{place}/{len(runs)}] {run.name}: {shown_command(run.script, arguments)}", flush=True)
+        code, received = execute(run.script, arguments)
+        if received or code in {130, 143}:  # Windows has another exit code for Ctrl-C
+            stopped = 128 + received if received else code
             print(f"stopped at {run.name}; the same command goes on from there", flush=True)
             break
         if code:
@@ -169,7 +190,7 @@ def print_plan(runs: list[PlannedRun]) -> int:
             print(f"{run.name}: completed", flush=True)
             continue
         arguments = apply_changes(run.resuming(), ["--dry_run"])
-        print(f"{run.name}: {command_line(run.script, arguments)}", flush=True)
+        print(f"{run.name}: {shown_command(run.script, arguments)}", flush=True)
         command = [sys.executable, str(HERE.parent / run.script), *arguments]
         in_utf8 = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # Windows would write a pipe in the system's code page
         dry_run = subprocess.run(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import argparse
+import json
 import re
+import signal
 import sys
 from collections.abc import Callable
 
 from llm_alignment.files import InputError
-from llm_alignment.runs import disk_problem, print_unknown_letters_as_question_marks
+from llm_alignment.runs import disk_problem, interrupt, lasting_console, signals_go_to
 
 
 def flag_groups(arguments: list[str]) -> list[list[str]]:
@@ -58,14 +60,15 @@ def quote(word: str) -> str:
     Bare when neither shell gives any of its characters a meaning (PowerShell splits at commas and at `-x.y`); else in
     single quotes, which are literal in both; else in double quotes, where both would expand `$` and a backtick.
     PowerShell takes typographic quotes for quotes. Windows PowerShell 5.1 drops an empty argument, so an empty value
-    is never written as a word of its own (see `join_empty`).
+    is never written as a word of its own (see `join_empty`); it hands a program what is between the quotes without
+    escaping a `"` in it or a backslash at the end of a text with blanks. Raises InputError for such words.
     """
     if re.fullmatch(r"(?!-[A-Za-z?])[A-Za-z0-9_./:=+-]+", word):
         return word
-    if "\n" not in word and "\r" not in word:
+    if not re.search(r'[\n\r"]|\s.*\\$', word):
         if not re.search("['\u2018\u2019\u201a\u201b]", word):
             return f"'{word}'"
-        if not re.search('["\u201c\u201d\u201e$`!]|\\\\$|\\\\\\\\', word):
+        if not re.search("[\u201c\u201d\u201e$`!]|\\\\$|\\\\\\\\", word):
             return f'"{word}"'
     raise InputError(f"{word!r} cannot be written in one way for PowerShell and bash; put it into a file or rename it")
 
@@ -82,27 +85,51 @@ def join_empty(arguments: list[str]) -> list[str]:
 
 
 def exit_code(run: Callable[[], int]) -> int:
-    """What `run()` gives; after one line 2 for bad input, 1 for what the disk refuses, 130 for Ctrl-C.
+    """What `run()` gives; after one line 2 for bad input, 1 for what the disk refuses, 128 + the signal that stops it.
 
-    A reader that has seen enough, as `head -1`, is no error.
+    A reader that has seen enough, as `head -1`, does not end it.
     """
-    print_unknown_letters_as_question_marks()
-    try:
-        code = run()
-        sys.stdout.flush()
+    with lasting_console() as console:
+        try:
+            with signals_go_to(interrupt):
+                code = run()
+            console.flush()
+            if not console.problem:
+                return code
+            line, code = f"error: what was printed is not complete ({console.problem})", code or 1
+        except InputError as error:
+            line, code = f"error: {error}", 2
+        except KeyboardInterrupt as error:
+            line, code = "interrupted: start the same command again", 128 + getattr(error, "signum", signal.SIGINT)
+        except Exception as error:
+            reason = disk_problem(error) or (str(error) if isinstance(error, OSError) else "")
+            if not reason:
+                raise
+            line, code = f"error: {reason}; free space, give write access or name another folder", 1
+        print(line, file=sys.stderr)
         return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
-        return 0
-    except InputError as error:
-        line, code = f"error: {error}", 2
-    except KeyboardInterrupt:
-        line, code = "interrupted: start the same command again", 130
-    except OSError as error:
-        line, code = f"error: {disk_problem(error) or error}; free space, give write access or name another folder", 1
-    print(line, file=sys.stderr)
-    return code
 
 
 def command_line(script: str, arguments: list[str]) -> str:
+    """The command on one line; raises InputError where no line reads the same in PowerShell and bash."""
     return " ".join(["poetry run python", script, *map(quote, arguments)])
+
+
+def shown_command(script: str, arguments: list[str]) -> str:
+    """The command on one line, or, where no line reads the same in PowerShell and bash, the list of its arguments."""
+    try:
+        return command_line(script, join_empty(arguments))
+    except InputError:
+        return f"{script} {json.dumps(arguments, ensure_ascii=False)}"
+
+
+def parse_strictly(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """As `parser.parse_args`, but a wrong flag is an InputError, and a --help that slipped in is one too."""
+
+    def refuse(message: str) -> None:
+        raise InputError(message)
+
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    if "--help" in arguments:
+        raise InputError("--help is no part of a run's command")
+    return parser.parse_args(arguments)

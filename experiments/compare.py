@@ -88,22 +88,18 @@ def compare(a: str, b: str, files: list[Path], output_dir: Path) -> Path:
 
 
 def slug(name: str) -> str:
-    """A name as part of a file name."""
-    return re.sub(r"[^\w.-]+", "_", name).strip("._")[-60:]
+    """A name as part of a file name: at most 80 bytes, of which two fit into the 255 that a disk allows."""
+    text = re.sub(r"[^\w.-]+", "_", name).strip("._")[-60:]
+    return text.encode("utf-8")[-80:].decode("utf-8", "ignore")
 
 
 def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict | None:
     """One evaluation of the page: its table, what was set otherwise, and its questions, the largest changes first.
 
-    None when the two have no question in common. MT-Bench's Russian and English questions have the same numbers, so
-    the texts are compared too.
+    None when the two have no question in common.
     """
     (settings_a, rows_a), (settings_b, rows_b) = load_answers(path_a), load_answers(path_b)
-    pairs = [
-        (row, rows_b[question])
-        for question, row in rows_a.items()
-        if question in rows_b and row.get("turns") == rows_b[question].get("turns")
-    ]
+    pairs = shared_questions(rows_a, rows_b)
     if not pairs:
         return None
     deltas = comparison_table(key, pairs)
@@ -123,6 +119,18 @@ def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict | None:
         "changed": sum(question["change"] != 0 for question in questions),
         "questions": questions,
     }
+
+
+def shared_questions(rows_a: dict[str, dict], rows_b: dict[str, dict]) -> list[tuple[dict, dict]]:
+    """The two rows of every question in common, in the order of A.
+
+    MT-Bench's Russian and English questions have the same numbers, so the texts are compared too.
+    """
+    return [
+        (row, rows_b[question])
+        for question, row in rows_a.items()
+        if question in rows_b and row.get("turns") == rows_b[question].get("turns")
+    ]
 
 
 def comparison_table(key: str, pairs: list[tuple[dict, dict]]) -> list[TableRow]:
@@ -204,7 +212,7 @@ def print_power(names: list[str], files: list[Path]) -> None:
         if before_path is None or not before_path.is_file():
             raise InputError(f"{names[-1]}: {EVALUATIONS[key]} has nothing to compare with; name a second run")
         before, after = load_answers(before_path)[1], load_answers(after_path)[1]
-        shared = [(before[question], after[question]) for question in before if question in after]
+        shared = shared_questions(before, after)
         differences = [question_score(key, new) - question_score(key, old) for old, new in shared]
         if len(differences) < 2:
             raise InputError(f"{after_path}: {len(differences)} questions shared with {before_path}; needs at least 2")

@@ -11,6 +11,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from commands import parse_strictly
 from records import HERE, flatten, load_records, record_problem
 
 from llm_alignment.files import InputError, SkippedRows, append_record, read_rows
@@ -32,6 +33,7 @@ FIGURES = {
     ("instruct", "success_rate"): ("instruct", "keyword_success"),
     ("reddit", "avg_score"): ("reddit", "avg_logged"),
 }
+RANGES = {"acc": (0, 1), "avg_score": (1, 10), "success_rate": (0, 100)}
 MT_FIGURES = {  # the multi-task script's instructions are those of Finance-Instruct
     ("instruct", "avg_score"): ("finance_instruct", "avg_logged"),
     ("instruct", "success_rate"): ("finance_instruct", "success_logged"),
@@ -65,10 +67,13 @@ def import_records(path: Path) -> tuple[int, int]:
     skipped.report(f"lines of {path}")
     target = HERE / IMPORTED
     known = [(record["ts"], record["argv"]) for record in (load_records(target) if target.is_file() else [])]
-    new = [record for record in found if (record["ts"], record["argv"]) not in known]
-    for record in new:
-        append_record(target, record)
-    return len(new), len(found) - len(new)
+    before = len(known)
+    for record in found:
+        if (record["ts"], record["argv"]) not in known:
+            append_record(target, record)
+            known.append((record["ts"], record["argv"]))
+    new = len(known) - before
+    return new, len(found) - new
 
 
 def convert(old: dict, place: str) -> dict:
@@ -85,8 +90,9 @@ def convert(old: dict, place: str) -> dict:
 
 def convert_run(old: dict, place: str) -> dict:
     """The form with a baseline and a post side."""
-    script = "dpo_train_mt.py" if "reddit" in old["params"] or "reddit" in old else "dpo_train.py"
-    values = {RENAMED.get(key, key): value for key, value in flatten(old["params"]).items()}
+    has_reddit = "reddit" in old or old["params"].get("reddit") is not None
+    script = "dpo_train_mt.py" if has_reddit else "dpo_train.py"
+    values = {RENAMED.get(key, key): value for key, value in flatten(old["params"]).items() if value is not None}
     if "use_4bit" in values:
         values["no_4bit"] = not values.pop("use_4bit")
     figures = FIGURES | MT_FIGURES if script == "dpo_train_mt.py" else FIGURES
@@ -95,6 +101,9 @@ def convert_run(old: dict, place: str) -> dict:
         for side, measured in sides.items():
             value = ((old.get(section) or {}).get(side) or {}).get(key)
             if value is not None:
+                low, high = RANGES[key]
+                if not low <= value <= high:
+                    raise InputError(f"{section} {side} {key} {value} is not within {low}..{high}")
                 n = old[section][side].get("n")
                 measured.setdefault(evaluation, {"n": n})[name] = 100 * value if key == "acc" else value
     return new_record(old, place, script, values) | {"baseline": sides["baseline"], "final": sides["post"]}
@@ -112,22 +121,12 @@ def new_record(old: dict, place: str, script: str, values: dict[str, Any]) -> di
     values = {"model": old.get("model"), **values, "exp_tag": old.get("tag") or values.get("exp_tag")}
     argv, unknown = flags(parser, values)
     unknown += [f"{key} {value}" for key, value in old.items() if key not in OLD_KEYS]
-    args = parse(parser, argv)
+    args = parse_strictly(parser, argv)
     known = {"ts": str(old.get("ts") or old["timestamp"]), "git": None, "versions": {}, "status": "completed"}
     record = {**empty_record(args, argv, script, started=0), **known, "imported": place}
     if unknown:
         record["note"] = f"what {script} has no flag for: {', '.join(unknown)}"
     return record
-
-
-def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """As the parser does, but a wrong flag is an InputError."""
-
-    def refuse(message: str) -> None:
-        raise InputError(message)
-
-    parser.error = refuse
-    return parser.parse_args(argv)
 
 
 def flags(parser: argparse.ArgumentParser, values: dict[str, Any]) -> tuple[list[str], list[str]]:

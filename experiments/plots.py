@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ def new_figure(
     from matplotlib.figure import Figure
 
     matplotlib.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    matplotlib.rcParams["text.parse_math"] = False  # the name of a run may hold a dollar sign
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharey=sharey)
     figure.get_layout_engine().set(wspace=0.04, hspace=0.04)
@@ -234,7 +236,7 @@ def plot_curves(title: str, runs: list[Run]) -> Figure | None:
     logs = {}
     for run in runs:
         log_file, run_file = (Path(run.source["output_dir"]) / name for name in ("train_log.jsonl", "run.json"))
-        if not (log_file.is_file() and run_file.is_file()):
+        if not (os.path.isfile(log_file) and os.path.isfile(run_file)):  # no error for a name that is too long
             continue
         if read_json(run_file, f"run {run.name}").get("ts") == run.source["ts"]:
             logs[wrapped(run.label, 40)] = read_records(log_file)

@@ -14,7 +14,9 @@ from llm_alignment.files import InputError, SkippedRows, read_objects
 
 HERE = Path(__file__).resolve().parent
 LOGGED_RUNS = HERE / "logged_runs.jsonl"
+SCRIPTS = {"sft_train.py", "dpo_train.py", "dpo_train_mt.py", "dpo_train_mt_v2.py", "mtbench_eval.py"}
 LOGGED_KEYS = {"id", "script", "model", "command", "title", "source", "figures", "measured"}
+REPORTED: set[tuple[Path, int]] = set()  # the files whose damaged lines were named, and how many these were
 RECORD_TYPES = {
     "ts": str, "tag": str | None, "script": str, "argv": list, "args": dict, "git": str | None, "device": dict | None,
     "data": dict | None, "baseline": dict, "final": dict, "delta": dict, "runtime_s": dict, "kept_step": int | None,
@@ -40,12 +42,15 @@ def load_records(path: Path) -> list[dict]:
     skipped = SkippedRows()
     records = []
     for place, row in read_objects(path, skipped):
-        problem = None if row.keys() >= LOGGED_KEYS else record_problem(row)
+        published = row.keys() >= LOGGED_KEYS and path.resolve() == LOGGED_RUNS
+        problem = None if published else record_problem(row)
         if problem:
             skipped.add(place, problem)
         else:
             records.append({**row, "place": place})
-    skipped.report(f"lines of {path}")
+    if (path, skipped.count) not in REPORTED:  # a campaign reads its records again after every run
+        REPORTED.add((path, skipped.count))
+        skipped.report(f"lines of {path}")
     return records
 
 
@@ -56,8 +61,13 @@ def record_problem(row: dict) -> str | None:
     wrong = [key for key, kind in RECORD_TYPES.items() if not isinstance(row[key], kind)]
     if wrong:
         return f"{wrong[0]} {str(row[wrong[0]])[:40]!r} is not what a run record has there"
-    if not all(isinstance(word, str) for word in row["argv"]):
-        return "argv is no list of words"
+    if row["script"] not in SCRIPTS:
+        return f"{row['script'][:40]!r} is no script of this project"
+    words = row["argv"]
+    if not all(isinstance(word, str) for word in words) or (words and not words[0].startswith("--")):
+        return "argv is no list of flags"
+    if "\0" in row["output_dir"]:
+        return "output_dir is no path"
     if not all(isinstance(change, dict) for change in row["delta"].values()):
         return "a delta is no object"
     for side in ("baseline", "final"):
@@ -83,12 +93,13 @@ def find_run(name: str, files: list[Path] | None = None) -> dict:
     file, _, line = name.rpartition(":")
     if file and line.isdigit():
         path = next((path for path in (Path(file), HERE / file) if path.is_file()), None)
-        if path is None:
-            raise InputError(f"{name}: there is no file {file}; give the path of a record file and a line number")
-        for record in load_records(path):
+        for record in load_records(path) if path else []:
             if record["place"].endswith(f":{line}"):
                 return record
-        raise InputError(f"{name}: no record on line {line}; `rerun.py --list` shows the lines that hold one")
+        if path:
+            raise InputError(f"{name}: no record on line {line}; `rerun.py --list` shows the lines that hold one")
+        if file.endswith(".jsonl"):  # else a tag may have a colon
+            raise InputError(f"{name}: there is no file {file}; give the path of a record file and a line number")
     for run in load_records(LOGGED_RUNS):
         if name == run["id"] or name in run.get("aliases", []):
             return run
@@ -302,6 +313,8 @@ def load_runs(files: list[Path]) -> list[Run]:
     """The published runs, then the records of `files`; a name that is taken gets the record's place added."""
     runs = [from_logged(entry) for entry in load_records(LOGGED_RUNS)]
     for path in files:
+        if path.resolve() == LOGGED_RUNS:
+            continue
         for record in load_records(path):
             run = from_record(record)
             if any(run.name == other.name for other in runs):

@@ -15,7 +15,9 @@ The same records and output folders give the same files, byte for byte.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,8 +82,16 @@ def draw_all(runs: list[Run], spreads: list) -> dict[str, tuple[str, Figure | No
     figures["noise.png"] = ("Noise of the published baselines", plot_noise(spreads))
     figures["seeds.png"] = ("Differences over seeds", plot_seeds([run for run in runs if run.members]))
     for run in (run for run in runs if not run.is_logged):
-        figures[f"categories_{slug(run.name)}.png"] = (f"MT-Bench by category: {run.label}", plot_categories(run))
+        name = new_name(f"categories_{slug(run.name)}", figures)
+        figures[name] = (f"MT-Bench by category: {run.label}", plot_categories(run))
     return figures
+
+
+def new_name(stem: str, taken: Collection[str]) -> str:
+    """STEM.png, or STEM_2.png ... where another run's name gave that file name; Windows takes a and A for one."""
+    lower = {name.lower() for name in taken}
+    numbered = (f"{stem}.png" if number == 1 else f"{stem}_{number}.png" for number in itertools.count(1))
+    return next(name for name in numbered if name.lower() not in lower)
 
 
 def write_report(files: list[Path], output_dir: Path) -> list[Path]:

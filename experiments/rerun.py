@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 
 from campaign import execute, plan_runs, print_plan, run_campaign
-from commands import apply_changes, command_line, exit_code, join_empty
+from commands import apply_changes, command_line, exit_code, join_empty, shown_command
 from old_records import IMPORTED, import_records
 from records import LOGGED_RUNS, find_run, load_records, record_files, record_name, run_arguments
 
@@ -43,10 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="id, alias, tag, output folder or FILE:LINE")
-    parser.add_argument("--list", action="store_true", help="show the runs that can be repeated")
-    parser.add_argument("--import", type=Path, metavar="FILE", help="take over records of the original scripts")
-    parser.add_argument("--print", action="store_true", dest="print_only", help="print the commands, do not run them")
-    parser.add_argument("--plan", action="store_true", help="print every run's dry run and the sum, run nothing")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--list", action="store_true", help="show the runs that can be repeated")
+    task.add_argument("--import", type=Path, metavar="FILE", help="take over records of the original scripts")
+    task.add_argument("--print", action="store_true", dest="print_only", help="print the commands, do not run them")
+    task.add_argument("--plan", action="store_true", help="print every run's dry run and the sum, run nothing")
     parser.add_argument("--seeds", nargs="+", type=seed, default=[], metavar="N", help="run each run with each seed")
     return parser
 
@@ -69,8 +70,11 @@ def run_one(name: str, changes: list[str], *, print_only: bool) -> int:
     """One run as its command says; the exit code is the script's."""
     run = find_run(name)
     arguments = join_empty(apply_changes(run_arguments(run), changes))
-    print(command_line(run["script"], arguments), flush=True)
-    return 0 if print_only else execute(run["script"], arguments)
+    if print_only:
+        print(command_line(run["script"], arguments))
+        return 0
+    print(shown_command(run["script"], arguments), flush=True)
+    return execute(run["script"], arguments)[0]
 
 
 def run(argv: list[str] | None) -> int:
@@ -80,6 +84,8 @@ def run(argv: list[str] | None) -> int:
     # a RUN after the first flag, as in --print S4, is not taken for one by argparse
     names, changes = [*args.runs, *words[:first_flag]], words[first_flag:]
     import_file = getattr(args, "import")
+    if (import_file or args.list) and (names or changes or args.seeds):
+        parser.error("--list and --import stand alone: no run, seed or change goes with them")
     if import_file:
         new, known = import_records(import_file)
         print(f"imported {new} records into {IMPORTED}, {known} were there already")

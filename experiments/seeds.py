@@ -31,7 +31,7 @@ def merge_seeds(runs: list[Run]) -> list[Run]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         key = f"alone {len(groups)}"
-        if run.origin == "new":
+        if run.origin == "new" and isinstance(run.params.get("seed"), int):
             settings = {name: value for name, value in run.params.items() if name not in NO_SETTINGS}
             key = json.dumps([run.script, settings], sort_keys=True, default=str)
         groups.setdefault(key, []).append(run)

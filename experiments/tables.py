@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 
-from commands import command_line
+from commands import shown_command
 from noise import Spread
 from records import PUBLISHED, Run, flatten, get_nested
 
 from llm_alignment.evaluation import TableRow, table_rows, verdict
-from llm_alignment.files import InputError
 from llm_alignment.stats import holm
 
 
@@ -422,11 +420,11 @@ def log_section(run: Run) -> list[str]:
     title = f"{run.name}: {source['title']}" if run.is_logged else run.name
     parts = [
         f"## {inert(title)}",
-        f"Origin: {run.origin}; {inert(source['source' if run.is_logged else 'place'])}. Model: {inert(run.model)}.",
+        inert(f"Origin: {run.origin}; {source['source' if run.is_logged else 'place']}. Model: {run.model}."),
     ]
     if not run.measured:
         parts.append("**Not measured: these figures are not a result.**")
-    command = shown_command(run)
+    command = source["command"] if run.is_logged else shown_command(run.script, source["argv"])
     parts.append(code_block(command) if command else "The command was not logged.")
     if "command_is" in source:
         parts.append(f"The command is {source['command_is']}.")
@@ -442,19 +440,9 @@ def log_section(run: Run) -> list[str]:
         parts.append(deltas_table([run]))
         device = (source["device"] or {}).get("name", "not known")
         seed = number(source["args"].get("seed"))
-        parts.append(f"{source['ts']}; commit {number(source['git'])}; device {inert(device)}; seed {seed}.")
+        parts.append(inert(f"{source['ts']}; commit {number(source['git'])}; device {device}; seed {seed}."))
     note = source.get("note") or source.get("reason")
     return [*parts, f"Note: {inert(note)}."] if note else parts
-
-
-def shown_command(run: Run) -> str | None:
-    """The command on one line; a list of its arguments where no line reads the same in PowerShell and bash."""
-    if run.is_logged:
-        return run.source["command"]
-    try:
-        return command_line(run.script, run.source["argv"])
-    except InputError:
-        return f"{run.script} {json.dumps(run.source['argv'], ensure_ascii=False)}"
 
 
 def figures_table(run: Run) -> str:

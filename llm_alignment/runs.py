@@ -74,7 +74,8 @@ def signals_go_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(signum, previous_handler)
 
 
-def _interrupt(signum: int, frame: Any) -> None:
+def interrupt(signum: int, frame: Any) -> None:
+    """A handler for `signals_go_to`: the signal ends what runs, and is known by the error."""
     raise Interrupted(signum)
 
 
@@ -93,7 +94,7 @@ def recorded_run(args: argparse.Namespace, argv: list[str] | None, script: str) 
         keeps_record = main_process() and not args.dry_run
         try:
             record |= new_record(args, sys.argv[1:] if argv is None else argv, script, started)
-            with signals_go_to(_interrupt), run_folder(args, script):
+            with signals_go_to(interrupt), run_folder(args, script):
                 yield record
             record["status"] = "completed"
         except BaseException as error:
@@ -191,7 +192,7 @@ DISK_ERRORS = {
     "EACCES", "EDQUOT", "EFBIG", "EIO", "EISDIR", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EPERM", "EROFS", "ESTALE",
 }  # fmt: skip
 FULL_DISK = re.compile(
-    r"No space left on device|os error 28|quota exceeded|PytorchStreamWriter|inline_container", re.I
+    r"No space left on device|os error (?:5|27|28|30|122)\b|quota exceeded|PytorchStreamWriter|inline_container", re.I
 )
 
 
@@ -249,10 +250,13 @@ def finish(record: dict, args: argparse.Namespace, started: float) -> str:
 
 
 class Console:
-    """A stream to print on that outlives its reader: after `| head -1`, or closed, it takes text and drops it."""
+    """A stream to print on that outlives its reader: after `| head -1`, or closed, it takes text and drops it.
+
+    `problem` is why text was lost where somebody waits for it, such as in a file on a full disk; else "".
+    """
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+        self.stream, self.problem = stream, ""
 
     def write(self, text: str) -> int:
         self._attempt(lambda: self.stream.write(text))
@@ -264,7 +268,8 @@ class Console:
     def _attempt(self, action: Callable[[], object]) -> None:
         try:
             action()
-        except (OSError, ValueError):  # a pipe without a reader; a closed stream
+        except (OSError, ValueError) as error:  # a pipe without a reader; a closed stream
+            self.problem = disk_problem(error)
             nowhere = open(os.devnull, "w", encoding="utf-8")
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(nowhere.fileno(), self.stream.fileno())  # what C code prints, and the rest of the buffer
@@ -275,35 +280,45 @@ class Console:
 
 
 @contextlib.contextmanager
-def console_and_log() -> Iterator[None]:
-    """Inside, printing never ends the run; the project's log goes to stdout and to memory until run.log is open."""
+def lasting_console() -> Iterator[Console]:
+    """Inside, printing never ends the run, also to a console that is closed or whose reader has gone; gives stdout."""
     first_free = os.open(os.devnull, os.O_RDWR)
     while first_free < 3:  # a closed stdin, stdout or stderr: no file of the run may get its number
         first_free = os.open(os.devnull, os.O_RDWR)
     os.close(first_free)
     print_unknown_letters_as_question_marks()
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Console(stream or open(os.devnull, "w", encoding="utf-8")) for stream in streams)
+    consoles = [Console(stream or open(os.devnull, "w", encoding="utf-8")) for stream in streams]
+    sys.stdout, sys.stderr = consoles
+    try:
+        yield consoles[0]
+    finally:
+        for console in consoles:
+            console.flush()
+        sys.stdout, sys.stderr = streams
+
+
+@contextlib.contextmanager
+def console_and_log() -> Iterator[None]:
+    """As `lasting_console`; the project's log goes to stdout and to memory until run.log is open."""
     # What libraries say to one another: their deprecations, and bitsandbytes missing an optional CPU kernel.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     raise_exceptions, logging.raiseExceptions = logging.raiseExceptions, False  # a log on a full disk is no traceback
-    held = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
-    log.handlers = [logging.StreamHandler(sys.stdout), held] if main_process() else [logging.NullHandler()]
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    if "WORLD_SIZE" not in os.environ:  # one process drives one device, and transformers would use all that it sees
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    try:
-        yield
-    finally:
-        for handler in log.handlers:
-            handler.close()
-        log.handlers = []
-        logging.raiseExceptions = raise_exceptions
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        sys.stdout, sys.stderr = streams
+    with lasting_console():
+        held = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+        log.handlers = [logging.StreamHandler(sys.stdout), held] if main_process() else [logging.NullHandler()]
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        if "WORLD_SIZE" not in os.environ:  # one process drives one device; transformers would use all that it sees
+            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        try:
+            yield
+        finally:
+            for handler in log.handlers:
+                handler.close()
+            log.handlers = []
+            logging.raiseExceptions = raise_exceptions
 
 
 def print_unknown_letters_as_question_marks() -> None:
@@ -327,8 +342,6 @@ def run_folder(args: argparse.Namespace, script: str) -> Iterator[None]:
     Raises InputError when another run works in the folder, when it holds the run of another script, or when folder,
     log or cache cannot be written. The lock of a process that died is free.
     """
-    from filelock import FileLock, Timeout
-
     if processes() > 1:
         all_processes().wait_for_everyone()  # the demo's folder is the first free one: all have looked by now
     if not main_process():
@@ -339,32 +352,51 @@ def run_folder(args: argparse.Namespace, script: str) -> Iterator[None]:
     if not args.no_baseline_cache:
         advice = "name another folder by LLM_ALIGNMENT_CACHE, or add --no_baseline_cache"
         check_writable(cache_folder() / "baselines" / "rows.jsonl", "cache", advice)
-    made, lock = [], FileLock(folder / "run.lock", blocking=False)
+    with contextlib.ExitStack() as stack:
+        try:
+            if folder.is_file():
+                raise InputError(f"--output_dir {folder} is a file; name a folder")
+            stack.callback(remove_empty, [path for path in (folder, *folder.parents) if not path.exists()])
+            folder.mkdir(parents=True, exist_ok=True)
+            refusal = "another run is working in this folder; wait for its end or name another folder"
+            stack.enter_context(held_alone(folder / "run.lock", f"--output_dir {folder}: {refusal}"))
+        except OSError as error:
+            reason = "a link to nowhere" if os.path.islink(folder) and not os.path.exists(folder) else error.strerror
+            raise InputError(f"--output_dir {folder}: cannot be written ({reason}); name another folder") from error
+        check_script(folder, script)
+        yield
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes folders, the innermost first; one with files in it stays, and so do those around it."""
+    with contextlib.suppress(OSError):
+        for path in folders:
+            path.rmdir()
+
+
+@contextlib.contextmanager
+def held_alone(path: Path, refusal: str) -> Iterator[None]:
+    """Inside, this process alone holds the lock file `path`; it is removed at the end.
+
+    The lock of a process that died is free. Raises InputError with the text `refusal` while another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, blocking=False)
     try:
-        if folder.is_file():
-            raise InputError(f"--output_dir {folder} is a file; name a folder")
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise InputError(
-            f"--output_dir {folder}: another run is working in this folder; wait for its end or name another folder"
-        ) from error
-    except OSError as error:
-        reason = "a link to nowhere" if os.path.islink(folder) and not os.path.exists(folder) else error.strerror
-        raise InputError(f"--output_dir {folder}: cannot be written ({reason}); name another folder") from error
+        raise InputError(refusal) from error
     try:
-        check_script(folder, script)
         yield
     finally:
         with contextlib.suppress(OSError):
             if os.name != "nt":  # while it is held, so that nobody else loses a lock taken since
-                Path(lock.lock_file).unlink()
+                path.unlink()
         lock.release()
         with contextlib.suppress(OSError):
-            Path(lock.lock_file).unlink(missing_ok=True)
-            for path in made:  # a folder with files in it stays
-                path.rmdir()
+            if os.name == "nt":  # which does not delete what is open
+                path.unlink()
 
 
 def check_script(folder: Path, script: str) -> None:

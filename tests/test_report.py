@@ -476,3 +476,22 @@ def test_power_is_printed_for_the_spread_of_a_run(tmp_path, capsys):
     lines = {int(n): float(x) for n, x in re.findall(r"n = +(\d+): .*? of (\d+\.\d+)", capsys.readouterr().out)}
     spread = (40 / 39) ** 0.5
     assert lines[80] == pytest.approx(2.8016 * spread / 80**0.5, abs=0.006) and {32, 40, 160} <= lines.keys()
+
+
+def test_power_pairs_only_questions_of_the_same_text(tmp_path, capsys):
+    """MT-Bench's Russian and English questions have the same numbers."""
+    for name, language in (("a", "ru"), ("b", "en")):
+        write_answers(tmp_path / name / "mtbench_final.jsonl", {"1": 5.0, "2": 6.0}, answer="")
+        path = tmp_path / name / "mtbench_final.jsonl"
+        path.write_text(path.read_text("utf-8").replace('"turns": ["', f'"turns": ["{language} '), encoding="utf-8")
+    assert report.main(["--power", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert "0 questions shared" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_any_tag_can_be_drawn_and_every_run_has_its_own_picture(tmp_path):
+    tags = ["a/b", "a b", "A b", "cost $x_{ and $y", "<b>|`[/]", "я" * 300, "_hidden"]
+    log = write_log(tmp_path / "log.jsonl", *[make_record(tag) for tag in tags])
+    written = report.write_report([log, records.LOGGED_RUNS], tmp_path)
+    assert sum(path.name.startswith("categories_") for path in written) == len(tags)
+    assert len({path.name.lower() for path in written}) == len(written)

@@ -92,11 +92,21 @@ def test_any_argument_reads_the_same_in_both_shells_or_is_refused(words):
 
 
 @pytest.mark.parametrize(
-    "word", ["it's", "C:\\new folder", "q_proj,v_proj", "C:\\O'Brien\\runs", 'say "hi"', "100%", "$x", "", "ответ"]
+    "word", ["it's", "C:\\new folder", "q_proj,v_proj", "C:\\O'Brien\\runs", "C:\\runs\\", "100%", "$x", "", "ответ"]
 )
 def test_ordinary_arguments_can_be_written_for_both_shells(word):
     line = commands.command_line("sft_train.py", [word])
     assert shlex.split(line)[4:] == powershell_words(line)[4:] == [word]
+
+
+@pytest.mark.parametrize("word", ['say "hi"', "C:\\new folder\\", 'it\'s "x"'])
+def test_what_windows_powershell_hands_on_damaged_is_refused_and_shown_as_a_list(word, capsys):
+    """Version 5.1 escapes neither a double quote nor the backslash before the quote that it adds around blanks."""
+    assert rerun.main(["S4", "--exp_tag", word, "--print"]) == 2
+    assert "cannot be written in one way" in capsys.readouterr().err
+    shown = commands.shown_command("sft_train.py", ["--exp_tag", word])
+    assert json.loads(shown.removeprefix("sft_train.py ")) == ["--exp_tag", word]
+    assert commands.shown_command("sft_train.py", ["--load_adapter", "", "--seed", "1"]).endswith("= --seed 1")
 
 
 @pytest.mark.parametrize(
@@ -164,6 +174,12 @@ def test_a_record_is_found_by_its_output_folder_and_without_a_tag_called_by_it(p
         assert capsys.readouterr().out == "poetry run python sft_train.py --seed 2\n"
     rerun.main(["--list"])
     assert "  my run  " in capsys.readouterr().out
+
+
+def test_a_tag_may_look_like_a_line_of_a_file(project, capsys):
+    write_log(project / "experiments" / "sft_experiments.jsonl", make_record("beta:2", argv=["--seed", "2"]))
+    assert rerun.main(["beta:2", "--print"]) == 0
+    assert "--seed 2" in capsys.readouterr().out
 
 
 def test_a_record_is_found_by_tag_and_by_line_and_the_newest_tag_counts(project, capsys):
@@ -293,6 +309,34 @@ def test_a_campaign_runs_every_seed_once_goes_on_after_a_failure_and_where_it_wa
     assert capfd.readouterr().out.count("completed 2025-01-02") == 4
 
 
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+def test_a_signal_stops_the_campaign_whatever_the_script_makes_of_it(fake_sft, capfd):
+    """Windows has another exit code for Ctrl-C, and a run may just be complete when it comes."""
+    stop = "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(0.3)\n"
+    (fake_sft / "sft_train.py").write_text(stop + FAKE_SCRIPT, encoding="utf-8")
+    assert rerun.main(["Exp1-1.7B", "S4", "--exp_log", "log.jsonl"]) == 130
+    assert len(started(fake_sft)) == 1 and "stopped at Exp1-1.7B" in capfd.readouterr().out
+
+
+def test_a_campaign_goes_on_when_its_reader_has_gone(fake_sft):
+    code = f"import sys; sys.path[:0] = [{str(EXPERIMENTS)!r}, {str(EXPERIMENTS.parent)!r}]\n"
+    code += "import pathlib, records, campaign, rerun\n"
+    code += f"records.HERE = campaign.HERE = pathlib.Path({str(fake_sft / 'experiments')!r})\n"
+    code += "sys.exit(rerun.main(['Exp1-1.7B', 'S4', '--exp_log', 'log.jsonl']))"
+    read, write = os.pipe()
+    os.close(read)
+    assert subprocess.run([sys.executable, "-c", code], stdout=write, check=False).returncode == 0
+    os.close(write)
+    assert len(started(fake_sft)) == 2
+
+
+@pytest.mark.parametrize("argv", [["--list", "S4"], ["--import", "x", "--seeds", "1"], ["S4", "--print", "--plan"]])
+def test_what_does_not_go_together_is_refused(argv, capsys):
+    with pytest.raises(SystemExit) as error:
+        rerun.main(argv)
+    assert error.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
 def test_the_plan_is_every_dry_run_and_the_sum_and_starts_nothing(fake_sft, capfd):
     argv = ["Exp1-1.7B", "S4", "--exp_log", "log.jsonl"]
     assert rerun.main([*argv, "--plan"]) == 0
@@ -310,6 +354,7 @@ def test_the_plan_is_every_dry_run_and_the_sum_and_starts_nothing(fake_sft, capf
         (["S4", "--seeds", "1", "2", "1"], ["--seeds", "1 stands twice"]),
         (["S4", "--seeds", "1", "--seed", "3"], ["--seeds", "--seed"]),
         (["S4", "progressive_2stage"], ["not logged", "progressive_2stage_1"]),
+        (["S4", "S3", "--gone_flag", "3"], ["S4", "sft_train.py", "unrecognized arguments: --gone_flag"]),
     ],
 )
 def test_a_campaign_that_cannot_be_is_one_line_and_exit_code_2(argv, words, fake_sft, capsys):
@@ -390,6 +435,19 @@ def test_records_of_the_original_scripts_are_imported_listed_reported_and_rerun(
     assert not runs["old_stages"].before
 
 
+def test_nulls_of_an_old_record_are_left_out_and_a_line_that_stands_twice_is_imported_once(project, logged, capsys):
+    params = OLD_RUN["params"] | {"use_4bit": None, "reddit": None, "lora": None}
+    rows = [OLD_RUN | {"params": params, "mtbench": {"baseline": None, "post": None}}] * 2
+    rows.append(OLD_RUN | {"tag": "per cent", "eval": {"baseline": {"n": 9, "acc": 43.5}, "post": None}})
+    old = write_log(project / "old.jsonl", *rows)
+    assert rerun.main(["--import", str(old)]) == 0
+    assert "imported 1 records" in capsys.readouterr().out
+    assert "eval baseline acc 43.5 is not within 0..1" in logged.text
+    assert rerun.main(["old_beta", "--print"]) == 0
+    printed = capsys.readouterr().out
+    assert "dpo_train.py" in printed and "4bit" not in printed and "lora" not in printed
+
+
 @pytest.mark.parametrize("content", [None, "", "not json\n", '{"a": 1}\n', '{"params": 3, "eval": 4}\n'])
 def test_a_file_without_old_records_is_one_line_and_exit_code_2(content, project, capsys):
     path = project / "old.jsonl"
@@ -416,6 +474,7 @@ def test_records_of_another_form_are_skipped_with_the_reason_and_the_rest_is_rep
     whole = make_record("whole")
     old = make_record("old") | {"delta": {"mtbench": {"mean": 1.0, "low": 0.5, "high": 1.5, "p": 0.01, "n": 12}}}
     odd = [{**whole, key: 7} for key in ("argv", "args", "baseline", "delta", "device", "ts", "output_dir")]
+    odd += [whole | {"argv": ["word"]}, whole | {"script": "gone.py"}, whole | {"output_dir": "a\0b"}]
     odd += [whole | {"args": {}}, {key: value for key, value in whole.items() if key != "status"}]
     log = write_log(tmp_path / "log.jsonl", whole, old, whole | {"tag": None, "device": {}}, *odd)
     assert [record["tag"] for record in records.load_records(log)] == ["whole", "old", None]
