@@ -16,7 +16,9 @@ llama.cpp's converter read it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -36,7 +38,7 @@ from llm_alignment.models import (
     load_tokenizer,
     model_fingerprint,
 )
-from llm_alignment.runs import console_and_log
+from llm_alignment.runs import check_writable, console_and_log, held_alone, remove_empty
 
 if TYPE_CHECKING:
     import torch
@@ -117,16 +119,35 @@ def check_base(args: argparse.Namespace, loading: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Merges, writes under a temporary name, loads that, compares, and renames it to --merged."""
+    """Merges under a temporary name and renames the folder to --merged; what goes wrong leaves nothing behind."""
+    if os.path.lexists(args.merged):
+        raise InputError(f"--merged {args.merged} exists; name a new folder")
+    check_writable(args.merged, "--merged")
+    loading = model_arguments(args)
+    fetch_model(loading.model, loading.model_revision, "--model")
+    check_base(args, loading)
+    folder, name = args.merged.parent, args.merged.name
+    temporary, lock = folder / f"{name}.unfinished", folder / f"{name}.lock"
+    if temporary.exists() and not lock.exists():  # an export that was killed leaves both
+        raise InputError(f"--merged {args.merged}: {temporary} is in the way; move it or name another folder")
+    with contextlib.ExitStack() as stack:
+        stack.callback(remove_empty, [path for path in (folder, *folder.parents) if not path.exists()])
+        folder.mkdir(parents=True, exist_ok=True)
+        refusal = f"--merged {args.merged}: another export is writing it; wait for its end or name another folder"
+        stack.enter_context(held_alone(lock, refusal))
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+        merge(args, loading, temporary)
+        replace(temporary, args.merged)
+    log.info("wrote %s", args.merged)
+
+
+def merge(args: argparse.Namespace, loading: argparse.Namespace, folder: Path) -> None:
+    """Writes the merged model to `folder` and checks it. Raises InputError when it is not base plus adapter."""
     import gc
 
     import torch
 
-    if args.merged.exists():
-        raise InputError(f"--merged {args.merged} exists; name a new folder")
-    loading = model_arguments(args)
-    fetch_model(loading.model, loading.model_revision, "--model")
-    check_base(args, loading)
     tokenizer = load_tokenizer(loading)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     model: PeftModel = load_adapter(load_model(loading).to(dtype), str(args.run_folder)).eval()
@@ -136,31 +157,35 @@ def export(args: argparse.Namespace) -> None:
     wanted = [next_token_log_probs(model, *row) for row in rows]
     with adapter_off(model):
         adapter_effect = mean_kl(wanted, [next_token_log_probs(model, *row) for row in rows])
-    temporary = args.merged.with_name(f"{args.merged.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        write_merged(model, tokenizer, temporary)
-        del model
-        gc.collect()
-        verify(temporary, args.dtype, chats, answers, rows, wanted, adapter_effect, args.max_new_tokens)
-        gc.collect()  # Windows does not rename a folder whose weights are still mapped into memory
-        replace(temporary, args.merged)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    log.info("wrote %s", args.merged)
+    write_merged(model, tokenizer, folder)
+    del model
+    gc.collect()
+    verify(folder, args, chats, answers, rows, wanted, adapter_effect)
+    gc.collect()  # Windows does not rename a folder whose weights are still mapped into memory
 
 
 def write_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes the merged model, its tokenizer, and its generation settings, which stop at the end of a turn."""
-    merged = model.merge_and_unload(safe_merge=True)  # safe: a weight that is not finite is an error
-    ends = merged.generation_config.eos_token_id
+    try:
+        merged = model.merge_and_unload(safe_merge=True)  # safe: a weight that is not finite is an error
+    except ValueError as error:
+        raise InputError(
+            f"the merged weights are not finite ({error}); nothing was written: train it again"
+        ) from error
+    settings = merged.generation_config
+    ends = settings.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    merged.generation_config.eos_token_id = sorted(ends)
-    if merged.generation_config.pad_token_id is None:
-        merged.generation_config.pad_token_id = tokenizer.pad_token_id
-    folder.mkdir(parents=True)
-    merged.save_pretrained(folder)
+    settings.eos_token_id = sorted(ends)
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id
+    if not settings.do_sample:  # then these have no effect, and transformers refuses to write them
+        settings.temperature = settings.top_p = settings.top_k = settings.min_p = settings.typical_p = None
+    folder.mkdir()
+    try:
+        merged.save_pretrained(folder)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"the base's generation_config.json cannot be written again ({reason}); repair it") from error
     tokenizer.save_pretrained(folder)
 
 
@@ -197,34 +222,38 @@ def mean_kl(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
 
 def verify(
     folder: Path,
-    dtype: str,
+    args: argparse.Namespace,
     chats: list[list[dict]],
     answers: list[str],
     rows: list[tuple[list[int], int]],
     wanted: list[torch.Tensor],
     adapter_effect: float,
-    max_new_tokens: int,
 ) -> None:
     """Loads the folder with plain transformers. Raises InputError when it is too far from base plus adapter."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto").eval()
+    own_code = args.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=own_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", device_map="auto", trust_remote_code=own_code
+    ).eval()
     difference = mean_kl(wanted, [next_token_log_probs(model, *row) for row in rows])
-    texts = answer_texts(model, tokenizer, chats, max_new_tokens)
+    texts = answer_texts(model, tokenizer, chats, args.max_new_tokens)
     same = sum(new == old for new, old in zip(texts, answers, strict=True))
     log.info(
         "check on %d prompts: %d answers are the same text; mean KL to base plus adapter %.2g nats, to the base %.2g",
         len(chats), same, difference, adapter_effect,
     )  # fmt: skip
-    if not difference <= LARGEST_KL[dtype]:
-        advice = "take --dtype fp32" if dtype == "bf16" else "use the base with the adapter instead"
+    if not difference <= LARGEST_KL[args.dtype]:
+        advice = "take --dtype fp32" if args.dtype == "bf16" else "use the base with the adapter instead"
         raise InputError(
-            f"the merged model is {difference:.2g} nats from base plus adapter, {LARGEST_KL[dtype]} is the limit in "
-            f"{dtype}; nothing was written: {advice}"
+            f"the merged model is {difference:.2g} nats from base plus adapter, {LARGEST_KL[args.dtype]} is the limit "
+            f"in {args.dtype}; nothing was written: {advice}"
         )
     if difference > adapter_effect / 2 > 0:
-        log.warning("rounding to %s changes the model about as much as the adapter does; take --dtype fp32", dtype)
+        log.warning(
+            "rounding to %s changes the model about as much as the adapter does; take --dtype fp32", args.dtype
+        )
 
 
 def run(args: argparse.Namespace) -> int:

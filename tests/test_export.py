@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 from conftest import DEMO
 from run_records import export
+
+from llm_alignment import runs
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,41 @@ def test_a_merge_that_answers_otherwise_leaves_nothing_behind(run_folder, tmp_pa
     monkeypatch.setattr(export, "write_merged", stopped)
     assert export.main([str(run_folder), "--merged", str(tmp_path / "merged"), "--dtype", "fp32"]) == 130
     assert "interrupted" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_is_in_the_way_stays_and_one_export_at_a_time_writes_a_folder(run_folder, tmp_path, capsys):
+    own = tmp_path / "new" / "merged.unfinished"
+    own.mkdir(parents=True)
+    (own / "mine.txt").touch()
+    argv = [str(run_folder), "--merged", str(tmp_path / "new" / "merged")]
+    assert export.main(argv) == 2
+    assert "in the way" in capsys.readouterr().err and (own / "mine.txt").exists()
+    argv = [str(run_folder), "--merged", str(tmp_path / "other")]
+    with runs.held_alone(tmp_path / "other.lock", ""):
+        assert export.main(argv) == 2
+    assert "another export is writing it" in capsys.readouterr().err
+    assert export.main([str(run_folder), "--merged", str(own / "mine.txt" / "m")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
+def test_sigterm_leaves_nothing_behind(run_folder, tmp_path, monkeypatch):
+    def stopped(model, tokenizer, folder):
+        folder.mkdir()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(export, "write_merged", stopped)
+    assert export.main([str(run_folder), "--merged", str(tmp_path / "new" / "merged")]) == 143
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_sampling_settings_of_a_base_that_does_not_sample_are_no_obstacle(run_folder, tmp_path):
+    shutil.copytree(DEMO / "model", tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}', encoding="utf-8")
+    argv = [str(run_folder), "--merged", str(tmp_path / "merged"), "--dtype", "fp32", "--max_new_tokens", "4"]
+    assert export.main([*argv, "--model", str(tmp_path / "base")]) == 0
+    assert "temperature" not in json.loads((tmp_path / "merged" / "generation_config.json").read_text("utf-8"))
 
 
 def other_base(folder: Path) -> str:
