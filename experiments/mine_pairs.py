@@ -18,15 +18,25 @@ stop, and another --min_margin samples nothing again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from commands import exit_code
+from commands import exit_code, shown_command
 
 from llm_alignment.files import InputError, ResultFile, digest, write_rows
-from llm_alignment.flags import DEMO_DIR, add_model_flags, add_scoring_flags, new_parser, not_negative, positive, ratio
+from llm_alignment.flags import (
+    DEMO_DIR,
+    add_model_flags,
+    add_scoring_flags,
+    new_parser,
+    not_negative,
+    positive,
+    positive_ratio,
+    seed,
+)
 from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.hub import read_usable
 from llm_alignment.instructions import instruct_questions
@@ -34,7 +44,7 @@ from llm_alignment.leaks import leak_finder, without_leaks
 from llm_alignment.models import adapter_sha256, load_adapter, load_model, load_tokenizer, model_fingerprint
 from llm_alignment.preferences import merge_system_prompt, read_turns
 from llm_alignment.rewards import RewardModel
-from llm_alignment.runs import console_and_log
+from llm_alignment.runs import check_writable, console_and_log, held_alone, remove_empty
 from llm_alignment.tatqa import question_texts, tatqa_file
 from mtbench_eval import load_questions
 
@@ -65,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--samples", type=positive(int), default=4, help="answers to a prompt (default: %(default)s)")
     add("--output", default="pairs.jsonl", metavar="FILE", help="pairs (default: %(default)s)")
     add("--temperature", type=positive(float), default=0.8, help="of sampling (default: %(default)s)")
-    add("--top_p", type=ratio, default=0.95, help="of sampling (default: %(default)s)")
+    add("--top_p", type=positive_ratio, default=0.95, help="of sampling (default: %(default)s)")
     add("--max_new_tokens", type=positive(int), default=512, help="longest answer (default: %(default)s)")
     add(
         "--min_margin",
@@ -81,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="evaluation questions that no prompt may contain (default: %(default)s, fetched where missing)",
     )
     add("--tatqa_dir", default="", help="TAT-QA files whose validation questions no prompt may contain")
-    add("--seed", type=not_negative(int), default=42, help="seed of sampling (default: %(default)s)")
+    add("--seed", type=seed, default=42, help="seed of sampling (default: %(default)s)")
     add("--demo", action="store_true", help="a miniature: CPU, a minute, no downloads")
     add_scoring_flags(parser)
     return parser
@@ -113,6 +123,10 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
         turns = prompt_turns(row)
         key = digest(turns)[:16]
         prompts[key] = {"question_id": key, "prompt": turns}
+    if len(prompts) < len(rows):
+        log.info(
+            "%s: %d prompts stand there more than once; each is used once", args.prompts, len(rows) - len(prompts)
+        )
     counts: dict[str, int] = {}
     clean = without_leaks(list(prompts.values()), leak_finder(asked_texts(args)), "prompts", counts)
     if not clean:
@@ -229,11 +243,32 @@ def best_against_worst(rows: list[dict], min_margin: float) -> tuple[list[dict],
     return pairs, len(rows) - len(pairs)
 
 
+def output_files(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Where the pairs and the samples go. Raises InputError when they cannot, or when they are what is read."""
+    files = Path(args.output), Path(f"{args.output}.samples.jsonl")
+    inputs = {Path(name).resolve(): name for name in (args.prompts, *args.questions)}
+    for path in files:
+        check_writable(path, "--output")
+        if path.resolve() in inputs:
+            raise InputError(f"--output {args.output}: it would replace {inputs[path.resolve()]}; name another file")
+    return files
+
+
 def mine(args: argparse.Namespace) -> None:
     """Prompts in, pairs out."""
-    if Path(args.output).is_dir():
-        raise InputError(f"--output {args.output} is a folder; name a file")
+    pairs_file, samples_file = output_files(args)
     prompts = read_prompts(args)
+    with contextlib.ExitStack() as stack:
+        folder = pairs_file.parent
+        stack.callback(remove_empty, [path for path in (folder, *folder.parents) if not path.exists()])
+        folder.mkdir(parents=True, exist_ok=True)
+        refusal = "another start is writing it; wait for its end or name another file"
+        stack.enter_context(held_alone(Path(f"{pairs_file}.lock"), f"--output {pairs_file}: {refusal}"))
+        write_pairs(args, prompts, pairs_file, samples_file)
+
+
+def write_pairs(args: argparse.Namespace, prompts: list[dict], pairs_file: Path, samples_file: Path) -> None:
+    """Samples what is not in `samples_file` yet, and writes the pairs."""
     tokenizer = load_tokenizer(args)
     model = load_model(args)
     if args.adapter:
@@ -246,7 +281,7 @@ def mine(args: argparse.Namespace) -> None:
         "reward_model": reward_model.fingerprint,
         "sampling": {key: getattr(args, key) for key in ("samples", "temperature", "top_p", "max_new_tokens", "seed")},
     }
-    results = ResultFile(Path(f"{args.output}.samples.jsonl"), fingerprint)
+    results = ResultFile(samples_file, fingerprint)
     sample_answers(args, model, tokenizer, reward_model, prompts, results)
     pairs, without_margin = best_against_worst(results.rows_of(prompts), args.min_margin)
     if not pairs:
@@ -254,7 +289,7 @@ def mine(args: argparse.Namespace) -> None:
             f"--prompts {args.prompts}: no prompt has two finished answers more than {args.min_margin} apart; raise "
             "--samples, --temperature or --max_new_tokens"
         )
-    write_rows(Path(args.output), pairs)
+    write_rows(pairs_file, pairs)
     margins = sorted(pair["margin"] for pair in pairs)
     log.info(
         "%d prompts gave a pair, %d gave none; median margin %.2f",
@@ -262,7 +297,9 @@ def mine(args: argparse.Namespace) -> None:
         without_margin,
         margins[len(margins) // 2],
     )
-    log.info('wrote %s; train on it: dpo_train.py --pairs "%s"', args.output, args.output)
+    flags = ["--model", args.model, "--pairs", args.output]
+    flags += ["--load_adapter", args.adapter, "--adapter_trainable"] if args.adapter else []
+    log.info("wrote %s; train on it: %s", args.output, shown_command("dpo_train.py", flags))
 
 
 def run(argv: list[str] | None) -> int:

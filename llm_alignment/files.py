@@ -446,8 +446,7 @@ class ResultFile:
             other = differing(stored, fingerprint)
             if not renew:
                 raise InputError(
-                    f"{path} holds results of another evaluation ({other}); name another --output_dir or delete the "
-                    "file"
+                    f"{path} holds results of another evaluation ({other}); write to another place or delete the file"
                 )
             log.warning("%s.old: results of another evaluation (%s); measuring again", path, other)
             replace(path, Path(f"{path}.old"))

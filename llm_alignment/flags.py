@@ -32,6 +32,13 @@ def in_32_bits(value: float) -> float:
     return value
 
 
+def positive_ratio(text: str) -> float:
+    """argparse type: a number above 0, up to 1."""
+    if ratio(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return ratio(text)
+
+
 def positive(kind: type) -> Callable[[str], Any]:
     """argparse type: an int or float above 0."""
 

@@ -94,6 +94,8 @@ class RewardModel:
 
         order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]))
         rewards = dict(in_batches(order, self.batch_size, score_batch))
+        if not all(map(math.isfinite, rewards.values())):
+            raise InputError(f"--reward_model {self.fingerprint['name']}: a reward is not finite; name another model")
         return [rewards[index] for index in range(len(inputs))]
 
     def encode(self, conversation: list[dict]) -> list[int]:

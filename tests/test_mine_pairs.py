@@ -9,7 +9,7 @@ import pytest
 from conftest import DEMO, read_rows, write_rows
 from run_records import mine_pairs
 
-from llm_alignment import preferences
+from llm_alignment import preferences, runs
 
 
 def mine(folder: Path, prompts: Path, *argv: str) -> int:
@@ -95,3 +95,22 @@ def test_prompts_that_are_empty_or_no_text_are_one_line_and_exit_code_2(content,
 def test_one_sample_makes_no_pair(capsys):
     assert mine_pairs.main(["--demo", "--samples", "1"]) == 2
     assert "--samples 1" in capsys.readouterr().err
+
+
+def test_pairs_never_replace_what_is_read_and_one_start_at_a_time_writes_them(tmp_path, capsys):
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Q"}])
+    before = prompts.read_bytes()
+    assert mine_pairs.main(["--demo", "--prompts", str(prompts), "--output", str(prompts)]) == 2
+    assert "would replace" in capsys.readouterr().err and prompts.read_bytes() == before
+    with runs.held_alone(tmp_path / "pairs.jsonl.lock", ""):
+        assert mine(tmp_path, prompts) == 2
+    assert "another start is writing it" in capsys.readouterr().err
+    assert mine_pairs.main(["--demo", "--output", str(prompts / "new" / "pairs.jsonl")]) == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+@pytest.mark.parametrize("argv", [["--temperature", "0"], ["--top_p", "0"], ["--seed", "-1"], ["--seed", str(2**32)]])
+def test_settings_that_cannot_sample_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as error:
+        mine_pairs.main(["--demo", *argv])
+    assert error.value.code == 2 and argv[0] in capsys.readouterr().err
