@@ -446,8 +446,8 @@ def answer_tatqa(
         for group, answers in in_batches(groups, size, answer_batch, split=True):
             for question, answer in zip(group, answers, strict=True):
                 if results:
-                    answer = itertools.takewhile(lambda token: token not in settings.eos_token_id, answer)
-                    text = strip_thinking(text_of([*answer], tokenizer, question["tokens"]))
+                    until_end = itertools.takewhile(lambda token: token not in settings.eos_token_id, answer)
+                    text = strip_thinking(text_of([*until_end], tokenizer, question["tokens"]))
                     results.append({**graded_row(question, text), "batch_size": rows_at_once})
                 progress.update()
     if results:
