@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -245,9 +246,9 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
     """Trains, from `checkpoint` if given, with complete checkpoints and a log on disk.
 
     A checkpoint of the last step is loaded and no further step is taken. Ctrl-C, SIGTERM and SIGHUP finish the
-    micro-batch in hand, save a checkpoint of the last whole optimiser step and raise Interrupted; a second signal
-    stops at once. A loss or gradient that is not finite in any process raises NotFiniteError in all of them at the
-    same step.
+    micro-batch in hand, save a checkpoint of the last whole optimiser step and raise Interrupted; a second signal,
+    a second or more later, stops at once. A loss or gradient that is not finite in any process raises NotFiniteError
+    in all of them at the same step.
     """
     from transformers import TrainerCallback, TrainerState
 
@@ -281,16 +282,19 @@ class RunKeeper:
 
     def __init__(self, trainer: Trainer, checkpoint: Path | None):
         self.trainer, self.checkpoint = trainer, checkpoint
-        self.signal = 0  # the first one that came
+        self.signal, self.signal_time = 0, 0.0  # the first one that came
         self.in_steps = False  # False while the trainer loads or evaluates, which a signal stops at once
         self.saved_step = None  # of the newest checkpoint in the run's folder
         self.skipped_steps = 0
         self.last_step = None  # random state and tokens seen at the end of the last whole step
 
     def on_signal(self, signum: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self.signal and now - self.signal_time < 1:
+            return  # Slurm and systemd signal every process of a job, and a launcher passes its own signal on
         if self.signal or not self.in_steps:
             raise Interrupted(signum)
-        self.signal = signum
+        self.signal, self.signal_time = signum, now
         log.warning(
             "%s: finishing this micro-batch, then saving a checkpoint; a second signal stops at once",
             signal_name(signum),

@@ -155,16 +155,24 @@ def test_ctrl_c_saves_a_checkpoint_and_is_recorded(flags, whole, tmp_path):
     assert adapter(folder) == adapter(whole)
 
 
-def test_a_second_signal_stops_at_once(flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("pause", "checkpoints"), [(0, ["checkpoint-1"]), (1.1, [])], ids=["at once", "later"])
+def test_a_second_signal_stops_at_once_unless_it_is_the_first_one_passed_on(
+    pause, checkpoints, flags, tmp_path, monkeypatch
+):
+    training_step = transformers.Trainer.training_step
+
     def step(self, *args, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise AssertionError("the second signal came back")
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(pause)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(self, *args, **kwargs)
 
     monkeypatch.setattr(transformers.Trainer, "training_step", step)
     with pytest.raises(SystemExit) as stop:
         sft_train.main(flags(tmp_path / "run"))
-    assert stop.value.code == 143 and not list((tmp_path / "run").glob("checkpoint-*"))
+    assert stop.value.code == 143
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == checkpoints
 
 
 # ---------------------------------------------------------------------------------------------------------------------
