@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -223,6 +224,17 @@ def sample_answers(
                 results.append(row)
 
 
+def is_sample(row: dict, samples: int) -> bool:
+    """Whether a row that was read has what `sample_answers` puts there."""
+    kinds = {"answers": str, "rewards": int | float, "finished": bool}
+    return digest(row.get("prompt"))[:16] == row["question_id"] and all(
+        isinstance(row.get(key), list)
+        and len(row[key]) == samples
+        and all(isinstance(item, kind) and (kind is str or math.isfinite(item)) for item in row[key])
+        for key, kind in kinds.items()
+    )
+
+
 def best_against_worst(rows: list[dict], min_margin: float) -> tuple[list[dict], int]:
     """The pairs of the sampled rows, and how many prompts gave none."""
     pairs = []
@@ -282,6 +294,12 @@ def write_pairs(args: argparse.Namespace, prompts: list[dict], pairs_file: Path,
         "sampling": {key: getattr(args, key) for key in ("samples", "temperature", "top_p", "max_new_tokens", "seed")},
     }
     results = ResultFile(samples_file, fingerprint)
+    for row in results.rows:
+        if not is_sample(row, args.samples):
+            raise InputError(
+                f"{samples_file}: the row of question_id {row['question_id']} is damaged; delete its line, and the "
+                "prompt is sampled again"
+            )
     sample_answers(args, model, tokenizer, reward_model, prompts, results)
     pairs, without_margin = best_against_worst(results.rows_of(prompts), args.min_margin)
     if not pairs:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,21 @@ RECORD_TYPES = {
     "status": str, "output_dir": str,
 }  # fmt: skip
 DELTA_KEYS = {"mean", "low", "high", "p", "n", "changed", "clusters", "changed_clusters"}
+# what the tables read within a record: type by key, "*" for every other key; a list has one type for its items
+NUMBER, FIGURE = int | float, int | float | None
+SUMMARY = {"*": FIGURE, "by_turn": [FIGURE], "by_category": {"*": FIGURE}, "by_type": {"*": {"*": NUMBER}}}
+MEASURED = {"*": FIGURE} | {metric.keys[0]: SUMMARY for metric in METRICS.values() if len(metric.keys) == 2}
+DELTA = {"*": FIGURE, "n": int, "changed": int}
+PARTS = {
+    "argv": [str],
+    "args": {"*": object, "model": str, "seed": int | None},
+    "data": {"*": object, "rows": {"*": object}},
+    "baseline": MEASURED,
+    "final": MEASURED,
+    "delta": {"*": DELTA | {"by_type": {"*": DELTA}}},
+    "runtime_s": {"*": NUMBER},
+}
+NULL_TOGETHER = ({"low", "high", "p"}, {"clusters", "changed_clusters"})  # of a delta
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding a run
@@ -58,23 +75,34 @@ def record_problem(row: dict) -> str | None:
     """Why an object is no record of a run, such as one that somebody edited, or None."""
     if not row.keys() >= RECORD_TYPES.keys():
         return "not a run record"
-    wrong = [key for key, kind in RECORD_TYPES.items() if not isinstance(row[key], kind)]
-    if wrong:
-        return f"{wrong[0]} {str(row[wrong[0]])[:40]!r} is not what a run record has there"
+    wrong = [(key, row[key]) for key, kind in RECORD_TYPES.items() if not isinstance(row[key], kind)]
+    parts = ((row[key], kind, key) for key, kind in PARTS.items() if row[key] is not None)
+    for place, value in itertools.chain(wrong, *(wrong_parts(*part) for part in parts)):
+        return f"{place} {str(value)[:40]!r} is not what a run record has there"
     if row["script"] not in SCRIPTS:
         return f"{row['script'][:40]!r} is no script of this project"
-    words = row["argv"]
-    if not all(isinstance(word, str) for word in words) or (words and not words[0].startswith("--")):
+    if row["argv"] and not row["argv"][0].startswith("--"):
         return "argv is no list of flags"
     if "\0" in row["output_dir"]:
         return "output_dir is no path"
-    if not all(isinstance(change, dict) for change in row["delta"].values()):
-        return "a delta is no object"
-    for side in ("baseline", "final"):
-        figures = [get_nested(row[side], keys) for _, keys in PUBLISHED.values() if keys]
-        if not all(figure is None or isinstance(figure, int | float) for figure in figures):
-            return f"a figure of {side} is no number"
-    return None if isinstance(row["args"].get("model"), str) else "args without a model"
+    return None if "model" in row["args"] else "args without a model"
+
+
+def wrong_parts(value: Any, kind: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """What of `value` is not of its `kind`, as in `PARTS`: ("delta.val_loss.n", None). Numbers are finite."""
+    if isinstance(kind, list) and isinstance(value, list):
+        for item in value:
+            yield from wrong_parts(item, kind[0], place)
+    elif isinstance(kind, dict) and isinstance(value, dict):
+        for key, part in value.items():
+            yield from wrong_parts(part, kind.get(key, kind["*"]), f"{place}.{key}")
+        for keys in NULL_TOGETHER:
+            if len({value[key] is None for key in keys & value.keys()}) > 1:
+                yield f"{place}.{min(keys)}", value.get(min(keys))
+    elif isinstance(kind, list | dict) or not isinstance(value, kind):
+        yield place, value
+    elif kind is not object and isinstance(value, float) and not math.isfinite(value):
+        yield place, value
 
 
 def record_name(record: dict) -> str:
@@ -225,7 +253,11 @@ class Run:
 
         Those of a version that did not count what changed are left out.
         """
-        return {key: delta for key, delta in self.source.get("delta", {}).items() if delta.keys() >= DELTA_KEYS}
+        return {
+            key: delta
+            for key, delta in self.source.get("delta", {}).items()
+            if all(part.keys() >= DELTA_KEYS for part in (delta, *delta.get("by_type", {}).values()))
+        }
 
 
 def from_logged(entry: dict) -> Run:
@@ -293,7 +325,7 @@ def from_record(record: dict) -> Run:
         types={
             kind: (by_type[0][kind]["em_like"], by_type[1][kind]["em_like"])
             for kind in by_type[0]
-            if kind in by_type[1]
+            if "em_like" in by_type[0][kind].keys() & by_type[1].get(kind, {}).keys()
         },
         facts=facts,
         source=record,

@@ -214,8 +214,8 @@ def table_rows(baseline: dict, final: dict, delta: dict, *, details: bool = Fals
             continue
         rows.append(TableRow(metric.title, before, after, delta.get(name), metric.lower_is_better))
         for kind, change in (delta.get(name) or {}).get("by_type", {}).items():
-            before, after = (side[metric.keys[0]]["by_type"][kind][metric.keys[-1]] for side in (baseline, final))
-            rows.append(TableRow(f"  {kind}", before, after, change))
+            of_kind = Metric(f"  {kind}", (metric.keys[0], "by_type", kind, metric.keys[-1]))
+            rows.append(TableRow(of_kind.title, of_kind.read(baseline), of_kind.read(final), change))
         if details and name in SCORED and name in final:
             parts = baseline.get(name, {"by_turn": [], "by_category": {}})
             for turn, score in enumerate(final[name]["by_turn"]):

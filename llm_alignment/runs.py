@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import io
+import itertools
 import json
 import logging
 import logging.handlers
@@ -31,6 +32,7 @@ from llm_alignment.files import (
     is_out_of_memory,
     parse_json,
     remove_left_over,
+    to_bytes,
     write_json,
 )
 from llm_alignment.models import all_processes, main_process, named_device, processes, versions
@@ -93,6 +95,7 @@ def recorded_run(args: argparse.Namespace, argv: list[str] | None, script: str) 
         record: dict = {}
         keeps_record = main_process() and not args.dry_run
         try:
+            check_texts(args)
             record |= new_record(args, sys.argv[1:] if argv is None else argv, script, started)
             with signals_go_to(interrupt), run_folder(args, script):
                 yield record
@@ -348,7 +351,7 @@ def run_folder(args: argparse.Namespace, script: str) -> Iterator[None]:
         yield
         return
     folder = Path(args.output_dir)
-    check_writable(Path(args.exp_log), "--exp_log")
+    check_log(Path(args.exp_log))
     if not args.no_baseline_cache:
         advice = "name another folder by LLM_ALIGNMENT_CACHE, or add --no_baseline_cache"
         check_writable(cache_folder() / "baselines" / "rows.jsonl", "cache", advice)
@@ -419,6 +422,34 @@ def check_script(folder: Path, script: str) -> None:
 def damaged_run(path: Path) -> InputError:
     return InputError(
         f"{path} is damaged, so the run cannot be checked: put it back, or start again in another --output_dir"
+    )
+
+
+def check_texts(args: argparse.Namespace) -> None:
+    """Raises InputError for a flag's text that UTF-8 cannot spell: the line of the record would not be readable."""
+    for name, value in vars(args).items():
+        try:
+            to_bytes(str(value)).decode("utf-8")
+        except UnicodeError as error:
+            raise InputError(f"--{name} {ascii(value)}: not valid Unicode text; give another name") from error
+
+
+RECORD_KEYS = ({"ts", "script"}, {"ts", "params"}, {"timestamp", "stages"})  # the last two: of the original scripts
+
+
+def check_log(path: Path) -> None:
+    """Raises InputError when --exp_log cannot be written, or is a file that holds something other than records."""
+    check_writable(path, "--exp_log")
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb") as file:
+        for line in itertools.islice(file, 100):  # a crash may have cut off some
+            with contextlib.suppress(ValueError):
+                row = parse_json(line)
+                if isinstance(row, dict) and any(row.keys() >= keys for keys in RECORD_KEYS):
+                    return
+    raise InputError(
+        f"--exp_log {path} is a file without run records, which the record would damage; name another file"
     )
 
 

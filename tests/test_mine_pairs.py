@@ -9,7 +9,7 @@ import pytest
 from conftest import DEMO, read_rows, write_rows
 from run_records import mine_pairs
 
-from llm_alignment import preferences, runs
+from llm_alignment import files, preferences, runs
 
 
 def mine(folder: Path, prompts: Path, *argv: str) -> int:
@@ -46,6 +46,17 @@ def test_a_stop_and_a_restart_sample_no_prompt_twice_and_give_the_same_pairs(tmp
         assert {pair["chosen"], pair["rejected"]} <= set(row["answers"])
         assert pair["margin"] == pair["chosen_reward"] - pair["rejected_reward"] > 0
     assert len(preferences.read_pairs(str(whole / "pairs.jsonl"), "--pairs")) == len(pairs) > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prompt": None}, {"rewards": None}, {"rewards": [1.0]}, {"rewards": [1.0, float("nan")]}, {"answers": "ab"}],
+)
+def test_a_kept_row_that_somebody_edited_is_known(change):
+    prompt = [{"role": "user", "content": "Q"}]
+    row = {"question_id": files.digest(prompt)[:16], "prompt": prompt, "answers": ["a", "b"], "rewards": [1.0, 2]}
+    row |= {"finished": [True, False]}
+    assert mine_pairs.is_sample(row, 2) and not mine_pairs.is_sample(row | change, 2)
 
 
 def test_best_against_worst_of_finished_answers():

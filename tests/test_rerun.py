@@ -16,7 +16,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_records import EXPERIMENTS, campaign, commands, make_record, old_records, records, report, rerun, write_log
+from run_records import (
+    EXPERIMENTS,
+    campaign,
+    commands,
+    make_dpo_record,
+    make_record,
+    old_records,
+    records,
+    report,
+    rerun,
+    write_log,
+)
 
 from llm_alignment import files
 
@@ -470,12 +481,33 @@ def test_a_line_torn_by_a_crash_is_skipped_with_a_warning_and_the_rest_is_used(t
     assert records.find_run(f"{log}:3")["tag"] == "two"
 
 
+WRONG_PARTS = [
+    (["args", "seed"], {"a": 1}),
+    (["args", "seed"], 1.5),
+    (["data", "rows"], None),
+    (["baseline", "mtbench"], None),
+    (["baseline", "mtbench", "by_turn"], {}),
+    (["baseline", "mtbench", "avg"], float("nan")),
+    (["baseline", "tatqa", "by_type", "span"], None),
+    (["final", "tatqa", "by_type", "span", "em_like"], "x"),
+    (["delta", "tatqa", "mean"], "x"),
+    (["delta", "tatqa", "changed"], None),
+    (["delta", "tatqa", "low"], None),
+    (["delta", "tatqa", "clusters"], 3),
+    (["runtime_s", "total"], None),
+]
+
+
 def test_records_of_another_form_are_skipped_with_the_reason_and_the_rest_is_reported(tmp_path, logged):
-    whole = make_record("whole")
+    whole, dpo = make_record("whole"), make_dpo_record("dpo")
     old = make_record("old") | {"delta": {"mtbench": {"mean": 1.0, "low": 0.5, "high": 1.5, "p": 0.01, "n": 12}}}
     odd = [{**whole, key: 7} for key in ("argv", "args", "baseline", "delta", "device", "ts", "output_dir")]
     odd += [whole | {"argv": ["word"]}, whole | {"script": "gone.py"}, whole | {"output_dir": "a\0b"}]
     odd += [whole | {"args": {}}, {key: value for key, value in whole.items() if key != "status"}]
+    for place, value in WRONG_PARTS:
+        record = json.loads(json.dumps(dpo))
+        records.get_nested(record, tuple(place[:-1]))[place[-1]] = value
+        odd.append(record)
     log = write_log(tmp_path / "log.jsonl", whole, old, whole | {"tag": None, "device": {}}, *odd)
     assert [record["tag"] for record in records.load_records(log)] == ["whole", "old", None]
     assert f"skipped {len(odd)}" in logged.text and "argv '7' is not what a run record has there" in logged.text

@@ -193,6 +193,8 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path, capsys):
 
 def test_what_cannot_be_written_is_found_at_once(tmp_path, capsys):
     (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "ts": 3}\n', encoding="utf-8")
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1\xff\0")
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing" / "target")
     for change, message in [
         ({"output_dir": str(tmp_path / "file")}, "is a file"),
@@ -205,6 +207,9 @@ def test_what_cannot_be_written_is_found_at_once(tmp_path, capsys):
         ({"exp_log": str(tmp_path / ("x" * 300))}, "cannot be written"),
         ({"exp_log": str(tmp_path / ("ж" * 125))}, "too long"),
         ({"exp_log": str(tmp_path / "nowhere")}, "a link to nowhere"),
+        ({"exp_log": str(tmp_path / "rows.jsonl")}, "without run records"),
+        ({"exp_log": str(tmp_path / "rows.parquet")}, "without run records"),
+        ({"exp_tag": "half \ud800"}, "not valid Unicode"),
     ]:
         if "/proc" in str(change) and not Path("/proc").is_dir():
             continue
@@ -214,7 +219,7 @@ def test_what_cannot_be_written_is_found_at_once(tmp_path, capsys):
         [flag] = change
         assert stop.value.code == 2 and shown.startswith(f"error: --{flag} ") and message in shown, change
         assert shown.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "nowhere"}
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "nowhere", "rows.jsonl", "rows.parquet"}
 
 
 @pytest.mark.parametrize("place", ["file", "file/cache", "/proc/nothing"])
