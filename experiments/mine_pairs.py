@@ -36,6 +36,7 @@ from llm_alignment.flags import (
     not_negative,
     positive,
     positive_ratio,
+    positive_temperature,
     seed,
 )
 from llm_alignment.generation import generate, strip_thinking
@@ -75,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompts", default="", metavar="FILE", help="prompts to answer")
     add("--samples", type=positive(int), default=4, help="answers to a prompt (default: %(default)s)")
     add("--output", default="pairs.jsonl", metavar="FILE", help="pairs (default: %(default)s)")
-    add("--temperature", type=positive(float), default=0.8, help="of sampling (default: %(default)s)")
+    add("--temperature", type=positive_temperature, default=0.8, help="of sampling (default: %(default)s)")
     add("--top_p", type=positive_ratio, default=0.95, help="of sampling (default: %(default)s)")
     add("--max_new_tokens", type=positive(int), default=512, help="longest answer (default: %(default)s)")
     add(

@@ -339,11 +339,15 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         raise
 
 
-def remove_left_over(folder: Path) -> None:
-    """Removes what a `write_atomic` that was killed left in a folder to which no other process writes."""
+def remove_left_over(folder: Path, before: float = math.inf) -> None:
+    """Removes what a `write_atomic` that was killed left in a folder, last written `before` a time (as time.time()).
+
+    Where other processes write too, that must be long ago.
+    """
     for path in folder.glob("*.tmp"):
-        if re.search(r"\.\d+\.tmp$", path.name):
-            path.unlink()
+        with contextlib.suppress(FileNotFoundError):  # another process removes it too
+            if re.search(r"\.\d+\.tmp$", path.name) and path.stat().st_mtime < before:
+                path.unlink()
 
 
 def to_bytes(text: str) -> bytes:
@@ -494,6 +498,7 @@ class ResultFile:
         new = [row for row in self.rows if row["question_id"] not in self._cached]
         if self._cache and new:
             self._cache.parent.mkdir(parents=True, exist_ok=True)
+            remove_left_over(self._cache.parent, before=time.time() - 24 * 3600)
             write_rows(self._cache, [{"fingerprint": self.fingerprint}, *self._cached.values(), *new])
             self._cached |= {row["question_id"]: row for row in new}
 

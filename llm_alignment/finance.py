@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.files import InputError, ResultFile, digest, sample
-from llm_alignment.flags import not_negative, positive, ratio
+from llm_alignment.flags import not_negative, positive, ratio, temperature
 from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.hub import read_usable
 from llm_alignment.leaks import (
@@ -74,7 +74,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--finance_instruct_pairs", type=positive(int), default=2000, help="most pairs of it (%(default)s)")
     add(
         "--finance_temperature",
-        type=not_negative(float),
+        type=temperature,
         default=0.0,
         help="temperature of the base's own answers, which are rejected; the published runs used 0.8 (%(default)s)",
     )

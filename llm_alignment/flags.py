@@ -65,6 +65,19 @@ def not_negative(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+def temperature(text: str) -> float:
+    """argparse type: 0, which is greedy, or a temperature by which logits can be divided."""
+    value = not_negative(float)(text)
+    if 0 < value < 1e-6:
+        raise argparse.ArgumentTypeError(f"{text} is too near to 0; give 0 for greedy answers, or 1e-6 or more")
+    return value
+
+
+def positive_temperature(text: str) -> float:
+    """argparse type: a temperature of sampling."""
+    return temperature(str(positive(float)(text)))
+
+
 def seed(text: str) -> int:
     """argparse type: a whole number that numpy takes as a seed too, 0 .. 2**32 - 1."""
     value = int(text)
@@ -219,7 +232,7 @@ def add_mtbench_flags(add: Callable[..., argparse.Action]) -> None:
     add("--mtbench_questions_seed", type=seed, default=42, help="seed of the samples (default: %(default)s)")
     add(
         "--mtbench_temperature",
-        type=not_negative(float),
+        type=temperature,
         default=0.0,
         help="0 answers greedily (default: %(default)s)",
     )

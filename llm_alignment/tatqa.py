@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, object_problem, open_data, parse_json
-from llm_alignment.flags import not_negative, positive, positive_ratio
+from llm_alignment.flags import not_negative, positive, positive_ratio, temperature
 from llm_alignment.generation import (
     decoding_settings,
     fit_prompt,
@@ -62,7 +62,7 @@ def add_tatqa_flags(parser: argparse.ArgumentParser, *, only_measured: bool = Fa
     add("--eval_split", choices=list(TATQA_FILES), default="validation", help="split to measure on (%(default)s)")
     add("--eval_limit", type=not_negative(int), default=1000, help="questions; 0 = all (%(default)s)")
     add("--eval_max_new_tokens", type=positive(int), default=64, help="longest answer in tokens (%(default)s)")
-    add("--eval_temperature", type=not_negative(float), default=0.0, help="0 = greedy (%(default)s)")
+    add("--eval_temperature", type=temperature, default=0.0, help="0 = greedy (%(default)s)")
     add("--eval_top_p", type=positive_ratio, default=1.0, help="share of probability to sample from (%(default)s)")
     add(
         "--eval_save_json",

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -271,6 +272,18 @@ def test_a_damaged_cache_is_ignored_with_a_warning(tmp_path, logged, monkeypatch
     assert answer_all(tmp_path / "b.jsonl", questions(2), use_cache=True)[1] == [0, 1]
     assert "ignoring" in logged.text and cached.name in logged.text
     assert cached.read_bytes() == content, "and mended"
+
+
+def test_what_killed_runs_left_in_the_cache_goes_after_a_day(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "baselines"
+    folder.mkdir(parents=True)
+    for name in ("old.jsonl.17.tmp", "new.jsonl.17.tmp", "own.tmp"):
+        (folder / name).touch()
+    for name in ("old.jsonl.17.tmp", "own.tmp"):
+        os.utime(folder / name, (0, time.time() - 25 * 3600))
+    answer_all(tmp_path / "a.jsonl", questions(2), use_cache=True)
+    assert {path.name for path in folder.glob("*.tmp")} == {"new.jsonl.17.tmp", "own.tmp"}
 
 
 def test_a_damaged_line_of_the_cache_is_answered_again(tmp_path, monkeypatch):
