@@ -236,10 +236,12 @@ def save_adapter(trainer: Trainer, folder: Path) -> None:
             config.target_modules = sorted(config.target_modules)
     trainer.save_model(str(folder / "saving"))
     if main_process():
+        (folder / "saving" / "README.md").unlink(missing_ok=True)  # PEFT's card, which knows less than TRL's
         for path in (folder / "saving").iterdir():
             replace(path, folder / path.name)
         (folder / "saving").rmdir()
-    trainer.create_model_card(model_name=folder.name)
+        if not (folder / "README.md").exists():  # every process would write its tags in another order
+            trainer.create_model_card(model_name=folder.name)
 
 
 def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
