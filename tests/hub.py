@@ -258,8 +258,14 @@ def words_of(command: str) -> list[str]:
     return [sys.executable, *words[1:]]
 
 
+def working_folder(name: str) -> str:
+    """Where a command runs: many logged runs name no output folder, so each has its own; the README's go on from one
+    another, as stage 2 of a run does from its stage 1."""
+    return "readme" if name.startswith("readme-") else name.removesuffix("_1").removesuffix("_2")
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Runs the named commands one after another in one folder; prints exit code, seconds and files asked for."""
+    """Runs the named commands one after another; prints exit code, seconds and files asked for."""
     parser = argparse.ArgumentParser(prog="tests/hub.py", description="Run the shown commands against a local hub.")
     parser.add_argument("ids", nargs="*", metavar="ID", help='ids, "readme" or "all"')
     parser.add_argument("--list", action="store_true", help="show the ids and commands")
@@ -278,17 +284,19 @@ def main(argv: list[str] | None = None) -> None:
     ]
     folder = Path(args.folder or tempfile.mkdtemp(prefix="hub-"))
     folder.mkdir(parents=True, exist_ok=True)
-    for name, source in OWN_FILES.items():
-        shutil.copyfile(DEMO / source, folder / name)
     failed = 0
     with serve() as hub:
         for name in wanted:
             hub.requests.clear()
             started = time.time()
+            place = folder / working_folder(name)
+            place.mkdir(exist_ok=True)
+            for file, source in OWN_FILES.items():
+                shutil.copyfile(DEMO / source, place / file)
             with (folder / f"{name}.txt").open("wb") as output:
                 words = [*words_of(known[name]), *shlex.split(args.extra)]
                 code = subprocess.call(
-                    words, cwd=folder, env=environment(hub, folder), stdout=output, stderr=subprocess.STDOUT
+                    words, cwd=place, env=environment(hub, folder), stdout=output, stderr=subprocess.STDOUT
                 )
             files = sum("/resolve/" in request and request.startswith("GET") for request in hub.requests)
             failed += code != 0
