@@ -203,7 +203,7 @@ def test_a_recipe_of_the_readme_runs_to_its_end(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     shown = (tmp_path / "sft-quickstart.txt").read_text("utf-8")
     assert done.returncode == 0, shown[-2000:]
-    assert (tmp_path / "mt_bench_ru.json").exists() and "MT-Bench" in shown
+    assert (tmp_path / "sft-quickstart" / "mt_bench_ru.json").exists() and "MT-Bench" in shown
 
 
 def test_no_run_is_reported_to_the_hub():
