@@ -27,8 +27,10 @@ RECORD_TYPES = {
 DELTA_KEYS = {"mean", "low", "high", "p", "n", "changed", "clusters", "changed_clusters"}
 # what the tables read within a record: type by key, "*" for every other key; a list has one type for its items
 NUMBER, FIGURE = int | float, int | float | None
-SUMMARY = {"*": FIGURE, "by_turn": [FIGURE], "by_category": {"*": FIGURE}, "by_type": {"*": {"*": NUMBER}}}
-MEASURED = {"*": FIGURE} | {metric.keys[0]: SUMMARY for metric in METRICS.values() if len(metric.keys) == 2}
+SUMMARY = {"*": object, "by_turn": [FIGURE], "by_category": {"*": FIGURE}, "by_type": {"*": {"*": NUMBER}}}
+MEASURED: dict[str, Any] = {"*": object}
+for name, *figure in (metric.keys for metric in METRICS.values() if metric.keys):
+    MEASURED[name] = {**MEASURED.get(name, SUMMARY), figure[0]: FIGURE} if figure else FIGURE
 DELTA = {"*": FIGURE, "n": int, "changed": int}
 PARTS = {
     "argv": [str],
@@ -39,7 +41,7 @@ PARTS = {
     "delta": {"*": DELTA | {"by_type": {"*": DELTA}}},
     "runtime_s": {"*": NUMBER},
 }
-NULL_TOGETHER = ({"low", "high", "p"}, {"clusters", "changed_clusters"})  # of a delta
+NULL_TOGETHER = ({"low", "high"}, {"clusters", "changed_clusters"})  # of a delta
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding a run

@@ -68,13 +68,13 @@ def common_name(names: list[str]) -> str:
 
 
 def average(values: list[Any]) -> Any:
-    """Numbers averaged, key by key of those that all have; what is no number is the first one's."""
+    """Numbers averaged, key by key of those that all have; what is no number in all of them is the first one's."""
     first = values[0]
-    if isinstance(first, dict):
+    if all(isinstance(value, dict) for value in values):
         return {key: average([value[key] for value in values]) for key in first if all(key in v for v in values)}
-    if isinstance(first, list) and all(len(value) == len(first) for value in values):
+    if all(isinstance(value, list) and len(value) == len(first) for value in values):
         return [average([value[place] for value in values]) for place in range(len(first))]
-    if isinstance(first, int | float) and not isinstance(first, bool) and None not in values:
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return statistics.fmean(values)
     return first
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, logged_commands, read_rows, run_error
+from run_records import records
 
 import dpo_train_mt
 import dpo_train_mt_v2
@@ -200,6 +201,7 @@ def test_the_record_holds_every_domain_at_every_stage(whole, capsys):
     assert record["final"] == record["stages"][-1]["final"]
     lines = read_rows(folder.parent / "log.jsonl")
     assert [line["stages"] for line in lines] == [json.loads(json.dumps(record["stages"]))]
+    assert records.record_problem(lines[0]) is None
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMO, ROOT, chat, logged_commands, read_rows, write_rows
+from run_records import records
 
 import sft_train
 from llm_alignment import files, models, twix
@@ -66,6 +67,7 @@ def test_a_run_measures_trains_and_leaves_everything(tmp_path, capsys):
     assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"].endswith("model")
     logged = files.read_records(tmp_path / "log.jsonl")
     assert logged == [json.loads(json.dumps(record))] and record["status"] == "completed"
+    assert records.record_problem(logged[0]) is None  # so that campaign and report take it
     metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
     assert metrics == {key: json.loads(json.dumps(record[key])) for key in ("baseline", "final", "delta")}
     assert metrics["delta"]["val_loss"]["mean"] == pytest.approx(
