@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import io
 import itertools
 import json
@@ -60,7 +61,8 @@ def signal_name(signum: int) -> str:
 def signals_go_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Inside, Ctrl-C, SIGTERM and SIGHUP call `handler(signum, frame)`; what `nohup` ignores stays ignored.
 
-    Python handles signals in the main thread alone, so in another one nothing changes.
+    Python handles signals in the main thread alone, so in another one nothing changes. An Interrupted that is raised
+    where Python drops errors, as in a `__del__`, comes again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -68,10 +70,22 @@ def signals_go_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
     stopping = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         stopping.append(signal.SIGHUP)
-    previous = {signum: signal.signal(signum, handler) for signum in stopping}
+    previous, previous_hook = {signum: signal.signal(signum, handler) for signum in stopping}, sys.unraisablehook
+
+    # of the two, os.kill wakes a main thread that waits; on Windows it would end the process
+    send = signal.raise_signal if os.name == "nt" else functools.partial(os.kill, os.getpid())
+
+    def come_again(dropped: Any) -> None:
+        if isinstance(dropped.exc_value, Interrupted):
+            threading.Timer(0.1, send, [dropped.exc_value.signum]).start()
+        else:
+            previous_hook(dropped)
+
+    sys.unraisablehook = come_again
     try:
         yield
     finally:
+        sys.unraisablehook = previous_hook
         for signum, previous_handler in previous.items():
             signal.signal(signum, previous_handler)
 

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,16 @@ def test_ctrl_c_reaches_a_caller_of_main(tmp_path):
         signal.raise_signal(signal.SIGINT)
     [record] = read_records(tmp_path / "log.jsonl")
     assert (record["status"], record["reason"]) == ("interrupted", "Ctrl-C")
+
+
+def test_a_signal_in_code_whose_errors_python_drops_is_not_lost():
+    class Freed:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(runs.Interrupted, match="SIGTERM"), runs.signals_go_to(runs.interrupt):
+        Freed()
+        time.sleep(60)
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
