@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -137,12 +138,14 @@ def test_out_of_memory_after_some_rows_have_ended_gives_every_answer_once(model,
 @pytest.mark.slow
 def test_continuous_batching_gives_the_same_tokens(model, tokenizer):
     from peft import LoraConfig, get_peft_model
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     conversations = chats(5)
     prompts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
     settings = GenerationConfig(do_sample=False, eos_token_id=[2], pad_token_id=0, return_dict_in_generate=True)
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
+    small = ContinuousBatchingConfig(num_blocks=16)  # by default the cache takes most of the memory that is free
+    adapted.generate_batch = functools.partial(adapted.generate_batch, continuous_batching_config=small)
     answers = dict(generation.continuous_answers(adapted, prompts, settings, 10))
     assert list(answers.values()) == plain_answers(model, tokenizer, conversations, [2], 10)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -384,31 +383,29 @@ def test_a_dry_run_asks_nothing(cli_folder, reward_folder, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_kill_9_loses_and_repeats_no_question(cli_folder, reward_folder, tmp_path):
-    def start(output: Path) -> subprocess.Popen:
-        command = flags(cli_folder, reward_folder, output, "--no_baseline_cache", "--eval_batch_size", "2")
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "mtbench_eval.py"), *command],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+    def command(output: Path) -> list[str]:
+        return flags(cli_folder, reward_folder, output, "--no_baseline_cache", "--eval_batch_size", "2")
 
     def size(path: Path) -> int:
         return path.stat().st_size if path.exists() else 0
 
-    assert start(tmp_path / "whole").wait(timeout=120) == 0
+    me.main(command(tmp_path / "whole"))
     whole = (tmp_path / "whole" / "mtbench.jsonl").read_bytes()
     killed = tmp_path / "killed" / "mtbench.jsonl"
     for share in (0.25, 0.6):
-        process = start(tmp_path / "killed")
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "mtbench_eval.py"), *command(tmp_path / "killed")],
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         while size(killed) < share * len(whole):
             assert process.poll() is None
             time.sleep(0.001)
         process.kill()
         process.wait()
         assert 0 < size(killed) < len(whole)
-    assert start(tmp_path / "killed").wait(timeout=120) == 0
+    me.main(command(tmp_path / "killed"))
     assert killed.read_bytes() == whole
     ids = [json.loads(line)["question_id"] for line in whole.split(b"\n")[1:] if line]
     assert sorted(ids) == list(range(40))
