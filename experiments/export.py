@@ -38,7 +38,7 @@ from llm_alignment.models import (
     load_tokenizer,
     model_fingerprint,
 )
-from llm_alignment.runs import check_writable, console_and_log, held_alone, remove_empty
+from llm_alignment.runs import check_writable, console_and_log, held_alone
 
 if TYPE_CHECKING:
     import torch
@@ -131,8 +131,6 @@ def export(args: argparse.Namespace) -> None:
     if temporary.exists() and not lock.exists():  # an export that was killed leaves both
         raise InputError(f"--merged {args.merged}: {temporary} is in the way; move it or name another folder")
     with contextlib.ExitStack() as stack:
-        stack.callback(remove_empty, [path for path in (folder, *folder.parents) if not path.exists()])
-        folder.mkdir(parents=True, exist_ok=True)
         refusal = f"--merged {args.merged}: another export is writing it; wait for its end or name another folder"
         stack.enter_context(held_alone(lock, refusal))
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)

@@ -18,7 +18,6 @@ stop, and another --min_margin samples nothing again.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import math
 import sys
@@ -46,7 +45,7 @@ from llm_alignment.leaks import leak_finder, without_leaks
 from llm_alignment.models import adapter_sha256, load_adapter, load_model, load_tokenizer, model_fingerprint
 from llm_alignment.preferences import merge_system_prompt, read_turns
 from llm_alignment.rewards import RewardModel
-from llm_alignment.runs import check_writable, console_and_log, held_alone, remove_empty
+from llm_alignment.runs import check_writable, console_and_log, held_alone
 from llm_alignment.tatqa import question_texts, tatqa_file
 from mtbench_eval import load_questions
 
@@ -271,12 +270,8 @@ def mine(args: argparse.Namespace) -> None:
     """Prompts in, pairs out."""
     pairs_file, samples_file = output_files(args)
     prompts = read_prompts(args)
-    with contextlib.ExitStack() as stack:
-        folder = pairs_file.parent
-        stack.callback(remove_empty, [path for path in (folder, *folder.parents) if not path.exists()])
-        folder.mkdir(parents=True, exist_ok=True)
-        refusal = "another start is writing it; wait for its end or name another file"
-        stack.enter_context(held_alone(Path(f"{pairs_file}.lock"), f"--output {pairs_file}: {refusal}"))
+    refusal = f"--output {pairs_file}: another start is writing it; wait for its end or name another file"
+    with held_alone(Path(f"{pairs_file}.lock"), refusal):
         write_pairs(args, prompts, pairs_file, samples_file)
 
 

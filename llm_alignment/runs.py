@@ -373,8 +373,6 @@ def run_folder(args: argparse.Namespace, script: str) -> Iterator[None]:
         try:
             if folder.is_file():
                 raise InputError(f"--output_dir {folder} is a file; name a folder")
-            stack.callback(remove_empty, [path for path in (folder, *folder.parents) if not path.exists()])
-            folder.mkdir(parents=True, exist_ok=True)
             refusal = "another run is working in this folder; wait for its end or name another folder"
             stack.enter_context(held_alone(folder / "run.lock", f"--output_dir {folder}: {refusal}"))
         except OSError as error:
@@ -384,36 +382,36 @@ def run_folder(args: argparse.Namespace, script: str) -> Iterator[None]:
         yield
 
 
-def remove_empty(folders: list[Path]) -> None:
-    """Removes folders, the innermost first; one with files in it stays, and so do those around it."""
-    with contextlib.suppress(OSError):
-        for path in folders:
-            path.rmdir()
-
-
 @contextlib.contextmanager
 def held_alone(path: Path, refusal: str) -> Iterator[None]:
-    """Inside, this process alone holds the lock file `path`; it is removed at the end.
+    """Inside, this process alone holds the lock file `path`, whose folder is made; at the end the file is removed, and
+    the folders that were made and stayed empty.
 
     The lock of a process that died is free. Raises InputError with the text `refusal` while another process holds it.
     """
     from filelock import FileLock, Timeout
 
+    made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
     lock = FileLock(path, blocking=False)
     try:
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(refusal) from error
-    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise InputError(refusal) from error
         yield
     finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                if os.name != "nt":  # while it is held, so that nobody else loses a lock taken since
+                    path.unlink()
+            lock.release()
+            with contextlib.suppress(OSError):
+                if os.name == "nt":  # which does not delete what is open
+                    path.unlink()
         with contextlib.suppress(OSError):
-            if os.name != "nt":  # while it is held, so that nobody else loses a lock taken since
-                path.unlink()
-        lock.release()
-        with contextlib.suppress(OSError):
-            if os.name == "nt":  # which does not delete what is open
-                path.unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def check_script(folder: Path, script: str) -> None:
