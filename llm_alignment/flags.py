@@ -34,9 +34,10 @@ def in_32_bits(value: float) -> float:
 
 def positive_ratio(text: str) -> float:
     """argparse type: a number above 0, up to 1."""
-    if ratio(text) == 0:
+    value = ratio(text)
+    if value == 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return ratio(text)
+    return value
 
 
 def positive(kind: type) -> Callable[[str], Any]:

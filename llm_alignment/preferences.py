@@ -79,7 +79,7 @@ def general_turns(row: dict, *, thinking: bool = False) -> tuple[list[dict[str, 
         raise ValueError("chosen and rejected differ before the last turn")
     answers = [turns[-1]["content"] for turns in (chosen, rejected)]
     if not thinking:
-        answers = [re.sub(r"\A<think>.*?</think>\s*", "", answer, flags=re.DOTALL) for answer in answers]
+        answers = [without_thought(answer) for answer in answers]
         if any(not answer or answer.startswith("<think>") for answer in answers):
             raise ValueError("an answer has no text outside its <think> block")
     if answers[0] == answers[1]:
@@ -120,6 +120,11 @@ def content_text(content: Any) -> str | None:
         is_text = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
         return "".join(map(str, texts)) if is_text else None
     return content if isinstance(content, str) else None
+
+
+def without_thought(answer: str) -> str:
+    """An answer without the <think></think> block that it begins with, for training after an empty block."""
+    return re.sub(r"\A<think>.*?</think>\s*", "", answer, flags=re.DOTALL)
 
 
 def join_turns(prompt: list[dict[str, str]], side: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.generation import strip_thinking
 from llm_alignment.hub import Rows, hub_dataset, hub_rows, open_dataset
 from llm_alignment.models import all_processes
-from llm_alignment.preferences import content_text
+from llm_alignment.preferences import content_text, without_thought
 from llm_alignment.training import sorted_within_steps
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ class ChatEncoder:
             return text
         start, *answers = text.split(self.header)
         if not self.thinking:
-            answers = [self.supplied + re.sub(r"\A<think>.*?</think>\s*", "", part, flags=re.S) for part in answers]
+            answers = [self.supplied + without_thought(part) for part in answers]
         elif not self.supplied:
             answers = [re.sub(r"\A<think>\s*</think>\s*", "", part) for part in answers]
         return self.header.join([start, *answers])
