@@ -277,7 +277,19 @@ def scored_evaluation(
         for row in questions
         if "reference" in row
     ]
-    return Evaluation(name, len(questions), answer, summarise_rows, compare, references, split=True)
+    tokens = functools.partial(conversation_tokens, questions, generation["max_new_tokens"])
+    return Evaluation(name, len(questions), answer, summarise_rows, compare, references, split=True, tokens=tokens)
+
+
+def conversation_tokens(questions: list[dict], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that go through the model at most: a turn reads all before it once more. Without the template's own."""
+    total = 0
+    for question in questions:
+        conversation = 0
+        for ids in tokenizer(question["turns"])["input_ids"]:
+            conversation += len(ids) + max_new_tokens
+            total += conversation
+    return total
 
 
 def dpo_evaluations(

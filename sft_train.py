@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.anchored_loss import fused_nll_kl, kl_coefficient, tail_mask
+from llm_alignment.batches import padded_tokens, sort_by_length, token_counts
 from llm_alignment.drift import drift_evaluation
 from llm_alignment.evaluation import Evaluation, measure, plot_curves, report
 from llm_alignment.files import InputError, write_atomic
@@ -56,11 +57,8 @@ from llm_alignment.training import (
     log_memory_plan,
     newest_complete,
     optimiser_steps,
-    padded_tokens,
     run_training,
     save_adapter,
-    sort_by_length,
-    token_counts,
     training_arguments,
 )
 from llm_alignment.twix import (
@@ -74,7 +72,7 @@ from llm_alignment.twix import (
     training_stream,
 )
 from llm_alignment.validation import summarise_validation, validation_evaluation, without_head
-from mtbench_eval import load_questions, sample_questions, scored_evaluation
+from mtbench_eval import conversation_tokens, load_questions, sample_questions, scored_evaluation
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
 if TYPE_CHECKING:
@@ -403,13 +401,15 @@ def print_plan(
     during = math.ceil(steps / args.eval_steps) if args.early_stop_patience else 0
     before = "" if args.skip_baseline_eval else "before training, "
     log.info("MT-Bench: %d questions %safter it, and %d times during it", len(questions), before, during)
-    turns = sum(len(question["turns"]) for question in questions)
-    asked = args.mtbench_midtrain_questions or len(questions)
-    rounds = 1 + (not args.skip_baseline_eval) + during * min(1, asked / max(1, len(questions)))
-    generated = rounds * turns * args.mtbench_max_tokens
+    midtrain = min(1, (args.mtbench_midtrain_questions or len(questions)) / max(1, len(questions)))
+    rounds = 1 + (not args.skip_baseline_eval)
+    asked = (rounds + during * midtrain) * conversation_tokens(questions, args.mtbench_max_tokens, encoder.tokenizer)
+    held_out = selection.rows("validation")
+    compared = min(args.baseline_eval_samples, held_out)  # their loss each time; at the end their drift, by two passes
+    asked += ((rounds + during + 2) * compared + held_out) * mean
     trained = (2 * steps + anchored) * per_step * per_row  # a backward pass of a frozen base costs a forward pass
-    share = 100 * generated / (generated + trained)
-    log.info("evaluation: up to %.2f M generated tokens, %.0f %% of all tokens in the model", generated / 1e6, share)
+    share = 100 * asked / (asked + trained)
+    log.info("evaluation: at most %.2f M tokens, %.0f %% of all that go through the model", asked / 1e6, share)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_alignment.batches import sort_by_length, token_counts
 from llm_alignment.evaluation import Evaluation, measure, pair_rows, plot_curves, report, save_answers
 from llm_alignment.files import InputError, ResultFile, differing, digest, file_sha256
 from llm_alignment.flags import (
@@ -49,8 +50,6 @@ from llm_alignment.training import (
     optimiser_steps,
     run_training,
     save_adapter,
-    sort_by_length,
-    token_counts,
     training_arguments,
 )
 
@@ -477,6 +476,11 @@ def reward_evaluation(args: argparse.Namespace, pairs: list[dict], rows: list[di
         {**row, "question_id": pair["uid"], "cluster": pair["cluster"]} for row, pair in zip(rows, pairs, strict=True)
     ]
     answer = functools.partial(reward_pairs, pairs=rows, beta=args.beta, max_length=args.max_length)
+
+    def tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+        texts = [row["prompt"] + row["chosen"] + row["rejected"] for row in rows]
+        return 2 * sum(map(len, tokenizer(texts)["input_ids"]))  # with the adapter and without
+
     return Evaluation(
         "held_out",
         len(rows),
@@ -484,6 +488,7 @@ def reward_evaluation(args: argparse.Namespace, pairs: list[dict], rows: list[di
         lambda rows: {"held_out": summarise_rewards(rows)},
         compare_rewards,
         split=True,
+        tokens=tokens,
     )
 
 
@@ -535,29 +540,24 @@ def print_plan(
         log.info("the first pair as the model reads it:\n%s", first["prompt"])
         log.info("chosen: %s%s\nrejected: %s%s", first["chosen"], end, first["rejected"], end)
         trained = log_training_plan(args, tokenizer, rows)
-    generated = 0.0
+    asked = 0
     for evaluation in evaluations:
-        most = evaluation.size * NEW_TOKENS.get(evaluation.name, lambda args: 0)(args)
-        tokens = f", at most {most / 1e3:.1f} k new tokens each time" if most else ""
-        log.info("%s: %d questions before and after%s", evaluation.name, evaluation.size, tokens)
-        generated += 2 * most
-    if rows and generated:
-        share = 100 * generated / (generated + 3 * trained)  # a backward pass costs two forward ones
-        log.info("evaluation: at most %.0f %% of the tokens that pass through the model", share)
-
-
-# New tokens that an evaluation may take for a question, by its name.
-NEW_TOKENS = {
-    "tatqa": lambda args: args.eval_max_new_tokens,
-    "mtbench": lambda args: 2 * args.mtbench_max_tokens,
-    "instruct": lambda args: args.instruct_max_tokens,
-    "finance_instruct": lambda args: args.instruct_max_tokens,
-    "reddit": lambda args: args.reddit_max_tokens,
-}
+        tokens = evaluation.tokens(tokenizer)
+        log.info(
+            "%s: %d questions before and after, at most %.1f k tokens each time",
+            evaluation.name, evaluation.size, tokens / 1e3,
+        )  # fmt: skip
+        asked += 2 * tokens
+    if asked:
+        share = 100 * asked / (asked + trained)
+        log.info("evaluation: at most %.2f M tokens, %.0f %% of all that go through the model", asked / 1e6, share)
 
 
 def log_training_plan(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> float:
-    """Logs pairs, steps, passes, tokens and memory; returns the tokens that training puts through the model."""
+    """Logs pairs, steps, passes, tokens and memory; returns the tokens that go through the model in training.
+
+    A backward pass of a frozen base costs a forward pass, so it counts as one.
+    """
     prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
     texts = [row["prompt"] + row[side] for side in ("chosen", "rejected") for row in rows]
     lengths = [min(args.max_length, len(ids) + 1) for ids in tokenizer(texts)["input_ids"]]
@@ -589,4 +589,4 @@ def log_training_plan(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBa
     )
     once = [pair - (0 if args.no_prefix_sharing else len(prompt)) for pair, prompt in zip(both, prompts, strict=True)]
     log_memory_plan(args, max(once))
-    return read * epochs
+    return read * (2 * epochs + 1)  # once more for the reference

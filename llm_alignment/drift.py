@@ -53,7 +53,9 @@ def row_drift(model: PeftModel, input_ids: Sequence[int], labels: Sequence[int])
 
 def drift_evaluation(rows: list[dict]) -> Evaluation:
     """The drift on `rows` of {"question_id", "cluster", "input_ids", "labels"}; the base's own is 0 by definition."""
-    return Evaluation("drift", len(rows), functools.partial(measure_drift, rows=rows), summarise_drift, compare_drift)
+    answer = functools.partial(measure_drift, rows=rows)
+    tokens = 2 * sum(len(row["input_ids"]) for row in rows)  # with the adapter and without
+    return Evaluation("drift", len(rows), answer, summarise_drift, compare_drift, tokens=lambda tokenizer: tokens)
 
 
 def measure_drift(

@@ -94,7 +94,8 @@ class Evaluation:
     `summarise(rows)` is what the record's `baseline` and `final` get, `compare(before, after)` what its `delta` gets:
     a difference for each name of METRICS. `size` is the number of items. `references` are those that have a reference
     answer: (question_id, prompt as the model reads it or as turns, answer, label of the context). With `split` all
-    processes call `answer`, share the items and get every row; else the main one calls it.
+    processes call `answer`, share the items and get every row; else the main one calls it. `tokens(tokenizer)` is what
+    a plan prints: how many tokens go through a trained model at most, those of prompts and of answers.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Evaluation:
     compare: Callable[[list[dict], list[dict]], dict[str, dict]]
     references: Sequence[tuple[str | int, str | list[dict], str, str | int]] = ()
     split: bool = False
+    tokens: Callable[[PreTrainedTokenizerBase], int] = lambda tokenizer: 0
 
 
 def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:

@@ -32,6 +32,7 @@ from llm_alignment.generation import (
 from llm_alignment.hub import hub_files
 from llm_alignment.models import evaluating, main_process, on_main_process
 from llm_alignment.preferences import cut_at_word
+from llm_alignment.prefixes import shared_lengths
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 
 if TYPE_CHECKING:
@@ -542,7 +543,15 @@ def tatqa_evaluation(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
         compare_tatqa,
         references,
         split=True,
+        tokens=functools.partial(table_tokens, questions, args.eval_max_new_tokens),
     )
+
+
+def table_tokens(questions: list[dict], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that go through the model at most when every table is read once."""
+    prompts = tokenizer([question["prompt"] for question in questions])["input_ids"]
+    shared = sum(length for _, length in shared_lengths(prompts))
+    return sum(map(len, prompts)) - shared + len(questions) * max_new_tokens
 
 
 def gold_parts(question: dict) -> list[str]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +33,7 @@ from llm_alignment.models import (
 from llm_alignment.runs import Interrupted, NotFiniteError, damaged_run, signal_name, signals_go_to
 
 if TYPE_CHECKING:
-    from accelerate.data_loader import DataLoaderShard
-    from datasets import Dataset
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
 
 log = logging.getLogger("llm_alignment")
@@ -159,74 +155,6 @@ def log_memory_plan(args: argparse.Namespace, tokens: int) -> None:
         common + needed["checkpointed"], common + needed["activations"], needed["weights"], needed["adapter"],
         needed["checkpointed"], needed["activations"], needed["logits"], args.gradient_checkpointing,
     )  # fmt: skip
-
-
-def sorted_within_steps(order: list[int], lengths: Sequence[int], *, batch: int, step: int) -> list[int]:
-    """`order` in which each run of `step` examples, one optimiser step, is sorted by length, the longest first.
-
-    Cut into micro-batches of `batch`, a step then has little padding, and its examples are those that it had before. A
-    last micro-batch that is not full keeps its examples: a loss that is a mean over the micro-batch weighs them more.
-    """
-    result = []
-    for start in range(0, len(order), step):
-        examples = order[start : start + step]
-        full = len(examples) - len(examples) % batch
-        result += sorted(examples[:full], key=lambda index: -lengths[index]) + examples[full:]
-    return result
-
-
-def padded_tokens(lengths: list[int], batch: int, step: int) -> int:
-    """The tokens of examples in this order with their padding, when each step is sorted and cut into micro-batches."""
-    order = sorted_within_steps(list(range(len(lengths))), lengths, batch=batch, step=step)
-    batches = (order[start : start + batch] for start in range(0, len(order), batch))
-    return sum(len(rows) * max(lengths[row] for row in rows) for rows in batches)
-
-
-class LengthSortedSampler:
-    """The order of `sampler`, an epoch's indices by the seed, sorted by length within each optimiser step.
-
-    Neighbouring micro-batches go to different processes, so these get similar lengths. `multiple` is what accelerate
-    fills an epoch up to, with examples from its beginning: that happens here, before the order changes.
-    """
-
-    def __init__(self, sampler: Any, lengths: Sequence[int], *, batch: int, step: int, multiple: int):
-        self.sampler, self.lengths, self.batch, self.step, self.multiple = sampler, lengths, batch, step, multiple
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(self.sampler)
-        order = list(itertools.islice(itertools.cycle(order), len(self)))
-        return iter(sorted_within_steps(order, self.lengths, batch=self.batch, step=self.step))
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.sampler) / self.multiple) * self.multiple
-
-    def set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)
-
-
-def sort_by_length(loader: DataLoaderShard, args: TrainingArguments, lengths: Sequence[int]) -> DataLoaderShard:
-    """Makes a Trainer's training loader sort the examples of each optimiser step by length (`LengthSortedSampler`).
-
-    `loader` is what `get_train_dataloader` returns, so its order is the one that the seed gave before; `lengths` are
-    in tokens, one for each example.
-    """
-    multiple = args.train_batch_size * args.world_size if args.world_size > 1 else 1
-    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # under several processes: inside
-    sampler = LengthSortedSampler(batches.sampler, lengths, batch=args.train_batch_size, step=step, multiple=multiple)
-    loader.set_sampler(sampler)
-    return loader
-
-
-def token_counts(dataset: Dataset, *columns: str) -> list[int]:
-    """The number of tokens of each row of a `datasets.Dataset`, summed over its columns of token ids."""
-    import pyarrow.compute
-
-    counts: list[int] = []
-    for part in dataset.select_columns(list(columns)).with_format("arrow").iter(10_000):
-        sizes = [pyarrow.compute.list_value_length(part[column]).to_pylist() for column in columns]
-        counts += map(sum, zip(*sizes, strict=True))
-    return counts
 
 
 def save_adapter(trainer: Trainer, folder: Path) -> None:

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from llm_alignment.batches import sorted_within_steps
 from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.generation import strip_thinking
 from llm_alignment.hub import Rows, hub_dataset, hub_rows, open_dataset
 from llm_alignment.models import all_processes
 from llm_alignment.preferences import content_text, without_thought
-from llm_alignment.training import sorted_within_steps
 
 if TYPE_CHECKING:
     import datasets

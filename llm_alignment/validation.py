@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.anchored_loss import fused_nll_kl
+from llm_alignment.batches import token_counts
 from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import ResultFile, digest
 from llm_alignment.models import evaluating, inner_model
 from llm_alignment.stats import paired_delta
-from llm_alignment.training import token_counts
 
 if TYPE_CHECKING:
     from datasets import Dataset

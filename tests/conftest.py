@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3ForCausalLM, Trainer
 
     from llm_alignment.finance import TrainingData
     from llm_alignment.rewards import RewardModel
@@ -112,6 +112,40 @@ def demo_tokenizer(demo_args: argparse.Namespace) -> PreTrainedTokenizerBase:
     from llm_alignment.models import load_tokenizer
 
     return load_tokenizer(demo_args)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """18 rows of T-Wix to train on, of different lengths, and 2 held out."""
+    from llm_alignment import files, twix
+
+    rows = [row for _, row in files.read_rows(DEMO / "twix.jsonl", files.SkippedRows()) if row["subset"] == "general"]
+    distinct = {str(twix.prompt_of(twix.turns_of(row))): row for row in rows}
+    return write_rows(tmp_path_factory.mktemp("data") / "twix.jsonl", list(distinct.values())[:20])
+
+
+@pytest.fixture(scope="module")
+def sft_trainer(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trainer]:
+    """sft_trainer(*more): the trainer of a run without dropout on the demo's model, in float32."""
+    import sft_train
+    from llm_alignment import models, twix
+
+    def build(*more: str) -> Trainer:
+        folder = tmp_path_factory.mktemp("trainer")
+        args = sft_train.parse_arguments(
+            sft_train.build_parser(),
+            ["--demo", "--output_dir", str(folder), "--dataset", str(dataset), "--sample_ratio", "1", "--no_4bit"]
+            + ["--val_split", "0.1", "--batch", "2", "--grad_acc", "3", "--epochs", "9", "--learning_rate", "1e-3"]
+            + ["--max_seq_length", "64", "--kl_coef", "0.2", "--kl_limit_seq", "9", *more],
+            sft_train.DEMO,
+        )
+        tokenizer = models.load_tokenizer(args)
+        encoder = twix.ChatEncoder(tokenizer, thinking=False, assistant_only=False)
+        selection, examples = twix.load_data(args, encoder)
+        rows = twix.tokenise(examples.stored("train")["train"], encoder, 1)
+        return sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows, len(rows))
+
+    return build
 
 
 def write_rows(path: Path, rows: list[dict | str]) -> Path:

@@ -336,7 +336,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
         and "2 forward passes, once" in out
         and "tokens a step" in out
     )
-    assert "% of the tokens" in out
+    assert "tatqa: 8 questions before and after, at most" in out and "of all that go through the model" in out
     assert not list(tmp_path.iterdir())
 
 

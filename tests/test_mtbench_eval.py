@@ -381,6 +381,13 @@ def test_a_dry_run_asks_nothing(cli_folder, reward_folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_turn_reads_the_conversation_before_it(tokenizer):
+    questions = [{"turns": ["rivers", "and lakes"]}, {"turns": ["rivers"]}]
+    first, second = (len(tokenizer(text)["input_ids"]) for text in ("rivers", "and lakes"))
+    expected = (first + 10) + (first + 10 + second + 10) + (first + 10)
+    assert me.conversation_tokens(questions, 10, tokenizer) == expected
+
+
 @pytest.mark.slow
 def test_kill_9_loses_and_repeats_no_question(cli_folder, reward_folder, tmp_path):
     def command(output: Path) -> list[str]:

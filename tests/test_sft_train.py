@@ -195,7 +195,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
         assert word in printed
     for word in ("with padding", "passes: 32 forward and 32 backward of 4 sequences, 26 forward of the reference"):
         assert word in printed
-    assert "evaluation: up to 0.00 M generated tokens, 0 %" in printed and "[[<|im_start|>user" in printed
+    assert "of all that go through the model" in printed and "[[<|im_start|>user" in printed
     assert record["status"] == "completed"
     assert not (tmp_path / "run").exists() and not (tmp_path / "log.jsonl").exists()
 

@@ -373,3 +373,10 @@ def test_questions_on_one_table_are_one_cluster():
         assert deltas[name]["clusters"] == 2 and deltas[name]["n"] == 8
         assert deltas[name]["p"] == 0.5  # two tables gained; eight questions on their own would give 2 / 2**8
         assert deltas[name]["by_type"]["span"]["clusters"] == 2
+
+
+def test_a_plan_counts_a_table_once():
+    questions = [{"prompt": text} for text in ("a table, first", "another", "a table, second one")]
+    a_character_each = lambda texts: {"input_ids": [list(text) for text in texts]}  # noqa: E731
+    expected = len("a table, first" + "second one" + "another") - len("a") + 3 * 5
+    assert tatqa.table_tokens(questions, 5, a_character_each) == expected

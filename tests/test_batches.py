@@ -1,0 +1,146 @@
+"""Micro-batches sorted by length: the same examples, gradient and adapter, less padding."""
+
+import math
+import random
+
+import pytest
+import torch
+
+import dpo_train
+import sft_train
+from llm_alignment import dpo, models
+from llm_alignment.batches import LengthSortedSampler, sorted_within_steps
+
+
+def test_sorting_keeps_the_examples_of_each_step():
+    lengths = [10, 40, 20, 30, 60, 50, 70]
+    result = sorted_within_steps([5, 0, 3, 1, 4, 2, 6], lengths, batch=2, step=4)
+    # the second step has 3 examples: its last micro-batch is not full and keeps example 6
+    assert result == [5, 1, 3, 0, 4, 2, 6]
+
+
+@pytest.fixture(scope="module")
+def dpo_trainer(tmp_path_factory):
+    """dpo_trainer(): the trainer of dpo_train.py on 17 pairs of different lengths."""
+
+    def build():
+        args = dpo_train.parse_arguments(
+            dpo_train.build_parser(),
+            ["--demo", "--output_dir", str(tmp_path_factory.mktemp("trainer")), "--no_4bit", "--batch", "2"]
+            + ["--grad_acc", "3", "--epochs", "9", "--limit_pairs", "17"],
+            dpo_train.DPO_DEMO,
+        )
+        tokenizer = models.load_tokenizer(args)
+        pairs, _ = dpo_train.load_pairs(args, "train", 17)
+        for number, pair in enumerate(pairs):
+            pair["prompt"] = "note " * (7 * number % 40) + pair["prompt"]
+        rows = dpo.fit_pairs(pairs, tokenizer, args, "\n\nQuestion:")
+        return dpo.build_trainer(args, models.load_model(args), tokenizer, rows)
+
+    return build
+
+
+def batches_of(trainer, epoch):
+    loader = trainer.get_train_dataloader()
+    loader.set_epoch(epoch)
+    return [sorted(tuple(row[row >= 0].tolist()) for row in batch["labels"]) for batch in loader]
+
+
+def unsorted(monkeypatch):
+    for module in (sft_train, dpo):
+        monkeypatch.setattr(module, "sort_by_length", lambda loader, *_: loader)
+
+
+def test_a_step_has_the_examples_that_the_seed_gave_before(sft_trainer, monkeypatch):
+    trainer = sft_trainer()
+    by_length = [batches_of(trainer, epoch) for epoch in (0, 1)]
+    unsorted(monkeypatch)
+    before = [batches_of(trainer, epoch) for epoch in (0, 1)]
+    assert before[0] != before[1] and by_length != before
+    for sorted_epoch, epoch in zip(by_length, before, strict=True):
+        for step in range(0, len(epoch), 3):
+            a, b = (sorted(sum(batches[step : step + 3], [])) for batches in (sorted_epoch, epoch))
+            assert a == b
+
+
+@pytest.mark.parametrize("n", [4, 9, 12, 13])
+def test_processes_get_neighbours_and_the_examples_that_they_had_together(n):
+    """accelerate fills the last step with examples from the beginning, and so does the sampler before it sorts."""
+    from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+
+    lengths = [(7 * index) % 31 + 1 for index in range(n)]
+    plain = SeedableRandomSampler(range(n), data_seed=7)
+    by_length = LengthSortedSampler(plain, lengths, batch=2, step=8, multiple=4)
+    steps = []
+    for sampler in (plain, by_length):
+        shards = []
+        for rank in (0, 1):
+            sampler.set_epoch(1)
+            shards.append(list(BatchSamplerShard(torch.utils.data.BatchSampler(sampler, 2, False), 2, rank)))
+        assert len(shards[0]) == len(shards[1]) == math.ceil(n / 4)
+        both = [a + b for a, b in zip(*shards, strict=True)]
+        steps.append([sorted(sum(both[start : start + 2], [])) for start in range(0, len(both), 2)])
+    assert steps[0] == steps[1]
+    for a, b in zip(*shards, strict=True):  # the longest of one process is not longer than the other's shortest
+        assert min(lengths[index] for index in a) >= max(lengths[index] for index in b)
+
+
+def step_gradient(trainer):
+    """The adapter's gradient of the second optimiser step, in float64."""
+    trainer.model.double()
+    trainer.state.global_step = 1
+    batches = iter(trainer.get_train_dataloader())
+    trainer.get_batch_samples(batches, 3, "cpu")
+    batches, items = trainer.get_batch_samples(batches, 3, "cpu")
+    trainer.current_gradient_accumulation_steps = 3
+    for batch in batches:
+        trainer.training_step(trainer.model, batch, items)
+    return {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(params=["sft", "dpo"])
+def trainers(request, sft_trainer, dpo_trainer, monkeypatch):
+    """A trainer whose steps are sorted by length, then one whose steps are not."""
+    make = {"sft": sft_trainer, "dpo": dpo_trainer}[request.param]
+
+    def of_both_orders():
+        yield make()
+        unsorted(monkeypatch)
+        yield make()
+
+    return of_both_orders()
+
+
+def test_a_sorted_step_has_the_same_gradient(trainers):
+    gradients = []
+    for trainer in trainers:
+        torch.manual_seed(0)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name and parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        gradients.append(step_gradient(trainer))
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).norm() <= 1e-6 * gradient.norm(), name
+
+
+@pytest.mark.slow
+def test_ten_sorted_steps_end_with_the_same_adapter(trainers):
+    adapters = []
+    for trainer in trainers:
+        trainer.args.max_steps = 10
+        trainer.train()
+        adapters.append({name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    for name, parameter in adapters[0].items():
+        assert (parameter - adapters[1][name]).norm() <= 1e-5 * parameter.norm(), name
+
+
+def test_padding_of_a_mix_of_lengths():
+    """Lengths as in a chat set, log-normal around 180 tokens and cut at 1,024, in steps of 16 micro-batches of 8."""
+    rng = random.Random(1)
+    lengths = [min(1024, max(8, int(rng.lognormvariate(5.2, 0.9)))) for _ in range(4096)]
+    order = rng.sample(range(4096), 4096)
+    ratios = []
+    for indices in (order, sorted_within_steps(order, lengths, batch=8, step=128)):
+        batches = [[lengths[index] for index in indices[start : start + 8]] for start in range(0, 4096, 8)]
+        ratios.append(sum(8 * max(batch) for batch in batches) / sum(lengths))
+    assert ratios[0] > 2.5 and ratios[1] < 1.12
