@@ -66,9 +66,11 @@ def compare(a: str, b: str, files: list[Path], output_dir: Path) -> Path:
     shared = [key for key in of_a if key in of_b]
     if not shared:
         raise InputError(f"{a} has {', '.join(of_a)}, {b} has {', '.join(of_b)}: no evaluation in common to compare")
+    compared = {key: compare_evaluation(key, of_a[key], of_b[key]) for key in shared}
+    if not any(compared.values()):
+        raise InputError(f"{a} and {b} have no question in common; compare runs on the same questions")
     sections = []
-    for key in shared:
-        section = compare_evaluation(key, of_a[key], of_b[key])
+    for key, section in compared.items():
         if section is None:
             print(f"warning: {EVALUATIONS[key]}: no question in common, not compared", file=sys.stderr)
             continue
@@ -78,8 +80,6 @@ def compare(a: str, b: str, files: list[Path], output_dir: Path) -> Path:
         title = f"{section['title']}: {a} (baseline) against {b} (final), {len(section['questions'])} shared questions"
         print_table(title, section["deltas"])
         sections.append(section)
-    if not sections:
-        raise InputError(f"{a} and {b} have no question in common; compare runs on the same questions")
     template = jinja2.Template((HERE / "compare.html.jinja").read_text("utf-8"), autoescape=True)
     path = output_dir / f"compare_{slug(a)}_{slug(b)}.html"
     output_dir.mkdir(parents=True, exist_ok=True)

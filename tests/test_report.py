@@ -453,8 +453,8 @@ def test_what_cannot_be_compared_is_one_line_and_exit_code_2(names, words, tmp_p
     write_answers(tmp_path / "a" / "mtbench_final.jsonl", {"1": 5.0}, answer="")
     write_answers(tmp_path / "b" / "mtbench_final.jsonl", {"2": 5.0}, answer="")
     assert report.main(["--compare", *names, "--output_dir", str(tmp_path)]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and all(word in error for word in words)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words)
 
 
 def test_power_is_what_simulated_runs_detect():
