@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,9 +28,19 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "experiments" / "demo"
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests last, so that a plain mistake shows early."""
+    """Slow tests last, so that a plain mistake shows early. Those marked `gpu` are skipped where there is none."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if for_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in for_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -112,6 +124,27 @@ def demo_tokenizer(demo_args: argparse.Namespace) -> PreTrainedTokenizerBase:
     from llm_alignment.models import load_tokenizer
 
     return load_tokenizer(demo_args)
+
+
+@pytest.fixture(scope="module")
+def sized_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """sized_model(**sizes): a folder with the demo's model in other sizes, its weights random, in bf16 on a GPU."""
+
+    @functools.cache
+    def save(**sizes: int) -> str:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        folder = shutil.copytree(DEMO / "model", tmp_path_factory.mktemp("sized") / "model")
+        config = AutoConfig.from_pretrained(folder)
+        config.update({**sizes, "layer_types": ["full_attention"] * sizes["num_hidden_layers"]})
+        on_gpu = torch.cuda.is_available()
+        with torch.device("cuda" if on_gpu else "cpu"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32)
+        model.save_pretrained(folder)
+        return str(folder)
+
+    return save
 
 
 @pytest.fixture(scope="module")

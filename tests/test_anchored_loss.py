@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 import torch
+from conftest import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,12 +124,14 @@ def test_large_logits_do_not_overflow():
     assert hidden.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("direction, sft_loss", LOSSES)
 @pytest.mark.parametrize("states", ["float32", "half"])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_half_precision_head_under_mixed_precision(half, states, direction, sft_loss):
+def test_half_precision_head_under_mixed_precision(half, states, direction, sft_loss, device):
     """Against float64 with the same rounded inputs. Hidden states come in float32 (autocast) or in the half type."""
-    hidden, weight, labels, ref_hidden, kl_mask = case(1, 40, 16, 500, 0.2, 0.5, torch.float32)
+    inputs = case(1, 40, 16, 500, 0.2, 0.5, torch.float32)
+    hidden, weight, labels, ref_hidden, kl_mask = (x.to(device) for x in inputs)
     weight = (weight / 4).to(half)
     if states == "half":
         hidden, ref_hidden = hidden.to(half), ref_hidden.to(half)
@@ -147,15 +150,16 @@ def test_half_precision_head_under_mixed_precision(half, states, direction, sft_
     assert (results[1][1] - results[0][1]).norm() < 2e-2 * results[0][1].norm()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_a_weak_anchor_is_not_rounded_away(half, direction):
+def test_a_weak_anchor_is_not_rounded_away(half, direction, device):
     """Folded into the product of the NLL, c / a * (log p/r - KL) of 1e-3 would be less than half a step of bf16."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(64, 64, generator=generator) / 4
-    ref_hidden = hidden + 0.01 * torch.randn(64, 64, generator=generator)
-    weight = (torch.randn(4000, 64, generator=generator)).to(half)
-    labels = torch.randint(4000, (64,), generator=generator)
+    hidden = torch.randn(64, 64, generator=generator).to(device) / 4
+    ref_hidden = hidden + 0.01 * torch.randn(64, 64, generator=generator).to(device)
+    weight = torch.randn(4000, 64, generator=generator).to(device, half)
+    labels = torch.randint(4000, (64,), generator=generator).to(device)
 
     def gradient(head, kl_coef):
         states = hidden.clone().requires_grad_()

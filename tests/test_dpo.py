@@ -338,22 +338,13 @@ def test_half_precision_equals_trl(demo_args, demo_tokenizer, rows, tmp_path):
 # On a GPU
 
 
-@pytest.fixture
-def cuda():
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    return torch.cuda
-
-
 @pytest.mark.gpu
-def test_half_precision_on_a_gpu(cuda, demo_args, demo_tokenizer, rows, tmp_path):
+def test_half_precision_on_a_gpu(demo_args, demo_tokenizer, rows, tmp_path):
     assert_half_precision_equals_trl(demo_args, demo_tokenizer, rows, tmp_path)
 
 
 @pytest.mark.gpu
-def test_4bit_training_with_checkpointing_lowers_the_loss(cuda, demo_args, demo_tokenizer, rows, tmp_path):
+def test_4bit_training_with_checkpointing_lowers_the_loss(demo_args, demo_tokenizer, rows, tmp_path):
     args = copy.copy(demo_args)
     args.no_4bit, args.gradient_checkpointing, args.output_dir = False, "on", str(tmp_path)
     args.batch, args.grad_acc, args.epochs, args.learning_rate, args.beta = 4, 1, 10, 1e-3, 0.3
@@ -365,11 +356,13 @@ def test_4bit_training_with_checkpointing_lowers_the_loss(cuda, demo_args, demo_
 
 
 @pytest.mark.gpu
-def test_shared_prompts_take_less_memory(cuda, demo_args, demo_tokenizer, tmp_path):
+def test_shared_prompts_take_less_memory(demo_args, demo_tokenizer, tmp_path):
+    import torch
+
     args = copy.copy(demo_args)
     args.batch, args.output_dir = 8, str(tmp_path)
     long_rows = [{"prompt": "Q:" + " net sales" * 150, "chosen": f" {n}", "rejected": " 12"} for n in range(8)]
-    peaks = {}
+    cuda, peaks = torch.cuda, {}
     for args.no_prefix_sharing in (False, True):
         trainer = demo_trainer(args, demo_tokenizer, long_rows, dpo.build_trainer)
         before = cuda.memory_allocated()

@@ -355,3 +355,21 @@ def test_a_dry_run_prints_every_stage(tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(f"stage {stage}: " in out for stage in (1, 2, 3)) and out.count("steps: 4 of 4 pairs") == 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_a_stage_takes_no_more_gpu_memory_than_the_one_before(tmp_path, cache, monkeypatch):
+    import torch
+
+    memory, load = [], dpo_train_mt_v2.load_model
+
+    def measured_load(args):
+        before = torch.cuda.memory_allocated()
+        model = load(args)
+        memory.append((before, torch.cuda.memory_allocated()))
+        return model
+
+    monkeypatch.setattr(dpo_train_mt_v2, "load_model", measured_load)
+    main(arguments(tmp_path / "run", "--force_continue"))
+    (before, first), (_, second), (_, third) = memory
+    assert third - second < (first - before) / 2, "in the second one the libraries' own memory is there already"

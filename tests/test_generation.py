@@ -271,10 +271,6 @@ def test_two_processes_share_the_questions_and_go_on_as_one_does(tmp_path, token
 # on a GPU
 
 
-def needs_gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")(test))
-
-
 @pytest.fixture
 def demo_args():
     parser = argparse.ArgumentParser()
@@ -288,7 +284,7 @@ def demo_chats(n: int) -> list[list[dict]]:
     return [[{"role": "user", "content": row["turns"][0]}] for row in rows]
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_gpu_batched_answers_are_those_of_one_by_one(demo_args, dtype):
     args = demo_args("--no_4bit", "--dtype", dtype)
@@ -300,7 +296,7 @@ def test_gpu_batched_answers_are_those_of_one_by_one(demo_args, dtype):
     assert same == 24 if dtype == "fp32" else same >= 20, "half types may part at near ties"
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("four_bits", [False, True])
 def test_gpu_continuous_batching_is_simple_or_is_not_used(demo_args, four_bits, logged):
     args = demo_args(*([] if four_bits else ["--no_4bit"]))
@@ -316,7 +312,7 @@ def test_gpu_continuous_batching_is_simple_or_is_not_used(demo_args, four_bits, 
     assert same >= 20 or (four_bits and "simple batches" in logged.text)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_gpu_out_of_memory_halves_the_batch(demo_args, logged):
     args = demo_args("--no_4bit")
     model, tokenizer = models.load_model(args), models.load_tokenizer(args)

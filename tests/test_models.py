@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEVICES
 from toys import CHATML, make_model, make_tokenizer, save_reward_model, tiny_config
 
 from llm_alignment import files, flags, generation, models, rewards
@@ -469,3 +470,15 @@ def test_a_former_model_is_freed_before_the_next_is_loaded(folder, monkeypatch):
     finally:
         gc.enable()
     assert seen == [None]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_products_of_half_types_are_summed_in_float32(half, device):
+    """As the loss has them: float32 states, the head transposed, into a part of a buffer."""
+    states, weight = (torch.rand(n, 4096, generator=torch.Generator().manual_seed(n)).to(device) for n in (5, 7))
+    weight, buffer = weight.to(half), torch.empty(9, 7, device=device)
+    product = models.matmul_float32(states, weight.T, out=buffer[:5])
+    assert product.dtype == torch.float32 and product.data_ptr() == buffer.data_ptr()
+    exact = states.to(half).double() @ weight.double().T
+    torch.testing.assert_close(product.double(), exact, rtol=1e-5, atol=0)  # rounded to bf16: 4e-3
