@@ -467,12 +467,12 @@ def test_the_memory_estimate_against_measured_peaks(
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 def test_the_memory_estimate_on_a_gpu(checkpointing, sft_trainer, sized_model):
-    """A step of 4 x 512 tokens in the 1.7B model's shape, in the GPU's half type."""
+    """A step of 2 x 512 tokens in the 1.7B model's shape, in the GPU's half type."""
     model = sized_model(
         hidden_size=2048, intermediate_size=6144, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
         num_hidden_layers=28, vocab_size=151_936,
     )  # fmt: skip
-    more = ["--model", model, "--batch", "4", "--max_seq_length", "512", "--kl_coef", "0"]
+    more = ["--model", model, "--batch", "2", "--max_seq_length", "512", "--kl_coef", "0"]
     more += ["--gradient_checkpointing", checkpointing]
     trainer = sft_trainer(*more)
     args = sft_train.build_parser().parse_args([*more, "--no_4bit", "--target_modules", "all-linear"])
