@@ -6,8 +6,10 @@
     python experiments/benchmarks/bench_dpo.py --growth        (time and memory by prompt length and pairs a table)
 
 All weights are random. One process, the same micro-batches and adapter for all, steps interleaved, medians; the ratios
-are the result. Every variant is measured on pairs grouped by table and on pairs in random order. Peak memory is what a
-step allocates on top of what it found: on CPU by torch's profiler, on CUDA by the caching allocator.
+are the result. On CPU TRL puts every token through the LM head, on CUDA the answers' tokens alone: what to expect on
+CUDA is the ratio to "its head as on CUDA". Every variant is measured on pairs grouped by table and on pairs in random
+order. Peak memory is what a step allocates on top of what it found: on CPU by torch's profiler, on CUDA by the caching
+allocator.
 """
 
 from __future__ import annotations
@@ -62,16 +64,22 @@ SHAPES = {
 
 
 class Variant(NamedTuple):
-    """`sharing`: None for TRL's trainer untouched, "no", "pair" (each prompt once) or "tree" (also across pairs)."""
+    """`sharing`: None for TRL's trainer untouched, "no", "pair" (each prompt once) or "tree" (also across pairs).
+
+    `answers_alone`: where TRL has no Triton, as on CPU, it puts every token through the LM head; on CUDA it puts the
+    answers' tokens alone through it. This makes it do so on CPU too.
+    """
 
     sharing: str | None
     cached_reference: bool = False
     checkpointing: bool | None = None  # None: dpo_train.py's default
+    answers_alone: bool = False
 
 
 VARIANTS = {
     "TRL 1.16": Variant(None, checkpointing=True),
     "TRL 1.16, activations kept": Variant(None, checkpointing=False),
+    "TRL 1.16, its head as on CUDA": Variant(None, checkpointing=True, answers_alone=True),
     "--no_prefix_sharing": Variant("no"),
     "each prompt once": Variant("pair"),
     "each prompt once, reference cached": Variant("pair", cached_reference=True),
@@ -79,6 +87,7 @@ VARIANTS = {
     "shared beginnings, reference cached": Variant("tree", cached_reference=True),
 }
 PER_PAIR, FASTEST = "each prompt once", "shared beginnings, reference cached"
+AS_ON_CUDA = "TRL 1.16, its head as on CUDA"
 
 
 def tatqa_rows(args: argparse.Namespace) -> list[dict[str, list[int]]]:
@@ -160,11 +169,15 @@ def build_trainer(args: argparse.Namespace, rows: list[dict], variant: Variant) 
 @contextlib.contextmanager
 def as_variant(trainer: Any, variant: Variant, batch: dict) -> Iterator[dict]:
     """The micro-batch as the variant gets it, with the reference's log-probabilities where these are cached."""
-    part = prefixes.SHARED_PART
+    import trl.trainer.utils
+
+    part, use_triton = prefixes.SHARED_PART, trl.trainer.utils._use_triton
+    if variant.answers_alone:
+        trl.trainer.utils._use_triton = lambda device: True  # what this module asks before it picks the tokens
     prefixes.SHARED_PART = part if variant.sharing == "tree" else 2.0  # no beginning is twice its prompt
     trainer.precompute_ref_logps = variant.cached_reference
     yield dict(batch) if variant.cached_reference else {k: v for k, v in batch.items() if not k.startswith("ref_")}
-    prefixes.SHARED_PART = part
+    prefixes.SHARED_PART, trl.trainer.utils._use_triton = part, use_triton
 
 
 def micro_batches(trainer: Any, rows: list[dict], size: int) -> list[dict]:
@@ -252,16 +265,18 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
         print(
             f"\n{args.shape} shape, {args.device}, {args.batches} x {args.pairs} pairs, {order}, prompts of {mean:.0f}"
         )
-        trl, pair = measured["TRL 1.16"], measured[PER_PAIR]
+        trl, on_cuda, pair = measured["TRL 1.16"], measured[AS_ON_CUDA], measured[PER_PAIR]
         for name, result in measured.items():
             print(
-                f"{name:36} {trl.seconds / result.seconds:6.2f}x TRL's speed, {pair.seconds / result.seconds:5.2f}x "
-                f"as each prompt once; peak memory {result.memory / trl.memory:5.2f} of TRL's, "
-                f"{result.memory / pair.memory:5.2f} of each prompt once; loss {result.loss:.6f}"
+                f"{name:36} {trl.seconds / result.seconds:6.2f}x TRL's speed, "
+                f"{on_cuda.seconds / result.seconds:5.2f}x with its head as on CUDA, "
+                f"{pair.seconds / result.seconds:5.2f}x each prompt once; peak memory "
+                f"{result.memory / trl.memory:5.2f} of TRL's, {result.memory / pair.memory:5.2f} of each prompt once; loss {result.loss:.6f}"
             )
         best = measured[FASTEST]
         ratios |= {
             f"{order}: speed over TRL": trl.seconds / best.seconds,
+            f"{order}: speed over TRL, its head as on CUDA": on_cuda.seconds / best.seconds,
             f"{order}: speed over each prompt once": pair.seconds / best.seconds,
             f"{order}: memory over each prompt once": best.memory / pair.memory,
         }
