@@ -271,7 +271,8 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
                 f"{name:36} {trl.seconds / result.seconds:6.2f}x TRL's speed, "
                 f"{on_cuda.seconds / result.seconds:5.2f}x with its head as on CUDA, "
                 f"{pair.seconds / result.seconds:5.2f}x each prompt once; peak memory "
-                f"{result.memory / trl.memory:5.2f} of TRL's, {result.memory / pair.memory:5.2f} of each prompt once; loss {result.loss:.6f}"
+                f"{result.memory / trl.memory:5.2f} of TRL's, {result.memory / pair.memory:5.2f} of each prompt once; "
+                f"loss {result.loss:.6f}"
             )
         best = measured[FASTEST]
         ratios |= {
