@@ -195,7 +195,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
         assert word in printed
     for word in ("with padding", "passes: 32 forward and 32 backward of 4 sequences, 26 forward of the reference"):
         assert word in printed
-    assert "of all that go through the model" in printed and "[[<|im_start|>user" in printed
+    # 8 rows of 48 tokens: 2 with their loss and two passes of drift, and the split's loss; trained 45 passes of 8 rows
+    assert "evaluation: at most 0.00 M tokens, 2 % of all" in printed and "[[<|im_start|>user" in printed
     assert record["status"] == "completed"
     assert not (tmp_path / "run").exists() and not (tmp_path / "log.jsonl").exists()
 

@@ -418,25 +418,28 @@ def peak_bytes(run, parameters):
     return top
 
 
-def step_of(trainer, args, vocabulary, tokens):
-    """A function that computes one micro-batch of `tokens` tokens a row, forward and backward."""
-    ids = torch.randint(vocabulary, (args.batch, tokens), device=trainer.args.device)
-    trainer.get_batch_samples(iter([]), 0, "cpu")
-    if args.gradient_checkpointing == "on":
+def measured_step(sft_trainer, model, batch, tokens, checkpointing):
+    """(trainer, a function that computes a micro-batch forward and backward, the estimate of what that takes)."""
+    more = ["--model", model, "--batch", str(batch), "--max_seq_length", str(tokens), "--kl_coef", "0"]
+    more += ["--gradient_checkpointing", checkpointing]
+    trainer = sft_trainer(*more)
+    if checkpointing == "on":
         trainer.model.gradient_checkpointing_enable()
+    ids = torch.randint(trainer.model.config.vocab_size, (batch, tokens), device=trainer.args.device)
+    trainer.get_batch_samples(iter([]), 0, "cpu")
 
     def step():
         with trainer.accelerator.autocast():
             trainer.training_step(trainer.model, {"input_ids": ids, "labels": ids.clone()}, ids.numel())
 
-    return step
-
-
-def step_estimate(args, tokens):
+    args = sft_train.build_parser().parse_args([*more, "--no_4bit", "--target_modules", "all-linear"])
+    args.lora_dropout = 0.0
     needed = training.memory_estimate(args, tokens)
     gradients = needed["adapter"] / 4
     return (
-        needed["checkpointed" if args.gradient_checkpointing == "on" else "activations"] + needed["logits"] + gradients
+        trainer,
+        step,
+        needed["checkpointed" if checkpointing == "on" else "activations"] + needed["logits"] + gradients,
     )
 
 
@@ -451,13 +454,9 @@ def test_the_memory_estimate_against_measured_peaks(
         hidden_size=hidden, intermediate_size=3 * hidden, num_attention_heads=hidden // 64, head_dim=64,
         num_hidden_layers=layers, num_key_value_heads=2,
     )  # fmt: skip
-    more = ["--model", model, "--batch", str(batch), "--max_seq_length", str(tokens), "--kl_coef", "0"]
-    more += ["--gradient_checkpointing", checkpointing]
-    trainer = sft_trainer(*more)
-    args = sft_train.build_parser().parse_args([*more, "--no_4bit", "--target_modules", "all-linear"])
-    args.lora_dropout = 0.0
-    peak = peak_bytes(step_of(trainer, args, trainer.model.config.vocab_size, tokens), trainer.model.parameters())
-    assert peak / 1.5 < step_estimate(args, tokens) < peak * 1.5
+    trainer, step, estimate = measured_step(sft_trainer, model, batch, tokens, checkpointing)
+    peak = peak_bytes(step, trainer.model.parameters())
+    assert peak / 1.5 < estimate < peak * 1.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,19 +471,14 @@ def test_the_memory_estimate_on_a_gpu(checkpointing, sft_trainer, sized_model):
         hidden_size=2048, intermediate_size=6144, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
         num_hidden_layers=28, vocab_size=151_936,
     )  # fmt: skip
-    more = ["--model", model, "--batch", "2", "--max_seq_length", "512", "--kl_coef", "0"]
-    more += ["--gradient_checkpointing", checkpointing]
-    trainer = sft_trainer(*more)
-    args = sft_train.build_parser().parse_args([*more, "--no_4bit", "--target_modules", "all-linear"])
-    args.lora_dropout = 0.0
-    step = step_of(trainer, args, trainer.model.config.vocab_size, 512)
+    trainer, step, estimate = measured_step(sft_trainer, model, 2, 512, checkpointing)
     step()  # what the libraries keep for themselves is there after the first one
     trainer.model.zero_grad()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak / 1.5 < step_estimate(args, 512) < peak * 1.5
+    assert peak / 1.5 < estimate < peak * 1.5
 
 
 @pytest.mark.gpu
