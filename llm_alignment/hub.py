@@ -47,6 +47,11 @@ def hub_files(
     return folder
 
 
+def commit_of(folder: Path | None) -> str | None:
+    """The commit of a folder that `hub_files` gave; None for any other."""
+    return folder.name if folder is not None and folder.parent.name == "snapshots" else None
+
+
 class Rows(Protocol):
     """What a data set is read by, any number of times: `rows(skipped)` yields (place, row).
 

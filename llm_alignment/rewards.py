@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llm_alignment.files import InputError, file_sha256
-from llm_alignment.generation import in_batches, without_tokens
+from llm_alignment.hub import commit_of
 from llm_alignment.model_files import check_files, fetch_model
-from llm_alignment.models import (
-    check_vocabulary,
-    device_and_dtype,
-    end_of_turn,
-    from_pretrained,
-    main_process,
-    read_tokenizer,
-)
+from llm_alignment.processes import device_and_dtype, halved_when_full, main_process
+from llm_alignment.prompts import without_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +36,8 @@ class RewardModel:
         import torch
         from transformers import AutoModelForSequenceClassification
 
+        from llm_alignment.models import check_vocabulary, end_of_turn, from_pretrained, read_tokenizer
+
         what = f"--reward_model {name}"
         folder = fetch_model(name, None, "--reward_model")
         check_files(folder, what)
@@ -65,6 +60,7 @@ class RewardModel:
         config = self.model.config.get_text_config()
         self.max_length = min(config.max_position_embeddings, self.tokenizer.model_max_length)
         self.default_system = default_system_turn(self.tokenizer)
+        self.commit = commit_of(folder)
         self.fingerprint = {
             "name": name,
             "weights": [file_sha256(path)[:16] for path in sorted(folder.glob("*.safetensors"))],
@@ -93,7 +89,7 @@ class RewardModel:
             return enumerate(logits[:, 0].tolist())
 
         order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]))
-        rewards = dict(in_batches(order, self.batch_size, score_batch))
+        rewards = dict(halved_when_full(order, self.batch_size, score_batch))
         if not all(map(math.isfinite, rewards.values())):
             raise InputError(f"--reward_model {self.fingerprint['name']}: a reward is not finite; name another model")
         return [rewards[index] for index in range(len(inputs))]
@@ -118,17 +114,12 @@ class RewardModel:
             oldest["content"] = without_tokens(oldest["content"], excess, self.tokenizer, at_end=False)
 
 
-def load_reward_model(args: argparse.Namespace) -> RewardModel:
-    """The reward model that the flags ask for; without weights, on torch's meta device, where nothing is scored.
-
-    That is in a dry run, and in all processes but the main one.
-    """
-    return RewardModel(
-        args.reward_model,
-        device=None if main_process() and not args.dry_run else "meta",
-        batch_size=args.eval_batch_size,
-        trust_remote_code=args.trust_remote_code,
-    )
+def load_reward_model(
+    name: str, batch_size: int = 0, *, trust_remote_code: bool = False, on_meta: bool = False
+) -> RewardModel:
+    """The reward model; without weights, on torch's meta device, in all processes but the main one and `on_meta`."""
+    device = None if main_process() and not on_meta else "meta"
+    return RewardModel(name, device=device, batch_size=batch_size, trust_remote_code=trust_remote_code)
 
 
 def default_system_turn(tokenizer: PreTrainedTokenizerBase) -> str:
