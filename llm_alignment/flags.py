@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def fill(kind: type[T], args: argparse.Namespace, **more: Any) -> T:
+    """The dataclass `kind`, its fields filled by the flags of their names, or by `more`.
+
+    The only bridge from the command line to plain values. A field without a flag needs a value in `more` or a default.
+    """
+    names = {field.name for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in vars(args).items() if name in names} | more)
 
 
 def ratio(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -58,6 +59,21 @@ def test_the_type_of_the_weights_is_a_flag_of_every_script(script):
     assert parser.parse_args(["--dtype", "bf16"]).dtype == "bf16"
     with pytest.raises(SystemExit):
         parser.parse_args(["--dtype", "int8"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    temperature: float
+    seed: int
+    top_p: float = 1.0
+
+
+def test_fill_takes_fields_from_flags_and_from_more():
+    args = argparse.Namespace(temperature=0.5, top_p=0.9, batch=8)
+    assert flags.fill(Sampling, args, seed=3) == Sampling(0.5, 3, 0.9)
+    assert flags.fill(Sampling, argparse.Namespace(seed=1), temperature=0.0) == Sampling(0.0, 1)
+    with pytest.raises(TypeError, match="seed"):
+        flags.fill(Sampling, args)
 
 
 def test_types_of_numbers():
