@@ -21,18 +21,25 @@ import re
 from collections.abc import Collection, Iterator
 
 from llm_alignment.dpo import (
-    add_dpo_flags,
     align,
     check_flags,
     fit_chats,
     fit_pairs,
-    neutral_flags,
     print_plan,
     reward_evaluation,
     starting_adapter,
 )
 from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
-from llm_alignment.flags import DPO_DEMO, new_parser, not_negative, parse_arguments
+from llm_alignment.flags import (
+    DPO_DEMO,
+    add_dpo_flags,
+    add_group,
+    add_tatqa_flags,
+    neutral_flags,
+    new_parser,
+    not_negative,
+    parse_arguments,
+)
 from llm_alignment.instructions import instruct_questions
 from llm_alignment.leaks import leak_finder, without_leaks
 from llm_alignment.models import check_model, load_tokenizer
@@ -41,7 +48,6 @@ from llm_alignment.runs import recorded_run
 from llm_alignment.tatqa import (
     QUESTION_PREFIX,
     SCALES,
-    add_tatqa_flags,
     answer_text,
     gold_parts,
     is_number,
@@ -63,29 +69,25 @@ log = logging.getLogger("llm_alignment")
 # Arguments
 
 
+# fmt: off
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Defaults are those of the published runs where they had one."""
     parser = new_parser("dpo_train.py", __doc__)
     add_dpo_flags(parser)
     add_tatqa_flags(parser)
-    parser.add_argument(
-        "--eval_pairs",
-        type=not_negative(int),
-        default=0,
-        help="pairs, none of them trained on, whose reward accuracy against the base is measured: of --eval_split, or "
-        "a part of --pairs that a hash chooses; 0 = none (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--pairs",
-        default="",
-        metavar="FILE",
+    add = add_group(parser, "own pairs", trains=True)
+    add("--pairs", default="", metavar="FILE",
         help="train on your own pairs, not on TAT-QA's: JSONL, JSON or Parquet with prompt, chosen, rejected, texts "
-        "or lists of turns; they go through the chat template. TAT-QA stays an evaluation",
-    )
+        "or lists of turns; they go through the chat template. TAT-QA stays an evaluation")
+    add = add_group(parser, "held-out pairs", trains="measured")
+    add("--eval_pairs", type=not_negative(int), default=0,
+        help="pairs, none of them trained on, whose reward accuracy against the base is measured: of --eval_split, or "
+        "a part of --pairs that a hash chooses; 0 = none")
     parser.set_defaults(output_dir="qwen3_tatqa_dpo_base")
     return parser
 
 
+# fmt: on
 # ---------------------------------------------------------------------------------------------------------------------
 # TAT-QA: pairs
 
@@ -182,13 +184,14 @@ def run(args: argparse.Namespace, record: dict) -> None:
     """Load, measure, train, measure again. Everything that can be wrong with the input is found before it writes."""
     check_flags(args)
     check_pairs_flags(args, record["argv"])
-    check_output_folder(args, neutral_flags(args))
+    neutral = neutral_flags(build_parser())
+    check_output_folder(args, neutral)
     tokenizer = load_tokenizer(args)
     check_model(args, tokenizer, adapter=args.load_adapter)
     mtbench = all_mtbench_questions(args)
     pairs, held_out, data = own_pairs(args, mtbench) if args.pairs else table_pairs(args)
     data |= starting_adapter(args)
-    check_output_folder(args, neutral_flags(args), data)
+    check_output_folder(args, neutral, data)
     checkpoint = newest_complete(args)
     fit = fit_chats if args.pairs else functools.partial(fit_pairs, mark=QUESTION_PREFIX)
     rewards = [reward_evaluation(args, held_out, fit(held_out, tokenizer, args))] if held_out else []

@@ -21,11 +21,9 @@ import logging
 from fractions import Fraction
 from pathlib import Path
 
-from llm_alignment.dpo import add_dpo_flags, align, check_flags, fit_chats, print_plan, starting_adapter
+from llm_alignment.dpo import align, check_flags, fit_chats, print_plan, starting_adapter
 from llm_alignment.files import InputError, sample, write_rows
 from llm_alignment.finance import (
-    MEASURING_FLAGS,
-    add_data_flags,
     data_fingerprint,
     finance_pairs,
     finance_questions,
@@ -33,11 +31,21 @@ from llm_alignment.finance import (
     mixed_pairs,
     two_way_shares,
 )
-from llm_alignment.flags import FINANCE_DEMO, new_parser, parse_arguments, positive, ratio
+from llm_alignment.flags import (
+    FINANCE_DEMO,
+    add_data_flags,
+    add_dpo_flags,
+    add_group,
+    add_tatqa_flags,
+    neutral_flags,
+    new_parser,
+    parse_arguments,
+    positive,
+    ratio,
+)
 from llm_alignment.models import check_model, load_tokenizer, main_process
 from llm_alignment.runs import recorded_run
-from llm_alignment.tatqa import add_tatqa_flags
-from llm_alignment.training import FLAGS_THAT_DO_NOT_AFFECT_TRAINING, check_output_folder, newest_complete
+from llm_alignment.training import check_output_folder, newest_complete
 from mtbench_eval import all_mtbench_questions, dpo_evaluations
 
 log = logging.getLogger("llm_alignment")
@@ -46,23 +54,25 @@ log = logging.getLogger("llm_alignment")
 # Arguments
 
 
+# fmt: off
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Defaults are those of the published runs where they had one."""
     parser = new_parser("dpo_train_mt.py", __doc__)
     add_dpo_flags(parser)
     add_tatqa_flags(parser)
     add_data_flags(parser)
-    add = parser.add_argument_group("mix (default: Reddit alone)").add_argument
+    add = add_group(parser, "mix; without one Reddit alone", trains=True)
     add("--use_hybrid", action="store_true", help="Reddit and Finance-Instruct, by --hybrid_ratio")
     add("--use_3way_hybrid", action="store_true", help="Reddit, Finance-Instruct and general pairs, by three ratios")
-    add("--reddit_ratio", type=ratio, default=0.4, help="share of Reddit in the three-way mix (%(default)s)")
-    add("--finance_ratio", type=ratio, default=0.3, help="share of Finance-Instruct in it (%(default)s)")
-    add("--general_ratio", type=ratio, default=0.3, help="share of general pairs in it (%(default)s)")
-    add("--general_pairs", type=positive(int), default=3000, help="most general pairs (%(default)s)")
+    add("--reddit_ratio", type=ratio, default=0.4, help="share of Reddit in the three-way mix")
+    add("--finance_ratio", type=ratio, default=0.3, help="share of Finance-Instruct in it")
+    add("--general_ratio", type=ratio, default=0.3, help="share of general pairs in it")
+    add("--general_pairs", type=positive(int), default=3000, help="most general pairs")
     parser.set_defaults(output_dir="qwen3_reddit_finance_dpo", batch=1, grad_acc=64)
     return parser
 
 
+# fmt: on
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; a mix adds its name to the output folder, as in the published runs."""
     given = build_parser().parse_args(argv)
@@ -124,7 +134,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     shares = asked_shares(args)
     warn_of_unused_flags(args, record["argv"])
     check_flags(args)
-    ignored = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS
+    ignored = neutral_flags(build_parser(), "asked", "reddit", "finance", "general")
     check_output_folder(args, ignored)
     tokenizer = load_tokenizer(args)
     mtbench = all_mtbench_questions(args)

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.dpo import add_dpo_flags, build_trainer, check_common_flags, fit_chats, print_plan, train
+from llm_alignment.dpo import build_trainer, check_common_flags, fit_chats, print_plan, train
 from llm_alignment.evaluation import (
     METRICS,
     Evaluation,
@@ -43,9 +43,7 @@ from llm_alignment.files import (
     write_json,
 )
 from llm_alignment.finance import (
-    MEASURING_FLAGS,
     TrainingData,
-    add_data_flags,
     data_fingerprint,
     finance_pairs,
     finance_questions,
@@ -53,7 +51,18 @@ from llm_alignment.finance import (
     mixed_pairs,
     two_way_shares,
 )
-from llm_alignment.flags import FINANCE_DEMO, new_parser, parse_arguments, positive
+from llm_alignment.flags import (
+    FINANCE_DEMO,
+    ON_OFF,
+    add_data_flags,
+    add_dpo_flags,
+    add_group,
+    add_tatqa_flags,
+    neutral_flags,
+    new_parser,
+    parse_arguments,
+    positive,
+)
 from llm_alignment.models import (
     check_head,
     check_model,
@@ -64,9 +73,7 @@ from llm_alignment.models import (
     on_main_process,
 )
 from llm_alignment.runs import begin, recorded_run, timed
-from llm_alignment.tatqa import add_tatqa_flags
 from llm_alignment.training import (
-    FLAGS_THAT_DO_NOT_AFFECT_TRAINING,
     check_output_folder,
     check_same_run,
     checkpoint_problem,
@@ -99,17 +106,6 @@ DEMO = {
     "stage3_learning_rate": 5e-4,
 }
 SOURCES = {1: {"general"}, 2: {"finance"}, 3: {"reddit", "finance"}}
-# Flags that shape the training pairs of one source alone: a stage without it does not depend on them.
-SOURCE_FLAGS = {
-    "general": {"general_dataset"},
-    "finance": {"finance_instruct_pairs", "finance_temperature"},
-    "reddit": {
-        "reddit_sample_rate", "reddit_score_margin", "reddit_length_tol", "reddit_max_pairs_per_post",
-        "reddit_min_comment_chars", "hybrid_ratio", "mix_policy",
-    },
-}  # fmt: skip
-# Flags that do not change the adapter of a stage.
-IGNORED_FLAGS = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS
 # The smallest change of each domain with which a stage passes: points of the 1-10 scale, for TAT-QA percentage points
 # (-1.0 is -0.01 as a share of the questions).
 GATES = {
@@ -119,48 +115,40 @@ GATES = {
 }
 
 
+# fmt: off
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Defaults are those of the published runs where they had one."""
     parser = new_parser("dpo_train_mt_v2.py", __doc__)
     add_dpo_flags(parser, in_stages=True)
     add_tatqa_flags(parser, only_measured=True)
     add_data_flags(parser)
-    add = parser.add_argument_group("stages").add_argument
+    add = add_group(parser, "stages", trains=False)
     add("--progressive", action="store_true", help="train in stages, which this script always does")
-    add("--stage", type=int, choices=[0, 1, 2, 3], default=0, help="run this stage alone; 0 = all (%(default)s)")
-    add(
-        "--resume_from_stage", type=int, choices=[1, 2, 3], help="run this stage and the later ones again from scratch"
-    )
-    add(
-        "--force_continue",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="continue after a missed gate (%(default)s)",
-    )
+    add("--stage", type=int, choices=[0, 1, 2, 3], default=0, help="run this stage alone; 0 = all")
+    add("--resume_from_stage", type=int, choices=[1, 2, 3], help="run this and the later stages again from scratch")
+    add("--force_continue", action=ON_OFF, default=False, help="continue after a missed gate")
     published = {1: (0.25, 0.01, 2e-6, 8, 16), 2: (0.75, 0.018, 3.5e-6, 12, 24), 3: (1.0, 0.025, 4e-6, 16, 32)}
     for stage, (epochs, beta, learning_rate, lora_r, lora_alpha) in published.items():
-        add = parser.add_argument_group(f"stage {stage}: {' and '.join(sorted(SOURCES[stage]))} pairs").add_argument
-        add(f"--stage{stage}_epochs", type=positive(float), default=epochs, help="passes over them (%(default)s)")
-        add(f"--stage{stage}_beta", type=positive(float), default=beta, help="pull to the reference (%(default)s)")
-        add(f"--stage{stage}_learning_rate", type=positive(float), default=learning_rate, help="(%(default)s)")
-        add(f"--stage{stage}_lora_r", type=positive(int), default=lora_r, help="rank of the adapter (%(default)s)")
-        add(f"--stage{stage}_lora_alpha", type=positive(int), default=lora_alpha, help="its scale (%(default)s)")
+        # a stage's run.json has them without the prefix, and there they count
+        add = add_group(parser, f"stage {stage}: {' and '.join(sorted(SOURCES[stage]))} pairs", trains=False)
+        add(f"--stage{stage}_epochs", type=positive(float), default=epochs, help="passes over its pairs")
+        add(f"--stage{stage}_beta", type=positive(float), default=beta,
+            help="pull towards the stage before; lower it if the stage changes too little")
+        add(f"--stage{stage}_learning_rate", type=positive(float), default=learning_rate,
+            help="raise it if the stage changes too little, lower it if another domain falls")
+        add(f"--stage{stage}_lora_r", type=positive(int), default=lora_r,
+            help="size of the adapter, not below the stage before")
+        add(f"--stage{stage}_lora_alpha", type=positive(int), default=lora_alpha, help="its scale is alpha / rank")
         if stage == 1:
-            add("--stage1_general_pairs", type=positive(int), default=800, help="most pairs (%(default)s)")
+            add("--stage1_general_pairs", type=positive(int), default=800, help="most pairs")
     parser.set_defaults(
-        output_dir="qwen3_progressive_dpo",
-        exp_log="experiments/dpo_experiments_3stage.jsonl",
-        batch=1,
-        grad_acc=64,
-        finance_instruct_pairs=1600,
-        hybrid_ratio=0.6,
-        reddit_sample_rate=0.25,
-        eval_limit=250,
-        instruct_limit=50,
+        output_dir="qwen3_progressive_dpo", exp_log="experiments/dpo_experiments_3stage.jsonl", batch=1, grad_acc=64,
+        finance_instruct_pairs=1600, hybrid_ratio=0.6, reddit_sample_rate=0.25, eval_limit=250, instruct_limit=50,
     )
     return parser
 
 
+# fmt: on
 def check_stage_flags(args: argparse.Namespace, stages: list[int]) -> None:
     """Raises InputError for flags that do not go together."""
     check_common_flags(args)
@@ -184,18 +172,15 @@ def check_stage_flags(args: argparse.Namespace, stages: list[int]) -> None:
 
 
 def stage_arguments(args: argparse.Namespace, stage: int) -> argparse.Namespace:
-    """What a stage is trained with, under the names that the other scripts use, without what it does not depend on."""
-    kept = {name: value for name, value in vars(args).items() if name not in unused_flags(args, stage)}
+    """What a stage is trained with, under the names that the other scripts use."""
     prefix = f"stage{stage}_"
     own = {name.removeprefix(prefix): value for name, value in vars(args).items() if name.startswith(prefix)}
-    return argparse.Namespace(**{**kept, **own, "output_dir": str(stage_folder(args, stage))})
+    return argparse.Namespace(**{**vars(args), **own, "output_dir": str(stage_folder(args, stage))})
 
 
-def unused_flags(args: argparse.Namespace, stage: int) -> set[str]:
-    """The flags of stages, and those that shape only the pairs of sources that this stage does not train on."""
-    of_stages = {name for name in vars(args) if name.startswith("stage")}
-    of_stages |= {"resume_from_stage", "force_continue", "progressive"}
-    return of_stages.union(*(flags for source, flags in SOURCE_FLAGS.items() if source not in SOURCES[stage]))
+def unused_flags(stage: int, *counted: str) -> set[str]:
+    """The flags that do not change the adapter of this stage; those of sources that it does not train on neither."""
+    return neutral_flags(build_parser(), "asked", *SOURCES[stage], *counted)
 
 
 def stage_folder(args: argparse.Namespace, stage: int) -> Path:
@@ -219,7 +204,7 @@ def stage_fingerprint(args: argparse.Namespace, stage: int, pairs: list[dict]) -
 def check_stage_folders(by_stage: dict[int, argparse.Namespace]) -> None:
     """Raises InputError when the folder of a stage holds another run, or one that was trained from an older stage."""
     for stage, args in by_stage.items():
-        check_output_folder(args, IGNORED_FLAGS)
+        check_output_folder(args, unused_flags(stage))
         if stage > min(by_stage) and Path(args.output_dir).exists():
             raise InputError(f"{args.output_dir}: {other_stage(stage)}")
 
@@ -253,7 +238,7 @@ def finished_stage(args: argparse.Namespace, stage: int) -> dict:
             f"{folder}: stage {stage} cannot be built on, {problem}; --resume_from_stage {stage} runs it again from "
             "scratch"
         )
-    check_same_run(folder, stage_arguments(args, stage), FLAGS_THAT_DO_NOT_AFFECT_TRAINING)
+    check_same_run(folder, stage_arguments(args, stage), unused_flags(stage, "measured"))
     built_on = json.loads((folder / "run.json").read_text("utf-8"))["data"].get("previous_adapter")
     if stage > 1 and built_on != file_sha256(folder.with_name(f"stage{stage - 1}") / ADAPTER):
         raise InputError(f"{folder}: {other_stage(stage)}")
@@ -386,7 +371,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         return
     first, checkpoint = by_stage[stages[0]], None
     if not from_scratch:
-        check_output_folder(first, IGNORED_FLAGS, stage_fingerprint(first, stages[0], pairs[stages[0]]))
+        check_output_folder(first, unused_flags(stages[0]), stage_fingerprint(first, stages[0], pairs[stages[0]]))
         checkpoint = newest_complete(first)
     folder = begin(record, data_fingerprint(data, [pair for stage in stages for pair in pairs[stage]]))
     if from_scratch and main_process():

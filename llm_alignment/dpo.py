@@ -15,15 +15,7 @@ from typing import TYPE_CHECKING
 from llm_alignment.batches import sort_by_length, token_counts
 from llm_alignment.evaluation import Evaluation, measure, pair_rows, plot_curves, report, save_answers
 from llm_alignment.files import InputError, ResultFile, differing, digest, file_sha256
-from llm_alignment.flags import (
-    add_lora_flags,
-    add_model_flags,
-    add_run_flags,
-    add_training_flags,
-    not_negative,
-    positive,
-    ratio,
-)
+from llm_alignment.flags import LOSS_TYPES, SMOOTHED
 from llm_alignment.generation import fit_prompt, in_batches
 from llm_alignment.models import (
     adapter_config,
@@ -45,7 +37,6 @@ from llm_alignment.reference import PAIRS_AT_ONCE, add_reference
 from llm_alignment.runs import begin, check_writable, timed
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 from llm_alignment.training import (
-    FLAGS_THAT_DO_NOT_AFFECT_TRAINING,
     log_memory_plan,
     optimiser_steps,
     run_training,
@@ -60,89 +51,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("llm_alignment")
-
-
-# TRL's losses that need the policy and its reference alone, and those that read --label_smoothing.
-LOSS_TYPES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
-SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
-
-
-def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
-    """What every DPO script takes; a script sets its own defaults with `parser.set_defaults`.
-
-    A script that trains `in_stages` has some of them for each stage, and begins with a fresh adapter.
-    """
-    on_off = argparse.BooleanOptionalAction
-    add_model_flags(parser)
-    add_lora_flags(parser, in_stages=in_stages)
-    add_training_flags(parser, in_stages=in_stages)
-    add_run_flags(parser, exp_log="experiments/dpo_experiments.jsonl")
-    parser.add_argument("--output_dir", help="folder of the run (default: %(default)s)")
-
-    add = parser.add_argument_group(
-        "DPO", "dropout is off, as in TRL: policy and reference agree at the first step"
-    ).add_argument
-    add(
-        "--loss_type",
-        default="sigmoid",
-        metavar="NAME[,NAME...]",
-        help=f"TRL's losses, their weighted sum if there are several: {', '.join(LOSS_TYPES)} (default: %(default)s)",
-    )
-    add(
-        "--loss_weights",
-        default="",
-        metavar="W[,W...]",
-        help="a number for each of --loss_type; without it each counts 1",
-    )
-    add(
-        "--label_smoothing",
-        type=ratio,
-        default=0.0,
-        help=f"share of pairs taken to be labelled the wrong way, for {', '.join(SMOOTHED)} (default: %(default)s)",
-    )
-    add(
-        "--max_prompt_length",
-        type=positive(int),
-        default=2048,
-        help="tokens a prompt is cut to (default: %(default)s)",
-    )
-    add(
-        "--max_length",
-        type=positive(int),
-        default=3072,
-        help="tokens of prompt and answer together (default: %(default)s)",
-    )
-    add("--use_chat_template", action="store_true", help="wrap prompts in it (plain text, as published)")
-    add("--no_prefix_sharing", action="store_true", help="read a pair's prompt once for each answer")
-    add(
-        "--group_by_table",
-        action=on_off,
-        default=False,
-        help="train on pairs whose prompts begin alike (one table, one system prompt) one after the other and read "
-        "what they share once; it changes which pairs meet in an optimiser step",
-    )
-    add("--limit_pairs", type=not_negative(int), default=0, help="a sample of N pairs; 0 = all (default: %(default)s)")
-    if not in_stages:
-        add("--beta", type=positive(float), default=0.03, help="pull towards the reference (default: %(default)s)")
-        add("--no_train", action="store_true", help="only evaluate")
-        add("--load_adapter", default="", metavar="DIR", help="start from this adapter")
-        add("--adapter_trainable", action="store_true", help="continue its training; it is the reference too")
-
-    add = parser.add_argument_group("measuring").add_argument
-    add("--eval_baseline", action=on_off, default=True, help="measure before training too")
-    add("--do_mtbench", action=on_off, default=True, help="MT-Bench")
-    add("--mtbench_file", default="mt_bench_ru.json", help="questions, fetched when missing (default: %(default)s)")
-    add("--mtbench_limit", type=not_negative(int), default=50, help="a sample of N; 0 = all (default: %(default)s)")
-    add("--mtbench_max_tokens", type=positive(int), default=256, help="new tokens a turn (default: %(default)s)")
-    add("--do_instruct", action=on_off, default=True, help="instruction following")
-    add("--instruct_limit", type=not_negative(int), default=25, help="instructions (default: %(default)s)")
-    add("--instruct_max_tokens", type=positive(int), default=512, help="new tokens (default: %(default)s)")
-    parser.set_defaults(batch=2, grad_acc=16)
-    if not in_stages:
-        parser.set_defaults(learning_rate=5e-6)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -245,12 +153,6 @@ def losses(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
     if "robust" in names and args.label_smoothing >= 0.5:
         raise InputError(f"--label_smoothing {args.label_smoothing}: --loss_type robust needs a share below 0.5")
     return names, weights
-
-
-def neutral_flags(args: argparse.Namespace) -> set[str]:
-    """Flags that do not change which adapter comes out."""
-    measuring = {name for name in vars(args) if name.startswith(("eval_", "do_", "mtbench_", "instruct_"))}
-    return FLAGS_THAT_DO_NOT_AFFECT_TRAINING | measuring | {"reward_model"}
 
 
 def fit_pairs(

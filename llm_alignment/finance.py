@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.files import InputError, ResultFile, digest, sample
-from llm_alignment.flags import not_negative, positive, ratio, temperature
 from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.hub import read_usable
 from llm_alignment.leaks import (
@@ -25,7 +24,7 @@ from llm_alignment.leaks import (
     without_leaks,
 )
 from llm_alignment.models import load_model, model_fingerprint, on_main_process
-from llm_alignment.preferences import GENERAL_COLUMNS, merge_system_prompt, post_text, read_pairs
+from llm_alignment.preferences import merge_system_prompt, post_text, read_pairs
 from llm_alignment.runs import timed
 from llm_alignment.tatqa import question_texts, tatqa_file
 
@@ -34,67 +33,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("llm_alignment")
-
-
-# Flags that do not change which adapter comes out. The other evaluation flags do: what is asked is not trained on.
-MEASURING_FLAGS = {
-    "reward_model", "eval_baseline", "eval_save_json", "eval_limit", "eval_max_new_tokens", "eval_temperature",
-    "eval_top_p", "mtbench_limit", "mtbench_max_tokens", "reddit_max_tokens",
-}  # fmt: skip
-
-
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """The data sets, how pairs are made of them, and how their evaluations are made."""
-    on_off = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("Reddit").add_argument
-    add("--reddit_dataset", default="winddude/reddit_finance_43_250k", help="hub id, file or folder (%(default)s)")
-    add("--reddit_min_post_chars", type=not_negative(int), default=120, help="shortest post to use (%(default)s)")
-    add("--reddit_min_comment_chars", type=not_negative(int), default=40, help="shortest comment (%(default)s)")
-    add("--reddit_max_post_chars", type=positive(int), default=2000, help="posts are cut here (%(default)s)")
-    add(
-        "--reddit_score_margin",
-        type=not_negative(float),
-        default=0.10,
-        help="the rejected comment scores lower than the chosen one by this or more (%(default)s)",
-    )
-    add(
-        "--reddit_length_tol",
-        type=not_negative(float),
-        default=0.6,
-        help="and its length differs by at most this share of the chosen length (%(default)s)",
-    )
-    add("--reddit_max_pairs_per_post", type=positive(int), default=1, help="pairs of one post (%(default)s)")
-    add("--reddit_sample_rate", type=ratio, default=0.3, help="share of the pairs to use (%(default)s)")
-    add = parser.add_argument_group("Finance-Instruct and general pairs").add_argument
-    add(
-        "--finance_dataset",
-        default="Josephgflowers/Finance-Instruct-500k",
-        help="hub id, file or folder (%(default)s)",
-    )
-    add("--finance_instruct_pairs", type=positive(int), default=2000, help="most pairs of it (%(default)s)")
-    add(
-        "--finance_temperature",
-        type=temperature,
-        default=0.0,
-        help="temperature of the base's own answers, which are rejected; the published runs used 0.8 (%(default)s)",
-    )
-    add(
-        "--general_dataset",
-        default="Intel/orca_dpo_pairs",
-        help=f"hub id, file or folder (%(default)s) with the columns {GENERAL_COLUMNS}",
-    )
-    add("--hybrid_ratio", type=ratio, default=0.7, help="share of Reddit in a mix of two (%(default)s)")
-    add(
-        "--mix_policy",
-        choices=["fill", "exact"],
-        default="fill",
-        help="fill takes what is there when a source has too few, exact keeps the shares and takes less (%(default)s)",
-    )
-    add = parser.add_argument_group("evaluation on Reddit").add_argument
-    add("--do_reddit", action=on_off, default=True, help="replies to held-out posts (%(default)s)")
-    add("--reddit_limit", type=positive(int), default=100, help="posts (%(default)s)")
-    add("--reddit_max_tokens", type=positive(int), default=256, help="new tokens of a reply (%(default)s)")
-    parser.set_defaults(max_prompt_length=1536, max_length=2560, mtbench_file="mt_bench_en.json")
 
 
 def two_way_shares(args: argparse.Namespace) -> dict[str, Fraction]:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, object_problem, open_data, parse_json
-from llm_alignment.flags import not_negative, positive, positive_ratio, temperature
 from llm_alignment.generation import (
     decoding_settings,
     fit_prompt,
@@ -41,36 +40,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("llm_alignment")
-
-
-def add_tatqa_flags(parser: argparse.ArgumentParser, *, only_measured: bool = False) -> None:
-    """Where TAT-QA is read from, what its prompts look like, and how it is measured; the split that is trained on."""
-    on_off = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("TAT-QA").add_argument
-    add("--tatqa_dir", default="", metavar="PATH", help="folder of its JSON files (default: fetched from the hub)")
-    if not only_measured:
-        add("--tatqa_split", choices=list(TATQA_FILES), default="train", help="split to train on (%(default)s)")
-    add("--tatqa_table_rows", type=positive(int), default=20, help="rows of a table to show (%(default)s)")
-    add("--tatqa_table_cols", type=positive(int), default=8, help="columns of a table to show (%(default)s)")
-    add("--tatqa_para_chars", type=not_negative(int), default=1200, help="characters of passages (%(default)s)")
-    add(
-        "--tatqa_only_rel_paras",
-        action=on_off,
-        default=True,
-        help="only the passages that a question refers to (%(default)s)",
-    )
-    add("--do_eval", action=on_off, default=True, help="measure TAT-QA (%(default)s)")
-    add("--eval_split", choices=list(TATQA_FILES), default="validation", help="split to measure on (%(default)s)")
-    add("--eval_limit", type=not_negative(int), default=1000, help="questions; 0 = all (%(default)s)")
-    add("--eval_max_new_tokens", type=positive(int), default=64, help="longest answer in tokens (%(default)s)")
-    add("--eval_temperature", type=temperature, default=0.0, help="0 = greedy (%(default)s)")
-    add("--eval_top_p", type=positive_ratio, default=1.0, help="share of probability to sample from (%(default)s)")
-    add(
-        "--eval_save_json",
-        default="",
-        metavar="X.jsonl",
-        help="also write TAT-QA's rows to X_baseline.jsonl and X_post.jsonl",
-    )
 
 
 def prompt_options(args: argparse.Namespace) -> dict[str, Any]:

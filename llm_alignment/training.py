@@ -345,13 +345,6 @@ def checkpoint_problem(folder: Path) -> str | None:
     return None
 
 
-# Flags that never change what is trained; a script adds its own evaluation flags where they do not either.
-FLAGS_THAT_DO_NOT_AFFECT_TRAINING = {
-    "output_dir", "resume_from_checkpoint", "exp_log", "exp_tag", "report_to", "dry_run", "save_steps",
-    "eval_batch_size", "no_baseline_cache", "num_proc", "gradient_checkpointing",
-}  # fmt: skip
-
-
 def check_output_folder(args: argparse.Namespace, ignored: set[str], data: dict | None = None) -> None:
     """Raises InputError, before anything is written, when --output_dir holds another run.
 
