@@ -23,9 +23,11 @@ from llm_alignment.evaluation import pair_rows, print_table, read_items, report,
 from llm_alignment.files import InputError, SkippedRows, differing, read_jsonl, read_rows, write_json
 from llm_alignment.flags import (
     DEMO_DIR,
+    add_group,
     add_model_flags,
     add_mtbench_flags,
     add_run_flags,
+    fill,
     new_parser,
     not_negative,
     parse_arguments,
@@ -136,28 +138,25 @@ DEMO = {
 }
 
 
+# fmt: off
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("mtbench_eval.py", __doc__)
     add_model_flags(parser)
-    add = parser.add_argument_group("what to measure").add_argument
-    add("--adapter", default="", help="output folder of a training run (default: none, the base model)")
-    add("--questions", default="auto", help="JSONL or JSON file; auto fetches MT-Bench (default: %(default)s)")
-    add("--language", choices=["ru", "en"], default="ru", help="which set auto fetches (default: %(default)s)")
-    add("--compare", default="", help="per-question file of an earlier evaluation to compare with (default: none)")
-    add("--output_dir", default="mtbench_results", help="folder of the results (default: %(default)s)")
-    add(
-        "--mtbench_questions_limit",
-        "--limit",
-        type=not_negative(int),
-        default=0,
-        help="ask a sample of this many; 0 = all (default: %(default)s)",
-    )
-    add_mtbench_flags(add)
     add_run_flags(parser, "experiments/mtbench_evaluations.jsonl", trains=False)
-    parser.set_defaults(resume_from_checkpoint=None)  # the same command continues the evaluation
+    add = add_group(parser, "what to measure", trains=False)
+    add("--adapter", default="", help="output folder of a training run; without it the base model")
+    add("--questions", default="auto", help="JSONL or JSON file; auto fetches MT-Bench")
+    add("--language", choices=["ru", "en"], default="ru", help="which set auto fetches")
+    add("--compare", default="", help="per-question file of an earlier evaluation to compare with")
+    add("--mtbench_questions_limit", "--limit", type=not_negative(int), default=0,
+        help="ask a sample of this many; 0 = all")
+    add_mtbench_flags(add)
+    # the same command continues the evaluation
+    parser.set_defaults(output_dir="mtbench_results", resume_from_checkpoint=None)
     return parser
 
 
+# fmt: on
 def earlier_results(path: str, questions: list[dict]) -> tuple[dict, list[dict]]:
     """The fingerprint of the MT-Bench file that --compare names, and its rows for `questions`.
 
@@ -219,13 +218,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         args.questions, language=args.language, limit=args.mtbench_questions_limit, seed=args.mtbench_questions_seed
     )
     earlier_fingerprint, earlier = earlier_results(args.compare, questions) if args.compare else ({}, [])
-    base = models.resolve_base(
-        args.model,
-        args.model_revision,
-        dtype=args.dtype,
-        quantization="none" if args.no_4bit else args.quant_type,
-        trust_remote_code=args.trust_remote_code,
-    )
+    base = models.resolve_base(fill(models.BaseFlags, args))
     tokenizer = models.load_tokenizer(base)
     adapters.check_model(base, tokenizer, adapter=args.adapter)
     reward_model = load_reward_model(
@@ -257,7 +250,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
         # refuses the folder of another evaluation before anything in it changes
         ResultFile(path, {**fingerprint, **evaluation.settings})
     data = {"questions": args.questions, "n": len(questions), "sha256": evaluation.settings["questions"]}
-    folder = begin(record, data)
+    commits = {"model": base.commit, "reward_model": reward_model.commit}
+    folder = begin(record, data, base, commits)
     with timed(record, "final"):
         cache = None
         if evaluation.is_cached and not (args.adapter or args.no_baseline_cache):

@@ -26,11 +26,13 @@ from llm_alignment.evaluation import Evaluation, measure, plot_curves, report
 from llm_alignment.files import InputError, write_atomic
 from llm_alignment.flags import (
     DEMO_DIR,
+    add_group,
     add_lora_flags,
     add_model_flags,
     add_mtbench_flags,
     add_run_flags,
     add_training_flags,
+    neutral_flags,
     new_parser,
     not_negative,
     parse_arguments,
@@ -52,7 +54,6 @@ from llm_alignment.rewards import RewardModel, load_reward_model
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.scores import summarise
 from llm_alignment.training import (
-    FLAGS_THAT_DO_NOT_AFFECT_TRAINING,
     check_output_folder,
     log_memory_plan,
     newest_complete,
@@ -109,6 +110,7 @@ DEMO = dict(
 )
 
 
+# fmt: off
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Defaults are those of the published runs where they had one."""
     parser = new_parser("sft_train.py", __doc__)
@@ -116,77 +118,59 @@ def build_parser() -> argparse.ArgumentParser:
     add_lora_flags(parser)
     add_training_flags(parser)
     add_run_flags(parser, exp_log="experiments/sft_experiments.jsonl")
-    parser.add_argument(
-        "--output_dir", default="qwen3_twix_lora_sft_ru", help="folder of the run (default: %(default)s)"
-    )
-
-    default = " (default: %(default)s)"
-    # fmt: off
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="t-tech/T-Wix", help="hub id, file or folder of {messages, subset} rows" + default)
+    add = add_group(parser, "data", trains=True)
+    add("--dataset", default="t-tech/T-Wix", help="hub id, file or folder of {messages, subset} rows")
     add("--subset", choices=["general", "reasoning", "both"], default="general",
-        help="which rows; one without a subset is general" + default)
-    add("--val_split", type=ratio, default=0.01,
-        help="share of the prompts held out for validation, at least one" + default)
+        help="which rows; one without a subset is general")
+    add("--val_split", type=ratio, default=0.01, help="share of the prompts held out for validation, at least one")
     add("--streaming", action="store_true", help="read rows as they are needed, never all in memory")
-    add("--max_seq_length", type=positive(int), default=1024, help="tokens that an example is cut to" + default)
+    add("--max_seq_length", type=positive(int), default=1024, help="tokens that an example is cut to")
     add("--packing", action="store_true", help="fill sequences with several examples; none sees another")
-    add("--num_proc", type=positive(int), default=4, help="processes that tokenise large data" + default)
-    add("--sample_ratio", type=ratio, default=0.25, help="share of the rows to use, by hash" + default)
-    add("--sample_seed", type=seed, default=42, help="seed of the sample and of the validation split" + default)
+    add("--sample_ratio", type=ratio, default=0.25, help="share of the rows to use, by hash")
+    add("--sample_seed", type=seed, default=42, help="seed of the sample and of the validation split")
     add("--mix_reasoning_ratio", type=ratio, default=None,
-        help="share of reasoning rows with --subset both (default: as they are in the data)")
+        help="share of reasoning rows with --subset both; without it as they are in the data")
     add("--assistant_only_loss", action="store_true",
-        help="train on the answers and their end of turn alone (without it: on the whole text)")
+        help="train on the answers and their end of turn alone; without it on the whole text")
+    add("--warmup_ratio", type=ratio, default=0.1, help="share of the steps in which the learning rate rises")
 
-    add = parser.add_argument_group("loss").add_argument
+    add = add_group(parser, "loss", trains=True)
     add("--sft_loss", choices=["nll", "dft"], default="nll",
-        help="dft weights each token's NLL by its probability; with forward KL this is ASFT" + default)
+        help="dft weights each token's NLL by its probability; with forward KL this is ASFT")
     add("--kl_coef", type=not_negative(float), default=0.02,
-        help="weight of the KL anchor; 0 switches it off" + default)
-    add("--kl_start_step", type=not_negative(int), default=0, help="step at which the anchor starts" + default)
-    add("--kl_warmup_steps", type=not_negative(int), default=300,
-        help="steps until the anchor has its full weight" + default)
+        help="weight of the KL anchor, 0 switches it off; raise it if MT-Bench or drift gets worse, lower it if the "
+        "validation loss stops falling")
+    add("--kl_start_step", type=not_negative(int), default=0, help="step at which the anchor starts")
+    add("--kl_warmup_steps", type=not_negative(int), default=300, help="steps until the anchor has its full weight")
     add("--kl_limit_seq", type=not_negative(int), default=0,
-        help="the anchor acts on the last N target tokens of each example; 0 = all" + default)
+        help="the anchor acts on the last N target tokens of each example; 0 = all")
     add("--kl_direction", choices=["reverse", "forward"], default="reverse",
-        help="reverse: KL(student || reference); forward: KL(reference || student)" + default)
-    add("--kl_log_interval", type=positive(int), default=50, help="steps between log lines" + default)
+        help="reverse: KL(student || reference); forward: KL(reference || student)")
+    add = add_group(parser, "log and speed", trains=False)
+    add("--kl_log_interval", type=positive(int), default=50, help="steps between log lines")
+    add("--num_proc", type=positive(int), default=4, help="processes that tokenise large data")
 
-    add = parser.add_argument_group("MT-Bench and validation").add_argument
-    add("--mtbench_ru", default="auto", metavar="auto|none|PATH", help="question file; auto downloads it" + default)
+    add = add_group(parser, "validation", trains=False)
+    add("--baseline_eval_samples", type=positive(int), default=60,
+        help="validation rows that are compared before and after")
+    add = add_group(parser, "MT-Bench", trains="measured")  # early stopping decides by these
+    add("--mtbench_ru", default="auto", metavar="auto|none|PATH", help="question file; auto downloads it")
     add("--mtbench_questions_limit", type=not_negative(int), default=0,
-        help="a sample of N questions before and after training; 0 = all" + default)
+        help="a sample of N questions before and after training; 0 = all")
     add_mtbench_flags(add)
     add("--mtbench_midtrain_questions", type=not_negative(int), default=0,
-        help="a sample of N of these for early stopping; 0 = all of them" + default)
-    add(
-        "--early_stop_patience",
-        type=positive(int),
-        default=None,
-        help="evaluate every --eval_steps, keep the best checkpoint by MT-Bench, and stop after N evaluations without "
-        "a gain of 0.05 (default: off)",
-    )
-    add("--eval_steps", type=positive(int), default=200, help="steps between those evaluations" + default)
-    add("--baseline_eval_samples", type=positive(int), default=60,
-        help="validation rows that are compared before and after" + default)
+        help="a sample of N of these for early stopping; 0 = all of them")
+    add("--eval_steps", type=positive(int), default=200, help="steps between the evaluations of early stopping")
     add("--skip_baseline_eval", action="store_true", help="measure only after training")
-    parser.add_argument("--warmup_ratio", type=ratio, default=0.1,
-        help="share of the steps in which the learning rate rises" + default)
-    # fmt: on
-    parser.set_defaults(batch=8, grad_acc=16, learning_rate=1e-5)
+    add = add_group(parser, "early stopping", trains=True)
+    add("--early_stop_patience", type=positive(int), default=None,
+        help="evaluate every --eval_steps, keep the best checkpoint by MT-Bench, and stop after N evaluations without "
+        "a gain of 0.05; without it the run goes to its end")
+    parser.set_defaults(output_dir="qwen3_twix_lora_sft_ru", batch=8, grad_acc=16, learning_rate=1e-5)
     return parser
 
 
-def neutral_flags(args: argparse.Namespace) -> set[str]:
-    """Flags that do not change which adapter comes out; with early stopping, MT-Bench decides, so its flags do."""
-    measuring = {"baseline_eval_samples"}
-    if args.early_stop_patience is None:
-        measuring |= {name for name in vars(args) if name.startswith("mtbench_")}
-        measuring |= {"reward_model", "eval_steps", "skip_baseline_eval"}
-    return FLAGS_THAT_DO_NOT_AFFECT_TRAINING | measuring | {"kl_log_interval"}
-
-
+# fmt: on
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -427,13 +411,15 @@ def main(argv: list[str] | None = None) -> dict:
 def run(args: argparse.Namespace, record: dict) -> None:
     """Load, measure, train, measure again. Everything that can be wrong with the input is found before it writes."""
     check_flags(args)
-    check_output_folder(args, neutral_flags(args))
+    # with early stopping MT-Bench decides what is kept, so how it is measured counts
+    neutral = neutral_flags(build_parser(), *(["measured"] if args.early_stop_patience else []))
+    check_output_folder(args, neutral)
     tokenizer = load_tokenizer(args)
     encoder = ChatEncoder(tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
     selection, examples = load_data(args, encoder)
     counts = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
     data = {"source": args.dataset, "rows": counts, "sha256": selection.sha256}
-    check_output_folder(args, neutral_flags(args), data)
+    check_output_folder(args, neutral, data)
     checkpoint = newest_complete(args)
     questions = mtbench_questions(args)
     midtrain = sample_questions(questions, args.mtbench_midtrain_questions, args.mtbench_questions_seed)

@@ -24,7 +24,7 @@ from peft import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from llm_alignment.files import InputError, is_out_of_memory
+from llm_alignment.files import InputError, differing, is_out_of_memory
 from llm_alignment.model_files import check_safetensors, read_json, stored_tensors
 from llm_alignment.models import Base, check_finite, check_logits, check_vocabulary, load_model, one_line
 
@@ -113,6 +113,32 @@ def adapter_config(folder: str) -> dict:
     if not path.is_file():
         raise InputError(f"{what}: no adapter_config.json in this folder; name the output folder of a training run")
     return read_json(path, what)
+
+
+def saved_settings(folder: str, asked: LoraSettings) -> LoraSettings:
+    """Rank, alpha and layers of a saved adapter, which count whatever the flags ask for; says where they differ.
+
+    Raises InputError when its adapter_config.json cannot be read, and for an adapter of the head.
+    """
+    config = adapter_config(folder)
+    layers = config.get("target_modules")
+    lists = (value for value in (layers, config.get("modules_to_save")) if isinstance(value, list))
+    trained = [layer for value in lists for layer in value]
+    if any(str(layer).split(".")[-1] == "lm_head" for layer in trained):
+        raise InputError(
+            f"--load_adapter {folder}: it changes the head (lm_head), which the losses here take from the base; name "
+            "another adapter"
+        )
+    own = {
+        "lora_r": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "target_modules": ",".join(sorted(map(str, layers))) if isinstance(layers, list) else None,  # else a pattern
+    }
+    flags = {**dataclasses.asdict(asked), "target_modules": ",".join(sorted(asked.target_modules.split(",")))}
+    other = {name: value for name, value in own.items() if value and value != flags[name]}
+    if other:
+        log.info("%s: its own settings count: %s", folder, differing(flags, {**flags, **other}))
+    return dataclasses.replace(asked, **other)
 
 
 def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False) -> PeftModel:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 from typing import TYPE_CHECKING
 
-from llm_alignment.models import matmul_float32
+from llm_alignment.processes import matmul_float32
 
 if TYPE_CHECKING:
     import torch
@@ -168,11 +168,22 @@ def forward_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor
     return kl, exp, total, ref_exp.mul_(-scale / ref_total).addcmul_(exp, scale / total), scale
 
 
-def kl_coefficient(args: argparse.Namespace, step: int) -> float:
-    """c(t): 0 before `kl_start_step`, then a linear rise to `kl_coef` over `kl_warmup_steps`."""
-    if step < args.kl_start_step:
-        return 0.0
-    return args.kl_coef * min(1.0, (step - args.kl_start_step) / max(1, args.kl_warmup_steps))
+@dataclasses.dataclass(frozen=True)
+class AnchorSettings:
+    """The flags of that name."""
+
+    sft_loss: str = "nll"
+    kl_coef: float = 0.02
+    kl_start_step: int = 0
+    kl_warmup_steps: int = 300
+    kl_limit_seq: int = 0
+    kl_direction: str = "reverse"
+
+    def coefficient(self, step: int) -> float:
+        """c(t): 0 before `kl_start_step`, then a linear rise to `kl_coef` over `kl_warmup_steps`."""
+        if step < self.kl_start_step:
+            return 0.0
+        return self.kl_coef * min(1.0, (step - self.kl_start_step) / max(1, self.kl_warmup_steps))
 
 
 def tail_mask(is_target: torch.Tensor, example: torch.Tensor, limit: int) -> torch.Tensor:

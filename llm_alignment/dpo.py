@@ -7,6 +7,7 @@ import functools
 import logging
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets
@@ -17,17 +18,18 @@ from transformers import DynamicCache, set_seed
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import common_prefix_length
 
-from llm_alignment.adapters import LoraSettings, adapter_kept_in_float32, adapter_off, new_adapter
+from llm_alignment.adapters import adapter_kept_in_float32, adapter_off, new_adapter
 from llm_alignment.batches import sort_by_length, token_counts
-from llm_alignment.evaluation import Evaluation, pair_rows
+from llm_alignment.evaluation import Evaluation, pair_rows, plot_curves
 from llm_alignment.files import digest
 from llm_alignment.flags import losses
-from llm_alignment.models import Base, inner_model
+from llm_alignment.models import inner_model
 from llm_alignment.prefixes import GroupedOrder, add_prefix_sharing, groups_of, no_sharing_reason
-from llm_alignment.processes import matmul_float32
+from llm_alignment.processes import main_process, matmul_float32
 from llm_alignment.prompts import PromptStyle, fit_prompt
+from llm_alignment.reference import add_reference
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
-from llm_alignment.training import TrainingSettings, training_arguments
+from llm_alignment.training import Setup, TrainingSettings, run_training, save_adapter, training_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +75,8 @@ def fit_pairs(
 class SharedPromptTrainer(DPOTrainer):
     """TRL's trainer with micro-batches of like length, or, `by_table`, of pairs whose prompts begin alike."""
 
-    def __init__(self, *, by_table: bool, **arguments):
+    def __init__(self, *, by_table: bool, is_shared: bool, **arguments):
+        self.is_shared = is_shared  # each prompt is read once, where the model allows it
         self.order: GroupedOrder | None = None
         super().__init__(**arguments)
         if by_table:
@@ -98,11 +101,8 @@ class SharedPromptTrainer(DPOTrainer):
 
 def build_trainer(
     model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    setup: Setup,
     rows: list[dict],
-    base: Base,
-    *,
-    lora: LoraSettings,
     settings: TrainingSettings,
     dpo: DpoSettings,
 ) -> SharedPromptTrainer:
@@ -116,9 +116,9 @@ def build_trainer(
     set_seed(settings.seed)
     is_fresh = not isinstance(model, PeftModel)
     if is_fresh:
-        model = new_adapter(model, lora)
+        model = new_adapter(model, setup.lora)
     config = DPOConfig(
-        **training_arguments(settings, base, lora),
+        **training_arguments(settings, setup.base, setup.lora),
         beta=dpo.beta,
         max_length=dpo.max_length,
         loss_type=loss_types,
@@ -128,10 +128,11 @@ def build_trainer(
     with adapter_kept_in_float32(model):
         trainer = SharedPromptTrainer(
             by_table=dpo.group_by_table,
+            is_shared=not dpo.no_prefix_sharing,
             model=model,
             args=config,
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=tokenizer,
+            processing_class=setup.tokenizer,
         )
     if is_fresh:
         model.delete_adapter("ref")  # TRL copies every adapter; without the copy it switches the adapter off
@@ -142,7 +143,23 @@ def build_trainer(
     return trainer
 
 
-def reward_evaluation(pairs: list[dict], rows: list[dict], *, beta: float, max_length: int) -> Evaluation:
+def train(
+    trainer: SharedPromptTrainer, checkpoint: Path | None, folder: Path, *, fingerprint: dict, use_cache: bool
+) -> None:
+    """The reference's log-probabilities, then training, then adapter, model card and plots into `folder`.
+
+    `fingerprint`: of the base; with `use_cache` the reference is shared with other runs.
+    """
+    add_reference(trainer, folder, fingerprint=fingerprint, use_cache=use_cache)
+    run_training(trainer, checkpoint)
+    save_adapter(trainer, folder)
+    if main_process():
+        rewards = {"reward margin": ["rewards/margins"], "reward accuracy": ["rewards/accuracies"]}
+        plot_curves(trainer.state.log_history, {"loss": ["loss"]}, folder / "loss.png")
+        plot_curves(trainer.state.log_history, rewards, folder / "rewards.png")
+
+
+def reward_evaluation(pairs: list[dict], rows: list[dict], beta: float, max_length: int) -> Evaluation:
     """The rewards of held-out pairs; `rows` are those that `fit_pairs` made of `pairs`, which name their "cluster"."""
     items = [
         {**row, "question_id": pair["uid"], "cluster": pair["cluster"]} for row, pair in zip(rows, pairs, strict=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
-import importlib.metadata
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from llm_alignment.files import InputError, digest, file_sha256, is_out_of_memory
 from llm_alignment.hub import commit_of
 from llm_alignment.model_files import check_files, fetch_model, stored_tensors
-from llm_alignment.processes import device_and_dtype, main_process, on_main_process
+from llm_alignment.processes import device_and_dtype, main_process, on_main_process, versions
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,18 +50,30 @@ class Base:
         return str(self.dtype).removeprefix("torch.")
 
 
-def resolve_base(
-    name: str, revision: str | None = None, *, dtype: str = "auto", quantization: str = "nf4", trust_remote_code: bool
-) -> Base:
+@dataclasses.dataclass(frozen=True)
+class BaseFlags:
+    """The flags of that name."""
+
+    model: str
+    model_revision: str | None = None
+    dtype: str = "auto"
+    quant_type: str = "nf4"
+    no_4bit: bool = False
+    trust_remote_code: bool = False
+
+
+def resolve_base(flags: BaseFlags) -> Base:
     """Looks the base up, once a run: its folder, and of a hub model the commit that all processes then use.
 
     Raises InputError when it cannot be had or its files cannot be loaded.
     """
+    name, revision = flags.model, flags.model_revision
     fetched = fetch_model(name, revision, "--model") if main_process() else None
     commit = on_main_process(lambda: commit_of(fetched))
     folder = fetched or fetch_model(name, commit or revision, "--model")
     check_files(folder, f"--model {name}")
-    return Base(name, folder, commit, *device_and_dtype(dtype), quantization, trust_remote_code)
+    quantization = "none" if flags.no_4bit else flags.quant_type
+    return Base(name, folder, commit, *device_and_dtype(flags.dtype), quantization, flags.trust_remote_code)
 
 
 def read_tokenizer(folder: Path, what: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -288,7 +299,3 @@ def base_fingerprint(base: Base, *, thinking: bool) -> dict:
         "thinking": thinking,
         "versions": versions("torch", "transformers", "peft", "bitsandbytes"),
     }
-
-
-def versions(*packages: str) -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in packages}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import logging
 import math
 import os
@@ -66,6 +67,10 @@ def named_device(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     type_name = str(dtype).removeprefix("torch.")
     log.info("device: %s, %s", name, type_name)
     return name, type_name
+
+
+def versions(*packages: str) -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in packages}
 
 
 def matmul_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,13 +13,13 @@ from llm_alignment.files import digest
 from llm_alignment.results import baseline_cache
 
 if TYPE_CHECKING:
-    from trl import DPOTrainer
+    from llm_alignment.dpo import SharedPromptTrainer
 
 # Fixed, so that the numbers do not depend on --batch: another run finds the same ones.
 PAIRS_AT_ONCE = 8
 
 
-def add_reference(trainer: DPOTrainer, folder: Path, *, fingerprint: dict, sharing: bool, use_cache: bool) -> None:
+def add_reference(trainer: SharedPromptTrainer, folder: Path, *, fingerprint: dict, use_cache: bool) -> None:
     """Gives every pair of the trainer the log-probabilities of both answers under the reference policy.
 
     To be called before the first step. They become TRL's columns "ref_chosen_logps" and "ref_rejected_logps", so that
@@ -33,7 +33,7 @@ def add_reference(trainer: DPOTrainer, folder: Path, *, fingerprint: dict, shari
     settings: dict[str, Any] = {
         "reference_of": digest([{"question_id": item["question_id"]} for item in items]),
         "max_length": trainer.args.max_length,
-        "prefix_sharing": sharing,
+        "prefix_sharing": trainer.is_shared,
     }
     if is_continued:
         config = trainer.model.peft_config["ref"].to_dict()
@@ -68,7 +68,7 @@ def add_reference(trainer: DPOTrainer, folder: Path, *, fingerprint: dict, shari
 SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
-def read_reference(trainer: DPOTrainer, model: Any, tokenizer: Any, items: list[dict]) -> Iterator[dict]:
+def read_reference(trainer: SharedPromptTrainer, model: Any, tokenizer: Any, items: list[dict]) -> Iterator[dict]:
     """Yields {"question_id", "chosen", "rejected"}: log-probabilities of both answers, in nats."""
     inputs = trainer.data_collator([item["row"] for item in items])
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}

@@ -23,7 +23,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from llm_alignment.files import (
     InputError,
@@ -36,7 +36,10 @@ from llm_alignment.files import (
     to_bytes,
     write_json,
 )
-from llm_alignment.models import all_processes, main_process, named_device, processes, versions
+from llm_alignment.processes import all_processes, main_process, named_device, processes, versions
+
+if TYPE_CHECKING:
+    from llm_alignment.models import Base
 
 log = logging.getLogger("llm_alignment")
 
@@ -486,27 +489,28 @@ def check_writable(path: Path, flag: str, advice: str = "name another file") -> 
         raise InputError(f"{flag} {path}: cannot be written ({error.strerror}); {advice}") from error
 
 
-def begin(record: dict, data: dict) -> Path:
-    """Creates the output folder and writes run.json and run.log. `data` is the fingerprint of the data.
+def begin(record: dict, data: dict, base: Base, commits: dict[str, str | None]) -> Path:
+    """Creates the output folder and writes run.json and run.log. `data` is the fingerprint of the data, `commits` are those of
+    what the hub gave, by flag.
 
     A resumed run keeps the run.json that it was started with.
     """
     import torch
 
-    name, dtype = named_device(record["args"]["dtype"])
+    name, dtype = named_device(base.device, base.dtype)
     record["device"] = {
         "name": name,
         "dtype": dtype,
         "processes": processes(),
         "threads": torch.get_num_threads(),
     }
-    record["data"] = data
+    record["data"], record["commits"] = data, commits
     folder = Path(record["output_dir"])
     all_processes().wait_for_everyone()  # all have looked at the folder before it changes
     if main_process():
         folder.mkdir(parents=True, exist_ok=True)
         remove_left_over(folder)
-        keys = ("ts", "tag", "script", "argv", "args", "git", "versions", "device", "data")
+        keys = ("ts", "tag", "script", "argv", "args", "git", "versions", "device", "data", "commits")
         if not (record["args"].get("resume_from_checkpoint") and (folder / "run.json").exists()):
             write_json(folder / "run.json", {key: record[key] for key in keys})
         handler = logging.FileHandler(folder / "run.log", encoding="utf-8", errors="surrogateescape")

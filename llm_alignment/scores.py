@@ -66,20 +66,16 @@ def score_answers(rows: list[dict], *, reward_model: RewardModel) -> list[dict]:
     return rows
 
 
-def scored_evaluation(
-    name: str, questions: list[dict], decoding: Decoding, reward_model: RewardModel | None
-) -> Evaluation:
-    """Questions answered by the chat template and scored; the reward model is there in the main process alone."""
+def scored_evaluation(name: str, questions: list[dict], decoding: Decoding, reward_model: RewardModel) -> Evaluation:
+    """Questions answered by the chat template and, in the main process, scored by the reward model."""
     from llm_alignment.generation import MAX_BATCH_SIZE
 
-    settings = {}
-    if reward_model:
-        seed = ["seed"] if decoding.temperature else []  # without it runs of other seeds reuse greedy baselines
-        settings = {
-            "questions": digest(questions),
-            "reward_model": reward_model.fingerprint,
-            "generation": decoding.settings("max_new_tokens", "temperature", "backend", "thinking", *seed),
-        }
+    seed = ["seed"] if decoding.temperature else []  # without it runs of other seeds reuse greedy baselines
+    settings = {
+        "questions": digest(questions),
+        "reward_model": reward_model.fingerprint,
+        "generation": decoding.settings("max_new_tokens", "temperature", "backend", "thinking", *seed),
+    }
     return Evaluation(
         name=name,
         items=questions,

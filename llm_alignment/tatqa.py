@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import InputError, SkippedRows, digest, object_problem, open_data, parse_json
-from llm_alignment.flags import not_negative, positive, positive_ratio, temperature
 from llm_alignment.hub import hub_files
 from llm_alignment.preferences import cut_at_word
 from llm_alignment.prefixes import shared_lengths
@@ -34,36 +32,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("llm_alignment")
-
-
-def add_tatqa_flags(parser: argparse.ArgumentParser, *, only_measured: bool = False) -> None:
-    """Where TAT-QA is read from, what its prompts look like, and how it is measured; the split that is trained on."""
-    on_off = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("TAT-QA").add_argument
-    add("--tatqa_dir", default="", metavar="PATH", help="folder of its JSON files (default: fetched from the hub)")
-    if not only_measured:
-        add("--tatqa_split", choices=list(TATQA_FILES), default="train", help="split to train on (%(default)s)")
-    add("--tatqa_table_rows", type=positive(int), default=20, help="rows of a table to show (%(default)s)")
-    add("--tatqa_table_cols", type=positive(int), default=8, help="columns of a table to show (%(default)s)")
-    add("--tatqa_para_chars", type=not_negative(int), default=1200, help="characters of passages (%(default)s)")
-    add(
-        "--tatqa_only_rel_paras",
-        action=on_off,
-        default=True,
-        help="only the passages that a question refers to (%(default)s)",
-    )
-    add("--do_eval", action=on_off, default=True, help="measure TAT-QA (%(default)s)")
-    add("--eval_split", choices=list(TATQA_FILES), default="validation", help="split to measure on (%(default)s)")
-    add("--eval_limit", type=not_negative(int), default=1000, help="questions; 0 = all (%(default)s)")
-    add("--eval_max_new_tokens", type=positive(int), default=64, help="longest answer in tokens (%(default)s)")
-    add("--eval_temperature", type=temperature, default=0.0, help="0 = greedy (%(default)s)")
-    add("--eval_top_p", type=positive_ratio, default=1.0, help="share of probability to sample from (%(default)s)")
-    add(
-        "--eval_save_json",
-        default="",
-        metavar="X.jsonl",
-        help="also write TAT-QA's rows to X_baseline.jsonl and X_post.jsonl",
-    )
 
 
 TATQA_FILES = {
@@ -179,7 +147,10 @@ class PromptContent:
     tatqa_only_rel_paras: bool = True
 
 
-def tatqa_prompt(context: dict, question: dict, content: PromptContent = PromptContent()) -> str:
+DEFAULT_CONTENT = PromptContent()
+
+
+def tatqa_prompt(context: dict, question: dict, content: PromptContent = DEFAULT_CONTENT) -> str:
     """The prompt: role, the table in Markdown, passages, the question, "Answer:".
 
     What the questions of one context share comes first, so that an evaluation can read it once. Of the passages, in
@@ -345,7 +316,7 @@ def tatqa_parse(text: str) -> tuple[list[str], str]:
 
 
 def tatqa_questions(
-    contexts: list[dict], *, limit: int, seed: int, content: PromptContent = PromptContent()
+    contexts: list[dict], *, limit: int, seed: int, content: PromptContent = DEFAULT_CONTENT
 ) -> list[dict]:
     """The evaluation questions {"question_id", "question", "answer_type", "scale", "answer", "context", "prompt"}.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import logging
@@ -9,13 +10,13 @@ import math
 import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState
 
-from llm_alignment.adapters import LoraSettings, new_adapter
+from llm_alignment.adapters import LoraSettings, check_model, new_adapter, saved_settings
 from llm_alignment.files import (
     InputError,
     differing,
@@ -26,16 +27,20 @@ from llm_alignment.files import (
     write_atomic,
     write_json,
 )
-from llm_alignment.models import Base
+from llm_alignment.flags import fill
+from llm_alignment.models import Base, BaseFlags, load_tokenizer, resolve_base
 from llm_alignment.processes import DDP_TIMEOUT, main_process, named_device, processes
 from llm_alignment.runs import Interrupted, NotFiniteError, damaged_run, signal_name, signals_go_to
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("llm_alignment")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """What a trainer is told; the first fields are flags of that name."""
+    """What a trainer is told; most fields are flags of that name."""
 
     output_dir: str
     epochs: float
@@ -47,10 +52,10 @@ class TrainingSettings:
     report_to: str
     exp_tag: str
     gradient_checkpointing: str
-    weight_decay: float
-    warmup_ratio: float
-    logging_steps: int
     longest: int  # tokens of the longest example
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.05
+    logging_steps: int = 5
 
     @property
     def step(self) -> int:
@@ -343,14 +348,50 @@ def checkpoint_problem(folder: Path) -> str | None:
     return None
 
 
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run stands on: base, tokenizer, the adapter's settings, and its folder, with the run to be resumed."""
+
+    base: Base
+    tokenizer: PreTrainedTokenizerBase
+    lora: LoraSettings
+    folder: Path
+    resume: str | None  # --resume_from_checkpoint
+    flags: dict[str, Any]  # the values of those that change what is trained
+
+    def check_folder(self, data: dict | None = None) -> None:
+        """Raises InputError, before anything is written, when the folder holds another run; `data`: its fingerprint.
+
+        Without `resume` that is any run; with it, one that `check_same_run` finds to be another. To be called first of
+        all, and again when the data is known.
+        """
+        check_output_folder(self.folder, self.resume, self.flags, self.base.dtype_name, data)
+
+
+def set_up(
+    args: argparse.Namespace, record: dict, neutral: set[str], *, longest: int, lora: LoraSettings | None = None
+) -> Setup:
+    """Looks up the base, and checks model files and adapter, for the flags of a training script.
+
+    `neutral` are the flags that do not change what is trained; `longest`: tokens of the longest example. `lora`: of a
+    script that has no such flags. The settings of an adapter that --load_adapter names go into the record.
+    """
+    base = resolve_base(fill(BaseFlags, args))
+    adapter = getattr(args, "load_adapter", "")
+    lora = lora or fill(LoraSettings, args)
+    if adapter:
+        lora = saved_settings(adapter, lora)
+        record["args"] = {**record["args"], **dataclasses.asdict(lora)}
+    flags = {name: value for name, value in record["args"].items() if name not in neutral}
+    tokenizer = load_tokenizer(base)
+    check_model(base, tokenizer, lora=lora, adapter=adapter, longest=longest)
+    return Setup(base, tokenizer, lora, Path(args.output_dir), args.resume_from_checkpoint, flags)
+
+
 def check_output_folder(
     folder: Path, resume: str | None, flags: dict[str, Any], dtype: str, data: dict | None = None
 ) -> None:
-    """Raises InputError, before anything is written, when the folder of a run holds another run.
-
-    Without `resume` (--resume_from_checkpoint) that is any run; with it, one that `check_same_run` finds to be
-    another. Call it first of all, and again with the fingerprint of the data when that is known.
-    """
+    """See `Setup.check_folder`."""
     if resume is None:
         if (folder / "run.json").exists() or any(folder.glob("checkpoint-*")):
             raise InputError(
