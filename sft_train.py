@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.anchored_loss import fused_nll_kl, kl_coefficient, tail_mask
-from llm_alignment.batches import padded_tokens, sort_by_length, token_counts
+from llm_alignment.batches import padded_tokens, sort_by_length
 from llm_alignment.drift import drift_evaluation
 from llm_alignment.evaluation import Evaluation, measure, plot_curves, report
 from llm_alignment.files import InputError, write_atomic
@@ -63,20 +63,21 @@ from llm_alignment.training import (
 )
 from llm_alignment.twix import (
     LARGE_DATA,
+    SIDES,
     ChatEncoder,
-    Examples,
+    RowChoice,
     Selection,
     load_data,
-    sized_stream,
+    row_lengths,
     tokenise,
-    training_stream,
+    with_answers,
 )
 from llm_alignment.validation import summarise_validation, validation_evaluation, without_head
 from mtbench_eval import conversation_tokens, load_questions, sample_questions, scored_evaluation
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTTrainer
 
@@ -204,9 +205,9 @@ class AnchoredTraining:
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        if self.flags.streaming or self.flags.packing:  # a stream is sorted already; packed rows are full
+        if self.flags.packing:  # packed rows are full
             return loader
-        return sort_by_length(loader, self.args, token_counts(self.train_dataset, "input_ids"))
+        return sort_by_length(loader, self.args, row_lengths(self.train_dataset))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Also marks the KL positions of the step's batches, so that its KL is the mean over all of them."""
@@ -288,15 +289,10 @@ def build_trainer(
     args: argparse.Namespace,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_dataset: Dataset | IterableDataset,
+    train_dataset: Dataset,
     eval_dataset: Dataset,
-    rows: int,
 ) -> SFTTrainer:
-    """The trainer, with a fresh adapter on `model`. The data sets hold "input_ids" and "labels".
-
-    `rows`: how many there are to train on, which a stream does not know. Raises InputError when no row of one side
-    keeps an answer within --max_seq_length.
-    """
+    """The trainer, with a fresh adapter on `model`. The data sets give "input_ids" and "labels", cut to a length."""
     from transformers import TrainerCallback, set_seed
     from trl import SFTConfig, SFTTrainer
 
@@ -319,11 +315,12 @@ def build_trainer(
     )
     config = SFTConfig(
         **common,
-        max_steps=optimiser_steps(args, rows) if args.streaming else -1,
         max_length=args.max_seq_length,
         packing=args.packing,
         eval_packing=False,
-        dataset_num_proc=args.num_proc if rows > LARGE_DATA else None,
+        dataset_num_proc=args.num_proc if len(train_dataset) > LARGE_DATA else None,
+        dataset_kwargs={"skip_prepare_dataset": not args.packing},  # the rows are cut and have targets
+        remove_unused_columns=False,  # those of --streaming become tokens when they are read
         eval_strategy="steps" if early else "no",
         eval_steps=args.eval_steps if early else None,
         metric_for_best_model="mtbench" if early else None,
@@ -338,21 +335,7 @@ def build_trainer(
             processing_class=tokenizer,
             callbacks=[EvaluateLastStep()] if early else [],
         )
-    for name, dataset in (("training", trainer.train_dataset), ("validation", trainer.eval_dataset)):
-        # TRL leaves out rows without a target token; of a single token there is none to predict
-        if args.max_seq_length == 1 or next(iter(dataset), None) is None:
-            folder = Path(args.output_dir)
-            if main_process() and not any(folder.iterdir()):
-                folder.rmdir()  # the trainer has made it
-            raise no_answers(name, args.max_seq_length)
-    if args.streaming:
-        step = args.batch * args.grad_acc * processes()
-        trainer.train_dataset = sized_stream(trainer.train_dataset, rows, batch=args.batch, step=step)
     return trainer
-
-
-def no_answers(side: str, longest: int) -> InputError:
-    return InputError(f"no {side} row has an answer within --max_seq_length {longest}; raise it")
 
 
 def early_stop_reason(baseline: float | None, scores: list[float], patience: int) -> str | None:
@@ -372,7 +355,11 @@ def early_stop_reason(baseline: float | None, scores: list[float], patience: int
 
 
 def print_plan(
-    args: argparse.Namespace, selection: Selection, examples: Examples, encoder: ChatEncoder, questions: list[dict]
+    args: argparse.Namespace,
+    selection: Selection,
+    examples: Callable[[str], Dataset],
+    encoder: ChatEncoder,
+    questions: list[dict],
 ) -> None:
     """What a run would do: rows by source, one as the model reads it, steps, tokens, passes, memory, evaluations."""
     for (subset, side), count in sorted(selection.counts.items()):
@@ -430,7 +417,10 @@ def run(args: argparse.Namespace, record: dict) -> None:
     check_output_folder(args, neutral_flags(args))
     tokenizer = load_tokenizer(args)
     encoder = ChatEncoder(tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
-    selection, examples = load_data(args, encoder)
+    choice = RowChoice(
+        args.dataset, args.subset, args.sample_ratio, args.sample_seed, args.mix_reasoning_ratio, args.val_split
+    )
+    selection, examples = load_data(choice, encoder)
     counts = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
     data = {"source": args.dataset, "rows": counts, "sha256": selection.sha256}
     check_output_folder(args, neutral_flags(args), data)
@@ -443,11 +433,11 @@ def run(args: argparse.Namespace, record: dict) -> None:
             load_reward_model(args)
         print_plan(args, selection, examples, encoder, questions)
         return
-    rows = tokenised_rows(args, selection, examples, encoder)
+    rows = tokenised_rows(args, examples, encoder)
     model = load_model(args)
     check_head(model, f"--model {args.model}")
     reward_model = load_reward_model(args) if questions and main_process() else None
-    trainer = build_trainer(args, model, tokenizer, rows["train"], rows["validation"], selection.rows("train"))
+    trainer = build_trainer(args, model, tokenizer, rows["train"], rows["validation"])
     evaluations = all_evaluations(args, trainer, questions, midtrain, reward_model)
     folder = begin(record, data)
     log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in counts.items()))
@@ -498,27 +488,18 @@ def mtbench_questions(args: argparse.Namespace) -> list[dict]:
 
 
 def tokenised_rows(
-    args: argparse.Namespace, selection: Selection, examples: Examples, encoder: ChatEncoder
-) -> dict[str, Dataset | IterableDataset]:
-    """The rows of both sides as tokens; with --streaming those to train on are read as they are needed."""
-    if args.streaming:
-        rows = {**examples.stored("validation"), "train": training_stream(args, selection, examples)}
-    else:
-        rows = examples.stored("train", "validation")
-    tokens = {side: tokenise(rows[side], encoder, args.num_proc) for side in rows}
-    if args.assistant_only_loss and not args.streaming:
-        tokens["train"] = with_answers(tokens["train"], args.max_seq_length)
-    return tokens
-
-
-def with_answers(rows: Dataset, longest: int) -> Dataset:
-    """The training rows with a target within `longest` tokens; says how many have none, which TRL would pack too."""
-    kept = rows.filter(lambda labels: any(label != -100 for label in labels[1:longest]), input_columns="labels")
-    if not len(kept):
-        raise no_answers("training", longest)
-    if left_out := len(rows) - len(kept):
-        log.warning("%d of %d training rows have no answer within --max_seq_length: left out", left_out, len(rows))
-    return kept
+    args: argparse.Namespace, examples: Callable[[str], Dataset], encoder: ChatEncoder
+) -> dict[str, Dataset]:
+    """The rows of both sides as tokens, cut to --max_seq_length; with --streaming those to train on become tokens
+    whenever they are read."""
+    rows = {}
+    for side in SIDES:
+        is_packed, is_lazy = (flag and side == "train" for flag in (args.packing, args.streaming))
+        longest = None if is_packed else args.max_seq_length
+        rows[side] = tokenise(examples(side), encoder, args.num_proc, longest=longest, lazily=is_lazy)
+        if args.assistant_only_loss or args.max_seq_length == 1:
+            rows[side] = with_answers(rows[side], side, args.max_seq_length)
+    return rows
 
 
 def all_evaluations(
