@@ -6,8 +6,6 @@ import codecs
 import contextlib
 import gzip
 import hashlib
-import io
-import itertools
 import json
 import logging
 import math
@@ -78,17 +76,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-EVERY_ROW = itertools.repeat(True)
-
-
-def read_objects(path: Path, skipped: SkippedRows, wanted: Iterator[bool] = EVERY_ROW) -> Iterator[tuple[str, dict]]:
-    """Yields ("file:line", object) from a JSONL file as they were written; lines that hold none go to `skipped`.
-
-    `wanted` is asked once a line that is not blank; one that is not wanted is not parsed.
-    """
-    for (number, line), is_wanted in zip(read_jsonl(path), wanted, strict=False):
-        if not is_wanted:
-            continue
+def read_objects(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
+    """Yields ("file:line", object) from a JSONL file as they were written; lines that hold none go to `skipped`."""
+    for number, line in read_jsonl(path):
         place = f"{path.name}:{number}"
         try:
             text = line.decode("utf-8").removeprefix("\ufeff")  # Windows tools begin a file with a byte order mark
@@ -105,21 +95,20 @@ def read_objects(path: Path, skipped: SkippedRows, wanted: Iterator[bool] = EVER
                 yield place, row
 
 
-def read_rows(path: Path, skipped: SkippedRows, wanted: Iterator[bool] = EVERY_ROW) -> Iterator[tuple[str, dict]]:
+def read_rows(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
     """Yields (place, row) from a JSONL, JSON or Parquet file, packed by gzip or not, or from a folder of them.
 
     `place` is "file:line" or "file: row n" (both from 1). Columns that are null are left out. Rows that are not JSON
-    objects in UTF-8 go to `skipped`. `wanted` says for every row in turn, also for those that would go to `skipped`,
-    whether it is read. Memory does not grow with the file. Raises InputError when the file is missing, unreadable or
-    of another format.
+    objects in UTF-8 go to `skipped`. A JSON list is read whole, the other formats row by row. Raises InputError when
+    the file is missing, unreadable or of another format.
     """
     for file in data_files(path):
         if data_suffix(file) == ".parquet":
-            rows = read_parquet(file, wanted)
+            rows = read_parquet(file)
         elif is_json_list(file):
-            rows = read_json_list(file, skipped, wanted)
+            rows = read_json_list(file, skipped)
         else:
-            rows = read_objects(file, skipped, wanted)
+            rows = read_objects(file, skipped)
         for place, row in rows:
             yield place, without_nulls(row)
 
@@ -194,17 +183,15 @@ def open_data(path: Path) -> Iterator[IO[bytes]]:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
 
 
-def read_parquet(path: Path, wanted: Iterator[bool]) -> Iterator[tuple[str, dict]]:
-    """Yields ("file: row n", row) of the rows that are `wanted`."""
+def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields ("file: row n", row)."""
     import pyarrow.parquet
 
     with open_data(path) as file:
         try:
             batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            for number, (row, is_wanted) in enumerate(zip(rows, wanted, strict=False), 1):
-                if is_wanted:
-                    yield f"{path.name}: row {number}", row
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield f"{path.name}: row {number}", row
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).split("\n")[0]
             raise InputError(f"{path}: not a readable Parquet file ({reason}); fetch it again") from error
@@ -216,53 +203,21 @@ def is_json_list(path: Path) -> bool:
         return file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def read_json_list(path: Path, skipped: SkippedRows, wanted: Iterator[bool]) -> Iterator[tuple[str, dict]]:
-    """Yields ("file: row n", object) of the `wanted` rows of a file that is one JSON list, read piece by piece."""
-    number, size = 0, 2**20
+def read_json_list(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
+    """Yields ("file: row n", object) of a file that is one JSON list."""
     with open_data(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        try:
-            buffer = text.read(size)
-            start = buffer.index("[") + 1
-            while True:
-                start = after_blanks(buffer, start)
-                if buffer[start : start + 1] == "]":
-                    if (buffer[start + 1 :] + text.read(100)).strip():
-                        raise ValueError("text after the list")
-                    return
-                try:
-                    row, end = DECODER.raw_decode(buffer, start)
-                    end = after_blanks(buffer, end)
-                    problem = ValueError("no comma after it")
-                except json.JSONDecodeError as error:
-                    end, problem = len(buffer), ValueError(error.msg)
-                if end == len(buffer):  # not valid, or it goes on in the next piece
-                    more = text.read(size)
-                    if not more:
-                        raise problem
-                    buffer, start, size = buffer[start:] + more, 0, 2 * size
-                    continue
-                if buffer[end] not in ",]":
-                    raise problem
-                number += 1
-                if next(wanted):
-                    reason = object_problem(row, buffer[start:end])
-                    if reason:
-                        skipped.add(f"{path.name}: row {number}", reason)
-                    else:
-                        yield f"{path.name}: row {number}", row
-                start, size = end + (buffer[end] == ","), 2**20
-        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            reason = TOO_DEEP if isinstance(error, RecursionError) else str(error)
-            raise InputError(
-                f"{path}: not valid JSON at row {number + 1} ({reason}); repair the file or fetch it again"
-            ) from error
-
-
-def after_blanks(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
+        data = file.read()
+    try:
+        rows = parse_json(data)
+    except ValueError as error:  # also when it is not UTF-8
+        raise InputError(f"{path}: not valid JSON ({error}); repair the file or fetch it again") from error
+    for number, row in enumerate(rows, 1):
+        place = f"{path.name}: row {number}"
+        problem = object_problem(row)
+        if problem:
+            skipped.add(place, problem)
+        else:
+            yield place, row
 
 
 def whole_number(text: str) -> float:
@@ -288,36 +243,23 @@ def parse_json(text: str | bytes) -> Any:
 TOO_DEEP = "nested too deeply"
 
 
-def object_problem(row: Any, source: str) -> str | None:
-    """Why a JSON value is no row, or None. `source` is the text that it was read from.
+def object_problem(row: Any, source: str | None = None) -> str | None:
+    """Why a JSON value is no row, or None: no object, or one that cannot be written again.
 
-    It is none when it is no object, when its nesting would break what reads it later, or when a text has an unpaired
-    surrogate, which JSON can spell by an escape and UTF-8 cannot. Both searches take as long as the parsing, so they
-    are made only where the source allows it.
+    An escape can spell an unpaired surrogate, which UTF-8 cannot, and nesting that the parser just bore may be too
+    much later. Writing takes as long as parsing, so it is tried only where `source`, the text that the row was read
+    from, allows one of them.
     """
     if not isinstance(row, dict):
         return "not a JSON object"
-    if source.count("[") + source.count("{") > MAX_DEPTH and depth(row) > MAX_DEPTH:
-        return TOO_DEEP
-    try:
-        if "\\ud" in source or "\\uD" in source:
+    if source is None or "\\ud" in source or "\\uD" in source or source.count("[") + source.count("{") > 100:
+        try:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return "invalid Unicode (unpaired surrogate)"
+        except UnicodeEncodeError:
+            return "invalid Unicode (unpaired surrogate)"
+        except RecursionError:
+            return TOO_DEEP
     return None
-
-
-MAX_DEPTH = 100
-
-
-def depth(value: Any) -> int:
-    """How many lists and objects are nested in one another."""
-    level, containers = 0, [value]
-    while containers:
-        level += 1
-        inner = (item for value in containers for item in (value.values() if isinstance(value, dict) else value))
-        containers = [item for item in inner if isinstance(item, dict | list)]
-    return level
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
