@@ -17,11 +17,11 @@ import argparse
 import json
 import logging
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.dpo import build_trainer, check_common_flags, fit_chats, print_plan, train
+from llm_alignment.endings import MissedGateError
 from llm_alignment.evaluation import (
     METRICS,
     Evaluation,
@@ -395,22 +395,20 @@ def run(args: argparse.Namespace, record: dict) -> None:
         record["kept_step"] = entry["kept_step"]
         if stage == stages[-1] and main_process():
             finish(args, record, folder, stage_folder(args, stage), evaluations)
-        check_gate(args, record, entry)
+        check_gate(args, entry)
 
 
-def check_gate(args: argparse.Namespace, record: dict, entry: dict) -> None:
-    """Raises SystemExit(1) after one line on stderr when a stage missed its gate, unless --force_continue is given."""
+def check_gate(args: argparse.Namespace, entry: dict) -> None:
+    """Raises MissedGateError when a stage missed its gate, unless --force_continue is given."""
     if not entry["gate"]:
         return
     message = f"stage {entry['stage']} missed its gate: {entry['gate']}"
     if args.force_continue:
         log.warning("%s; going on because of --force_continue", message)
         return
-    record["reason"] = message
     if entry["stage"] < 3:
         message += f"; --resume_from_stage {entry['stage'] + 1} --force_continue continues"
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(1)
+    raise MissedGateError(message)
 
 
 def stages_to_run(args: argparse.Namespace) -> list[int]:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_alignment.endings import Interrupted, NotFiniteError, signal_name, signals_go_to
 from llm_alignment.files import (
     InputError,
     differing,
@@ -30,7 +31,7 @@ from llm_alignment.models import (
     new_adapter,
     processes,
 )
-from llm_alignment.runs import Interrupted, NotFiniteError, damaged_run, signal_name, signals_go_to
+from llm_alignment.runs import damaged_run
 
 if TYPE_CHECKING:
     from transformers import Trainer
