@@ -19,11 +19,11 @@ import functools
 import json
 import logging
 import shutil
-import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llm_alignment.endings import MissedGateError
 from llm_alignment.evaluation import (
     METRICS,
     Evaluation,
@@ -398,22 +398,20 @@ def run(args: argparse.Namespace, record: dict) -> None:
         record["kept_step"] = entry["kept_step"]
         if stage is stages[-1] and main_process():
             finish(record, folder, stage.folder, evaluations, args.eval_save_json)
-        check_gate(record, entry, force_continue=args.force_continue)
+        check_gate(entry, force_continue=args.force_continue)
 
 
-def check_gate(record: dict, entry: dict, *, force_continue: bool) -> None:
-    """Raises SystemExit(1) after one line on stderr when a stage missed its gate, unless `force_continue`."""
+def check_gate(entry: dict, *, force_continue: bool) -> None:
+    """Raises MissedGateError when a stage missed its gate, unless `force_continue`."""
     if not entry["gate"]:
         return
     message = f"stage {entry['stage']} missed its gate: {entry['gate']}"
     if force_continue:
         log.warning("%s; continuing because of --force_continue", message)
         return
-    record["reason"] = message
     if entry["stage"] < 3:
         message += f"; --resume_from_stage {entry['stage'] + 1} --force_continue continues"
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(1)
+    raise MissedGateError(message)
 
 
 def stages_to_run(args: argparse.Namespace) -> list[int]:

@@ -9,8 +9,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from llm_alignment.endings import disk_problem, interrupt, lasting_console, signals_go_to
 from llm_alignment.files import InputError
-from llm_alignment.runs import disk_problem, interrupt, lasting_console, signals_go_to
 
 
 def flag_groups(arguments: list[str]) -> list[list[str]]:

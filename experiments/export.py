@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from commands import exit_code
 
+from llm_alignment.endings import console_and_log
 from llm_alignment.files import InputError, SkippedRows, parse_json, read_results, replace
 from llm_alignment.flags import positive
 from llm_alignment.generation import generate
@@ -38,7 +39,7 @@ from llm_alignment.models import (
     load_tokenizer,
     model_fingerprint,
 )
-from llm_alignment.runs import check_writable, console_and_log, held_alone
+from llm_alignment.runs import check_writable, held_alone
 
 if TYPE_CHECKING:
     import torch

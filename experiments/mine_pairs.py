@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from commands import exit_code, shown_command
 
+from llm_alignment.endings import console_and_log
 from llm_alignment.files import InputError, ResultFile, digest, write_rows
 from llm_alignment.flags import (
     DEMO_DIR,
@@ -45,7 +46,7 @@ from llm_alignment.leaks import leak_finder, without_leaks
 from llm_alignment.models import adapter_sha256, load_adapter, load_model, load_tokenizer, model_fingerprint
 from llm_alignment.preferences import merge_system_prompt, read_turns
 from llm_alignment.rewards import RewardModel
-from llm_alignment.runs import check_writable, console_and_log, held_alone
+from llm_alignment.runs import check_writable, held_alone
 from llm_alignment.tatqa import question_texts, tatqa_file
 from mtbench_eval import load_questions
 

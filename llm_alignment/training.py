@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState
 
 from llm_alignment.adapters import LoraSettings, check_model, new_adapter, saved_settings
+from llm_alignment.endings import Interrupted, NotFiniteError, signal_name, signals_go_to
 from llm_alignment.files import (
     InputError,
     differing,
@@ -30,7 +31,7 @@ from llm_alignment.files import (
 from llm_alignment.flags import fill
 from llm_alignment.models import Base, BaseFlags, load_tokenizer, resolve_base
 from llm_alignment.processes import DDP_TIMEOUT, main_process, named_device, processes
-from llm_alignment.runs import Interrupted, NotFiniteError, damaged_run, signal_name, signals_go_to
+from llm_alignment.runs import damaged_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
