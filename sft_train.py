@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from llm_alignment.anchored_loss import fused_nll_kl, kl_coefficient, tail_mask
 from llm_alignment.batches import padded_tokens, sort_by_length, token_counts
 from llm_alignment.drift import drift_evaluation
-from llm_alignment.evaluation import Evaluation, measure, plot_curves, report
+from llm_alignment.evaluation import Evaluation, measure, report
 from llm_alignment.files import InputError, write_atomic
 from llm_alignment.flags import (
     DEMO_DIR,
@@ -48,6 +48,7 @@ from llm_alignment.models import (
     new_adapter,
     processes,
 )
+from llm_alignment.plots import KL, LOSS, plot_curves, save_figure
 from llm_alignment.rewards import RewardModel, load_reward_model
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.scores import summarise
@@ -468,9 +469,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
     with timed(record, "final"):
         after = measure(args, trainer.model, tokenizer, evaluations["final"], folder, "final", with_adapter=True)
     if main_process():
-        history, final = trainer.state.log_history, record["final"]
-        plot_curves(history, {"loss": ["loss", "nll", "eval_loss"]}, folder / "loss.png")
-        plot_curves(history, {"KL": ["kl"], "KL coefficient": ["kl_coef"]}, folder / "kl.png")
+        history, final = {"": trainer.state.log_history}, record["final"]
+        save_figure(plot_curves("training", history, LOSS), folder / "loss.png")
+        save_figure(plot_curves("training", history, KL), folder / "kl.png")
         title = f"{record['output_dir']}, step {record['kept_step']}"
         report(record, folder, evaluations["final"], before, after, title=title)
         log.info("validation loss on all %d held-out rows: %.4f", final["val_rows_full"], final["val_loss_full"])

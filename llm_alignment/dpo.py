@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.batches import sort_by_length, token_counts
-from llm_alignment.evaluation import Evaluation, measure, pair_rows, plot_curves, report, save_answers
+from llm_alignment.evaluation import Evaluation, measure, pair_rows, report, save_answers
 from llm_alignment.files import InputError, ResultFile, differing, digest, file_sha256
 from llm_alignment.flags import (
     add_lora_flags,
@@ -40,6 +40,7 @@ from llm_alignment.models import (
     on_main_process,
     processes,
 )
+from llm_alignment.plots import LOSS, REWARDS, plot_curves, save_figure
 from llm_alignment.prefixes import GroupedOrder, add_prefix_sharing, groups_of, no_sharing_reason, shared_lengths
 from llm_alignment.reference import PAIRS_AT_ONCE, add_reference
 from llm_alignment.runs import begin, check_writable, timed
@@ -351,9 +352,9 @@ def train(args: argparse.Namespace, trainer: DPOTrainer, checkpoint: Path | None
     run_training(trainer, checkpoint)
     save_adapter(trainer, folder)
     if main_process():
-        rewards = {"reward margin": ["rewards/margins"], "reward accuracy": ["rewards/accuracies"]}
-        plot_curves(trainer.state.log_history, {"loss": ["loss"]}, folder / "loss.png")
-        plot_curves(trainer.state.log_history, rewards, folder / "rewards.png")
+        log_of_run = {"": trainer.state.log_history}
+        save_figure(plot_curves("training", log_of_run, LOSS), folder / "loss.png")
+        save_figure(plot_curves("training", log_of_run, REWARDS), folder / "rewards.png")
 
 
 def reward_pairs(
