@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl  # noqa: F401 - the loss is part of this script
-from llm_alignment.evaluation import Evaluation, measure, plot_curves, report
+from llm_alignment.evaluation import Evaluation, measure, report
 from llm_alignment.files import InputError
 from llm_alignment.flags import (
     DEMO_DIR,
@@ -36,6 +36,7 @@ from llm_alignment.flags import (
     ratio,
     seed,
 )
+from llm_alignment.plots import KL, LOSS, plot_curves, save_figure
 from llm_alignment.processes import main_process
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.scores import scored_evaluation, summarise
@@ -227,9 +228,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
         at_kept_step = f"step_{record['kept_step']}"  # early stopping has measured it there
         after = measured(trainer.model, "final", "final", with_adapter=True, measured_as=at_kept_step)
     if main_process():
-        history, final = trainer.state.log_history, record["final"]
-        plot_curves(history, {"loss": ["loss", "nll", "eval_loss"]}, folder / "loss.png")
-        plot_curves(history, {"KL": ["kl"], "KL coefficient": ["kl_coef"]}, folder / "kl.png")
+        history, final = {"": trainer.state.log_history}, record["final"]
+        save_figure(plot_curves("training", history, LOSS), folder / "loss.png")
+        save_figure(plot_curves("training", history, KL), folder / "kl.png")
         title = f"{record['output_dir']}, step {record['kept_step']}"
         report(record, folder, evaluations["final"], before, after, title=title)
         log.info("validation loss on all %d held-out rows: %.4f", final["val_rows_full"], final["val_loss_full"])

@@ -20,10 +20,11 @@ from trl.data_utils import common_prefix_length
 
 from llm_alignment.adapters import adapter_kept_in_float32, adapter_off, new_adapter
 from llm_alignment.batches import sort_by_length, token_counts
-from llm_alignment.evaluation import Evaluation, pair_rows, plot_curves
+from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import digest
 from llm_alignment.flags import losses
 from llm_alignment.models import inner_model
+from llm_alignment.plots import LOSS, REWARDS, plot_curves, save_figure
 from llm_alignment.prefixes import GroupedOrder, add_prefix_sharing, groups_of, no_sharing_reason
 from llm_alignment.processes import main_process, matmul_float32
 from llm_alignment.prompts import PromptStyle, fit_prompt
@@ -154,9 +155,9 @@ def train(
     run_training(trainer, checkpoint)
     save_adapter(trainer, folder)
     if main_process():
-        rewards = {"reward margin": ["rewards/margins"], "reward accuracy": ["rewards/accuracies"]}
-        plot_curves(trainer.state.log_history, {"loss": ["loss"]}, folder / "loss.png")
-        plot_curves(trainer.state.log_history, rewards, folder / "rewards.png")
+        log_of_run = {"": trainer.state.log_history}
+        save_figure(plot_curves("training", log_of_run, LOSS), folder / "loss.png")
+        save_figure(plot_curves("training", log_of_run, REWARDS), folder / "rewards.png")
 
 
 def reward_evaluation(pairs: list[dict], rows: list[dict], beta: float, max_length: int) -> Evaluation:

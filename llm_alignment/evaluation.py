@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import logging
 import math
@@ -12,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llm_alignment.files import InputError, SkippedRows, write_atomic, write_json, write_rows
+from llm_alignment.files import InputError, SkippedRows, write_json, write_rows
+from llm_alignment.plots import plot_categories, save_figure
 from llm_alignment.processes import main_process, on_main_process, shared_rounds
 from llm_alignment.results import ResultFile, baseline_cache, read_results
 from llm_alignment.stats import holm, too_few_changed
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -257,7 +256,8 @@ def report(
         if name in before and name in after:
             delta |= evaluation.compare(before[name], after[name])
         if name in SCORED and name in after:
-            plot_categories(baseline.get(name), final[name], folder / f"{name}.png")
+            figure = plot_categories(EVALUATIONS[name], baseline.get(name), final[name], delta.get(name))
+            save_figure(figure, folder / f"{name}.png")
     write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
     print_table(title or str(folder), table_rows(baseline, final, delta, details=details))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
@@ -304,48 +304,67 @@ def verdict(delta: dict, *, lower_is_better: bool = False) -> str:
     return f"no detectable change; {bound} is excluded"
 
 
-def print_table(title: str, rows: list[TableRow]) -> None:
-    """Prints the lines, each difference with interval, p, number of items that changed and verdict.
+def number(value: object, sign: str = "") -> str:
+    """A measured figure in four significant digits; a text or whole number as it is; "-" for None.
 
-    A p value that stays below 0.05 after Holm's correction for the table's p values is marked *. Plain ASCII, at most
-    120 columns.
+    `sign`: "+" shows the sign of a positive figure too.
     """
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    if abs(value) >= 1000:
+        return f"{value:{sign}.0f}"
+    return f"{value:{sign}.2g}" if 0 < abs(value) < 0.001 else f"{value:{sign}#.4g}".rstrip(".")
+
+
+def table_texts(rows: list[TableRow]) -> tuple[list[list[str]], str]:
+    """The cells of each line, and what is to be said of all: "" without a p value.
+
+    Cells: title, before, after; where there is a difference also difference, interval, p, items that changed, verdict.
+    A p value that stays below 0.05 after Holm's correction for all lines is marked *. Where so few items changed that
+    none can be told from chance, an interval without width would say too much and is left out.
+    """
+    p_values = [row.delta["p"] for row in rows if row.delta and row.delta["p"] is not None]
+    corrected = iter(holm(p_values))
+    texts, marked = [], 0
+    for row in rows:
+        cells, delta = [row.title, number(row.before), number(row.after)], row.delta
+        if delta and delta["mean"] is not None:
+            low, high, p = delta["low"], delta["high"], delta["p"]
+            stays = p is not None and next(corrected) < 0.05
+            marked += stays
+            unknown = low is None or (low == high and too_few_changed(delta))
+            cells += [
+                number(delta["mean"], "+"),
+                "none" if unknown else f"[{number(low)}, {number(high)}]",
+                "-" if p is None else f"{p:.2g}{'*' if stays else ' '}",
+                f"{delta.get('changed', '-')}/{delta['n']}",
+                verdict(delta, lower_is_better=row.lower_is_better),
+            ]
+        texts.append(cells)
+    note = f"{len(p_values)} p values; {marked} (*) stay below 0.05 after Holm's correction"
+    return texts, note if p_values else ""
+
+
+def print_table(title: str, rows: list[TableRow]) -> None:
+    """Prints the lines of `table_texts`. Plain ASCII, at most 120 columns."""
     from rich.box import Box
     from rich.console import Console
     from rich.table import Table
 
-    def number(value: float | None, sign: str = "") -> str:
-        if value is None:
-            return "-"
-        if abs(value) >= 1000:
-            return f"{value:{sign}.0f}"
-        return f"{value:{sign}.2g}" if 0 < abs(value) < 0.001 else f"{value:{sign}#.4g}".rstrip(".")
-
-    rows = [TableRow(*row) for row in rows]
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
     table = Table(box=rules, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for column in ("baseline", "final", "difference [95 % interval]", "p", "changed"):
         table.add_column(column, justify="right", no_wrap=True, overflow="fold")
     table.add_column("", overflow="fold")
-    p_values = [row.delta["p"] for row in rows if row.delta and row.delta["p"] is not None]
-    corrected = iter(holm(p_values))
-    marked = 0
-    for row in rows:
-        cells = [row.title, number(row.before), number(row.after)]
-        delta = row.delta
-        if delta and delta["p"] is not None:
-            stays = next(corrected) < 0.05
-            marked += stays
-            interval = "none" if delta["low"] is None else f"[{number(delta['low'])}, {number(delta['high'])}]"
-            cells += [f"{number(delta['mean'], '+')} {interval}", f"{delta['p']:.2g}{'*' if stays else ' '}"]
-            cells += [f"{delta.get('changed', '-')}/{delta['n']}", verdict(delta, lower_is_better=row.lower_is_better)]
-        table.add_row(*cells)
+    texts, note = table_texts(rows)
+    for cells in texts:
+        table.add_row(*cells[:3], " ".join(cells[3:5]), *cells[5:])
     console = Console(width=120, color_system=None, legacy_windows=False, markup=False, highlight=False)
     console.print(title, soft_wrap=True)
     console.print(table)
-    if p_values:
-        console.print(f"{len(p_values)} p values; {marked} (*) stay below 0.05 after Holm's correction")
+    if note:
+        console.print(note)
 
 
 def save_answers(file: str, before: dict[str, list[dict]], after: dict[str, list[dict]]) -> None:
@@ -360,47 +379,3 @@ def save_answers(file: str, before: dict[str, list[dict]], after: dict[str, list
     for name, rows in (("baseline", before), ("post", after)):
         if "tatqa" in rows:
             write_rows(path.with_name(f"{path.stem}_{name}.jsonl"), rows["tatqa"])
-
-
-def plot_categories(before: dict | None, after: dict, path: Path) -> None:
-    """Draws the 1-10 score by category, before (if it was measured) and after, as a PNG."""
-    from matplotlib.figure import Figure
-
-    categories = sorted(after["by_category"])
-    figure = Figure(figsize=(max(6, 1.1 * len(categories) + 2), 4), layout="constrained")
-    axes = figure.subplots()
-    summaries = {"before": before, "after": after} if before else {"after": after}
-    for shift, (label, summary) in zip((-0.2, 0.2), summaries.items(), strict=False):
-        heights = [summary["by_category"].get(category, 0) for category in categories]
-        bars = axes.bar([place + shift for place in range(len(categories))], heights, 0.4, label=label)
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
-    axes.set_xticks(range(len(categories)), categories)
-    axes.set_ylim(1, 10.5)
-    axes.set_ylabel("reward-model score, 1-10")
-    axes.set_title(", ".join(f"{label} {summary['avg']:.2f}" for label, summary in summaries.items()))
-    axes.legend()
-    save_figure(figure, path)
-
-
-def plot_curves(history: list[dict], panels: dict[str, list[str]], path: Path) -> None:
-    """A PNG with one panel per title over the training steps; `history` is the trainer's log, `panels` its keys."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2 * len(panels)), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-        for key in keys:
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=".", label=key)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG under a temporary name and renames it; without metadata, so that equal plots are equal files."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    write_atomic(path, buffer.getvalue())
