@@ -165,9 +165,9 @@ def select_rows(found: dict[str, RowHashes], choice: RowChoice) -> Selection:
             f"--sample_ratio {choice.sample_ratio}{mix}: {len(prompts)} prompts left; at least 2 are needed"
         )
     last_held_out = prompts[min(max(1, round(choice.val_split * len(prompts))), len(prompts) - 1) - 1]
-    numbers = {}
-    for subset, (_, hashes, rows) in drawn.items():
-        held_out = hashes <= last_held_out
+    numbers: dict[tuple[str, str], np.ndarray] = {}
+    for subset, (_, prompt_hashes, rows) in drawn.items():
+        held_out = prompt_hashes <= last_held_out
         numbers |= {(subset, "train"): rows[~held_out], (subset, "validation"): rows[held_out]}
     return Selection(numbers, data_sha256({subset: columns[:2] for subset, columns in drawn.items()}))
 

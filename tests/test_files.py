@@ -122,7 +122,7 @@ def test_a_number_beyond_a_float_is_infinite(tmp_path, number):
     [
         ("a.json", b'[{"a": 1},\n{"a"', "line 2 column 5"),
         ("a.json", b'[{"a": 1} {"a": 2}]', "line 1 column 11"),
-        ("a.json", b'[{"a": 1}] {"a": 2}', "line 1 column 12"),
+        ("a.json", b'[{"a": 1}] {"a": 2}', "line 1 column 11"),
         ("a.json", b'[{"a": "\xff"}]', "not valid JSON"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
