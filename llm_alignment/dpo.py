@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_alignment.anchored_loss import fused_nll_kl
 from llm_alignment.batches import sort_by_length, token_counts
 from llm_alignment.evaluation import Evaluation, measure, pair_rows, plot_curves, report, save_answers
 from llm_alignment.files import InputError, ResultFile, differing, digest, file_sha256
@@ -35,7 +36,6 @@ from llm_alignment.models import (
     load_adapter,
     load_model,
     main_process,
-    matmul_float32,
     new_adapter,
     on_main_process,
     processes,
@@ -421,18 +421,20 @@ def answer_log_probs(
     texts = [pair["prompt"] + pair[side] + tokenizer.eos_token for side in ("chosen", "rejected")]
     rows = [tokenizer(text)["input_ids"] for text in texts]
     start = min(common_prefix_length(prompt, row) for row in rows)
-    ids = pad_sequence([torch.tensor(row[:max_length], device=model.device) for row in rows], batch_first=True)
+    cut = [torch.tensor(row[:max_length], device=model.device) for row in rows]
+    ids = pad_sequence(cut, batch_first=True)
     cache = DynamicCache()
     base = inner_model(model)
     with torch.no_grad():
         base.base_model(ids[:1, : start - 1], past_key_values=cache)
         cache.batch_repeat_interleave(2)
         hidden = base.base_model(ids[:, start - 1 :], past_key_values=cache).last_hidden_state[:, :-1]
-        # in float32: rounded to bf16, the logits of two answers that are about as likely tell little
-        logits = matmul_float32(hidden.flatten(0, 1), base.get_output_embeddings().weight.T)
-    log_probs = logits.log_softmax(dim=-1).unflatten(0, hidden.shape[:2]).gather(2, ids[:, start:, None])[..., 0]
-    lengths = [min(len(row), max_length) - start for row in rows]
-    return [log_probs[row, :length].sum().item() for row, length in enumerate(lengths)]
+        # summed in float32: rounded to bf16, the logits of two answers that are about as likely tell little
+        weight = base.get_output_embeddings().weight
+        return [
+            -fused_nll_kl(states[: len(row) - start], weight, row[start:], num_items=1)[1].item()
+            for states, row in zip(hidden, cut, strict=True)
+        ]
 
 
 def summarise_rewards(rows: list[dict]) -> dict:
