@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.anchored_loss import fused_nll_kl
-from llm_alignment.batches import sort_by_length, token_counts
+from llm_alignment.batches import depends_on_batch, sort_by_length, token_counts
 from llm_alignment.evaluation import Evaluation, measure, pair_rows, plot_curves, report, save_answers
 from llm_alignment.files import InputError, ResultFile, differing, digest, file_sha256
 from llm_alignment.flags import (
@@ -313,7 +313,7 @@ def build_trainer(
     class LengthSortedTrainer(DPOTrainer):
         def get_train_dataloader(self):
             loader = super().get_train_dataloader()
-            if args.group_by_table:  # which decides itself what meets in a micro-batch
+            if args.group_by_table or depends_on_batch(loss_types):  # the order says what meets in a micro-batch
                 return loader
             return sort_by_length(
                 loader, self.args, token_counts(self.train_dataset, "prompt_ids", "chosen_ids", "rejected_ids")
