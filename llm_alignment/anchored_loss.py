@@ -49,14 +49,19 @@ def fused_nll_kl(
     Raises:
         ValueError: `weight` requires a gradient, which is not computed, or a name is unknown.
 
-    The gradient to a row's logits, with p_s, p_r the two distributions, K the number of KL rows, and on target rows
-    a = 1/num_items (with "dft" a = p_s[label]/num_items), is
-        a * (p_s - onehot(label))  +  kl_coef/K * p_s * (log p_s - log p_r - KL_row)     reverse
-        a * (p_s - onehot(label))  +  kl_coef/K * (p_s - p_r)                            forward
+    p_s and p_r are the two distributions of a row, K is the number of KL rows:
+        (1) NLL      -log p_s[label]
+        (2) DFT      -sg(p_s[label]) * log p_s[label], sg: without gradient; arXiv 2508.05629
+        (3) reverse  KL = sum p_s * (log p_s - log p_r)
+        (4) forward  KL = sum p_r * (log p_r - log p_s)
+    The gradient to the row's logits, with a = 1/num_items, for (2) p_s[label]/num_items, is the sum of
+        (5) (1), (2)  a * (p_s - onehot(label))
+        (6) (3)       kl_coef/K * p_s * (log p_s - log p_r - KL)
+        (7) (4)       kl_coef/K * (p_s - p_r)
     """
     import torch
 
-    if weight.requires_grad:
+    if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("fused_nll_kl computes no gradient for the LM head: freeze it")
     if kl_direction not in {"reverse", "forward"} or sft_loss not in {"nll", "dft"}:
         raise ValueError(f"unknown kl_direction {kl_direction!r} or sft_loss {sft_loss!r}")
@@ -72,7 +77,8 @@ def fused_nll_kl(
     needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
     gradient = torch.zeros_like(hidden, dtype=dtype) if needs_gradient else None
     # Used again for every chunk: the system hands out pages of this size slower than they are computed on.
-    buffers = hidden.new_empty((2, min(rows_per_chunk, len(labels)), len(weight)), dtype=dtype)
+    distributions = 1 if ref_hidden is None else 2
+    buffers = hidden.new_empty((distributions, min(rows_per_chunk, len(labels)), len(weight)), dtype=dtype)
 
     with torch.no_grad():
         for rows in (*chunks(targets & ~kl_rows, rows_per_chunk), *chunks(kl_rows, rows_per_chunk)):
@@ -86,13 +92,13 @@ def fused_nll_kl(
                 kl += row_kl.sum()
             else:
                 exp, total = exp_and_total(z)
-            row_nll = total.log() - z_label
-            row_weight = (-row_nll).exp() if sft_loss == "dft" else torch.ones_like(row_nll)
+            row_nll = total.log() - z_label  # (1)
+            row_weight = (-row_nll).exp() if sft_loss == "dft" else torch.ones_like(row_nll)  # (2)
             nll += (row_weight * row_nll).sum()
             if gradient is not None:
                 a = share * row_weight
                 product = gradient_to_hidden(weight, exp, a / total, kl_gradient, c / scale)
-                gradient[rows] = product - a * weight[labels[rows]]
+                gradient[rows] = product - a * weight[labels[rows]]  # (5) and (6) or (7), times the head
     nll, kl = nll * share, kl / kl_rows.sum().clamp(min=1)
     loss = nll + kl_coef * kl
     if gradient is not None:  # adds 0, with the gradient that is known already
@@ -137,7 +143,7 @@ def exp_and_total(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reverse_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """KL(p_student || p_reference) of each row, and its gradient to the student's logits.
+    """KL(p_student || p_reference) of each row, and its gradient to the student's logits: (3) and (6).
 
     z, ref_z: (rows, V) logits less each row's largest; their memory is used for what is returned.
     Returns (kl, exp, total, gradient, scale): kl (rows, 1), the student's exp and total, and (rows, V) `gradient`,
@@ -149,12 +155,12 @@ def reverse_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor
     log_ratio = ref_z.neg_().add_(z)  # log p_s - log p_r, up to a constant of the row
     exp, total = exp_and_total(z)
     mean = torch.einsum("rv,rv->r", exp, log_ratio)[:, None] / total
-    kl = mean - total.log() + ref_total.log()
-    return kl, exp, total, log_ratio.sub_(mean).mul_(exp), total  # the constant drops out
+    kl = mean - total.log() + ref_total.log()  # (3)
+    return kl, exp, total, log_ratio.sub_(mean).mul_(exp), total  # (6); the constant drops out
 
 
 def forward_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """KL(p_reference || p_student): as `reverse_kl_chunk`; `gradient` divided by `scale` is p_s - p_r."""
+    """(4) and (7): as `reverse_kl_chunk` with KL(p_reference || p_student); `gradient` / `scale` is p_s - p_r."""
     import torch
 
     cross = torch.zeros_like(z[:, :1])  # sum over the vocabulary of exp(ref_z) * (ref_z - z), in parts to save memory
@@ -163,9 +169,9 @@ def forward_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor
         cross = cross + torch.einsum("rv,rv->r", ref_part.exp_(), difference)[:, None]
     ref_exp, ref_total = ref_z, ref_z.sum(1, keepdim=True)
     exp, total = exp_and_total(z)
-    kl = cross / ref_total - ref_total.log() + total.log()
+    kl = cross / ref_total - ref_total.log() + total.log()  # (4)
     scale = torch.minimum(total, ref_total)  # keeps both parts at most 1, the range of half types
-    return kl, exp, total, ref_exp.mul_(-scale / ref_total).addcmul_(exp, scale / total), scale
+    return kl, exp, total, ref_exp.mul_(-scale / ref_total).addcmul_(exp, scale / total), scale  # (7)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,14 +19,15 @@ from trl import DPOConfig, DPOTrainer
 from trl.data_utils import common_prefix_length
 
 from llm_alignment.adapters import adapter_kept_in_float32, adapter_off, new_adapter
-from llm_alignment.batches import sort_by_length, token_counts
+from llm_alignment.anchored_loss import fused_nll_kl
+from llm_alignment.batches import depends_on_batch, sort_by_length, token_counts
 from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import digest
 from llm_alignment.flags import losses
 from llm_alignment.models import inner_model
 from llm_alignment.plots import LOSS, REWARDS, plot_curves, save_figure
 from llm_alignment.prefixes import GroupedOrder, add_prefix_sharing, groups_of, no_sharing_reason
-from llm_alignment.processes import main_process, matmul_float32
+from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle, fit_prompt
 from llm_alignment.reference import add_reference
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
@@ -94,7 +95,7 @@ class SharedPromptTrainer(DPOTrainer):
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        if self.order:  # which decides itself what meets in a micro-batch
+        if self.order or depends_on_batch(self.args.loss_type):  # the order says what meets in a micro-batch
             return loader
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         return sort_by_length(loader, self.args, token_counts(self.train_dataset, *columns))
@@ -215,18 +216,20 @@ def answer_log_probs(
     texts = [pair["prompt"] + pair[side] + tokenizer.eos_token for side in ("chosen", "rejected")]
     rows = [tokenizer(text)["input_ids"] for text in texts]
     start = min(common_prefix_length(prompt, row) for row in rows)
-    ids = pad_sequence([torch.tensor(row[:max_length], device=model.device) for row in rows], batch_first=True)
+    cut = [torch.tensor(row[:max_length], device=model.device) for row in rows]
+    ids = pad_sequence(cut, batch_first=True)
     cache = DynamicCache()
     base = inner_model(model)
     with torch.no_grad():
         base.base_model(ids[:1, : start - 1], past_key_values=cache)
         cache.batch_repeat_interleave(2)
         hidden = base.base_model(ids[:, start - 1 :], past_key_values=cache).last_hidden_state[:, :-1]
-        # in float32: rounded to bf16, the logits of two answers that are about as likely tell little
-        logits = matmul_float32(hidden.flatten(0, 1), base.get_output_embeddings().weight.T)
-    log_probs = logits.log_softmax(dim=-1).unflatten(0, hidden.shape[:2]).gather(2, ids[:, start:, None])[..., 0]
-    lengths = [min(len(row), max_length) - start for row in rows]
-    return [log_probs[row, :length].sum().item() for row, length in enumerate(lengths)]
+        # summed in float32: rounded to bf16, the logits of two answers that are about as likely tell little
+        weight = base.get_output_embeddings().weight
+        return [
+            -fused_nll_kl(states[: len(row) - start], weight, row[start:], num_items=1)[1].item()
+            for states, row in zip(hidden, cut, strict=True)
+        ]
 
 
 def summarise_rewards(rows: list[dict]) -> dict:

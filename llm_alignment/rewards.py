@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from llm_alignment.devices import tf32
 from llm_alignment.files import InputError, file_sha256
 from llm_alignment.hub import commit_of
 from llm_alignment.model_files import check_files, fetch_model
@@ -21,8 +23,9 @@ class RewardModel:
     """A sequence classifier with one label that scores conversations ending with the assistant's answer.
 
     Follows the cards of Skywork-Reward-V2: the reward model's own chat template, one BOS, the raw logit. Always in
-    float32: bf16 moves scores by up to 0.1 and makes ties. `device` None takes the GPU when there is one. Code of its
-    repository runs only with `trust_remote_code`. Raises InputError when `name` is no such model.
+    float32: bf16 moves scores by up to 0.1 and makes ties. `device` None takes the GPU when there is one; the model is
+    on it while it scores, and in host memory else. Code of its repository runs only with `trust_remote_code`. Raises
+    InputError when `name` is no such model.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class RewardModel:
         from llm_alignment.models import check_vocabulary, end_of_turn, from_pretrained, read_tokenizer
 
         what = f"--reward_model {name}"
+        self.device = torch.device(device) if device else device_and_dtype()[0]
         folder = fetch_model(name, None, "--reward_model")
         check_files(folder, what)
         self.tokenizer = read_tokenizer(folder, what, trust_remote_code=trust_remote_code)
@@ -49,7 +53,7 @@ class RewardModel:
             what,
             advice="name a chat sequence classifier with one label",
             dtype=torch.float32,
-            device_map={"": torch.device(device) if device else device_and_dtype()[0]},
+            device_map="meta" if self.device.type == "meta" else "cpu",
             trust_remote_code=trust_remote_code,
         )
         if self.model.config.num_labels != 1:
@@ -61,6 +65,8 @@ class RewardModel:
         self.max_length = min(config.max_position_embeddings, self.tokenizer.model_max_length)
         self.default_system = default_system_turn(self.tokenizer)
         self.commit = commit_of(folder)
+        # What the tokenizer appends, an end of text, is left out: the reward is read where the conversation ends.
+        self.begins_with_bos = self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
         self.fingerprint = {
             "name": name,
             "weights": [file_sha256(path)[:16] for path in sorted(folder.glob("*.safetensors"))],
@@ -72,36 +78,47 @@ class RewardModel:
         import torch
 
         inputs = [self.encode(conversation) for conversation in conversations]
-        # Padding goes by this id alone, so a tokenizer without a pad token gets one that no conversation holds.
+        # The model reads the last token that is not this one, so it must stand in no conversation: a tokenizer may pad
+        # with the token that ends a turn.
         used = {token for ids in inputs for token in ids}
-        pad = self.tokenizer.pad_token_id
-        if pad is None:
-            pad = next(token for token in range(self.model.config.get_text_config().vocab_size) if token not in used)
-        self.model.config.get_text_config().pad_token_id = pad
+        config = self.model.config.get_text_config()
+        pad = config.pad_token_id = next(token for token in range(config.vocab_size) if token not in used)
 
         def score_batch(batch: list[int]) -> Iterator[tuple[int, float]]:
             width = max(len(inputs[index]) for index in batch)
             ids = [inputs[index] + [pad] * (width - len(inputs[index])) for index in batch]
             mask = [[1] * len(inputs[index]) + [0] * (width - len(inputs[index])) for index in batch]
             tensors = torch.tensor([ids, mask], device=self.model.device)
-            with torch.no_grad():
-                logits = self.model(input_ids=tensors[0], attention_mask=tensors[1], use_cache=False).logits
+            logits = self.model(input_ids=tensors[0], attention_mask=tensors[1], use_cache=False).logits
             return enumerate(logits[:, 0].tolist())
 
         order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]))
-        rewards = dict(halved_when_full(order, self.batch_size, score_batch))
+        with torch.no_grad(), tf32(False), self.on_device():
+            rewards = dict(halved_when_full(order, self.batch_size, score_batch))
         if not all(map(math.isfinite, rewards.values())):
             raise InputError(f"--reward_model {self.fingerprint['name']}: a reward is not finite; name another model")
         return [rewards[index] for index in range(len(inputs))]
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Inside, the weights are on the device that scores; then in host memory again, and the device's is free."""
+        import torch
+
+        try:
+            self.model.to(self.device)
+            yield
+        finally:
+            self.model.to("cpu")
+            torch.cuda.empty_cache()
 
     def encode(self, conversation: list[dict]) -> list[int]:
         """Token ids of a conversation, no longer than the model's context."""
         turns = [dict(turn) for turn in conversation]
         while True:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-            ids = self.tokenizer(text.replace(self.default_system, "", 1)).input_ids
-            while ids[:2] == [self.tokenizer.bos_token_id] * 2:  # one from the template, one from the tokenizer
-                ids = ids[1:]
+            ids = self.tokenizer(text.replace(self.default_system, "", 1), add_special_tokens=False).input_ids
+            if self.begins_with_bos and ids[:1] != [self.tokenizer.bos_token_id]:  # else the template wrote it
+                ids = [self.tokenizer.bos_token_id, *ids]
             excess = len(ids) - self.max_length
             if excess <= 0:
                 return ids
