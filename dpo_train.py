@@ -34,7 +34,7 @@ from llm_alignment.dpo import (
 from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
 from llm_alignment.flags import DPO_DEMO, new_parser, not_negative, parse_arguments
 from llm_alignment.instructions import instruct_questions
-from llm_alignment.leaks import leak_finder, without_leaks
+from llm_alignment.leaks import LeakFinder, asked_passages, without_leaks
 from llm_alignment.models import check_model, load_tokenizer
 from llm_alignment.preferences import read_pairs, transcript
 from llm_alignment.runs import recorded_run
@@ -54,6 +54,7 @@ from llm_alignment.tatqa import (
     tatqa_parse,
     tatqa_prompt,
 )
+from llm_alignment.texts import normalise_text
 from llm_alignment.training import check_output_folder, newest_complete
 from mtbench_eval import all_mtbench_questions, dpo_evaluations
 
@@ -222,10 +223,11 @@ def own_pairs(args: argparse.Namespace, mtbench: list[dict]) -> tuple[list[dict]
     """
     counts: dict[str, int] = {}
     pairs = read_pairs(args.pairs, "--pairs", thinking=args.thinking)
-    pairs = without_leaks(pairs, leak_finder(asked_texts(args, mtbench)), "pairs", counts)
+    finder = LeakFinder(asked_texts(args, mtbench), {"MT-Bench question": asked_passages(mtbench)})
+    pairs = without_leaks(pairs, finder, "pairs", counts)
     by_prompt: dict[str, list[dict]] = {}
     for pair in pairs:
-        by_prompt.setdefault(transcript(pair["prompt"]), []).append(pair)
+        by_prompt.setdefault(normalise_text(transcript(pair["prompt"])), []).append(pair)
     needed = 2 if args.eval_pairs else 1
     if len(by_prompt) < needed:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Reddit and Finance-Instruct pairs, and their mixes."""
+"""Finance-Instruct pairs, and the mixes of pairs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -16,18 +16,13 @@ from llm_alignment.files import InputError, ResultFile, digest, sample
 from llm_alignment.flags import not_negative, positive, ratio, temperature
 from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.hub import read_usable
-from llm_alignment.leaks import (
-    hold_out_instructions,
-    hold_out_posts,
-    leak_finder,
-    leak_snippet,
-    normalise_text,
-    without_leaks,
-)
+from llm_alignment.leaks import LeakFinder, asked_passages, without_leaks
 from llm_alignment.models import load_model, model_fingerprint, on_main_process
-from llm_alignment.preferences import GENERAL_COLUMNS, merge_system_prompt, post_text, read_pairs
+from llm_alignment.preferences import GENERAL_COLUMNS, merge_system_prompt, read_pairs
+from llm_alignment.reddit import hold_out_posts, leak_snippet, read_comments, reddit_pairs
 from llm_alignment.runs import timed
 from llm_alignment.tatqa import question_texts, tatqa_file
+from llm_alignment.texts import normalise_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,42 +97,12 @@ def two_way_shares(args: argparse.Namespace) -> dict[str, Fraction]:
     return {"reddit": reddit, "finance": 1 - reddit}
 
 
-REDDIT_COLUMNS = ("id", "title", "body", "comment_normalized_score")  # selftext and subreddit may be absent
-
-
-def read_comments(args: argparse.Namespace) -> list[dict]:
-    """The usable rows of --reddit_dataset, one for each comment; an id that is a number becomes a text."""
-    rows = read_usable(args.reddit_dataset, "--reddit_dataset", reddit_problem, ", ".join(REDDIT_COLUMNS))
-    return [{**row, "id": str(row["id"])} for row in rows]
-
-
-def reddit_problem(row: dict) -> str | None:
-    """The reason why a row of one post and one comment cannot be used; None when it can."""
-    missing = [column for column in REDDIT_COLUMNS if column not in row]
-    if missing:
-        return f"missing columns: {', '.join(missing)}"
-    if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
-        return "id is neither a text nor a whole number"
-    for column in ("title", "body", "selftext"):
-        if not isinstance(row.get(column, ""), str):
-            return f"{column} is no text"
-    for column in ("id", "title", "body"):
-        if not str(row[column]).strip():
-            return f"empty {column}"
-    score = row["comment_normalized_score"]
-    if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
-        return f"comment_normalized_score {score!r} is not a number"
-    return None
-
-
-def read_instructions(args: argparse.Namespace) -> list[dict[str, str]]:
-    """The usable rows of --finance_dataset as instructions {"prompt", "chosen", "uid", "user"}.
+def read_instructions(source: str) -> list[dict[str, str]]:
+    """The usable rows of `source` (--finance_dataset) as instructions {"prompt", "chosen", "uid", "user"}.
 
     `prompt` is the user's text after the system text, `chosen` the reference answer, `user` the user's text alone.
     """
-    rows = read_usable(
-        args.finance_dataset, "--finance_dataset", finance_problem, "user, assistant and perhaps system"
-    )
+    rows = read_usable(source, "--finance_dataset", finance_problem, "user, assistant and perhaps system")
     instructions = []
     for row in rows:
         prompt, chosen = merge_system_prompt(row.get("system"), row["user"]), row["assistant"].strip()
@@ -159,46 +124,30 @@ def finance_problem(row: dict) -> str | None:
     return None
 
 
-def reddit_pairs(
-    rows: list[dict],
-    *,
-    min_post_chars: int = 120,
-    min_comment_chars: int = 40,
-    max_post_chars: int = 2000,
-    score_margin: float = 0.10,
-    length_tol: float = 0.6,
-    max_pairs_per_post: int = 1,
-) -> list[dict[str, str]]:
-    """Preference pairs of the posts with at least two comments, sorted by uid; the order of `rows` does not matter.
+def hold_out_instructions(instructions: list[dict], limit: int) -> tuple[list[dict], list[dict]]:
+    """`limit` instructions as evaluation questions, chosen by a hash of their text, and the other instructions.
 
-    chosen is the comment with the best `comment_normalized_score`. rejected are the lowest siblings, at most
-    `max_pairs_per_post`, that lie `score_margin` or more below it and differ from its length by at most `length_tol`
-    of it; without any, the lowest sibling. A post whose comments are equal in text or in score gives no pair.
+    A question keeps the user's text as `instruction` and the answer as `reference`. Instructions of less than four
+    words are not chosen: too many texts would contain them.
     """
-    posts: dict[str, list[dict]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: (row["comment_normalized_score"], row["body"], row["title"])):
-        if len(row["body"].strip()) >= min_comment_chars:
-            posts[row["id"]].append(row)
-    pairs: list[dict[str, str]] = []
-    for post_id, comments in sorted(posts.items()):
-        *siblings, best = comments
-        prompt, chosen = post_text(best, max_post_chars), best["body"].strip()
-        if not siblings or len(prompt) < min_post_chars:
-            continue
-
-        def is_worse(row: dict, margin: float = 0.0, best: dict = best, chosen: str = chosen) -> bool:
-            gap = best["comment_normalized_score"] - row["comment_normalized_score"]
-            return gap > 0 and gap >= margin and row["body"].strip() != chosen
-
-        def is_as_long(row: dict, chosen: str = chosen) -> bool:
-            return abs(len(row["body"].strip()) - len(chosen)) <= length_tol * len(chosen)
-
-        near = [row for row in siblings if is_worse(row, score_margin) and is_as_long(row)]
-        rejected = near[:max_pairs_per_post] or list(filter(is_worse, siblings[:1]))
-        for number, row in enumerate(rejected):
-            uid = f"reddit:{post_id}:{number}"
-            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": row["body"].strip(), "uid": uid})
-    return pairs
+    by_text: dict[str, dict] = {}
+    for instruction in sorted(instructions, key=lambda instruction: instruction["uid"]):
+        text = normalise_text(instruction["user"])
+        if text.count(" ") >= 3:
+            by_text.setdefault(text, instruction)
+    chosen = [by_text[text] for text in sorted(by_text, key=lambda text: digest("evaluation", text))[:limit]]
+    questions = [
+        {
+            "question_id": instruction["uid"],
+            "category": "finance",
+            "turns": [instruction["prompt"]],
+            "instruction": instruction["user"],
+            "reference": instruction["chosen"],
+        }
+        for instruction in chosen
+    ]
+    taken = {instruction["uid"] for instruction in chosen}
+    return questions, [instruction for instruction in instructions if instruction["uid"] not in taken]
 
 
 def distinct(instructions: list[dict]) -> list[dict]:
@@ -368,8 +317,8 @@ def load_data(args: argparse.Namespace, sources: set[str], mtbench_questions: li
     forbidden = {"MT-Bench question": [question["turns"][0] for question in mtbench_questions]}
     if args.do_eval:
         forbidden["TAT-QA question"] = question_texts(tatqa_file(args, args.eval_split))
-    comments = read_comments(args) if args.do_reddit or "reddit" in sources else []
-    instructions = read_instructions(args) if args.do_instruct or "finance" in sources else []
+    comments = read_comments(args.reddit_dataset) if args.do_reddit or "reddit" in sources else []
+    instructions = read_instructions(args.finance_dataset) if args.do_instruct or "finance" in sources else []
     if args.do_reddit:
         data.questions["reddit"], comments = hold_out_posts(
             comments,
@@ -382,7 +331,8 @@ def load_data(args: argparse.Namespace, sources: set[str], mtbench_questions: li
         data.questions["finance_instruct"], instructions = hold_out_instructions(instructions, args.instruct_limit)
         asked = data.questions["finance_instruct"]
         forbidden["evaluation instruction"] = [question["instruction"] for question in asked]
-    fill_items(args, data, sources, comments, instructions, leak_finder(forbidden))
+    finder = LeakFinder(forbidden, {"MT-Bench question": asked_passages(mtbench_questions)})
+    fill_items(args, data, sources, comments, instructions, finder)
     check_nothing_is_empty(args, data)
     return data
 
@@ -393,7 +343,7 @@ def fill_items(
     sources: set[str],
     comments: list[dict],
     instructions: list[dict],
-    find_leak: Callable[[str], str | None],
+    finder: LeakFinder,
 ) -> None:
     """Puts the items of `sources` that hold no leak into `data`, in an order that the seed gives."""
     if "reddit" in sources:
@@ -406,16 +356,16 @@ def fill_items(
             length_tol=args.reddit_length_tol,
             max_pairs_per_post=args.reddit_max_pairs_per_post,
         )
-        pairs = without_leaks(pairs, find_leak, "reddit", data.counts)
+        pairs = without_leaks(pairs, finder, "reddit", data.counts)
         size = math.floor(Fraction(str(args.reddit_sample_rate)) * len(pairs))
         data.items["reddit"] = sample(pairs, size, args.seed)
         log.info("reddit: %d pairs, sampled to %d", len(pairs), size)
     if "finance" in sources:
-        clean = distinct(without_leaks(instructions, find_leak, "finance", data.counts))
+        clean = distinct(without_leaks(instructions, finder, "finance", data.counts))
         data.items["finance"] = sample(clean, len(clean), args.seed)
     if "general" in sources:
         pairs = read_pairs(args.general_dataset, "--general_dataset", thinking=args.thinking)
-        pairs = without_leaks(pairs, find_leak, "general", data.counts)
+        pairs = without_leaks(pairs, finder, "general", data.counts)
         data.items["general"] = sample(pairs, len(pairs), args.seed)
 
 

@@ -172,16 +172,3 @@ def transcript(prompt: str | list[dict[str, str]]) -> str:
 def merge_system_prompt(system: str | None, user: str) -> str:
     """One user turn with the system turn's text before it: the evaluations have no system turn either."""
     return f"{system.strip()}\n\n{user.strip()}" if system and system.strip() else user.strip()
-
-
-def post_text(row: dict, max_chars: int) -> str:
-    """Title and text of a post, cut at a word to `max_chars` characters."""
-    return cut_at_word(f"{row['title'].strip()}\n\n{row.get('selftext', '').strip()}".strip(), max_chars)
-
-
-def cut_at_word(text: str, max_chars: int) -> str:
-    """The first words of a text, at most `max_chars` characters; a first word that is longer is cut within."""
-    if len(text) <= max_chars:
-        return text
-    words = text[: max_chars + 1].rsplit(None, 1)[0]
-    return words if len(words) <= max_chars else text[:max_chars]

@@ -31,9 +31,9 @@ from llm_alignment.generation import (
 )
 from llm_alignment.hub import hub_files
 from llm_alignment.models import evaluating, main_process, on_main_process
-from llm_alignment.preferences import cut_at_word
 from llm_alignment.prefixes import shared_lengths
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
+from llm_alignment.texts import cut_at_word
 
 if TYPE_CHECKING:
     from peft import PeftModel

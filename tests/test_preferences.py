@@ -7,7 +7,7 @@ from conftest import DEMO, write_rows
 
 from llm_alignment import generation, models, preferences
 from llm_alignment.files import InputError
-from llm_alignment.leaks import leak_finder, without_leaks
+from llm_alignment.leaks import LeakFinder, without_leaks
 
 LONG = "Human: Hi\n\nAssistant: Hello!\n\nHuman: Why?"
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -222,9 +222,9 @@ def test_thoughts_are_trained_on_with_thinking_alone(chosen, rejected, thinking,
 
 
 def test_a_leak_in_an_earlier_turn_is_found():
-    find = leak_finder({"question": ["What is the total of all sales?"]})
+    finder = LeakFinder({"question": ["What is the total of all sales?"]})
     item = {"prompt": dialogue("What is the total of all sales?", "It is 7.", "And then?"), "chosen": "8"}
-    assert without_leaks([item], find, "general", {}) == []
+    assert without_leaks([item], finder, "general", {}) == []
 
 
 def test_a_dialogue_goes_through_the_chat_template_as_turns():
