@@ -45,8 +45,8 @@ def judge_report(rows: list[dict]) -> dict:
       1934); None without such pairs. The names are "all"; the scripts of the prompts (latin, cyrillic, ...);
       "longer", "like", "shorter" by the length of chosen beside rejected; "two_scripts" where the answers' scripts
       differ. A judge of length alone agrees with all of "longer" and none of "shorter".
-    - "longer_preferred", "longer_chosen": in per cent of the pairs of unequal lengths and rewards, how often the longer
-      answer has the higher reward, and how often it is the chosen one.
+    - "longer_preferred", "longer_chosen": in per cent of the pairs of unequal lengths and rewards, how often the
+      longer answer has the higher reward, and how often it is the chosen one.
     - "length_explains": r squared, in per cent, of the reward differences and the differences in the logarithm of
       length, in characters. Through the origin, as it must not matter which answer comes first; None without any.
     """

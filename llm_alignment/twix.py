@@ -22,8 +22,8 @@ from llm_alignment.batches import sorted_within_steps
 from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.generation import strip_thinking
 from llm_alignment.hub import Rows, hub_dataset, hub_rows, open_dataset
+from llm_alignment.messages import content_text, without_thought
 from llm_alignment.models import all_processes
-from llm_alignment.preferences import content_text, without_thought
 
 if TYPE_CHECKING:
     import datasets
