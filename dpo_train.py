@@ -37,7 +37,7 @@ from llm_alignment.flags import (
     parse_arguments,
 )
 from llm_alignment.instructions import instruct_questions
-from llm_alignment.leaks import leak_finder, without_leaks
+from llm_alignment.leaks import LeakFinder, asked_passages, without_leaks
 from llm_alignment.preferences import read_pairs, transcript
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle
@@ -58,6 +58,7 @@ from llm_alignment.tatqa import (
     tatqa_parse,
     tatqa_prompt,
 )
+from llm_alignment.texts import normalise_text
 from mtbench_eval import load_questions, sample_questions
 
 if TYPE_CHECKING:
@@ -247,7 +248,8 @@ def pairs_and_evaluations(
             "MT-Bench question": [question["turns"][0] for question in mtbench],
             "instruction": [row["turns"][0] for row in instruct_questions(0, args.seed)] if instructions else [],
         }
-        pairs, held_out, data = own_pairs(args.pairs, choice, forbidden)
+        finder = LeakFinder(forbidden, {"MT-Bench question": asked_passages(mtbench)})
+        pairs, held_out, data = own_pairs(args.pairs, choice, finder)
     else:
         pairs, held_out, data = table_pairs(args.tatqa_dir, args.tatqa_split, args.eval_split, choice, content)
         if pairs and tatqa and args.eval_split == args.tatqa_split:
@@ -299,20 +301,19 @@ class PairChoice:
         return random.Random(self.seed).sample(pairs, limit) if 0 < limit < len(pairs) else pairs
 
 
-def own_pairs(source: str, choice: PairChoice, forbidden: dict[str, list[str]]) -> tuple[list[dict], list[dict], dict]:
+def own_pairs(source: str, choice: PairChoice, finder: LeakFinder) -> tuple[list[dict], list[dict], dict]:
     """Pairs to train on and held-out ones from --pairs, and the fingerprint of the data.
 
-    Pairs that contain a `forbidden` text, the question of an evaluation, are left out and counted. --eval_pairs are
+    Pairs that contain the question of an evaluation are left out and counted. --eval_pairs are
     taken prompt by prompt in the order of a hash, at most half of the prompts, so that no prompt is on both sides and
     the choice does not depend on the seed. Raises InputError when no prompt is left to train on, or to hold out.
     """
     counts: dict[str, int] = {}
-    pairs = without_leaks(
-        read_pairs(source, "--pairs", thinking=choice.thinking), leak_finder(forbidden), "pairs", counts
-    )
+    pairs = read_pairs(source, "--pairs", thinking=choice.thinking)
+    pairs = without_leaks(pairs, finder, "pairs", counts)
     by_prompt: dict[str, list[dict]] = {}
     for pair in pairs:
-        by_prompt.setdefault(transcript(pair["prompt"]), []).append(pair)
+        by_prompt.setdefault(normalise_text(transcript(pair["prompt"])), []).append(pair)
     needed = 2 if choice.eval_pairs else 1
     if len(by_prompt) < needed:
         raise InputError(

@@ -37,6 +37,7 @@ from llm_alignment.flags import (
     positive,
     ratio,
 )
+from llm_alignment.leaks import asked_passages
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle
 from llm_alignment.runs import begin, check_writable, recorded_run, timed
@@ -195,6 +196,7 @@ def pairs_and_evaluations(
             "MT-Bench question": [question["turns"][0] for question in mtbench],
             "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
         },
+        {"MT-Bench question": asked_passages(mtbench)},
     )
     evaluations, reward_commit = domains.dpo_evaluations(
         setup.tokenizer,

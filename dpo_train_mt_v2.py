@@ -58,6 +58,7 @@ from llm_alignment.flags import (
     parse_arguments,
     positive,
 )
+from llm_alignment.leaks import asked_passages
 from llm_alignment.processes import main_process, on_main_process
 from llm_alignment.prompts import PromptStyle
 from llm_alignment.runs import begin, check_writable, recorded_run, timed
@@ -443,6 +444,7 @@ def pairs_and_evaluations(
             "MT-Bench question": [question["turns"][0] for question in mtbench],
             "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
         },
+        {"MT-Bench question": asked_passages(mtbench)},
     )
     evaluations, reward_commit = domains.dpo_evaluations(
         setup.tokenizer,

@@ -43,7 +43,7 @@ from llm_alignment.flags import (
 from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.hub import read_usable
 from llm_alignment.instructions import instruct_questions
-from llm_alignment.leaks import leak_finder, without_leaks
+from llm_alignment.leaks import LeakFinder, without_leaks
 from llm_alignment.models import adapter_sha256, load_adapter, load_model, load_tokenizer, model_fingerprint
 from llm_alignment.preferences import merge_system_prompt, read_turns
 from llm_alignment.rewards import RewardModel
@@ -120,7 +120,7 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
         twice = len(rows) - len(prompts)
         log.info("%s: %d prompts stand there more than once; each is used once", args.prompts, twice)
     counts: dict[str, int] = {}
-    clean = without_leaks(list(prompts.values()), leak_finder(asked_texts(args)), "prompts", counts)
+    clean = without_leaks(list(prompts.values()), LeakFinder(asked_texts(args)), "prompts", counts)
     if not clean:
         raise InputError(f"--prompts {args.prompts}: the evaluations ask every one of them; name other prompts")
     return clean

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -16,18 +16,13 @@ from llm_alignment.evaluation import Evaluation, read_items
 from llm_alignment.files import InputError, digest, sample
 from llm_alignment.generation import MAX_BATCH_SIZE, Decoding, generate
 from llm_alignment.hub import read_usable
-from llm_alignment.leaks import (
-    hold_out_instructions,
-    hold_out_posts,
-    leak_finder,
-    leak_snippet,
-    normalise_text,
-    without_leaks,
-)
+from llm_alignment.leaks import LeakFinder, without_leaks
 from llm_alignment.models import Base, base_fingerprint, load_model
-from llm_alignment.preferences import merge_system_prompt, post_text, read_pairs
+from llm_alignment.preferences import merge_system_prompt, read_pairs
 from llm_alignment.prompts import strip_thinking
+from llm_alignment.reddit import hold_out_posts, leak_snippet, read_comments, reddit_pairs
 from llm_alignment.results import baseline_cache
+from llm_alignment.texts import normalise_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,34 +53,6 @@ class DataSettings:
     seed: int
 
 
-REDDIT_COLUMNS = ("id", "title", "body", "comment_normalized_score")  # selftext and subreddit may be absent
-
-
-def read_comments(source: str) -> list[dict]:
-    """The usable rows of --reddit_dataset, one for each comment; an id that is a number becomes a text."""
-    rows = read_usable(source, "--reddit_dataset", reddit_problem, ", ".join(REDDIT_COLUMNS))
-    return [{**row, "id": str(row["id"])} for row in rows]
-
-
-def reddit_problem(row: dict) -> str | None:
-    """The reason why a row of one post and one comment cannot be used; None when it can."""
-    missing = [column for column in REDDIT_COLUMNS if column not in row]
-    if missing:
-        return f"missing columns: {', '.join(missing)}"
-    if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
-        return "id is neither a text nor a whole number"
-    for column in ("title", "body", "selftext"):
-        if not isinstance(row.get(column, ""), str):
-            return f"{column} is no text"
-    for column in ("id", "title", "body"):
-        if not str(row[column]).strip():
-            return f"empty {column}"
-    score = row["comment_normalized_score"]
-    if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
-        return f"comment_normalized_score {score!r} is not a number"
-    return None
-
-
 def read_instructions(source: str) -> list[dict[str, str]]:
     """The usable rows of --finance_dataset as instructions {"prompt", "chosen", "uid", "user"}.
 
@@ -113,46 +80,30 @@ def finance_problem(row: dict) -> str | None:
     return None
 
 
-def reddit_pairs(
-    rows: list[dict],
-    *,
-    min_post_chars: int = 120,
-    min_comment_chars: int = 40,
-    max_post_chars: int = 2000,
-    score_margin: float = 0.10,
-    length_tol: float = 0.6,
-    max_pairs_per_post: int = 1,
-) -> list[dict[str, str]]:
-    """Preference pairs of the posts with at least two comments, sorted by uid; the order of `rows` does not matter.
+def hold_out_instructions(instructions: list[dict], limit: int) -> tuple[list[dict], list[dict]]:
+    """`limit` instructions as evaluation questions, chosen by a hash of their text, and the other instructions.
 
-    chosen is the comment with the best `comment_normalized_score`. rejected are the lowest siblings, at most
-    `max_pairs_per_post`, that lie `score_margin` or more below it and differ from its length by at most `length_tol`
-    of it; without any, the lowest sibling. A post whose comments are equal in text or in score gives no pair.
+    A question keeps the user's text as `instruction` and the answer as `reference`. Instructions of less than four
+    words are not chosen: too many texts would contain them.
     """
-    posts: dict[str, list[dict]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: (row["comment_normalized_score"], row["body"], row["title"])):
-        if len(row["body"].strip()) >= min_comment_chars:
-            posts[row["id"]].append(row)
-    pairs: list[dict[str, str]] = []
-    for post_id, comments in sorted(posts.items()):
-        *siblings, best = comments
-        prompt, chosen = post_text(best, max_post_chars), best["body"].strip()
-        if not siblings or len(prompt) < min_post_chars:
-            continue
-
-        def is_worse(row: dict, margin: float = 0.0, best: dict = best, chosen: str = chosen) -> bool:
-            gap = best["comment_normalized_score"] - row["comment_normalized_score"]
-            return gap > 0 and gap >= margin and row["body"].strip() != chosen
-
-        def is_as_long(row: dict, chosen: str = chosen) -> bool:
-            return abs(len(row["body"].strip()) - len(chosen)) <= length_tol * len(chosen)
-
-        near = [row for row in siblings if is_worse(row, score_margin) and is_as_long(row)]
-        rejected = near[:max_pairs_per_post] or list(filter(is_worse, siblings[:1]))
-        for number, row in enumerate(rejected):
-            uid = f"reddit:{post_id}:{number}"
-            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": row["body"].strip(), "uid": uid})
-    return pairs
+    by_text: dict[str, dict] = {}
+    for instruction in sorted(instructions, key=lambda instruction: instruction["uid"]):
+        text = normalise_text(instruction["user"])
+        if text.count(" ") >= 3:
+            by_text.setdefault(text, instruction)
+    chosen = [by_text[text] for text in sorted(by_text, key=lambda text: digest("evaluation", text))[:limit]]
+    questions = [
+        {
+            "question_id": instruction["uid"],
+            "category": "finance",
+            "turns": [instruction["prompt"]],
+            "instruction": instruction["user"],
+            "reference": instruction["chosen"],
+        }
+        for instruction in chosen
+    ]
+    taken = {instruction["uid"] for instruction in chosen}
+    return questions, [instruction for instruction in instructions if instruction["uid"] not in taken]
 
 
 def distinct(instructions: list[dict]) -> list[dict]:
@@ -327,11 +278,13 @@ class TrainingData:
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def load_data(settings: DataSettings, sources: set[str], asked: dict[str, list[str]]) -> TrainingData:
+def load_data(
+    settings: DataSettings, sources: set[str], asked: dict[str, list[str]], passages: dict[str, list[str]]
+) -> TrainingData:
     """Reads the data of `sources` ("reddit", "finance", "general") and of the evaluations that the flags ask for.
 
-    What the evaluations ask is held out and not trained on: their own questions, and the texts `asked` by kind. Raises
-    InputError when a source or an evaluation has nothing left.
+    What the evaluations ask is held out and not trained on: their own questions, and `asked` and `passages`, which are
+    LeakFinder's. Raises InputError when a source or an evaluation has nothing left.
     """
     data = TrainingData()
     forbidden = dict(asked)
@@ -349,7 +302,7 @@ def load_data(settings: DataSettings, sources: set[str], asked: dict[str, list[s
         questions, instructions = hold_out_instructions(instructions, settings.instruct_limit)
         data.questions["finance_instruct"] = questions
         forbidden["evaluation instruction"] = [question["instruction"] for question in questions]
-    find_leak = leak_finder(forbidden)
+    finder = LeakFinder(forbidden, passages)
     if "reddit" in sources:
         pairs = reddit_pairs(
             comments,
@@ -360,16 +313,16 @@ def load_data(settings: DataSettings, sources: set[str], asked: dict[str, list[s
             length_tol=settings.reddit_length_tol,
             max_pairs_per_post=settings.reddit_max_pairs_per_post,
         )
-        pairs = without_leaks(pairs, find_leak, "reddit", data.counts)
+        pairs = without_leaks(pairs, finder, "reddit", data.counts)
         size = math.floor(Fraction(str(settings.reddit_sample_rate)) * len(pairs))
         data.items["reddit"] = sample(pairs, size, settings.seed)
         log.info("reddit: %d pairs, sampled to %d", len(pairs), size)
     if "finance" in sources:
-        clean = distinct(without_leaks(instructions, find_leak, "finance", data.counts))
+        clean = distinct(without_leaks(instructions, finder, "finance", data.counts))
         data.items["finance"] = sample(clean, len(clean), settings.seed)
     if "general" in sources:
         pairs = read_pairs(settings.general_dataset, "--general_dataset", thinking=settings.thinking)
-        pairs = without_leaks(pairs, find_leak, "general", data.counts)
+        pairs = without_leaks(pairs, finder, "general", data.counts)
         data.items["general"] = sample(pairs, len(pairs), settings.seed)
     check_nothing_is_empty(settings, data)
     return data

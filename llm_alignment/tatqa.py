@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import InputError, SkippedRows, digest, object_problem, open_data, parse_json
 from llm_alignment.hub import hub_files
-from llm_alignment.preferences import cut_at_word
 from llm_alignment.prefixes import shared_lengths
 from llm_alignment.prompts import PromptStyle, fit_prompt, strip_thinking
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
+from llm_alignment.texts import cut_at_word
 
 if TYPE_CHECKING:
     from peft import PeftModel
