@@ -122,7 +122,7 @@ def perplexity_delta(pairs: list[tuple[dict, dict]], delta: dict) -> dict:
     scale = min(losses.max(), MOST)
     left_out = (nll.sum(1, keepdims=True) - nll) / np.maximum(tokens.sum() - tokens, 1)
     mean, others = (np.diff(np.exp(np.minimum(part, MOST) - scale), axis=0)[0] for part in (losses, left_out))
-    own = paired_delta(np.zeros(len(pairs)), len(pairs) * mean - (len(pairs) - 1) * others)
+    own = paired_delta([0.0] * len(pairs), (len(pairs) * mean - (len(pairs) - 1) * others).tolist())
     first, ends = min(losses[0], MOST), {"mean": float(mean) * math.exp(scale), "low": None, "high": None}
     for key, side in (("low", 1), ("high", -1)):
         if delta[key] is not None:  # as if the perplexity before were known, or further out on the same side of 0
