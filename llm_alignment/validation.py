@@ -85,9 +85,31 @@ def compare_validation(before: list[dict], after: list[dict]) -> dict[str, dict]
     mean_tokens = sum(row["tokens"] for _, row in pairs) / len(pairs)
     sides = [[row["nll"] / mean_tokens for row in side] for side in zip(*pairs, strict=True)]
     row_means = [[row["nll"] / row["tokens"] for row in side] for side in zip(*pairs, strict=True)]
-    delta, perplexity = paired_delta(*sides), math.exp(min(sum(sides[0]) / len(pairs), MOST))
-    ends = {
-        key: None if delta[key] is None else perplexity * math.expm1(min(delta[key], MOST - math.log(perplexity)))
-        for key in ("mean", "low", "high")
-    }
-    return {"val_loss": delta, "val_loss_row_mean": paired_delta(*row_means), "ppl": {**delta, **ends}}
+    delta = paired_delta(*sides)
+    return {"val_loss": delta, "val_loss_row_mean": paired_delta(*row_means), "ppl": perplexity_delta(pairs, delta)}
+
+
+def perplexity_delta(pairs: list[tuple[dict, dict]], delta: dict) -> dict:
+    """The difference of the perplexities of (before, after) rows; `delta` is that of the validation loss.
+
+    The perplexity before is itself an estimate, which moves the difference. So the interval is that of the jackknife's
+    pseudo-values, one a row (Tukey 1958, Bias and confidence in not quite large samples, Ann. Math. Stat. 29, 614). p
+    is the loss's: both differences have one sign. So an end stays on the side of 0 on which the loss has it.
+    """
+    import numpy as np
+
+    tokens = np.array([row["tokens"] for _, row in pairs], np.float64)
+    nll = np.array([[row["nll"] for row in side] for side in zip(*pairs, strict=True)])
+    losses = nll.sum(1) / tokens.sum()
+    scale = min(losses.max(), MOST)
+    left_out = (nll.sum(1, keepdims=True) - nll) / np.maximum(tokens.sum() - tokens, 1)
+    mean, others = (np.diff(np.exp(np.minimum(part, MOST) - scale), axis=0)[0] for part in (losses, left_out))
+    own = paired_delta([0.0] * len(pairs), (len(pairs) * mean - (len(pairs) - 1) * others).tolist())
+    first, ends = min(losses[0], MOST), {"mean": float(mean) * math.exp(scale), "low": None, "high": None}
+    for key, side in (("low", 1), ("high", -1)):
+        if delta[key] is not None:  # as if the perplexity before were known, or further out on the same side of 0
+            known = math.exp(min(losses[0] + delta[key], MOST) - scale) - math.exp(first - scale)
+            found = (known, known if own[key] is None else own[key])
+            furthest = min(side * end for end in found if (side * end > 0) == (side * known > 0))
+            ends[key] = side * furthest * math.exp(scale)
+    return {**delta, **ends}
