@@ -15,7 +15,7 @@ json_keys  it is a JSON object with the keys `values`, or with the keys and valu
            `more`: others are allowed
 json_list  it is a JSON list: of `count` items, of the `values`, or `of` "string" or "number"
 in_order   `values` stand in it in this order, by the first place of each, as parts of words too
-script     nine of ten letters are of one of the scripts `values` ("latin", "cyrillic", as Unicode names them)
+script     nine of ten letters are of one of the scripts `values` ("latin", "cyrillic", ...)
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_checks(row: dict, place: str) -> list[dict]:
         raise InputError(f'{place}: no checks; give the question checks such as {{"type": "equals", "values": ["5"]}}')
     for check in checks:
         kind = check.get("type")
-        if kind not in TYPES:
+        if not isinstance(kind, str) or kind not in TYPES:
             raise InputError(f"{place}: check type {kind!r} is not known; use one of {', '.join(TYPES)}")
         if problem := check_problem(check, TYPES[kind][1]):
             raise InputError(f"{place}: the check {kind} {problem}")
@@ -79,8 +79,11 @@ def check_problem(check: dict, needed: tuple[str, ...]) -> str | None:
         return f"does not take {unknown[0]!r}; leave it out"
     count, values = check.get("count", 0), check.get("values", [""])
     limits = count if isinstance(count, list) and len(count) == 2 else [count]
-    if not all(type(limit) is int and limit >= 0 for limit in limits):
+    if not all(type(limit) is int and limit >= 0 for limit in limits) or limits != sorted(limits):
         return f"has the count {count!r}; make it a number or two, [least, most]"
+    for key in ("not", "case", "all", "more"):
+        if type(check.get(key, False)) is not bool:
+            return f"has {key!r} {check[key]!r}; make it true or false"
     if kind == "json_keys" and isinstance(values, dict):
         return None
     allowed = (str, int, float) if kind in {"number", "json_list"} else (str,)
@@ -88,8 +91,12 @@ def check_problem(check: dict, needed: tuple[str, ...]) -> str | None:
         return f"has values that are not a list of {'texts and numbers' if len(allowed) > 1 else 'texts'}"
     if not values and not check.get("more"):
         return "has an empty list of values; add one"
-    if check.get("of", "string") not in JSON_TYPES:
+    if kind == "script" and not set(values) <= SCRIPTS:
+        return f"has the values {values}; use some of {', '.join(sorted(SCRIPTS))}"
+    if check.get("of", "string") not in [*JSON_TYPES]:
         return f"has `of` {check['of']!r}; use one of {', '.join(JSON_TYPES)}"
+    if not isinstance(units := check.get("units", []), list) or not all(isinstance(unit, str) for unit in units):
+        return f"has the units {units!r}; make it a list of texts"
     for pattern in [*(values if kind == "regex" else []), check.get("matching", "")]:
         try:
             re.compile(pattern)
@@ -130,7 +137,7 @@ def lines(text: str) -> list[str]:
 
 
 BULLET = re.compile(r"(\d+[.)]|[-*+•])\s+")
-NUMBERED = re.compile(r"^\s*\d+[.)]\s", re.M)
+NUMBERED = re.compile(r"^\d+[.)] ", re.M)
 
 
 def listed(text: str) -> list[str]:
@@ -175,6 +182,7 @@ def in_range(number: int, count: int | list[int]) -> bool:
     return least <= number <= most
 
 
+SCRIPTS = set("arabic armenian cjk cyrillic devanagari georgian greek hangul hebrew latin thai".split())
 JSON_TYPES: dict[str, Any] = {"string": str, "number": (int, float)}
 
 
@@ -202,18 +210,18 @@ def contains(check: dict, text: str, asked: str) -> bool:
 
 
 def number(check: dict, text: str, asked: str) -> bool:
-    text = NUMBERED.sub(" ", plain(text, {}))
+    text = plain(text, {})
     wanted = {float(value) for value in check["values"] if not isinstance(value, str)}
     given = {reading for readings, *_ in numbers(plain(asked, {})) for reading in readings} - wanted
-    if any(isinstance(value, str) and stands_in(value, text) for value in check["values"]):
+    if any(isinstance(value, str) and stands_in(plain(value, {}), text) for value in check["values"]):
         return True
-    found = [entry for entry in numbers(text) if not entry[0] & given]
-    if not found:
-        return False
-    readings, start, end = found[-1]
-    unit = UNIT.match(text, end)
-    known = not unit or "units" not in check or unit[1].startswith(tuple(check["units"]))
-    return bool(readings & wanted) and known and not_denied(text, start, end)
+    for said in (NUMBERED.sub("", text), text):  # "2. so it is 8" or "8. It has eight legs"
+        if found := [entry for entry in numbers(said) if not entry[0] & given]:
+            readings, start, end = found[-1]
+            unit = UNIT.match(said, end)
+            known = not unit or "units" not in check or unit[1].startswith(tuple(check["units"]))
+            return bool(readings & wanted) and known and not_denied(said, start, end)
+    return False
 
 
 def regex(check: dict, text: str, asked: str) -> bool:
