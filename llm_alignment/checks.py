@@ -116,7 +116,7 @@ def passed(question: dict, text: str) -> list[bool]:
 
 SAME = str.maketrans("ёЁ“”„«»’‘−–—\u00a0\u202f", 'еЕ"""""\'\'---  ')
 FENCE = re.compile(r"```(?:\w*\n)?")
-EMPHASIS = re.compile(r"(\*\*|`)(?=\S)(.+?)\1")
+EMPHASIS = re.compile(r"(\*\*|`|\$)(?=\S)(.+?)(?<=\S)\1")  # of Markdown, and $a formula$
 LEAD_IN = re.compile(r"^[^:\n]{1,80}:\s+")
 
 
@@ -152,6 +152,7 @@ UNIT = re.compile(
     r"|week|month|year|percent|км|кг|см|мм|мл|мин|руб|коп|доллар|евро|метр|кило|грамм|литр|секунд|час|день|дня|дней|недел"
     r"|месяц|год|лет|процент)\w*|(?:m|g|l|s|h|t|м|г|л|с|ч|т)\b)"
 )
+CURRENCY = re.compile(r"([$€£₽]) ?\Z")
 
 
 def numbers(text: str) -> Iterator[tuple[set[float], int, int]]:
@@ -218,7 +219,7 @@ def number(check: dict, text: str, asked: str) -> bool:
     for said in (NUMBERED.sub("", text), text):  # "2. so it is 8" or "8. It has eight legs"
         if found := [entry for entry in numbers(said) if not entry[0] & given]:
             readings, start, end = found[-1]
-            unit = UNIT.match(said, end)
+            unit = UNIT.match(said, end) or CURRENCY.search(said[:start])
             known = not unit or "units" not in check or unit[1].startswith(tuple(check["units"]))
             return bool(readings & wanted) and known and not_denied(said, start, end)
     return False
