@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_alignment.anchored_loss import rows_at_once
+from llm_alignment.devices import free_memory
 from llm_alignment.files import (
     InputError,
     differing,
@@ -21,10 +23,12 @@ from llm_alignment.files import (
     write_atomic,
     write_json,
 )
+from llm_alignment.memory import GIB, fits_without_checkpointing, memory_estimate
 from llm_alignment.model_files import fetch_model
 from llm_alignment.models import (
     DDP_TIMEOUT,
     device_and_dtype,
+    gathered,
     main_process,
     named_device,
     new_adapter,
@@ -82,12 +86,10 @@ def optimiser_steps(args: argparse.Namespace, rows: int) -> int:
     return math.ceil(args.epochs * math.ceil(math.ceil(rows / (args.batch * processes())) / args.grad_acc))
 
 
-def memory_estimate(args: argparse.Namespace, tokens: int) -> dict[str, int]:
-    """Bytes that training takes on a device, by part, for examples of `tokens` tokens; a factor of 1.5 off at most.
+def memory_of(args: argparse.Namespace, tokens: int) -> dict[str, int]:
+    """`memory_estimate` for examples of `tokens` tokens; no weights are loaded.
 
-    "weights"; "adapter" with its gradient and Adam's two moments; "activations", what the layers keep for the backward
-    pass; "checkpointed", the same with gradient checkpointing; "logits" of the LM head's chunks. The weights are not
-    loaded. For DPO an example is a prompt and both answers.
+    For DPO an example is a prompt and both answers.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -96,64 +98,45 @@ def memory_estimate(args: argparse.Namespace, tokens: int) -> dict[str, int]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-        width = device_and_dtype(args.dtype)[1].itemsize
-        embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-        embedding_size = sum(parameter.numel() for parameter in embeddings)
-        rest = model.num_parameters() - embedding_size
         model = new_adapter(model, args)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    config = config.get_text_config()
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    query, key = config.num_attention_heads * head, config.num_key_value_heads * head
-    # Per token and layer. The base is frozen, so its linear layers keep nothing; norms keep their input in float32.
-    layer = 4 * (2 * hidden + query + key)
-    layer += width * (2 * query + 2 * query + 3 * config.intermediate_size)  # attention with its output; gated MLP
-    # An adapter keeps its input in float32, with dropout the mask too.
-    inputs = sum(p.shape[1] for name, p in trained if "lora_A" in name) / layers
-    layer += inputs * (5 if args.lora_dropout else 4 * (width != 4))
-    rows = args.batch * tokens
-    return {
-        "weights": round(embedding_size * width + rest * (width if args.no_4bit else 0.53)),  # 4 bits and their scales
-        "adapter": 16 * sum(p.numel() for _, p in trained),
-        "activations": round(rows * layers * layer),
-        "checkpointed": round(rows * (layers * hidden * width + layer)),
-        "logits": 2 * 256 * config.vocab_size * 4 + rows * hidden * (width + 4),
-    }
+    is_dpo = hasattr(args, "max_prompt_length")
+    device, dtype = device_and_dtype(args.dtype)
+    return memory_estimate(
+        model,
+        tokens=args.batch * tokens,
+        width=dtype.itemsize,
+        in_4bit=not args.no_4bit,
+        dropout=bool(args.lora_dropout),
+        scored=2 * args.batch * (args.max_length - args.max_prompt_length) if is_dpo else 0,
+        chunk=rows_at_once(config.get_text_config().vocab_size, device),
+    )
 
 
 def uses_checkpointing(args: argparse.Namespace, tokens: int) -> bool:
-    """--gradient_checkpointing; auto: off on CPU, and where the estimate leaves a quarter of the GPU's memory free.
-
-    The weights are loaded already and count as what they take.
-    """
+    """--gradient_checkpointing; auto: off on CPU, and where training fits without it in every process."""
     import torch
 
     if args.gradient_checkpointing != "auto":
         return args.gradient_checkpointing == "on"
     if not torch.cuda.is_available():
         return False
-    free, total = torch.cuda.mem_get_info()
-    needed = memory_estimate(args, tokens)
-    left = free - needed["adapter"] - needed["activations"] - needed["logits"]
-    is_on = left < total / 4
-    log.info(
-        "gradient checkpointing %s: without it, training would leave %.1f of %.1f GiB free",
-        "on" if is_on else "off", left / 2**30, total / 2**30,
-    )  # fmt: skip
+    free = min(gathered([free_memory()[0]]))  # ranks that decide differently wait for each other for ever
+    is_on = not fits_without_checkpointing(memory_of(args, tokens), free)
+    log.info("gradient checkpointing %s: %.1f GiB are free", "on" if is_on else "off", free / GIB)
     return is_on
 
 
 def log_memory_plan(args: argparse.Namespace, tokens: int) -> None:
     """Logs the `memory_estimate` of examples of `tokens` tokens."""
-    needed = {part: size / 2**30 for part, size in memory_estimate(args, tokens).items()}
-    common = needed["weights"] + needed["adapter"] + needed["logits"]
+    needed = {part: size / GIB for part, size in memory_of(args, tokens).items()}
+    common = needed["weights"] + needed["adapter"] + needed["logits"] + needed["context"]
     named_device(args.dtype)
     log.info(
         "memory: about %.2f GiB with gradient checkpointing, %.2f GiB without (weights %.2f, adapter, optimizer %.2f, "
-        "activations %.2f or %.2f, logits %.2f); --gradient_checkpointing %s",
+        "activations %.2f or %.2f, logits %.2f, CUDA %.2f); --gradient_checkpointing %s",
         common + needed["checkpointed"], common + needed["activations"], needed["weights"], needed["adapter"],
-        needed["checkpointed"], needed["activations"], needed["logits"], args.gradient_checkpointing,
+        needed["checkpointed"], needed["activations"], needed["logits"], needed["context"],
+        args.gradient_checkpointing,
     )  # fmt: skip
 
 
