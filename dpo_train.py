@@ -197,7 +197,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     rows, evaluations, data, commits = pairs_and_evaluations(args, setup)
     setup.check_folder(data)
     checkpoint = training.newest_complete(setup.folder, setup.resume)
-    settings = fill(training.TrainingSettings, args, longest=args.max_length)
+    longest_answer = args.max_length - args.max_prompt_length
+    settings = fill(training.TrainingSettings, args, longest=args.max_length, longest_answer=longest_answer)
     if args.dry_run:
         plans.print_dpo_plan(setup, rows, evaluations, settings, fill(dpo.DpoSettings, args))
         return

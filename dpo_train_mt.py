@@ -144,7 +144,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     pairs, evaluations, data, commits = pairs_and_evaluations(args, record, setup, shares)
     chat = PromptStyle(thinking=args.thinking, max_prompt_length=args.max_prompt_length)
     rows = dpo.fit_pairs(pairs, setup.tokenizer, chat, args.max_length)
-    settings = fill(training.TrainingSettings, args, longest=args.max_length)
+    longest_answer = args.max_length - args.max_prompt_length
+    settings = fill(training.TrainingSettings, args, longest=args.max_length, longest_answer=longest_answer)
     if args.dry_run:
         plans.print_dpo_plan(setup, rows, evaluations, settings, fill(dpo.DpoSettings, args))
         return

@@ -66,7 +66,7 @@ from llm_alignment.tatqa import PromptContent, question_texts, tatqa_file
 from mtbench_eval import load_questions, sample_questions
 
 if TYPE_CHECKING:
-    from llm_alignment.training import Setup
+    from llm_alignment.training import Setup, TrainingSettings
 
 T = TypeVar("T")
 
@@ -279,7 +279,7 @@ def run_stage(
 
     folder, settings, dpo_settings = (
         stage.folder,
-        stage.fill(training.TrainingSettings, longest=stage.args["max_length"]),
+        training_settings(stage),
         stage.fill(dpo.DpoSettings),
     )
     previous = stage_folder(folder.parent, stage.number - 1)
@@ -329,6 +329,13 @@ def run_stage(
     return on_main_process(lambda: entry)
 
 
+def training_settings(stage: Stage) -> TrainingSettings:
+    from llm_alignment.training import TrainingSettings
+
+    longest, longest_prompt = stage.args["max_length"], stage.args["max_prompt_length"]
+    return stage.fill(TrainingSettings, longest=longest, longest_answer=longest - longest_prompt)
+
+
 def chat_style(stage: Stage) -> PromptStyle:
     """The pairs are conversations; --use_chat_template is about TAT-QA's prompts."""
     return dataclasses.replace(stage.fill(PromptStyle), use_chat_template=True)
@@ -375,7 +382,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         for stage in stages:
             log.info("stage %d: %s pairs", stage.number, " and ".join(sorted(SOURCES[stage.number])))
             rows = dpo.fit_pairs(pairs[stage.number], setup.tokenizer, chat_style(stage), args.max_length)
-            settings = stage.fill(training.TrainingSettings, longest=stage.args["max_length"])
+            settings = training_settings(stage)
             plans.print_dpo_plan(setups[stage.number], rows, evaluations, settings, stage.fill(dpo.DpoSettings))
         return
     checkpoint = None

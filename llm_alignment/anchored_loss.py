@@ -107,6 +107,18 @@ def fused_nll_kl(
     return loss, nll, kl
 
 
+def rows_at_once(vocabulary: int, device: torch.device) -> int:
+    """How many rows `fused_nll_kl` should take at once: 1,024 where their logits are a small part of a GPU, else 256.
+
+    By the size of the card and not by what is free, so that a run that is resumed sums in the same order.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return 256
+    return 1024 if 16 * 2 * 1024 * vocabulary * 4 <= torch.cuda.get_device_properties(device).total_memory else 256
+
+
 def chunks(mask: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
     """The indices of the rows in `mask`, `size` at a time."""
     rows = mask.nonzero().squeeze(1)

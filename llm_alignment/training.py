@@ -17,6 +17,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState
 
 from llm_alignment.adapters import LoraSettings, check_model, new_adapter, saved_settings
+from llm_alignment.anchored_loss import rows_at_once
+from llm_alignment.devices import free_memory
 from llm_alignment.endings import Interrupted, NotFiniteError, signal_name, signals_go_to
 from llm_alignment.files import (
     InputError,
@@ -29,8 +31,9 @@ from llm_alignment.files import (
     write_json,
 )
 from llm_alignment.flags import fill
+from llm_alignment.memory import GIB, fits_without_checkpointing, memory_estimate
 from llm_alignment.models import Base, BaseFlags, load_tokenizer, resolve_base
-from llm_alignment.processes import DDP_TIMEOUT, main_process, named_device, processes
+from llm_alignment.processes import DDP_TIMEOUT, gathered, main_process, named_device, processes
 from llm_alignment.runs import damaged_run
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ class TrainingSettings:
     exp_tag: str
     gradient_checkpointing: str
     longest: int  # tokens of the longest example
+    longest_answer: int = 0  # of DPO: tokens of the longest answer, which go through the head
     weight_decay: float = 0.0
     warmup_ratio: float = 0.05
     logging_steps: int = 5
@@ -105,74 +109,49 @@ def optimiser_steps(settings: TrainingSettings, rows: int) -> int:
     return math.ceil(settings.epochs * math.ceil(passes / settings.grad_acc))
 
 
-def memory_estimate(base: Base, lora: LoraSettings, rows: int) -> dict[str, int]:
-    """Bytes that training takes on a device, by part, for micro-batches of `rows` tokens; a factor of 1.5 off at most.
+def memory_of(settings: TrainingSettings, base: Base, lora: LoraSettings) -> dict[str, int]:
+    """`memory_estimate` for micro-batches of the longest examples; no weights are loaded.
 
-    "weights"; "adapter" with its gradient and Adam's two moments; "activations", what the layers keep for the backward
-    pass; "checkpointed", the same with gradient checkpointing; "logits" of the LM head's chunks. The weights are not
-    loaded. For DPO an example is a prompt and both answers.
+    For DPO an example is a prompt and both answers.
     """
     config = AutoConfig.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
-        width = base.dtype.itemsize
-        embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-        embedding_size = sum(parameter.numel() for parameter in embeddings)
-        rest = model.num_parameters() - embedding_size
         model = new_adapter(model, lora)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    config = config.get_text_config()
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    query, key = config.num_attention_heads * head, config.num_key_value_heads * head
-    # Per token and layer. The base is frozen, so its linear layers keep nothing; norms keep their input in float32.
-    layer = 4 * (2 * hidden + query + key)
-    layer += width * (2 * query + 2 * query + 3 * config.intermediate_size)  # attention with its output; gated MLP
-    # An adapter keeps its input in float32, with dropout the mask too.
-    inputs = sum(p.shape[1] for name, p in trained if "lora_A" in name) / layers
-    layer += inputs * (5 if lora.lora_dropout else 4 * (width != 4))
-    return {
-        "weights": round(
-            embedding_size * width + rest * (width if base.quantization == "none" else 0.53)
-        ),  # 4 bits and their scales
-        "adapter": 16 * sum(p.numel() for _, p in trained),
-        "activations": round(rows * layers * layer),
-        "checkpointed": round(rows * (layers * hidden * width + layer)),
-        "logits": 2 * 256 * config.vocab_size * 4 + rows * hidden * (width + 4),
-    }
+    return memory_estimate(
+        model,
+        tokens=settings.batch * settings.longest,
+        width=base.dtype.itemsize,
+        in_4bit=base.quantization != "none",
+        dropout=bool(lora.lora_dropout),
+        scored=2 * settings.batch * settings.longest_answer,
+        chunk=rows_at_once(config.get_text_config().vocab_size, base.device),
+    )
 
 
 def uses_checkpointing(settings: TrainingSettings, base: Base, lora: LoraSettings) -> bool:
-    """--gradient_checkpointing; auto: off on CPU, and where the estimate leaves a quarter of the GPU's memory free.
-
-    The weights are loaded already and count as what they take.
-    """
+    """--gradient_checkpointing; auto: off on CPU, and where training fits without it in every process."""
     if settings.gradient_checkpointing != "auto":
         return settings.gradient_checkpointing == "on"
     if not torch.cuda.is_available():
         return False
-    free, total = torch.cuda.mem_get_info()
-    needed = memory_estimate(base, lora, settings.batch * settings.longest)
-    left = free - needed["adapter"] - needed["activations"] - needed["logits"]
-    is_on = left < total / 4
-    log.info(
-        "gradient checkpointing %s: without it, training would leave %.1f of %.1f GiB free",
-        "on" if is_on else "off", left / 2**30, total / 2**30,
-    )  # fmt: skip
+    free = min(gathered([free_memory()[0]]))  # ranks that decide differently wait for each other for ever
+    is_on = not fits_without_checkpointing(memory_of(settings, base, lora), free)
+    log.info("gradient checkpointing %s: %.1f GiB are free", "on" if is_on else "off", free / GIB)
     return is_on
 
 
 def log_memory_plan(settings: TrainingSettings, base: Base, lora: LoraSettings) -> None:
     """Logs the `memory_estimate` of a micro-batch of the longest examples."""
-    estimate = memory_estimate(base, lora, settings.batch * settings.longest)
-    needed = {part: size / 2**30 for part, size in estimate.items()}
-    common = needed["weights"] + needed["adapter"] + needed["logits"]
+    needed = {part: size / GIB for part, size in memory_of(settings, base, lora).items()}
+    common = needed["weights"] + needed["adapter"] + needed["logits"] + needed["context"]
     named_device(base.device, base.dtype)
     log.info(
         "memory: about %.2f GiB with gradient checkpointing, %.2f GiB without (weights %.2f, adapter, optimizer %.2f, "
-        "activations %.2f or %.2f, logits %.2f); --gradient_checkpointing %s",
+        "activations %.2f or %.2f, logits %.2f, CUDA %.2f); --gradient_checkpointing %s",
         common + needed["checkpointed"], common + needed["activations"], needed["weights"], needed["adapter"],
-        needed["checkpointed"], needed["activations"], needed["logits"], settings.gradient_checkpointing,
+        needed["checkpointed"], needed["activations"], needed["logits"], needed["context"],
+        settings.gradient_checkpointing,
     )  # fmt: skip
 
 
