@@ -32,11 +32,11 @@ from llm_alignment.dpo import (
 from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
 from llm_alignment.flags import (
     DPO_DEMO,
+    Parser,
     add_dpo_flags,
     add_group,
     add_tatqa_flags,
     neutral_flags,
-    new_parser,
     not_negative,
     parse_arguments,
 )
@@ -70,9 +70,13 @@ log = logging.getLogger("llm_alignment")
 
 
 # fmt: off
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line. Defaults are those of the published runs where they had one."""
-    parser = new_parser("dpo_train.py", __doc__)
+    shown = (
+        "demo model pairs tatqa_dir output_dir beta epochs batch grad_acc learning_rate lora_r limit_pairs "
+        "dry_run resume_from_checkpoint"
+    )
+    parser = Parser("dpo_train.py", __doc__, shown)
     add_dpo_flags(parser)
     add_tatqa_flags(parser)
     add = add_group(parser, "own pairs", trains=True)

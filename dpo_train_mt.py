@@ -33,12 +33,12 @@ from llm_alignment.finance import (
 )
 from llm_alignment.flags import (
     FINANCE_DEMO,
+    Parser,
     add_data_flags,
     add_dpo_flags,
     add_group,
     add_tatqa_flags,
     neutral_flags,
-    new_parser,
     parse_arguments,
     positive,
     ratio,
@@ -55,9 +55,13 @@ log = logging.getLogger("llm_alignment")
 
 
 # fmt: off
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line. Defaults are those of the published runs where they had one."""
-    parser = new_parser("dpo_train_mt.py", __doc__)
+    shown = (
+        "demo model output_dir use_hybrid use_3way_hybrid hybrid_ratio beta epochs batch grad_acc "
+        "learning_rate lora_r dry_run resume_from_checkpoint"
+    )
+    parser = Parser("dpo_train_mt.py", __doc__, shown)
     add_dpo_flags(parser)
     add_tatqa_flags(parser)
     add_data_flags(parser)

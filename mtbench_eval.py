@@ -35,11 +35,11 @@ from llm_alignment.files import (
 )
 from llm_alignment.flags import (
     DEMO_DIR,
+    Parser,
     add_group,
     add_model_flags,
     add_mtbench_flags,
     add_run_flags,
-    new_parser,
     not_negative,
     parse_arguments,
 )
@@ -335,16 +335,21 @@ DEMO = {
 
 
 # fmt: off
-def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser("mtbench_eval.py", __doc__)
+def build_parser() -> Parser:
+    shown = (
+        "demo model adapter questions language mtbench_questions_limit mtbench_max_tokens compare output_dir "
+        "no_4bit reward_model dry_run"
+    )
+    parser = Parser("mtbench_eval.py", __doc__, shown)
     add_model_flags(parser)
     add_run_flags(parser, "experiments/mtbench_evaluations.jsonl", trains=False)
     add = add_group(parser, "what to measure", trains=False)
     add("--adapter", default="", help="output folder of a training run; without it the base model")
-    add("--questions", default="auto", help="JSONL or JSON file; auto fetches MT-Bench")
+    add("--questions", "--mtbench_file", default="auto", help="JSONL or JSON file; auto fetches MT-Bench")
     add("--language", choices=["ru", "en"], default="ru", help="which set auto fetches")
     add("--compare", default="", help="per-question file of an earlier evaluation to compare with")
-    add("--mtbench_questions_limit", "--limit", type=not_negative(int), default=0,
+    add("--mtbench_limit", "--mtbench_questions_limit", "--limit", dest="mtbench_questions_limit", default=0,
+        type=not_negative(int), metavar="N",
         help="ask a sample of this many; 0 = all")
     add_mtbench_flags(add)
     # the same command continues the evaluation

@@ -26,6 +26,7 @@ from llm_alignment.evaluation import Evaluation, measure, plot_curves, report
 from llm_alignment.files import InputError, write_atomic
 from llm_alignment.flags import (
     DEMO_DIR,
+    Parser,
     add_group,
     add_lora_flags,
     add_model_flags,
@@ -33,7 +34,6 @@ from llm_alignment.flags import (
     add_run_flags,
     add_training_flags,
     neutral_flags,
-    new_parser,
     not_negative,
     parse_arguments,
     positive,
@@ -111,9 +111,13 @@ DEMO = dict(
 
 
 # fmt: off
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line. Defaults are those of the published runs where they had one."""
-    parser = new_parser("sft_train.py", __doc__)
+    shown = (
+        "demo model dataset output_dir epochs batch grad_acc learning_rate lora_r max_seq_length sample_ratio "
+        "kl_coef dry_run resume_from_checkpoint"
+    )
+    parser = Parser("sft_train.py", __doc__, shown)
     add_model_flags(parser)
     add_lora_flags(parser)
     add_training_flags(parser)
@@ -154,14 +158,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--baseline_eval_samples", type=positive(int), default=60,
         help="validation rows that are compared before and after")
     add = add_group(parser, "MT-Bench", trains="measured")  # early stopping decides by these
-    add("--mtbench_ru", default="auto", metavar="auto|none|PATH", help="question file; auto downloads it")
-    add("--mtbench_questions_limit", type=not_negative(int), default=0,
-        help="a sample of N questions before and after training; 0 = all")
+    add("--mtbench_file", "--mtbench_ru", dest="mtbench_ru", default="auto", metavar="auto|none|PATH",
+        help="question file; auto downloads it, none asks nothing")
+    add("--mtbench_limit", "--mtbench_questions_limit", dest="mtbench_questions_limit", metavar="N", default=0,
+        type=not_negative(int), help="a sample of N questions before and after training; 0 = all")
     add_mtbench_flags(add)
     add("--mtbench_midtrain_questions", type=not_negative(int), default=0,
         help="a sample of N of these for early stopping; 0 = all of them")
     add("--eval_steps", type=positive(int), default=200, help="steps between the evaluations of early stopping")
-    add("--skip_baseline_eval", action="store_true", help="measure only after training")
+    add("--no-eval_baseline", "--skip_baseline_eval", dest="skip_baseline_eval", action="store_true",
+        help="measure only after training")
+    add("--eval_baseline", dest="skip_baseline_eval", action="store_false", help="measure before training too")
     add = add_group(parser, "early stopping", trains=True)
     add("--early_stop_patience", type=positive(int), default=None,
         help="evaluate every --eval_steps, keep the best checkpoint by MT-Bench, and stop after N evaluations without "

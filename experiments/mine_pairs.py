@@ -30,9 +30,9 @@ from llm_alignment.endings import console_and_log
 from llm_alignment.files import InputError, ResultFile, digest, write_rows
 from llm_alignment.flags import (
     DEMO_DIR,
+    Parser,
     add_model_flags,
     add_scoring_flags,
-    new_parser,
     not_negative,
     positive,
     positive_ratio,
@@ -68,8 +68,8 @@ DEMO = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser("experiments/mine_pairs.py", __doc__)
+def build_parser() -> Parser:
+    parser = Parser("experiments/mine_pairs.py", __doc__)
     add_model_flags(parser)
     add = parser.add_argument_group("pairs").add_argument
     add("--adapter", default="", help="output folder of a training run (default: the base model)")
