@@ -51,10 +51,9 @@ def import_records(path: Path) -> tuple[int, int]:
     for place, old in read_rows(path, skipped):
         try:
             record = convert(old, place)
+            problem = record_problem(record)
         except InputError as error:
-            skipped.add(place, str(error))
-            continue
-        problem = record_problem(record)
+            problem = str(error)
         if problem:
             skipped.add(place, problem)
         else:
@@ -67,12 +66,12 @@ def import_records(path: Path) -> tuple[int, int]:
     skipped.report(f"lines of {path}")
     target = HERE / IMPORTED
     known = [(record["ts"], record["argv"]) for record in (load_records(target) if target.is_file() else [])]
-    before = len(known)
+    new = 0
     for record in found:
         if (record["ts"], record["argv"]) not in known:
             append_record(target, record)
             known.append((record["ts"], record["argv"]))
-    new = len(known) - before
+            new += 1
     return new, len(found) - new
 
 

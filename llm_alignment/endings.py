@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from llm_alignment.files import InputError, causes, is_out_of_memory
-from llm_alignment.models import main_process
+from llm_alignment.processes import main_process
 
 log = logging.getLogger("llm_alignment")
 

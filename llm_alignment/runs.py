@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_alignment.endings import console_and_log, ending, explain, interrupt, open_log, signals_go_to
 from llm_alignment.files import (
@@ -28,7 +28,10 @@ from llm_alignment.files import (
     to_bytes,
     write_json,
 )
-from llm_alignment.models import all_processes, main_process, named_device, processes, versions
+from llm_alignment.processes import all_processes, main_process, named_device, processes, versions
+
+if TYPE_CHECKING:
+    from llm_alignment.models import Base
 
 log = logging.getLogger("llm_alignment")
 
@@ -231,19 +234,17 @@ def check_writable(path: Path, flag: str, advice: str = "name another file") -> 
         raise InputError(f"{flag} {path}: cannot be written ({error.strerror}); {advice}") from error
 
 
-def begin(record: dict, data: dict, commits: dict | None = None) -> Path:
+def begin(record: dict, data: dict, base: Base, commits: dict[str, str | None]) -> Path:
     """Creates the output folder and writes run.json and run.log. `data` is the fingerprint of the data.
 
-    `commits` names the versions of models and data on the hub, {"model": {"name", "commit"}, ...}. A resumed run keeps
+    `commits`: by flag, of what came from the hub. A resumed run keeps
     the run.json that it was started with.
     """
     import torch
 
-    name, dtype = named_device(record["args"]["dtype"])
+    name, dtype = named_device(base.device, base.dtype)
     record["device"] = {"name": name, "dtype": dtype, "processes": processes(), "threads": torch.get_num_threads()}
-    record["data"] = data
-    if commits is not None:
-        record["commits"] = commits
+    record["data"], record["commits"] = data, commits
     folder = Path(record["output_dir"])
     all_processes().wait_for_everyone()  # all have looked at the folder before it changes
     if main_process():

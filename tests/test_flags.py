@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 from llm_alignment import flags
+from llm_alignment.parser import neutral_flags
 
 SCRIPTS = ("sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2", "mtbench_eval")
 
@@ -46,7 +47,7 @@ NEUTRAL = [
 @pytest.mark.parametrize(("script", "counted_by", "neutral", "counted"), NEUTRAL)
 def test_the_group_of_a_flag_says_whether_it_changes_what_is_trained(script, counted_by, neutral, counted):
     parser = importlib.import_module(script).build_parser()
-    found = flags.neutral_flags(parser, *counted_by)
+    found = neutral_flags(parser, *counted_by)
     assert found >= set(neutral.split()) and not found & set(counted.split())
     assert set(counted.split()) <= vars(parser.parse_args([])).keys()
 

@@ -165,7 +165,7 @@ def test_packed_examples_do_not_see_one_another(tmp_path):
     losses = []
     for packing in (True, False):
         args.packing = packing
-        trainer = sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows, 9)
+        trainer = sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows)
         torch.manual_seed(0)
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:

@@ -15,22 +15,14 @@ and adapter, interleaved in one process; medians over the rounds, and ratios to 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from harness import ROOT, SHAPES, device_name, in_turns, time_ratio
 
 DEMO = ROOT / "experiments" / "demo"
-SHAPE = dict(
-    vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-    intermediate_size=768,
-)  # fmt: skip
 OTHERS = ("unsorted", "TRL", "published")  # than sorted, which the others are compared with
 
 
@@ -58,33 +50,32 @@ class Bench:
 
         import sft_train
         from llm_alignment.models import device_and_dtype, load_model
-        from llm_alignment.twix import ChatEncoder, load_data, tokenise
+        from llm_alignment.twix import ChatEncoder, RowChoice, load_data, tokenise
 
         torch.manual_seed(0)
         self.device, self.dtype = device_and_dtype("auto")
         self.without = options.without
-        config = Qwen3Config(tie_word_embeddings=True, max_position_embeddings=4096, **SHAPE)
+        config = Qwen3Config(tie_word_embeddings=True, max_position_embeddings=4096, **SHAPES["even"])
         Qwen3ForCausalLM(config).to(self.dtype).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
         self.args = sft_train.build_parser().parse_args([
             "--model", folder, "--output_dir", f"{folder}/out", "--batch", str(options.batch), "--no_4bit",
-            "--grad_acc", str(options.grad_acc), "--max_seq_length", str(options.tokens), "--dataset", options.data,
-            "--subset", "both", "--sample_ratio", "1", "--lora_dropout", "0", "--kl_coef", "0.03",
-            "--kl_warmup_steps", "1", "--kl_limit_seq", str(options.tail),
+            "--grad_acc", str(options.grad_acc), "--max_seq_length", str(options.tokens), "--lora_dropout", "0",
+            "--kl_coef", "0.03", "--kl_warmup_steps", "1", "--kl_limit_seq", str(options.tail),
         ])  # fmt: skip
         encoder = ChatEncoder(tokenizer, thinking=False, assistant_only=False)
-        selection, examples = load_data(self.args, encoder)
-        rows = tokenise(examples.stored("train")["train"], encoder, 1)
+        _, examples = load_data(RowChoice(options.data, subset="both"), encoder)
+        rows = tokenise(examples("train"), encoder, 1, longest=options.tokens)
         rows = rows.map(lambda row: {name: [token % 4090 for token in row[name]] for name in ("input_ids", "labels")})
         tokenizer.pad_token_id = 4095
-        self.ours = sft_train.build_trainer(self.args, load_model(self.args), tokenizer, rows, rows, len(rows))
+        self.ours = sft_train.build_trainer(self.args, load_model(self.args), tokenizer, rows, rows)
         self.model = self.ours.model.train()
         self.second = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype).to(self.device)
         self.stock = SFTTrainer(model=self.model, args=self.ours.args, train_dataset=rows, processing_class=tokenizer)
         # the Trainer makes the accelerator's loaders when it trains; the steps here take batches from their own
         self.loaders = {
             "sorted": self.ours.get_train_dataloader(),
-            "unsorted": super(sft_train.AnchoredTraining, self.ours).get_train_dataloader(),
+            "unsorted": super(sft_train.AnchoredTraining, self.ours).get_train_dataloader(),  # type: ignore[misc]
         }
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.0)
 
@@ -129,33 +120,28 @@ class Bench:
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     options = build_parser().parse_args(argv)
-    import torch
-
     bench = Bench(options, tempfile.mkdtemp())
-    seconds, padded, real = ({name: [] for name in bench.variants()} for _ in range(3))
-    for number in range(options.rounds + 1):
-        for name, (order, run) in bench.variants().items():
-            batches = bench.batches(order, number)
-            counts = [(batch["input_ids"].numel(), int(batch["attention_mask"].sum())) for batch in batches]
-            start = time.perf_counter()
-            run(batches)
-            bench.optimizer.step()
-            if bench.device.type == "cuda":
-                torch.cuda.synchronize()
-            elapsed = time.perf_counter() - start
-            bench.optimizer.zero_grad()
-            if number:  # the first round warms up
-                seconds[name].append(elapsed)
-                padded[name].append(sum(count for count, _ in counts))
-                real[name].append(sum(count for _, count in counts))
-    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{options.batch} x {options.grad_acc} rows of up to {options.tokens} tokens, {bench.dtype}, {device}")
+    variants = bench.variants()
+    orders = dict.fromkeys(order for order, _ in variants.values())
+    batches = {order: [bench.batches(order, number) for number in range(options.rounds + 1)] for order in orders}
+
+    def step(order: str, run: Callable[[list[dict]], None], number: int) -> None:
+        run(batches[order][number])
+        bench.optimizer.step()
+        bench.optimizer.zero_grad()
+
+    steps = {name: functools.partial(step, order, run) for name, (order, run) in variants.items()}
+    samples = in_turns(steps, options.rounds)
+    print(
+        f"{options.batch} x {options.grad_acc} rows of up to {options.tokens} tokens, {bench.dtype}, {device_name()}"
+    )
     print(f"{'':10}{'time / sorted':>14}{'padded / real tokens':>22}")
     result = {}
-    for name in seconds:
-        ratio = statistics.median(t / s for t, s in zip(seconds[name], seconds["sorted"], strict=True))
-        result[name] = {"time": ratio, "padding": sum(padded[name]) / sum(real[name])}
-        print(f"{name:10}{ratio:14.2f}{result[name]['padding']:22.2f}")
+    for name, (order, _) in variants.items():
+        ids = [batch for of_step in batches[order][1:] for batch in of_step]
+        padding = sum(b["input_ids"].numel() for b in ids) / sum(int(b["attention_mask"].sum()) for b in ids)
+        result[name] = {"time": time_ratio(samples[name], samples["sorted"]), "padding": padding}
+        print(f"{name:10}{result[name]['time']:14.2f}{padding:22.2f}")
     return result
 
 
