@@ -120,7 +120,8 @@ def build_parser() -> Parser:
     add("--kl_direction", choices=["reverse", "forward"], default="reverse",
         help="reverse: KL(student || reference); forward: KL(reference || student)")
     add = add_group(parser, "log and speed", trains=False)
-    add("--kl_log_interval", type=positive(int), default=50, help="steps between log lines")
+    add("--logging_steps", "--kl_log_interval", dest="kl_log_interval", type=positive(int), default=50,
+        help="steps between log lines")
     add("--num_proc", type=positive(int), default=4, help="processes that tokenise large data")
 
     add = add_group(parser, "validation", trains=False)

@@ -249,6 +249,8 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
         add("--no_train", action="store_true", help="only evaluate")
         add("--load_adapter", default="", metavar="DIR", help="start from this adapter")
         add("--adapter_trainable", action="store_true", help="continue its training; it is the reference too")
+    add = add_group(parser, "log", trains=False)
+    add("--logging_steps", type=positive(int), default=5, help="steps between log lines")
     add = add_group(parser, "what is measured", trains="asked")
     add("--do_mtbench", action=ON_OFF, default=True, help="MT-Bench")
     add("--mtbench_file", default="mt_bench_ru.json", help="questions of MT-Bench, fetched when missing")

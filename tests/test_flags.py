@@ -107,6 +107,8 @@ def test_help_shows_a_dozen_flags_and_help_all_every_one(script, capsys):
         ("dpo_train", "--no-gradient-checkpointing", {"gradient_checkpointing": "off"}),
         ("sft_train", "--mtbench_ru a --mtbench_questions_limit 3", {"mtbench_ru": "a", "mtbench_questions_limit": 3}),
         ("sft_train", "--mtbench_file a --mtbench_limit 3", {"mtbench_ru": "a", "mtbench_questions_limit": 3}),
+        ("sft_train", "--logging_steps 7", {"kl_log_interval": 7}),
+        ("dpo_train", "--logging_steps 7", {"logging_steps": 7}),
         ("sft_train", "--skip_baseline_eval", {"skip_baseline_eval": True}),
         ("sft_train", "--no-eval_baseline", {"skip_baseline_eval": True}),
         ("sft_train", "--no-eval_baseline --eval_baseline", {"skip_baseline_eval": False}),
