@@ -53,19 +53,20 @@ class Parser(argparse.ArgumentParser):
                 action.help = argparse.SUPPRESS
         super().print_help(file)
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = self.expand(sys.argv[1:] if args is None else args)
         if "--help_all" in words:
             self.shown = []
         return super().parse_known_args(words, namespace)
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self.suggestion(unknown[0])}")
         return parsed
 
     def suggestion(self, flag: str) -> str:
+        """The known flag that a misspelt one is most like, to be added to an error; "" when there is none."""
         near = difflib.get_close_matches(flag.partition("=")[0], self._option_string_actions, 1)
         return f"; did you mean {near[0]}?" if near else ""
 
