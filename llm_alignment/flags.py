@@ -189,6 +189,17 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
     if trains:
         add("--report_to", type=tracker, choices=["none", *TRACKERS], default="none", help="tracker of the training")
     add_scoring_flags(parser)
+    add = add_group(parser, "retention", trains="asked")
+    add("--do_retention", action=ON_OFF, default=True, help="what could the base do that the tuned model cannot?")
+    add("--retention_file", default="auto", metavar="auto|PATH",
+        help="questions with checks that a program decides; auto takes the project's own")
+    add = add_group(parser, "how retention is measured", trains="measured")
+    add("--retention_limit", type=not_negative(int), default=0, help="a sample of N questions; 0 = all")
+    add("--retention_max_tokens", type=positive(int), default=64, help="new tokens of an answer")
+    if trains:
+        add = add_group(parser, "gates", trains=False)
+        add("--gates", default="", metavar="METRIC=DIFFERENCE[,...]",
+            help="least acceptable differences, as in mtbench=-0.3,retention=-5; a missed one is exit code 1")
     add = add_group(parser, "memory and speed", trains=False)
     add("--no_baseline_cache", action="store_true",
         help="compute the baseline and the reference of DPO again instead of taking them from the cache")
