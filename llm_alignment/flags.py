@@ -169,6 +169,8 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
             help="peak of the cosine; raise it if the loss hardly falls, lower it if the base is forgotten")
     add("--batch", type=positive(int), help="examples per device and forward pass; lower it when memory is full")
     add("--grad_acc", type=positive(int), default=16, help="passes per optimiser step; raise it as --batch is lowered")
+    add("--max_steps", type=not_negative(int), default=0, help="end after N optimiser steps; 0 = after --epochs")
+    add("--system_prompt", default="", metavar="TEXT", help="system turn of conversations that have none")
     add = add_group(parser, "checkpoints", trains=False)
     add("--save_steps", type=positive(int), default=50, help="steps between checkpoints")
     add("--resume_from_checkpoint", choices=["auto"] if in_stages else None, default=None,
@@ -184,9 +186,11 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
     add = add_group(parser, "output", trains=False)
     add("--output_dir", help="folder of the run")
     add("--dry_run", action="store_true", help="check data, model files and adapter, print the plan, and exit")
+    add("--table", choices=["headline", "full"], default="headline", help="rows of the table at the end")
     add("--exp_log", default=exp_log, help="JSONL file that gets the run's record")
     add("--exp_tag", default="", help="a name for the run in that file, for rerun.py and report.py")
     if trains:
+        add("--time", action="store_true", help="with --dry_run: take two steps and one batch, and estimate the run")
         add("--report_to", type=tracker, choices=["none", *TRACKERS], default="none", help="tracker of the training")
     add_scoring_flags(parser)
     add = add_group(parser, "retention", trains="asked")
