@@ -119,6 +119,11 @@ def build_parser() -> Parser:
         help="the anchor acts on the last N target tokens of each example; 0 = all")
     add("--kl_direction", choices=["reverse", "forward"], default="reverse",
         help="reverse: KL(student || reference); forward: KL(reference || student)")
+    add("--kl_on", choices=["all", "replay"], default="all", help="replay: the anchor acts on replay rows alone")
+    add = add_group(parser, "replay", trains=True)
+    add("--replay_ratio", type=ratio, default=0.0,
+        help="share of training rows that are dialogues of before, 0 = none; raise it if retention gets worse")
+    add("--replay", default="self", metavar="self|FILE", help="self: the base writes them; or rows as in --dataset")
     add = add_group(parser, "log and speed", trains=False)
     add("--logging_steps", "--kl_log_interval", dest="kl_log_interval", type=positive(int), default=50,
         help="steps between log lines")
@@ -143,6 +148,7 @@ def build_parser() -> Parser:
     add("--early_stop_patience", type=positive(int), default=None,
         help="evaluate every --eval_steps, keep the best checkpoint by MT-Bench, and stop after N evaluations without "
         "a gain of 0.05; without it the run goes to its end")
+    add("--early_stop_metric", choices=["mtbench", "val_loss", "retention"], default="mtbench", help="what decides")
     parser.set_defaults(output_dir="qwen3_twix_lora_sft_ru", batch=8, grad_acc=16, learning_rate=1e-5)
     return parser
 
