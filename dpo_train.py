@@ -27,17 +27,15 @@ from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
 from llm_alignment.flags import (
     DPO_DEMO,
     add_dpo_flags,
-    add_group,
     add_tatqa_flags,
     check_dpo_flags,
     fill,
-    neutral_flags,
-    new_parser,
     not_negative,
     parse_arguments,
 )
 from llm_alignment.instructions import instruct_questions
 from llm_alignment.leaks import LeakFinder, asked_passages, without_leaks
+from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.preferences import read_pairs, transcript
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle
@@ -71,9 +69,13 @@ log = logging.getLogger("llm_alignment")
 
 
 # fmt: off
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line. Defaults are those of the published runs where they had one."""
-    parser = new_parser("dpo_train.py", __doc__)
+    shown = (
+        "demo model pairs tatqa_dir output_dir beta epochs batch grad_acc learning_rate lora_r limit_pairs "
+        "dry_run resume_from_checkpoint"
+    )
+    parser = Parser("dpo_train.py", __doc__, shown)
     add_dpo_flags(parser)
     add_tatqa_flags(parser)
     add = add_group(parser, "own pairs", trains=True)

@@ -27,17 +27,15 @@ from llm_alignment.flags import (
     FINANCE_DEMO,
     add_data_flags,
     add_dpo_flags,
-    add_group,
     add_tatqa_flags,
     check_dpo_flags,
     fill,
-    neutral_flags,
-    new_parser,
     parse_arguments,
     positive,
     ratio,
 )
 from llm_alignment.leaks import asked_passages
+from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle
 from llm_alignment.runs import begin, check_writable, recorded_run, timed
@@ -54,9 +52,13 @@ log = logging.getLogger("llm_alignment")
 
 
 # fmt: off
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line. Defaults are those of the published runs where they had one."""
-    parser = new_parser("dpo_train_mt.py", __doc__)
+    shown = (
+        "demo model output_dir use_hybrid use_3way_hybrid hybrid_ratio beta epochs batch grad_acc "
+        "learning_rate lora_r dry_run resume_from_checkpoint"
+    )
+    parser = Parser("dpo_train_mt.py", __doc__, shown)
     add_dpo_flags(parser)
     add_tatqa_flags(parser)
     add_data_flags(parser)

@@ -49,16 +49,14 @@ from llm_alignment.flags import (
     ON_OFF,
     add_data_flags,
     add_dpo_flags,
-    add_group,
     add_tatqa_flags,
     check_dpo_flags,
     fill,
-    neutral_flags,
-    new_parser,
     parse_arguments,
     positive,
 )
 from llm_alignment.leaks import asked_passages
+from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process, on_main_process
 from llm_alignment.prompts import PromptStyle
 from llm_alignment.runs import begin, check_writable, recorded_run, timed
@@ -100,9 +98,13 @@ GATES = {
 
 
 # fmt: off
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line. Defaults are those of the published runs where they had one."""
-    parser = new_parser("dpo_train_mt_v2.py", __doc__)
+    shown = (
+        "demo model output_dir stage resume_from_stage force_continue batch grad_acc stage1_learning_rate "
+        "stage2_learning_rate stage3_learning_rate stage3_lora_r dry_run resume_from_checkpoint"
+    )
+    parser = Parser("dpo_train_mt_v2.py", __doc__, shown)
     add_dpo_flags(parser, in_stages=True)
     add_tatqa_flags(parser, only_measured=True)
     add_data_flags(parser)

@@ -23,16 +23,15 @@ from llm_alignment.evaluation import pair_rows, print_table, read_items, report,
 from llm_alignment.files import InputError, SkippedRows, differing, read_jsonl, read_rows, write_json
 from llm_alignment.flags import (
     DEMO_DIR,
-    add_group,
     add_model_flags,
     add_mtbench_flags,
     add_run_flags,
     fill,
-    new_parser,
     not_negative,
     parse_arguments,
 )
 from llm_alignment.hub import hub_files
+from llm_alignment.parser import Parser, add_group
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle, render
 from llm_alignment.results import ResultFile, baseline_cache, read_results
@@ -139,16 +138,25 @@ DEMO = {
 
 
 # fmt: off
-def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser("mtbench_eval.py", __doc__)
+def build_parser() -> Parser:
+    shown = (
+        "demo model adapter questions language mtbench_questions_limit mtbench_max_tokens compare output_dir "
+        "no_4bit reward_model dry_run"
+    )
+    parser = Parser("mtbench_eval.py", __doc__, shown)
     add_model_flags(parser)
     add_run_flags(parser, "experiments/mtbench_evaluations.jsonl", trains=False)
     add = add_group(parser, "what to measure", trains=False)
     add("--adapter", default="", help="output folder of a training run; without it the base model")
-    add("--questions", default="auto", help="JSONL or JSON file; auto fetches MT-Bench")
+    add("--questions", "--mtbench_file", default="auto", help="JSONL or JSON file; auto fetches MT-Bench")
     add("--language", choices=["ru", "en"], default="ru", help="which set auto fetches")
+    add("--adapter_scale", type=not_negative(float), default=1.0,
+        help="strength of the adapter: 0 is the base, 1 the run")
+    add("--check_judge", default="", metavar="PAIRS",
+        help="measure instead how often the reward model agrees with these preference pairs")
     add("--compare", default="", help="per-question file of an earlier evaluation to compare with")
-    add("--mtbench_questions_limit", "--limit", type=not_negative(int), default=0,
+    add("--mtbench_limit", "--mtbench_questions_limit", "--limit", dest="mtbench_questions_limit", default=0,
+        type=not_negative(int), metavar="N",
         help="ask a sample of this many; 0 = all")
     add_mtbench_flags(add)
     # the same command continues the evaluation

@@ -21,21 +21,19 @@ from llm_alignment.evaluation import Evaluation, measure, report
 from llm_alignment.files import InputError
 from llm_alignment.flags import (
     DEMO_DIR,
-    add_group,
     add_lora_flags,
     add_model_flags,
     add_mtbench_flags,
     add_run_flags,
     add_training_flags,
     fill,
-    neutral_flags,
-    new_parser,
     not_negative,
     parse_arguments,
     positive,
     ratio,
     seed,
 )
+from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.plots import KL, LOSS, plot_curves, save_figure
 from llm_alignment.processes import main_process
 from llm_alignment.runs import begin, recorded_run, timed
@@ -82,9 +80,13 @@ DEMO = dict(
 
 
 # fmt: off
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line. Defaults are those of the published runs where they had one."""
-    parser = new_parser("sft_train.py", __doc__)
+    shown = (
+        "demo model dataset output_dir epochs batch grad_acc learning_rate lora_r max_seq_length sample_ratio "
+        "kl_coef dry_run resume_from_checkpoint"
+    )
+    parser = Parser("sft_train.py", __doc__, shown)
     add_model_flags(parser)
     add_lora_flags(parser)
     add_training_flags(parser)
@@ -117,26 +119,36 @@ def build_parser() -> argparse.ArgumentParser:
         help="the anchor acts on the last N target tokens of each example; 0 = all")
     add("--kl_direction", choices=["reverse", "forward"], default="reverse",
         help="reverse: KL(student || reference); forward: KL(reference || student)")
+    add("--kl_on", choices=["all", "replay"], default="all", help="replay: the anchor acts on replay rows alone")
+    add = add_group(parser, "replay", trains=True)
+    add("--replay_ratio", type=ratio, default=0.0,
+        help="share of training rows that are dialogues of before, 0 = none; raise it if retention gets worse")
+    add("--replay", default="self", metavar="self|FILE", help="self: the base writes them; or rows as in --dataset")
     add = add_group(parser, "log and speed", trains=False)
-    add("--kl_log_interval", type=positive(int), default=50, help="steps between log lines")
+    add("--logging_steps", "--kl_log_interval", dest="kl_log_interval", type=positive(int), default=50,
+        help="steps between log lines")
     add("--num_proc", type=positive(int), default=4, help="processes that tokenise large data")
 
     add = add_group(parser, "validation", trains=False)
     add("--baseline_eval_samples", type=positive(int), default=60,
         help="validation rows that are compared before and after")
     add = add_group(parser, "MT-Bench", trains="measured")  # early stopping decides by these
-    add("--mtbench_ru", default="auto", metavar="auto|none|PATH", help="question file; auto downloads it")
-    add("--mtbench_questions_limit", type=not_negative(int), default=0,
-        help="a sample of N questions before and after training; 0 = all")
+    add("--mtbench_file", "--mtbench_ru", dest="mtbench_ru", default="auto", metavar="auto|none|PATH",
+        help="question file; auto downloads it, none asks nothing")
+    add("--mtbench_limit", "--mtbench_questions_limit", dest="mtbench_questions_limit", metavar="N", default=0,
+        type=not_negative(int), help="a sample of N questions before and after training; 0 = all")
     add_mtbench_flags(add)
     add("--mtbench_midtrain_questions", type=not_negative(int), default=0,
         help="a sample of N of these for early stopping; 0 = all of them")
     add("--eval_steps", type=positive(int), default=200, help="steps between the evaluations of early stopping")
-    add("--skip_baseline_eval", action="store_true", help="measure only after training")
+    add("--no-eval_baseline", "--skip_baseline_eval", dest="skip_baseline_eval", action="store_true",
+        help="measure only after training")
+    add("--eval_baseline", dest="skip_baseline_eval", action="store_false", help="measure before training too")
     add = add_group(parser, "early stopping", trains=True)
     add("--early_stop_patience", type=positive(int), default=None,
         help="evaluate every --eval_steps, keep the best checkpoint by MT-Bench, and stop after N evaluations without "
         "a gain of 0.05; without it the run goes to its end")
+    add("--early_stop_metric", choices=["mtbench", "val_loss", "retention"], default="mtbench", help="what decides")
     parser.set_defaults(output_dir="qwen3_twix_lora_sft_ru", batch=8, grad_acc=16, learning_rate=1e-5)
     return parser
 

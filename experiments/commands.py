@@ -128,6 +128,6 @@ def parse_strictly(parser: argparse.ArgumentParser, arguments: list[str]) -> arg
         raise InputError(message)
 
     parser.error = refuse  # type: ignore[method-assign, assignment]
-    if "--help" in arguments:
+    if {"--help", "--help_all", "--version"} & {*arguments}:
         raise InputError("--help is no part of a run's command")
     return parser.parse_args(arguments)

@@ -33,7 +33,6 @@ from llm_alignment.flags import (
     DEMO_DIR,
     add_model_flags,
     add_scoring_flags,
-    new_parser,
     not_negative,
     positive,
     positive_ratio,
@@ -45,6 +44,7 @@ from llm_alignment.hub import read_usable
 from llm_alignment.instructions import instruct_questions
 from llm_alignment.leaks import LeakFinder, without_leaks
 from llm_alignment.models import adapter_sha256, load_adapter, load_model, load_tokenizer, model_fingerprint
+from llm_alignment.parser import Parser
 from llm_alignment.preferences import merge_system_prompt, read_turns
 from llm_alignment.rewards import RewardModel
 from llm_alignment.runs import check_writable, held_alone
@@ -69,8 +69,8 @@ DEMO = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser("experiments/mine_pairs.py", __doc__)
+def build_parser() -> Parser:
+    parser = Parser("experiments/mine_pairs.py", __doc__)
     add_model_flags(parser)
     add = parser.add_argument_group("pairs").add_argument
     add("--adapter", default="", help="output folder of a training run (default: the base model)")

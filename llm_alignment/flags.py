@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llm_alignment.files import InputError
+from llm_alignment.parser import Parser, add_group
 
 T = TypeVar("T")
 
@@ -113,53 +115,6 @@ def tracker(text: str) -> str:
 TRACKERS = ("trackio", "tensorboard", "wandb")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parsers, and which flags change what is trained
-
-
-class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """States the default of every flag that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, "") and action.default is not False
-        return super()._get_help_string(action) if has_default else action.help
-
-
-def new_parser(script: str, docstring: str | None) -> argparse.ArgumentParser:
-    """A parser whose errors stay short and that takes no abbreviated flags, which would hide a misspelt one."""
-    return argparse.ArgumentParser(
-        prog=f"python {script}",
-        usage=f"python {script} [--flag value ...]   (--help lists the flags)",
-        description=docstring,
-        formatter_class=Formatter,
-        allow_abbrev=False,
-    )
-
-
-def add_group(parser: argparse.ArgumentParser, title: str, *, trains: bool | str) -> Callable[..., argparse.Action]:
-    """The function that adds flags to the group `title`.
-
-    `trains` says whether they change what is trained: always, never, or where `neutral_flags` is told this word, such
-    as "reddit" for flags that shape Reddit's pairs alone.
-    """
-    group = parser.add_argument_group(title)
-
-    def add(*names: str, **settings: Any) -> argparse.Action:
-        action = group.add_argument(*names, **settings)
-        action.trains = trains  # type: ignore[attr-defined]
-        return action
-
-    return add
-
-
-def neutral_flags(parser: argparse.ArgumentParser, *counted: str) -> set[str]:
-    """The flags that do not change what is trained, where the flags of the words `counted` do; see `add_group`.
-
-    A run may be resumed with other values of them.
-    """
-    return {action.dest for action in parser._actions if getattr(action, "trains", False) not in (True, *counted)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Groups: one line a flag. Words of `trains`: "measured" is how an answer is made and scored, "asked" is what is asked
 # (some scripts keep it out of the training data); "reddit", "finance" and "general" shape the pairs of one source.
 
@@ -214,6 +169,8 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
             help="peak of the cosine; raise it if the loss hardly falls, lower it if the base is forgotten")
     add("--batch", type=positive(int), help="examples per device and forward pass; lower it when memory is full")
     add("--grad_acc", type=positive(int), default=16, help="passes per optimiser step; raise it as --batch is lowered")
+    add("--max_steps", type=not_negative(int), default=0, help="end after N optimiser steps; 0 = after --epochs")
+    add("--system_prompt", default="", metavar="TEXT", help="system turn of conversations that have none")
     add = add_group(parser, "checkpoints", trains=False)
     add("--save_steps", type=positive(int), default=50, help="steps between checkpoints")
     add("--resume_from_checkpoint", choices=["auto"] if in_stages else None, default=None,
@@ -229,12 +186,28 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
     add = add_group(parser, "output", trains=False)
     add("--output_dir", help="folder of the run")
     add("--dry_run", action="store_true", help="check data, model files and adapter, print the plan, and exit")
+    add("--table", choices=["headline", "full"], default="headline", help="rows of the table at the end")
     add("--exp_log", default=exp_log, help="JSONL file that gets the run's record")
     add("--exp_tag", default="", help="a name for the run in that file, for rerun.py and report.py")
     if trains:
+        add("--time", action="store_true", help="with --dry_run: take two steps and one batch, and estimate the run")
         add("--report_to", type=tracker, choices=["none", *TRACKERS], default="none", help="tracker of the training")
     add_scoring_flags(parser)
+    add = add_group(parser, "retention", trains="asked")
+    add("--do_retention", action=ON_OFF, default=True, help="what could the base do that the tuned model cannot?")
+    add("--retention_file", default="auto", metavar="auto|PATH",
+        help="questions with checks that a program decides; auto takes the project's own")
+    add = add_group(parser, "how retention is measured", trains="measured")
+    add("--retention_limit", type=not_negative(int), default=0, help="a sample of N questions; 0 = all")
+    add("--retention_max_tokens", type=positive(int), default=64, help="new tokens of an answer")
+    if trains:
+        add = add_group(parser, "gates", trains=False)
+        add("--gates", default="", metavar="METRIC=DIFFERENCE[,...]",
+            help="least acceptable differences, as in mtbench=-0.3,retention=-5; a missed one is exit code 1")
     add = add_group(parser, "memory and speed", trains=False)
+    add("--gpu_memory_share", type=positive_ratio, default=None,
+        help="part of the GPU's memory that the run may take; without it all, and 0.95 on Windows, where a full GPU "
+        "would spill into host memory and be many times slower")
     add("--no_baseline_cache", action="store_true",
         help="compute the baseline and the reference of DPO again instead of taking them from the cache")
     if trains:
@@ -294,6 +267,8 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
         add("--no_train", action="store_true", help="only evaluate")
         add("--load_adapter", default="", metavar="DIR", help="start from this adapter")
         add("--adapter_trainable", action="store_true", help="continue its training; it is the reference too")
+    add = add_group(parser, "log", trains=False)
+    add("--logging_steps", type=positive(int), default=5, help="steps between log lines")
     add = add_group(parser, "what is measured", trains="asked")
     add("--do_mtbench", action=ON_OFF, default=True, help="MT-Bench")
     add("--mtbench_file", default="mt_bench_ru.json", help="questions of MT-Bench, fetched when missing")
@@ -472,16 +447,17 @@ FINANCE_DEMO = {
 }
 
 
-def parse_arguments(
-    parser: argparse.ArgumentParser, argv: list[str] | None, demo: dict[str, Any]
-) -> argparse.Namespace:
+def parse_arguments(parser: Parser, argv: list[str] | None, demo: dict[str, Any]) -> argparse.Namespace:
     """Parses `argv`, or the command line; with --demo flags that the user did not give take their values from `demo`.
 
     A demo's output folder is the first free one of NAME_1, NAME_2, ..., so that the demo can be run again; one that
     goes on, from a checkpoint or a stage, takes the last one. A text that is empty, as of a shell variable that is not
     set, is an error: as a path it would be the working folder.
     """
-    args = parser.parse_args(argv)
+    words = parser.expand(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        sys.argv[1:] = words  # the record gets the flags and not the file, which may change
+    args = parser.parse_args(words)
     for name, value in vars(args).items():
         if value == "" and parser.get_default(name) != "":
             parser.error(f"argument --{name}: it is empty; give a value or leave the flag out")
@@ -493,5 +469,5 @@ def parse_arguments(
         if (args.resume_from_checkpoint or later_stage) and number > 1:
             number -= 1
         parser.set_defaults(**{**demo, "output_dir": f"{demo['output_dir']}_{number}"})
-        args = parser.parse_args(argv)
+        args = parser.parse_args(words)
     return args

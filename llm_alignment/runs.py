@@ -235,9 +235,9 @@ def check_writable(path: Path, flag: str, advice: str = "name another file") -> 
 
 
 def begin(record: dict, data: dict, base: Base, commits: dict[str, str | None]) -> Path:
-    """Creates the output folder and writes run.json and run.log. `data` is the fingerprint of the data.
+    """Creates the output folder and writes run.json and run.log.
 
-    `commits`: by flag, of what came from the hub. A resumed run keeps
+    `data` is the fingerprint of the data, `commits` are those of what came from the hub, by flag. A resumed run keeps
     the run.json that it was started with.
     """
     import torch

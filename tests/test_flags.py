@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import json
+import re
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 from llm_alignment import flags
+from llm_alignment.parser import neutral_flags
 
 SCRIPTS = ("sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2", "mtbench_eval")
 
@@ -44,7 +47,7 @@ NEUTRAL = [
 @pytest.mark.parametrize(("script", "counted_by", "neutral", "counted"), NEUTRAL)
 def test_the_group_of_a_flag_says_whether_it_changes_what_is_trained(script, counted_by, neutral, counted):
     parser = importlib.import_module(script).build_parser()
-    found = flags.neutral_flags(parser, *counted_by)
+    found = neutral_flags(parser, *counted_by)
     assert found >= set(neutral.split()) and not found & set(counted.split())
     assert set(counted.split()) <= vars(parser.parse_args([])).keys()
 
@@ -68,12 +71,104 @@ for argument, code in (("--help", 0), ("--modle", 2), ("--quant", 2)):
         assert stop.code == code
     else:
         raise AssertionError(argument)
-slow = {{"torch", "transformers", "numpy", "scipy", "rich", "matplotlib", "huggingface_hub"}} & set(sys.modules)
+slow = {{"torch", "transformers", "numpy", "scipy", "rich", "matplotlib", "datasets", "yaml"}} & set(sys.modules)
 sys.exit("imports " + ", ".join(slow) if slow else 0)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert "--model_revision" in done.stdout and "--modle" in done.stderr and "--quant" in done.stderr
+    assert "--output_dir" in done.stdout and "--modle" in done.stderr and "--quant" in done.stderr
+    assert "did you mean --model?" in done.stderr and done.stderr.count("\n") == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_a_dozen_flags_and_help_all_every_one(script, capsys):
+    build_parser = importlib.import_module(script).build_parser
+    shown = {}
+    for flag in ("--help", "--help_all", "--help-all", "--version"):
+        with pytest.raises(SystemExit) as stop:
+            build_parser().parse_args([flag])
+        assert stop.value.code == 0
+        shown[flag] = capsys.readouterr().out
+    named = {flag: set(re.findall(r"^  (--[\w-]+)", text, re.M)) for flag, text in shown.items()}
+    assert {action.option_strings[0] for action in build_parser()._actions} == named["--help_all"] | {"-h"}
+    assert named["--help_all"] == named["--help-all"] and 12 <= len(named["--help"]) <= 16
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", shown["--version"])
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "expected"),
+    [
+        (
+            "sft_train",
+            "--learning-rate 1e-3 --no-4bit --kl_coef=0",
+            {"learning_rate": 1e-3, "no_4bit": True, "kl_coef": 0},
+        ),
+        ("dpo_train", "--no-do-eval --no_do_mtbench", {"do_eval": False, "do_mtbench": False}),
+        ("dpo_train", "--no-gradient-checkpointing", {"gradient_checkpointing": "off"}),
+        ("sft_train", "--mtbench_ru a --mtbench_questions_limit 3", {"mtbench_ru": "a", "mtbench_questions_limit": 3}),
+        ("sft_train", "--mtbench_file a --mtbench_limit 3", {"mtbench_ru": "a", "mtbench_questions_limit": 3}),
+        ("sft_train", "--logging_steps 7", {"kl_log_interval": 7}),
+        ("dpo_train", "--logging_steps 7", {"logging_steps": 7}),
+        ("sft_train", "--skip_baseline_eval", {"skip_baseline_eval": True}),
+        ("sft_train", "--no-eval_baseline", {"skip_baseline_eval": True}),
+        ("sft_train", "--no-eval_baseline --eval_baseline", {"skip_baseline_eval": False}),
+        ("mtbench_eval", "--mtbench_file a --mtbench_limit 3", {"questions": "a", "mtbench_questions_limit": 3}),
+        ("mtbench_eval", "--questions a --limit 3", {"questions": "a", "mtbench_questions_limit": 3}),
+    ],
+)
+def test_one_flag_has_several_spellings(script, words, expected):
+    args = importlib.import_module(script).build_parser().parse_args(words.split())
+    assert vars(args).items() >= expected.items()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_config_can_say_what_every_flag_says(script, tmp_path):
+    """Of each flag its default, and for those that are on or off the other one, in YAML and in JSON."""
+    parser = importlib.import_module(script).build_parser()
+    known = parser.format_help()
+    defaults = {name: value for name, value in vars(parser.parse_args([])).items() if f"--{name}" in known}
+    values = {name: not value if isinstance(value, bool) else value for name, value in defaults.items()}
+    yaml = "".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items())
+    for name, text in (("a.yaml", yaml), ("a.json", json.dumps(values))):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert vars(parser.parse_args(["--config", str(tmp_path / name)])).items() >= values.items()
+
+
+def test_the_command_line_wins_over_a_config_and_the_record_gets_its_flags(tmp_path, monkeypatch):
+    config, run = tmp_path / "a.yaml", tmp_path / "run.json"
+    config.write_text("learning-rate: 1e-3\nseed: 7  # comment\ndo_eval: false\n", encoding="utf-8")
+    run.write_text(
+        json.dumps({"script": "dpo_train.py", "argv": ["--seed", "3"], "args": {"seed": 3}}), encoding="utf-8"
+    )
+    words = ["--seed", "8", "--config", str(config), f"--config={run}"]
+    monkeypatch.setattr(sys, "argv", ["dpo_train.py", *words])
+    args = flags.parse_arguments(importlib.import_module("dpo_train").build_parser(), None, {})
+    assert (args.learning_rate, args.seed, args.do_eval) == (1e-3, 8, False) and "config" not in args
+    assert sys.argv[1:] == ["--learning_rate=1e-3", "--seed=7", "--no-do_eval", "--seed", "3", "--seed", "8"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("learnin_rate: 1", "did you mean --learning_rate?"),
+        ("target_modules: [q_proj, v_proj]", "target_modules"),
+        ("lora: {r: 8}", "lora"),
+        ("do_eval: maybe", "do_eval: maybe"),
+        ("seed: -1", "--seed"),
+        ("- seed", "flag: value"),
+        ("a: b: c", "line 1"),
+        (b"\xff\xfe", "utf-8"),
+        (None, "No such file"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_one_line(text, named, tmp_path, capsys):
+    path = tmp_path / "a.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("dpo_train").build_parser().parse_args(["--config", str(path)])
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and named in shown and shown.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -115,13 +116,16 @@ def test_bad_input_before_the_run_leaves_nothing(tmp_path, capsys):
 
 
 def test_a_rare_error_is_one_line_and_its_traceback_is_in_run_log(tmp_path, capsys):
+    import torch
+
+    base = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     args = arguments(tmp_path, resume_from_checkpoint=None, dtype="auto")
-    commits = {"model": {"name": "org/model", "commit": "0" * 40}}
+    commits = {"--model": "0" * 40, "--dataset": None}
     with pytest.raises(SystemExit) as stop, recorded_run(args, ["--flag"], "script.py") as record:
         runs.log.info("before the folder")
         Path(args.output_dir, "train_log.jsonl.4711.tmp").write_text("of a killed run", encoding="utf-8")
         Path(args.output_dir, "my.tmp").write_text("of the user", encoding="utf-8")
-        folder = runs.begin(record, {"sha256": "0"}, commits)
+        folder = runs.begin(record, {"sha256": "0"}, base, commits)
         with runs.timed(record, "train"):
             runs.log.info("после")
         raise ZeroDivisionError("first line\nsecond line")
