@@ -498,7 +498,7 @@ def tokenised_rows(
         longest = None if is_packed else args.max_seq_length
         rows[side] = tokenise(examples(side), encoder, args.num_proc, longest=longest, lazily=is_lazy)
         if args.assistant_only_loss or args.max_seq_length == 1:
-            rows[side] = with_answers(rows[side], side, args.max_seq_length)
+            rows[side] = with_answers(rows[side], "training" if side == "train" else side, args.max_seq_length)
     return rows
 
 
