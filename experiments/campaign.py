@@ -12,15 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from commands import (
-    apply_changes,
-    flag_groups,
-    flag_name,
-    join_empty,
-    parse_strictly,
-    same_command,
-    shown_command,
-)
+from commands import apply_changes, flag_groups, flag_name, join_empty, parse_strictly, same_command, shown_command
 from records import HERE, find_run, from_record, load_records, record_files, run_arguments
 from seeds import merge_seeds
 from tables import deltas_table, markdown_table
@@ -67,9 +59,8 @@ def parse(name: str, script: str, arguments: list[str]) -> argparse.Namespace:
     try:
         return parse_strictly(importlib.import_module(Path(script).stem).build_parser(), arguments)
     except InputError as error:
-        raise InputError(
-            f"{name}: {script} refuses its command ({error}); change the flag, or leave the run out"
-        ) from error
+        reason = f"{name}: {script} refuses its command ({error}); change the flag, or leave the run out"
+        raise InputError(reason) from error
 
 
 def plan_runs(names: list[str], seeds: list[int], changes: list[str]) -> list[PlannedRun]:
@@ -88,7 +79,7 @@ def plan_runs(names: list[str], seeds: list[int], changes: list[str]) -> list[Pl
     for name in names:
         run = find_run(name)
         arguments = apply_changes(run_arguments(run), changes)
-        for seed in seeds or [None]:
+        for seed in (*seeds,) or (None,):
             new = plan_run(name, run, arguments, seed)
             other = planned.setdefault(new.output_dir.resolve(), new)
             if other is not new:

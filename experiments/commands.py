@@ -9,8 +9,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from llm_alignment.endings import disk_problem, interrupt, lasting_console, signals_go_to
 from llm_alignment.files import InputError
-from llm_alignment.runs import disk_problem, interrupt, lasting_console, signals_go_to
 
 
 def flag_groups(arguments: list[str]) -> list[list[str]]:
@@ -57,20 +57,18 @@ def same_command(arguments: list[str], others: list[str]) -> bool:
 def quote(word: str) -> str:
     """`word` written so that PowerShell and bash both read it as this one argument.
 
-    Bare when neither shell gives any of its characters a meaning (PowerShell splits at commas and at `-x.y`); else in
-    single quotes, which are literal in both; else in double quotes, where both would expand `$` and a backtick.
-    PowerShell takes typographic quotes for quotes. Windows PowerShell 5.1 drops an empty argument, so an empty value
-    is never written as a word of its own (see `join_empty`); it hands a program what is between the quotes without
-    escaping a `"` in it or a backslash at the end of a text with blanks. Raises InputError for such words.
+    Bare when neither shell gives any of its characters a meaning (PowerShell splits at commas and at `-x.y`), else in
+    single quotes, which are literal in both. Raises InputError for a word with a quote of any kind (PowerShell takes
+    typographic quotes for quotes, and version 5.1 does not escape a `"`), with a new line, or with a blank and a
+    backslash at its end, which 5.1 hands on damaged.
     """
     if re.fullmatch(r"(?!-[A-Za-z?])[A-Za-z0-9_./:=+-]+", word):
         return word
-    if not re.search(r'[\n\r"]|\s.*\\$', word):
-        if not re.search("['\u2018\u2019\u201a\u201b]", word):
-            return f"'{word}'"
-        if not re.search("[\u201c\u201d\u201e$`!]|\\\\$|\\\\\\\\", word):
-            return f'"{word}"'
-    raise InputError(f"{word!r} cannot be written in one way for PowerShell and bash; put it into a file or rename it")
+    if re.search(r"""[\n\r"'\u2018-\u201f]|\s.*\\$""", word):
+        raise InputError(
+            f"{word!r} cannot be written in one way for PowerShell and bash; put it into a file or rename it"
+        )
+    return f"'{word}'"
 
 
 def join_empty(arguments: list[str]) -> list[str]:
@@ -84,7 +82,7 @@ def join_empty(arguments: list[str]) -> list[str]:
     return joined
 
 
-def exit_code(run: Callable[[], int]) -> int:
+def exit_code(run: Callable[[], int | None]) -> int:
     """What `run()` gives; after one line 2 for bad input, 1 for what the disk refuses, 128 + the signal that stops it.
 
     A reader that has seen enough, as `head -1`, does not end it.
@@ -92,7 +90,7 @@ def exit_code(run: Callable[[], int]) -> int:
     with lasting_console() as console:
         try:
             with signals_go_to(interrupt):
-                code = run()
+                code = run() or 0
             console.flush()
             if not console.problem:
                 return code

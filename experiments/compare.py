@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from records import HERE, find_run, flatten
-from tables import delta_cells, number, signed
+from tables import with_reading
 
 from llm_alignment import dpo, tatqa
-from llm_alignment.evaluation import EVALUATIONS, TableRow, print_table, table_rows
-from llm_alignment.files import InputError, SkippedRows, read_results, write_atomic
+from llm_alignment.evaluation import EVALUATIONS, TableRow, number, pair_rows, print_table, table_rows, table_texts
+from llm_alignment.files import InputError, SkippedRows, differing, read_results, write_atomic
 from llm_alignment.scores import compare_scored, summarise_scored
 
 # the evaluations whose rows hold answers
@@ -25,43 +25,38 @@ def answer_files(name: str, files: list[Path]) -> dict[str, Path]:
     if path.is_file():
         keys = [key for key in COMPARED if f"{path.stem}_".startswith(f"{key}_")]
         if not keys:
-            raise InputError(
-                f"{path}: not a file of answers; those are called mtbench_final.jsonl, tatqa_final.jsonl, ..."
-            )
+            raise InputError(f"{path}: not a file of answers; name one such as mtbench_final.jsonl")
         return {keys[0]: path}
     if not path.is_dir():
         run = find_run(name, files)
         if "output_dir" not in run:
-            raise InputError(
-                f"{name}: a published run; its answers were not kept, so it cannot be compared by question"
-            )
+            raise InputError(f"{name}: a published run; its answers were not kept, so nothing can be compared")
         path = Path(run["output_dir"])
     found = {}
     for folder in (path, *sorted(path.glob("stage[123]"))):  # of a run in stages the last one's answers
         for key in COMPARED:
-            for file in (
-                folder / f"{key}_final.jsonl",
-                folder / f"{key}.jsonl",
-            ):  # a training run's, mtbench_eval.py's
-                if file.is_file():
-                    found[key] = file
+            for file_name in (f"{key}_final.jsonl", f"{key}.jsonl"):  # a training run's, mtbench_eval.py's
+                if (folder / file_name).is_file():
+                    found[key] = folder / file_name
     if not found:
         raise InputError(f"{path}: no *_final.jsonl with answers here; name the output folder of a finished run")
     return found
 
 
-def load_answers(path: Path) -> tuple[dict, dict[str, dict]]:
-    """The fingerprint of a per-question file, and its rows by question id."""
+def load_answers(path: Path) -> tuple[dict, list[dict]]:
+    """The settings and the rows of a per-question file."""
     skipped = SkippedRows()
     fingerprint, rows = read_results(path, skipped)
     skipped.report(f"damaged lines of {path}")
-    return flatten(fingerprint), {str(row["question_id"]): row for row in rows}
+    measured_on = ("model", "weights", "adapter", "questions", "pairs")
+    return {key: value for key, value in flatten(fingerprint).items() if key not in measured_on}, rows
 
 
-def compare(a: str, b: str, files: list[Path], output_dir: Path) -> Path:
+def compare(names: list[str], files: list[Path], output_dir: Path) -> Path:
     """Prints the differences of B against A over the questions both answered, and writes the page; its path."""
     import jinja2
 
+    a, b = names
     of_a, of_b = answer_files(a, files), answer_files(b, files)
     shared = [key for key in of_a if key in of_b]
     if not shared:
@@ -75,8 +70,7 @@ def compare(a: str, b: str, files: list[Path], output_dir: Path) -> Path:
             print(f"warning: {EVALUATIONS[key]}: no question in common, not compared", file=sys.stderr)
             continue
         if section["unlike"]:
-            settings = "; ".join(section["unlike"])
-            print(f"warning: {section['title']} was measured under other settings: {settings}", file=sys.stderr)
+            print(f"warning: {key} was measured under other settings: {section['unlike']}", file=sys.stderr)
         title = f"{section['title']}: {a} (baseline) against {b} (final), {len(section['questions'])} shared questions"
         print_table(title, section["deltas"])
         sections.append(section)
@@ -94,48 +88,35 @@ def slug(name: str) -> str:
 
 
 def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict | None:
-    """One evaluation of the page: its table, what was set otherwise, and its questions, the largest changes first.
-
-    None when the two have no question in common.
-    """
+    """One evaluation of the page, the questions with the largest changes first; None without a shared question."""
     (settings_a, rows_a), (settings_b, rows_b) = load_answers(path_a), load_answers(path_b)
     pairs = shared_questions(rows_a, rows_b)
     if not pairs:
         return None
-    deltas = comparison_table(key, pairs)
+    deltas = comparison_table(key, *map(list, zip(*pairs, strict=True)))
     questions = sorted((question_view(key, a, b) for a, b in pairs), key=lambda view: -abs(view["change"]))
     return {
         "title": EVALUATIONS[key],
-        "unlike": [
-            f"{name}: {settings_a.get(name)} / {settings_b.get(name)}"
-            for name in sorted(settings_a.keys() | settings_b.keys())
-            if name not in ("model", "weights", "adapter", "questions", "pairs")
-            and settings_a.get(name) != settings_b.get(name)
-        ],
+        "unlike": differing(settings_a, settings_b),
         "deltas": deltas,
-        "table": [
-            [row.title, number(row.before), number(row.after), *delta_cells(row)] for row in deltas if row.delta
-        ],
+        "table": [with_reading(cells) for cells in table_texts(deltas)[0] if len(cells) > 3],
         "changed": sum(question["change"] != 0 for question in questions),
         "questions": questions,
     }
 
 
-def shared_questions(rows_a: dict[str, dict], rows_b: dict[str, dict]) -> list[tuple[dict, dict]]:
-    """The two rows of every question in common, in the order of A.
+def shared_questions(rows_a: list[dict], rows_b: list[dict]) -> list[tuple[dict, dict]]:
+    """The two rows of every question in common.
 
     MT-Bench's Russian and English questions have the same numbers, so the texts are compared too.
     """
-    return [
-        (row, rows_b[question])
-        for question, row in rows_a.items()
-        if question in rows_b and row.get("turns") == rows_b[question].get("turns")
-    ]
+    texts = {row["question_id"]: row.get("turns") for row in rows_a}
+    same = [row for row in rows_b if texts.get(row["question_id"], "unknown") == row.get("turns")]
+    return pair_rows(rows_a, same) if same else []
 
 
-def comparison_table(key: str, pairs: list[tuple[dict, dict]]) -> list[TableRow]:
+def comparison_table(key: str, *sides: list[dict]) -> list[TableRow]:
     """The lines of `print_table`: every metric of A and of B, with the difference."""
-    sides = [a for a, _ in pairs], [b for _, b in pairs]
     if key == "tatqa":
         before, after = ({key: tatqa.summarise_tatqa(rows)} for rows in sides)
         return table_rows(before, after, tatqa.compare_tatqa(*sides))
@@ -166,29 +147,22 @@ def question_view(key: str, a: dict, b: dict) -> dict:
     else:
         title = f"{a['question_id']}: {a['category']}"
     turns = [
-        {"question": question, "answer_a": answer_a, "mark_a": mark_a, "answer_b": answer_b, "mark_b": mark_b}
-        for (question, answer_a, mark_a), (_, answer_b, mark_b) in zip(
-            answered_turns(key, a), answered_turns(key, b), strict=True
-        )
+        dict(zip(("question", "answer_a", "mark_a", "answer_b", "mark_b"), (*of_a, *of_b[1:]), strict=True))
+        for of_a, of_b in zip(answered_turns(key, a), answered_turns(key, b), strict=True)
     ]
-    rounded = [round(value, 2) for value in (before, after, after - before)]
-    scores = f"{number(rounded[0])} -> {number(rounded[1])} ({signed(rounded[2])})"
+    scores = f"{before:.2f} -> {after:.2f} ({after - before:+.2f})"
     return {"title": title, "scores": scores, "change": after - before, "turns": turns}
 
 
 def answered_turns(key: str, row: dict) -> list[tuple[str, str, str]]:
     """(question, answer, what it got in words) of every turn; a held-out pair's two answers stand as two turns."""
     if key == "tatqa":
-        mark = f"{'right' if row['em_like'] else 'wrong'}, EM {number(row['em'])}, F1 {number(row['f1'])}"
+        mark = f"{'right' if row['em_like'] else 'wrong'}, EM {row['em']:.2f}, F1 {row['f1']:.2f}"
         return [(row["question"], row["answer"], mark)]
     if key == "held_out":
-        return [
-            (side, row[side], f"reward {number(round(row[f'{side}_reward'], 2))}") for side in ("chosen", "rejected")
-        ]
-    marks = [
-        f"{number(round(score, 2))} (raw {number(round(raw, 2))})"
-        for score, raw in zip(row["scores"], row["rewards"], strict=True)
-    ]
+        return [(side, row[side], f"reward {row[f'{side}_reward']:.2f}") for side in ("chosen", "rejected")]
+    pairs = zip(row["scores"], row["rewards"], strict=True)
+    marks = [f"{score:.2f} (raw {reward:.2f})" for score, reward in pairs]
     return list(zip(row["turns"], row["answers"], marks, strict=True))
 
 
@@ -224,7 +198,7 @@ def print_power(names: list[str], files: list[Path]) -> None:
         unit = units.get(key, "points on the 1-10 scale")
         print(
             f"{EVALUATIONS[key]}: {len(differences)} questions, mean difference "
-            f"{signed(statistics.fmean(differences))}, standard deviation by question {number(spread)}"
+            f"{number(statistics.fmean(differences), '+')}, standard deviation by question {number(spread)}"
         )
         for n in sorted({16, 32, 50, 80, 160, 320, len(differences)}):
             print(f"  n = {n:>4}: detects a difference of {detectable(spread, n):.2f} {unit} in 8 of 10 runs")

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from commands import exit_code
 
+from llm_alignment.endings import console_and_log
 from llm_alignment.files import InputError, SkippedRows, parse_json, read_results, replace
 from llm_alignment.flags import positive
 from llm_alignment.generation import generate
@@ -38,7 +39,7 @@ from llm_alignment.models import (
     load_tokenizer,
     model_fingerprint,
 )
-from llm_alignment.runs import check_writable, console_and_log, held_alone
+from llm_alignment.runs import check_writable, held_alone
 
 if TYPE_CHECKING:
     import torch
@@ -64,22 +65,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="output folder of a training run")
-    parser.add_argument("--merged", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
-    parser.add_argument(
-        "--dtype", choices=["bf16", "fp32"], default="bf16", help="of the weights (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--model", default="", help="the base, where it is not where the adapter says (hub id or folder)"
-    )
-    parser.add_argument("--model_revision", default=None, help="branch, tag or commit on the hub (default: main)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model's repository ships")
-    parser.add_argument(
-        "--max_new_tokens",
-        type=positive(int),
-        default=32,
-        help="longest answer of the check in tokens (default: %(default)s)",
-    )
+    add = parser.add_argument
+    add("run_folder", type=Path, metavar="RUN_FOLDER", help="output folder of a training run")
+    add("--merged", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
+    add("--dtype", choices=["bf16", "fp32"], default="bf16", help="of the weights (default: %(default)s)")
+    add("--model", default="", help="the base, where it is not where the adapter says (hub id or folder)")
+    add("--model_revision", default=None, help="branch, tag or commit on the hub (default: main)")
+    add("--trust_remote_code", action="store_true", help="run code that the model's repository ships")
+    add("--max_new_tokens", type=positive(int), default=32, help="tokens of an answer of the check (%(default)s)")
     return parser
 
 
@@ -254,15 +247,14 @@ def verify(
         )
 
 
-def run(args: argparse.Namespace) -> int:
-    with console_and_log():
-        export(args)
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    return exit_code(lambda: run(args))
+
+    def run() -> None:
+        with console_and_log():
+            export(args)
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

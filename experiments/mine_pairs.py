@@ -20,12 +20,14 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import statistics
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from commands import exit_code, shown_command
 
+from llm_alignment.endings import console_and_log
 from llm_alignment.files import InputError, ResultFile, digest, write_rows
 from llm_alignment.flags import (
     DEMO_DIR,
@@ -41,11 +43,11 @@ from llm_alignment.flags import (
 from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.hub import read_usable
 from llm_alignment.instructions import instruct_questions
-from llm_alignment.leaks import leak_finder, without_leaks
+from llm_alignment.leaks import LeakFinder, without_leaks
 from llm_alignment.models import adapter_sha256, load_adapter, load_model, load_tokenizer, model_fingerprint
 from llm_alignment.preferences import merge_system_prompt, read_turns
 from llm_alignment.rewards import RewardModel
-from llm_alignment.runs import check_writable, console_and_log, held_alone
+from llm_alignment.runs import check_writable, held_alone
 from llm_alignment.tatqa import question_texts, tatqa_file
 from mtbench_eval import load_questions
 
@@ -78,12 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", type=positive_temperature, default=0.8, help="of sampling (default: %(default)s)")
     add("--top_p", type=positive_ratio, default=0.95, help="of sampling (default: %(default)s)")
     add("--max_new_tokens", type=positive(int), default=512, help="longest answer (default: %(default)s)")
-    add(
-        "--min_margin",
-        type=not_negative(float),
-        default=0.0,
-        help="least difference of raw rewards (default: %(default)s)",
-    )
+    add("--min_margin", type=not_negative(float), default=0.0, help="of raw rewards, at least (%(default)s)")
     add(
         "--questions",
         nargs="+",
@@ -111,11 +108,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def read_prompts(args: argparse.Namespace) -> list[dict]:
     """The prompts [{"question_id", "prompt": turns}], each once, without those that an evaluation asks."""
     rows = read_usable(args.prompts, "--prompts", prompt_problem, "prompt, question or messages")
@@ -125,11 +117,10 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
         key = digest(turns)[:16]
         prompts[key] = {"question_id": key, "prompt": turns}
     if len(prompts) < len(rows):
-        log.info(
-            "%s: %d prompts stand there more than once; each is used once", args.prompts, len(rows) - len(prompts)
-        )
+        twice = len(rows) - len(prompts)
+        log.info("%s: %d prompts stand there more than once; each is used once", args.prompts, twice)
     counts: dict[str, int] = {}
-    clean = without_leaks(list(prompts.values()), leak_finder(asked_texts(args)), "prompts", counts)
+    clean = without_leaks(list(prompts.values()), LeakFinder(asked_texts(args)), "prompts", counts)
     if not clean:
         raise InputError(f"--prompts {args.prompts}: the evaluations ask every one of them; name other prompts")
     return clean
@@ -175,11 +166,6 @@ def asked_texts(args: argparse.Namespace) -> dict[str, list[str]]:
     return texts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples and pairs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def sample_answers(
     args: argparse.Namespace,
     model: PreTrainedModel | PeftModel,
@@ -214,19 +200,14 @@ def sample_answers(
         ]
         rewards = iter(reward_model.score(flat))
         for prompt, of_prompt, own_texts in zip(chunk, answers, texts, strict=True):
-            row = {
-                **prompt,
-                "answers": own_texts,
-                "rewards": [next(rewards) for _ in own_texts],
-                "finished": [answer.finished for answer in of_prompt],
-            }
+            row = {**prompt, "answers": own_texts, "rewards": [next(rewards) for _ in own_texts]}
             if prompt["question_id"] in missing:
-                results.append(row)
+                results.append({**row, "finished": [answer.finished for answer in of_prompt]})
 
 
 def is_sample(row: dict, samples: int) -> bool:
     """Whether a row that was read has what `sample_answers` puts there."""
-    kinds = {"answers": str, "rewards": int | float, "finished": bool}
+    kinds: dict[str, Any] = {"answers": str, "rewards": int | float, "finished": bool}
     return digest(row.get("prompt"))[:16] == row["question_id"] and all(
         isinstance(row.get(key), list)
         and len(row[key]) == samples
@@ -281,9 +262,8 @@ def write_pairs(args: argparse.Namespace, prompts: list[dict], pairs_file: Path,
     model = load_model(args)
     if args.adapter:
         model = load_adapter(model, args.adapter)
-    reward_model = RewardModel(
-        args.reward_model, batch_size=args.eval_batch_size, trust_remote_code=args.trust_remote_code
-    )
+    own_code = args.trust_remote_code
+    reward_model = RewardModel(args.reward_model, batch_size=args.eval_batch_size, trust_remote_code=own_code)
     fingerprint = {
         **model_fingerprint(args, adapter_sha256(model)),
         "reward_model": reward_model.fingerprint,
@@ -304,27 +284,19 @@ def write_pairs(args: argparse.Namespace, prompts: list[dict], pairs_file: Path,
             "--samples, --temperature or --max_new_tokens"
         )
     write_rows(pairs_file, pairs)
-    margins = sorted(pair["margin"] for pair in pairs)
-    log.info(
-        "%d prompts gave a pair, %d gave none; median margin %.2f",
-        len(pairs),
-        without_margin,
-        margins[len(margins) // 2],
-    )
+    margin = statistics.median(pair["margin"] for pair in pairs)
+    log.info("%d prompts gave a pair, %d gave none; median margin %.2f", len(pairs), without_margin, margin)
     flags = ["--model", args.model, "--pairs", args.output]
     flags += ["--load_adapter", args.adapter, "--adapter_trainable"] if args.adapter else []
     log.info("wrote %s; train on it: %s", args.output, shown_command("dpo_train.py", flags))
 
 
-def run(argv: list[str] | None) -> int:
-    args = parse(argv)
-    with console_and_log():
-        mine(args)
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: run(argv))
+    def run() -> None:
+        with console_and_log():
+            mine(parse(argv))
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -51,10 +51,9 @@ def import_records(path: Path) -> tuple[int, int]:
     for place, old in read_rows(path, skipped):
         try:
             record = convert(old, place)
+            problem = record_problem(record)
         except InputError as error:
-            skipped.add(place, str(error))
-            continue
-        problem = record_problem(record)
+            problem = str(error)
         if problem:
             skipped.add(place, problem)
         else:
@@ -67,12 +66,12 @@ def import_records(path: Path) -> tuple[int, int]:
     skipped.report(f"lines of {path}")
     target = HERE / IMPORTED
     known = [(record["ts"], record["argv"]) for record in (load_records(target) if target.is_file() else [])]
-    before = len(known)
+    new = 0
     for record in found:
         if (record["ts"], record["argv"]) not in known:
             append_record(target, record)
             known.append((record["ts"], record["argv"]))
-    new = len(known) - before
+            new += 1
     return new, len(found) - new
 
 
@@ -123,7 +122,7 @@ def new_record(old: dict, place: str, script: str, values: dict[str, Any]) -> di
     unknown += [f"{key} {value}" for key, value in old.items() if key not in OLD_KEYS]
     args = parse_strictly(parser, argv)
     known = {"ts": str(old.get("ts") or old["timestamp"]), "git": None, "versions": {}, "status": "completed"}
-    record = {**empty_record(args, argv, script, started=0), **known, "imported": place}
+    record = {**empty_record(vars(args), argv, script), **known, "imported": place}
     if unknown:
         record["note"] = f"what {script} has no flag for: {', '.join(unknown)}"
     return record

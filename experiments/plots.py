@@ -1,25 +1,28 @@
-"""Plots of runs: before and after, differences with intervals, curves, categories, seeds, noise."""
+"""Plots of many runs: before and after, differences with intervals, curves, seeds, noise."""
 
 from __future__ import annotations
 
-import math
 import os
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from noise import Spread
-from records import DEMO, PUBLISHED, SCORED, Run, get_nested
-from tables import number, signed
+from records import PUBLISHED, SCORED, Run, get_nested
 
+from llm_alignment import plots
 from llm_alignment.evaluation import METRICS
 from llm_alignment.files import read_records
 from llm_alignment.model_files import read_json
+from llm_alignment.plots import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {"logged": "#4477aa", "new": "#cc6633", "imported": "#228833", "not measured": "#999999"}
+COLOURS = {"logged": "#4477aa", "new": plots.AFTER, "imported": "#228833", "not measured": "#999999"}
+PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind a number, so that no line strikes it through
+UNITS = {"val_loss": "nats per token", "tatqa": "%"}  # the others are points
+Interval = tuple[float, float, float]  # mean, low, high
 
 
 def colour(run: Run) -> str:
@@ -31,70 +34,62 @@ def wrapped(text: str, width: int = 30) -> str:
     return "\n".join(textwrap.wrap(text, width))
 
 
-def new_figure(
-    width: float, height: float, columns: int, lines: int = 1, *, sharey: bool = False
-) -> tuple[Figure, list]:
-    """A figure of `width` x `height` inches in letters that read at that size, and its axes, side by side."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
-    matplotlib.rcParams["text.parse_math"] = False  # the name of a run may hold a dollar sign
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=sharey)
-    figure.get_layout_engine().set(wspace=0.04, hspace=0.04)
-    return figure, list(axes.flat)
+def digits(values: list[float]) -> int:
+    """How many decimals all numbers of one plot have."""
+    return 1 if max(map(abs, values), default=0) >= 10 else 2
 
 
-def draw_pairs(axis, runs: list[Run], pairs: list[tuple[float, float] | None]) -> None:
-    """One line a run: a ring before, a dot after, both with their values."""
+def draw_pairs(axis: Any, runs: list[Run], pairs: list[tuple[float, float] | None], unit: str) -> None:
+    """One line a run: a ring before, a dot after, and both values on the side that has more room."""
+    values = [value for pair in pairs if pair for value in pair] or [0.0]
+    places, spread = digits(values), (max(values) - min(values)) or 1
+    low, high = min(values) - spread / 2, max(values) + spread / 2
+    axis.set_xlim((max(low, 0), min(high, 100)) if unit == "%" else (low, high))
+    low, high = axis.get_xlim()
     for row, (run, pair) in enumerate(zip(runs, pairs, strict=True)):
         if pair is None:
             continue
         before, after = pair
-        axis.plot([before, after], [row, row], color=colour(run), linewidth=2.5, zorder=1)
+        axis.plot(pair, [row, row], color=colour(run), linewidth=2.5, zorder=1)
         axis.scatter([before], [row], s=70, facecolor="white", edgecolor=colour(run), linewidth=2, zorder=2)
         axis.scatter([after], [row], s=70, color=colour(run), zorder=3)
-        left, right = sorted([(before, "before"), (after, "after")])
-        for (value, _), align, offset in ((left, "right", -8), (right, "left", 8)):
-            axis.annotate(
-                number(round(value, 2)), (value, row), (offset, 0), textcoords="offset points", ha=align, va="center"
-            )
-    axis.margins(x=0.34)
-    name_rows(axis, runs)
+        to_right = high - max(pair) >= min(pair) - low
+        value, align, offset = (max(pair), "left", 8) if to_right else (min(pair), "right", -8)
+        look = {"ha": align, "va": "center", "textcoords": "offset points", "bbox": PLAIN}
+        axis.annotate(f"{before:.{places}f} -> {after:.{places}f}", (value, row), (offset, 0), **look)
+    name_rows(axis, runs, unit)
 
 
-def draw_changes(axis, runs: list[Run], changes: list[tuple[float, float, float] | None]) -> None:
+def draw_changes(axis: Any, runs: list[Run], changes: list[Interval | None], unit: str = "") -> None:
     """One line a run: the difference and, where low and high differ from it, the 95 % interval."""
     axis.axvline(0, color="#444444", linewidth=1)
+    places = digits([change[0] for change in changes if change])
     for row, (run, change) in enumerate(zip(runs, changes, strict=True)):
         if change is None:
             continue
         mean, low, high = change
         axis.plot([low, high], [row, row], color=colour(run), linewidth=3, solid_capstyle="butt")
         axis.scatter([mean], [row], s=60, color=colour(run), zorder=2)
-        axis.annotate(signed(round(mean, 2)), (mean, row), (0, 8), textcoords="offset points", ha="center")
+        look = {"ha": "center", "textcoords": "offset points", "bbox": PLAIN}
+        axis.annotate(f"{mean:+.{places}f}", (mean, row), (0, 8), **look)
     axis.margins(x=0.15)
-    name_rows(axis, runs)
+    name_rows(axis, runs, "percentage points" if unit == "%" else unit)
 
 
-def name_rows(axis, runs: list[Run]) -> None:
+def name_rows(axis: Any, runs: list[Run], unit: str) -> None:
     axis.set_yticks(range(len(runs)), [wrapped(run.label) for run in runs])
     axis.set_ylim(len(runs) - 0.4, -0.7)
-    axis.grid(axis="x", color="#dddddd")
-    axis.set_axisbelow(True)
+    axis.set_xlabel(unit)
+    axis.grid(axis="y", visible=False)
 
 
 def colour_key(figure: Figure, runs: list[Run]) -> None:
     """Says what the ring, the dot and the colours in use stand for."""
     from matplotlib.lines import Line2D
 
-    marks = [
-        Line2D(
-            [], [], marker="o", markersize=8, linestyle="", markerfacecolor="white", color="#444444", label="before"
-        ),
-        Line2D([], [], marker="o", markersize=8, linestyle="", color="#444444", label="after / difference"),
-    ]
+    dot: dict[str, Any] = {"marker": "o", "markersize": 8, "linestyle": "", "color": "#444444"}
+    marks = [Line2D([], [], markerfacecolor="white", label="before", **dot)]
+    marks += [Line2D([], [], label="after / difference", **dot)]
     used = {colour(run) for run in runs}
     marks += [Line2D([], [], color=c, linewidth=5, label=name) for name, c in COLOURS.items() if c in used]
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)
@@ -105,130 +100,94 @@ def plot_metric(title: str, metric: str, runs: list[Run]) -> Figure | None:
     runs = [run for run in runs if metric in run.changes]
     if not runs:
         return None
-    key = "val_loss_row_mean" if metric == "val_loss" else metric
-    intervals = [run.delta.get(key) for run in runs]
-    changes: list[tuple[float, float, float] | None] = [(run.changes[metric],) * 3 for run in runs]
+    key, unit = "val_loss_row_mean" if metric == "val_loss" else metric, UNITS.get(metric, "points")
+    intervals = [interval_of(run.delta.get(key)) for run in runs]
+    changes: list[Interval | None] = [(run.changes[metric],) * 3 for run in runs]
     panels = 2
     if metric in SCORED:
         panels += any(intervals)
     else:
-        changes = [interval_of(delta) or change for delta, change in zip(intervals, changes, strict=True)]
-    figure, axes = new_figure(4.2 + 3.4 * panels, 1.8 + 0.55 * len(runs), panels, sharey=True)
-    draw_pairs(
-        axes[0], runs, [(run.before[metric], run.after[metric]) if metric in run.after else None for run in runs]
-    )
-    draw_changes(axes[1], runs, changes)
+        changes = [interval or change for interval, change in zip(intervals, changes, strict=True)]
+    figure, axes = new_figure(4.2 + 3.4 * panels, 2.2 + 0.55 * len(runs), panels, sharey=True)
+    pairs = [(run.before[metric], run.after[metric]) if metric in run.after else None for run in runs]
+    draw_pairs(axes[0], runs, pairs, unit)
+    draw_changes(axes[1], runs, changes, unit)
     on_scale = ",\npublished scale" if metric in SCORED else ""
     axes[0].set_title(wrapped(PUBLISHED[metric][0], 28) + on_scale)
     axes[1].set_title(f"Difference{on_scale}" + (", 95 % interval" if metric not in SCORED and any(intervals) else ""))
     if panels == 3:
-        draw_changes(axes[2], runs, [interval_of(delta) for delta in intervals])
+        draw_changes(axes[2], runs, intervals, "points")
         axes[2].set_title("Difference, 1-10 scale,\n95 % interval (new runs)")
     figure.suptitle(title, fontsize=15)
     colour_key(figure, runs)
     return figure
 
 
-def interval_of(delta: dict | None) -> tuple[float, float, float] | None:
+def interval_of(delta: dict | None) -> Interval | None:
     if not delta or delta["mean"] is None:
         return None
     mean, low, high = delta["mean"], delta["low"], delta["high"]
     return (mean, mean, mean) if low is None else (mean, low, high)
 
 
-def plot_types(runs: list[Run]) -> Figure | None:
+def plot_types(title: str, runs: list[Run]) -> Figure | None:
     """TAT-QA before and after by answer type, one panel a type."""
     runs = [run for run in runs if run.types]
     if not runs:
         return None
     kinds = ["arithmetic", "count", "multi-span", "span"]
-    figure, axes = new_figure(16, 1.8 + 0.6 * len(runs), len(kinds), sharey=True)
+    figure, axes = new_figure(16, 2.2 + 0.6 * len(runs), len(kinds), sharey=True)
     for axis, kind in zip(axes, kinds, strict=True):
-        draw_pairs(axis, runs, [run.types.get(kind) for run in runs])
-        axis.set_title(f"{kind}, %")
-    figure.suptitle("TAT-QA by answer type", fontsize=15)
+        draw_pairs(axis, runs, [run.types.get(kind) for run in runs], "%")
+        axis.set_title(kind)
+    figure.suptitle(title, fontsize=15)
     colour_key(figure, runs)
     return figure
 
 
-def plot_trade_off(runs: list[Run]) -> Figure | None:
+def plot_trade_off(title: str, runs: list[Run]) -> Figure | None:
     """What SFT gained (validation loss) against what it did to MT-Bench; the new runs also on the 1-10 scale."""
     runs = [run for run in runs if "val_loss" in run.changes and "mtbench" in run.changes]
-    if not runs:
-        return None
-    scored = [run for run in runs if interval_of(run.delta.get("mtbench"))]
-    figure, axes = new_figure(16 if scored else 11, 7.5, 2 if scored else 1)
-    # the demo's miniature changes by whole points of loss: beside it the real models would be one spot
-    points = [(run, run.changes["mtbench"], None) for run in runs if run.model != DEMO]
-    draw_trade_off(axes[0], points, "MT-Bench difference, published scale")
+    scored = [(run, interval) for run in runs if (interval := interval_of(run.delta.get("mtbench")))]
+    panels: dict[str, list[tuple[Run, Interval]]] = {}
+    if any(run.is_logged for run in runs):
+        panels["MT-Bench difference, published scale"] = [(run, (run.changes["mtbench"],) * 3) for run in runs]
     if scored:
-        changes = [(run, *interval_of(run.delta["mtbench"])) for run in scored]
-        points = [(run, mean, (low, high)) for run, mean, low, high in changes]
-        draw_trade_off(axes[1], points, "MT-Bench difference, 1-10 scale, 95 % interval (new runs)")
-    figure.suptitle("SFT: what the new data gained against what MT-Bench lost", fontsize=15)
+        panels["MT-Bench difference, 1-10 scale, 95 % interval"] = scored
+    if not panels:
+        return None
+    figure, axes = new_figure(9.5 * len(panels), 7, len(panels))
+    for axis, (label, points) in zip(axes, panels.items(), strict=True):
+        draw_trade_off(axis, points)
+        axis.set(xlabel="validation loss difference, nats per token (further left is better)", ylabel=label)
+    figure.suptitle(title, fontsize=15)
     return figure
 
 
-def draw_trade_off(axis, points: list[tuple[Run, float, tuple[float, float] | None]], label: str) -> None:
+def draw_trade_off(axis: Any, points: list[tuple[Run, Interval]]) -> None:
+    """The points with their intervals; the names stand beside the frame."""
     axis.axhline(0, color="#444444", linewidth=1)
     labels: dict[tuple[float, float], list[str]] = {}  # a run and its exact repetition are one point
-    for run, change, interval in points:
+    for run, (change, low, high) in points:
         gain = run.changes["val_loss"]
-        if interval:
-            axis.plot([gain, gain], interval, color=colour(run), linewidth=2)
-        axis.scatter([gain], [change], s=80, color=colour(run), zorder=2)
+        axis.plot([gain, gain], [low, high], color=colour(run), linewidth=2)
+        axis.scatter([gain], [change], s=80, color=colour(run), zorder=3)
         labels.setdefault((gain, change), []).append(run.label)
-    axis.margins(x=0.2, y=0.12)
-    axis.autoscale_view()
-    label_points(axis, labels)
-    axis.set_xlabel("validation loss difference (further left is better)")
-    axis.set_ylabel(label)
-    axis.grid(color="#dddddd")
-    axis.set_axisbelow(True)
-
-
-def label_points(axis, labels: dict[tuple[float, float], list[str]]) -> None:
-    """Writes the names beside their points: towards the middle, so inside the frame, and not on one another."""
-    taken: list[tuple[float, float]] = []
-    middle = sum(axis.get_xlim()) / 2
-    for place, names in sorted(labels.items(), key=lambda item: item[0][1]):
-        text = wrapped(", ".join(names), 26)
-        x, y = axis.transData.transform(place)
-        rise, height = 6, 18 * (text.count("\n") + 1)
-        while any(abs(x - other_x) < 220 and -height < y + rise - other_y < 18 for other_x, other_y in taken):
-            rise += 6
-        taken.append((x, y + rise))
-        align, shift = ("left", 9) if place[0] <= middle else ("right", -9)
-        axis.annotate(text, place, (shift, rise), textcoords="offset pixels", ha=align)
+    axis.margins(x=0.1, y=0.12)
+    to_name = {"arrowstyle": "-", "color": "#bbbbbb"}
+    (low, high), height = axis.get_ylim(), -1.0
+    for place in sorted(labels, key=lambda place: place[1]):
+        height = max((place[1] - low) / (high - low), height + 0.08)  # no name on another one
+        look = {"textcoords": "axes fraction", "va": "center", "arrowprops": to_name}
+        axis.annotate(wrapped(", ".join(labels[place]), 26), place, (1.03, height), **look)
 
 
 def plot_categories(run: Run) -> Figure | None:
-    """MT-Bench by category before and after, as a radar and as bars, on the 1-10 scale."""
-    before, after = (get_nested(run.source[phase], ("mtbench", "by_category")) for phase in ("baseline", "final"))
-    if not (before and after and before.keys() == after.keys()):
+    """MT-Bench by category before and after."""
+    before, after = (run.source[phase].get("mtbench") for phase in ("baseline", "final"))
+    if not (get_nested(before, ("by_category",)) and get_nested(after, ("by_category",))):
         return None
-    names = list(after)
-    figure, (left, bars) = new_figure(15, 6.5, 2)
-    left.remove()
-    radar = figure.add_subplot(1, 2, 1, polar=True)
-    angles = [2 * math.pi * place / len(names) for place in range(len(names))]
-    for shift, label, scores, shade in ((-0.2, "before", before, "#bbbbbb"), (0.2, "after", after, COLOURS["new"])):
-        values = [scores[name] for name in names]
-        radar.plot([*angles, angles[0]], [*values, values[0]], color=shade, linewidth=2.5, label=label)
-        drawn = bars.bar([place + shift for place in range(len(names))], values, 0.4, color=shade, label=label)
-        bars.bar_label(drawn, fmt="%.1f", fontsize=10)
-    radar.set_xticks(angles, names)
-    radar.set_ylim(1, 10)
-    radar.tick_params(axis="x", pad=14)
-    bars.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    bars.set_ylim(1, 10)
-    bars.set_ylabel("score, 1-10")
-    figure.suptitle(wrapped(f"MT-Bench by category: {run.label}", 90), fontsize=15)
-    figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    return figure
-
-
-CURVES = {"loss": "loss", "nll": "NLL", "kl": "KL to the base", "rewards/margins": "reward margin"}
+    return plots.plot_categories(wrapped(f"MT-Bench, {run.label}", 70), before, after, run.delta.get("mtbench"))
 
 
 def plot_curves(title: str, runs: list[Run]) -> Figure | None:
@@ -240,29 +199,15 @@ def plot_curves(title: str, runs: list[Run]) -> Figure | None:
             continue
         if read_json(run_file, f"run {run.name}").get("ts") == run.source["ts"]:
             logs[wrapped(run.label, 40)] = read_records(log_file)
-    keys = [key for key in CURVES if any(key in line for lines in logs.values() for line in lines)]
-    if not keys:
-        return None
-    figure, axes = new_figure(max(9, 6.5 * len(keys)), 6, len(keys))
-    for axis, key in zip(axes, keys, strict=True):
-        for label, lines in logs.items():
-            points = [line for line in lines if key in line]
-            steps, values = [line["step"] for line in points], [line[key] for line in points]
-            axis.plot(steps, values, marker="o", markersize=4, label=label)
-        axis.set_title(CURVES[key])
-        axis.set_xlabel("optimiser step")
-        axis.grid(color="#dddddd")
-    figure.suptitle(title, fontsize=15)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
-    return figure
+    return plots.plot_curves(title, logs, plots.LOSS | plots.KL | plots.REWARDS)
 
 
 HEADLINES = ("val_loss", "tatqa_em", "reward_accuracy", "mtbench", "instruct", "finance_instruct", "reddit")
 
 
-def plot_seeds(runs: list[Run]) -> Figure | None:
+def plot_seeds(title: str, runs: list[Run]) -> Figure | None:
     """Runs of several seeds: each seed's difference as a ring, their mean with its interval, one panel a metric."""
+    runs = [run for run in runs if run.members]
     keys = [key for key in HEADLINES if any(interval_of(run.delta.get(key)) for run in runs)]
     if not keys:
         return None
@@ -274,10 +219,10 @@ def plot_seeds(runs: list[Run]) -> Figure | None:
         for row, run in enumerate(runs):
             values = [member.delta[key]["mean"] for member in run.members if key in run.delta]
             axis.scatter(values, [row + 0.2] * len(values), s=40, facecolor="white", edgecolor="#444444", zorder=3)
-        axis.set_title(wrapped(METRICS[key].title, 26))
+        axis.set_title(wrapped(METRICS[key].title, 34))
     for axis in axes[len(keys) :]:
         axis.set_visible(False)
-    figure.suptitle("Differences over seeds: each seed (ring), mean and 95 % interval", fontsize=15)
+    figure.suptitle(f"{title}: each seed (ring), mean and 95 % interval", fontsize=15)
     return figure
 
 
@@ -296,8 +241,7 @@ def plot_noise(spreads: list[Spread]) -> Figure | None:
             axes[1].scatter([change / spread.of_differences], [row], s=70, color=shade)
     for axis in axes:
         axis.axvline(0, color="#444444", linewidth=1)
-        axis.grid(axis="x", color="#dddddd")
-        axis.set_axisbelow(True)
+        axis.grid(axis="y", visible=False)
     axes[1].axvspan(-2, 2, color="#eeeeee", zorder=0)
     axes[0].set_title("Baselines of one base,\nminus their mean")
     axes[1].set_title("Published changes\n(grey: within twice the noise)")

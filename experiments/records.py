@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from commands import flag_groups, flag_name
 
 from llm_alignment.evaluation import METRICS
 from llm_alignment.files import InputError, SkippedRows, read_objects
@@ -19,33 +19,12 @@ LOGGED_RUNS = HERE / "logged_runs.jsonl"
 SCRIPTS = {"sft_train.py", "dpo_train.py", "dpo_train_mt.py", "dpo_train_mt_v2.py", "mtbench_eval.py"}
 LOGGED_KEYS = {"id", "script", "model", "command", "title", "source", "figures", "measured"}
 REPORTED: set[tuple[Path, int]] = set()  # the files whose damaged lines were named, and how many these were
-RECORD_TYPES = {
-    "ts": str, "tag": str | None, "script": str, "argv": list, "args": dict, "git": str | None, "device": dict | None,
-    "data": dict | None, "baseline": dict, "final": dict, "delta": dict, "runtime_s": dict, "kept_step": int | None,
-    "status": str, "output_dir": str,
+# what is read of a record without asking whether it is there
+KINDS = {
+    "ts": str, "script": str, "argv": list, "args": dict, "baseline": dict, "final": dict, "delta": dict,
+    "runtime_s": dict, "status": str, "output_dir": str,
 }  # fmt: skip
 DELTA_KEYS = {"mean", "low", "high", "p", "n", "changed", "clusters", "changed_clusters"}
-# what the tables read within a record: type by key, "*" for every other key; a list has one type for its items
-NUMBER, FIGURE = int | float, int | float | None
-SUMMARY = {"*": object, "by_turn": [FIGURE], "by_category": {"*": FIGURE}, "by_type": {"*": {"*": NUMBER}}}
-MEASURED: dict[str, Any] = {"*": object}
-for name, *figure in (metric.keys for metric in METRICS.values() if metric.keys):
-    MEASURED[name] = {**MEASURED.get(name, SUMMARY), figure[0]: FIGURE} if figure else FIGURE
-DELTA = {"*": FIGURE, "n": int, "changed": int}
-PARTS = {
-    "argv": [str],
-    "args": {"*": object, "model": str, "seed": int | None},
-    "data": {"*": object, "rows": {"*": object}},
-    "baseline": MEASURED,
-    "final": MEASURED,
-    "delta": {"*": DELTA | {"by_type": {"*": DELTA}}},
-    "runtime_s": {"*": NUMBER},
-}
-NULL_TOGETHER = ({"low", "high"}, {"clusters", "changed_clusters"})  # of a delta
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding a run
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def record_files() -> list[Path]:
@@ -74,42 +53,26 @@ def load_records(path: Path) -> list[dict]:
 
 
 def record_problem(row: dict) -> str | None:
-    """Why an object is no record of a run, such as one that somebody edited, or None."""
-    if not row.keys() >= RECORD_TYPES.keys():
-        return "not a run record"
-    wrong = [(key, row[key]) for key, kind in RECORD_TYPES.items() if not isinstance(row[key], kind)]
-    parts = ((row[key], kind, key) for key, kind in PARTS.items() if row[key] is not None)
-    for place, value in itertools.chain(wrong, *(wrong_parts(*part) for part in parts)):
-        return f"{place} {str(value)[:40]!r} is not what a run record has there"
-    if row["script"] not in SCRIPTS:
-        return f"{row['script'][:40]!r} is no script of this project"
-    if row["argv"] and not row["argv"][0].startswith("--"):
-        return "argv is no list of flags"
-    if "\0" in row["output_dir"]:
-        return "output_dir is no path"
-    return None if "model" in row["args"] else "args without a model"
-
-
-def wrong_parts(value: Any, kind: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """What of `value` is not of its `kind`, as in `PARTS`: ("delta.val_loss.n", None). Numbers are finite."""
-    if isinstance(kind, list) and isinstance(value, list):
-        for item in value:
-            yield from wrong_parts(item, kind[0], place)
-    elif isinstance(kind, dict) and isinstance(value, dict):
-        for key, part in value.items():
-            yield from wrong_parts(part, kind.get(key, kind["*"]), f"{place}.{key}")
-        for keys in NULL_TOGETHER:
-            if len({value[key] is None for key in keys & value.keys()}) > 1:
-                yield f"{place}.{min(keys)}", value.get(min(keys))
-    elif isinstance(kind, list | dict) or not isinstance(value, kind):
-        yield place, value
-    elif kind is not object and isinstance(value, float) and not math.isfinite(value):
-        yield place, value
+    """Why an object is no record that can be shown, such as one that somebody edited, or None."""
+    wrong = next((key for key, kind in KINDS.items() if not isinstance(row.get(key), kind)), None)
+    if wrong:
+        return f"not a run record: its {wrong} is missing or of another kind"
+    if row["script"] not in SCRIPTS or not all(isinstance(word, str) for word in row["argv"]):
+        return "not a command of this project"
+    try:
+        deltas = [part for delta in row["delta"].values() for part in (delta, *delta.get("by_type", {}).values())]
+        figures = [metric.read(row[side]) for metric in METRICS.values() for side in ("baseline", "final")]
+        figures += [delta[key] for delta in deltas for key in DELTA_KEYS & delta.keys()]
+        from_record(row)
+        finite = all(math.isfinite(value or 0) for value in [*figures, *row["runtime_s"].values()])
+    except (AttributeError, KeyError, TypeError) as error:
+        return f"its figures cannot be read ({type(error).__name__}: {error})"
+    return None if finite else "a figure is not finite"
 
 
 def record_name(record: dict) -> str:
     """What a record is called: its tag, or the name of its output folder."""
-    return record["tag"] or re.split(r"[\\/]", record["output_dir"].rstrip("\\/"))[-1]
+    return record.get("tag") or re.split(r"[\\/]", record["output_dir"].rstrip("\\/"))[-1]
 
 
 def find_run(name: str, files: list[Path] | None = None) -> dict:
@@ -136,7 +99,7 @@ def find_run(name: str, files: list[Path] | None = None) -> dict:
     records = [record for path in (record_files() if files is None else files) for record in load_records(path)]
     folder = Path(name).resolve()
     for named in (
-        lambda record: record["tag"] == name,
+        lambda record: record.get("tag") == name,
         lambda record: record["output_dir"] == name or Path(record["output_dir"]).resolve() == folder,
         lambda record: record_name(record) == name,
     ):
@@ -163,7 +126,7 @@ def run_arguments(run: dict) -> list[str]:
 
 def flatten(values: dict, prefix: str = "") -> dict:
     """{"stage1": {"beta": 0.01}} as {"stage1.beta": 0.01}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
@@ -172,18 +135,12 @@ def flatten(values: dict, prefix: str = "") -> dict:
     return flat
 
 
-def get_nested(values: dict, keys: tuple[str, ...]) -> Any:
+def get_nested(values: Any, keys: tuple[str, ...]) -> Any:
     """`values[keys[0]][keys[1]]...`, or None where a key is missing."""
     for key in keys:
-        if not isinstance(values, dict) or key not in values:
-            return None
-        values = values[key]
+        values = values.get(key) if isinstance(values, dict) else None
     return values
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One shape
-# ---------------------------------------------------------------------------------------------------------------------
 
 # The columns of the published tables: name -> (title, where a record's `baseline` and `final` hold it). All are
 # measured as the published runs did; the last ones only new runs have. PPL is the exponential of the val loss.
@@ -192,19 +149,13 @@ PUBLISHED = {
     "ppl": ("PPL", ()),
     "mtbench": ("MT-Bench avg", METRICS["mtbench_published"].keys),
     "tatqa": ("TAT-QA, %", METRICS["tatqa"].keys),
-    "instruct": ("Instruction avg (keyword rules, published runs only)", ("instruct", "keyword_avg")),
-    "instruct_success": (
-        "Instruction success, % (keyword rules, published runs only)",
-        ("instruct", "keyword_success"),
-    ),
+    "instruct": ("Instruction avg (rules, published runs only)", ("instruct", "keyword_avg")),
+    "instruct_success": ("Instruction success, % (rules, published runs only)", ("instruct", "keyword_success")),
     "finance_instruct": ("Finance-Instruct avg", METRICS["finance_instruct_published"].keys),
     "finance_success": ("Finance-Instruct success, % (published runs only)", ("finance_instruct", "success_logged")),
     "reddit": ("Reddit avg", METRICS["reddit_published"].keys),
     "checks": ("Instruction checks passed, % (new runs only)", METRICS["instruct_checks"].keys),
-    "success": (
-        "Finance-Instruct score of 7 or more on 1-10, % (new runs only)",
-        METRICS["finance_instruct_success"].keys,
-    ),
+    "success": ("Finance-Instruct 7 or more on 1-10, % (new runs only)", METRICS["finance_instruct_success"].keys),
     "drift": ("Drift (KL from the base)", METRICS["drift"].keys),
 }
 SCORED = ("mtbench", "finance_instruct", "reddit")  # by the reward model: two scales
@@ -229,7 +180,7 @@ class Run:
     after: dict[str, float]
     changes: dict[str, float]  # metric -> after - before, also where only the difference was logged
     types: dict[str, tuple[float, float]]  # TAT-QA answer type -> (before, after), per cent
-    facts: dict[str, object]  # what else was logged
+    facts: dict[str, Any]  # what else was logged
     source: dict  # the published run or the record itself
     members: list[Run] = dataclasses.field(default_factory=list)  # of a row that stands for several seeds
     in_noise: set[str] = dataclasses.field(default_factory=set)  # metrics whose change is within twice the noise
@@ -272,16 +223,15 @@ def from_logged(entry: dict) -> Run:
     changes = {metric: after - before for metric, (before, after) in pairs.items()}
     changes |= {LOGGED_CHANGES[key]: value for key, value in figures.items() if key in LOGGED_CHANGES}
     known = LOGGED_PAIRS | LOGGED_FINALS | LOGGED_CHANGES
-    if entry["measured"]:
-        origin = "logged"
-    else:
-        origin = "logged, not measured" if figures else "logged, no figures"
+    groups = flag_groups(run_arguments(entry)) if entry["command"] else []
+    given = {flag_name(group)[2:]: " ".join(group[1:]) or "on" for group in groups}
+    origin = "logged" if entry["measured"] else "logged, not measured" if figures else "logged, no figures"
     return Run(
         name=entry["id"],
         origin=origin,
         script=entry["script"],
         model=entry["model"],
-        params=flatten(entry.get("params", {})) | (command_params(run_arguments(entry)) if entry["command"] else {}),
+        params=flatten(entry.get("params", {})) | given,
         before={metric: before for metric, (before, _) in pairs.items()},
         after={metric: after for metric, (_, after) in pairs.items()} | finals,
         changes=changes,
@@ -291,21 +241,12 @@ def from_logged(entry: dict) -> Run:
     )
 
 
-def command_params(arguments: list[str]) -> dict[str, str]:
-    """{"kl_coef": "0.02", "use_hybrid": "on"} of ["--kl_coef", "0.02", "--use_hybrid"]."""
-    params = {}
-    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
-        if word.startswith("--"):
-            params[word[2:]] = "on" if following.startswith("--") else following
-    return params
-
-
 def from_record(record: dict) -> Run:
     """A run record. A run that stopped early keeps what it had measured by then."""
     args = record["args"]
     before, after = published_figures(record["baseline"]), published_figures(record["final"])
     by_type = [get_nested(record[phase], ("tatqa", "by_type")) or {} for phase in ("baseline", "final")]
-    facts = {"kept_step": record["kept_step"]} if record["kept_step"] is not None else {}
+    facts = {"kept_step": record["kept_step"]} if record.get("kept_step") is not None else {}
     if "total" in record["runtime_s"]:
         facts["runtime_s"] = record["runtime_s"]["total"]
     origin = "imported" if "imported" in record else "new"
@@ -321,9 +262,7 @@ def from_record(record: dict) -> Run:
         params=args,
         before=before,
         after=after,
-        changes={
-            metric: after[metric] - before[metric] for metric in PUBLISHED if metric in before and metric in after
-        },
+        changes={metric: after[metric] - before[metric] for metric in PUBLISHED if metric in before.keys() & after},
         types={
             kind: (by_type[0][kind]["em_like"], by_type[1][kind]["em_like"])
             for kind in by_type[0]

@@ -23,22 +23,14 @@ from typing import TYPE_CHECKING
 
 from commands import exit_code
 from compare import compare, print_power, slug
-from noise import mark_noise
-from plots import (
-    plot_categories,
-    plot_curves,
-    plot_metric,
-    plot_noise,
-    plot_seeds,
-    plot_trade_off,
-    plot_types,
-)
-from records import HERE, PUBLISHED, Run, load_runs, record_files
+from noise import Spread, mark_noise
+from plots import plot_categories, plot_curves, plot_metric, plot_noise, plot_seeds, plot_trade_off, plot_types
+from records import DEMO, HERE, PUBLISHED, Run, load_runs, record_files
 from seeds import merge_seeds
-from tables import LOGS, experiment_log, is_dpo, is_mt, is_sft, results
+from tables import DPO, LOGS, MULTI_TASK, SFT, experiment_log, results
 
-from llm_alignment.evaluation import save_figure
 from llm_alignment.files import InputError, write_atomic
+from llm_alignment.plots import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,26 +53,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def draw_all(runs: list[Run], spreads: list) -> dict[str, tuple[str, Figure | None]]:
-    """{file name: (caption, figure, or None when no run has anything to draw)}."""
+def draw_all(runs: list[Run], spreads: list[Spread]) -> dict[str, tuple[str, Figure | None]]:
+    """{file name: (caption, figure, or None when no run has anything to draw)}.
+
+    The demo's miniature changes by whole points where the real models change by tenths: it has plots of its own.
+    """
     figures: dict[str, tuple[str, Figure | None]] = {}
-    for name, title, group, metrics in (
-        ("sft", "SFT on T-Wix", is_sft, ("val_loss", "mtbench")),
-        ("dpo", "DPO on TAT-QA", is_dpo, ("tatqa", "mtbench", "instruct")),
-        ("mt", "Multi-task and progressive DPO", is_mt, ("tatqa", "mtbench", "finance_instruct", "reddit")),
+    for prefix, remark, shown in (
+        ("", "", [run for run in runs if run.model != DEMO]),
+        ("demo_", " (demo)", [run for run in runs if run.model == DEMO]),
     ):
-        members = [run for run in runs if group(run)]
-        for metric in metrics:
-            caption = f"{title}: {PUBLISHED[metric][0].removesuffix(' avg').removesuffix(', %')} before and after"
-            figures[f"{name}_{metric}.png"] = (caption, plot_metric(caption, metric, members))
-        caption = f"{title}: training curves of the new runs"
-        singles = [single for run in members for single in run.members or [run] if not single.is_logged]
-        figures[f"{name}_curves.png"] = (caption, plot_curves(caption, singles))
-    trade_off = plot_trade_off([run for run in runs if is_sft(run)])
-    figures["sft_trade_off.png"] = ("SFT: validation loss against MT-Bench", trade_off)
-    figures["tatqa_types.png"] = ("TAT-QA by answer type", plot_types(runs))
+        for group in (SFT, DPO, MULTI_TASK):
+            members = group.of(shown)
+            for metric in group.metrics:
+                measure = PUBLISHED[metric][0].removesuffix(" avg").removesuffix(", %")
+                caption = f"{group.title}: {measure} before and after{remark}"
+                figures[f"{prefix}{group.name}_{metric}.png"] = (caption, plot_metric(caption, metric, members))
+            caption = f"{group.title}: training curves of the new runs{remark}"
+            singles = [single for run in members for single in run.members or [run] if not single.is_logged]
+            figures[f"{prefix}{group.name}_curves.png"] = (caption, plot_curves(caption, singles))
+        for name, caption, draw in (
+            ("sft_trade_off", f"SFT: validation loss against MT-Bench{remark}", plot_trade_off),
+            ("tatqa_types", f"TAT-QA by answer type{remark}", plot_types),
+            ("seeds", f"Differences over seeds{remark}", plot_seeds),
+        ):
+            figures[f"{prefix}{name}.png"] = (caption, draw(caption, shown))
     figures["noise.png"] = ("Noise of the published baselines", plot_noise(spreads))
-    figures["seeds.png"] = ("Differences over seeds", plot_seeds([run for run in runs if run.members]))
     for run in (run for run in runs if not run.is_logged):
         name = new_name(f"categories_{slug(run.name)}", figures)
         figures[name] = (f"MT-Bench by category: {run.label}", plot_categories(run))
@@ -106,29 +104,25 @@ def write_report(files: list[Path], output_dir: Path) -> list[Path]:
             written.append(output_dir / "plots" / name)
             captions[f"plots/{name}"] = caption
     texts = {"RESULTS.md": results(runs, spreads, captions)}
-    texts |= {
-        name: experiment_log(title, [run for run in runs if belongs(run)], columns)
-        for name, (title, belongs, columns) in LOGS.items()
-    }
+    texts |= {name: experiment_log(name, runs) for name in LOGS}
     for name, text in texts.items():
         write_atomic(output_dir / name, text)
         written.append(output_dir / name)
     return written
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     files = list(dict.fromkeys([*record_files(), *(path.resolve() for path in args.exp_log)]))
     for path in args.exp_log:
         if not path.is_file():
             raise InputError(f"--exp_log {path}: no such file; name a record file")
     if args.compare:
-        print(f"wrote {compare(*args.compare, files, args.output_dir)}")
+        print(f"wrote {compare(args.compare, files, args.output_dir)}")
     elif args.power:
         print_power(args.power, files)
     else:
         for path in write_report(files, args.output_dir):
             print(f"wrote {path}")
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -74,7 +74,7 @@ def average(values: list[Any]) -> Any:
         return {key: average([value[key] for value in values]) for key in first if all(key in v for v in values)}
     if all(isinstance(value, list) and len(value) == len(first) for value in values):
         return [average([value[place] for value in values]) for place in range(len(first))]
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+    if any(value != first for value in values) and all(type(value) in {int, float} for value in values):
         return statistics.fmean(values)
     return first
 

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from commands import shown_command
 from noise import Spread
 from records import PUBLISHED, Run, flatten, get_nested
 
-from llm_alignment.evaluation import TableRow, table_rows, verdict
-from llm_alignment.stats import holm
+from llm_alignment.evaluation import TableRow, number, table_rows, table_texts
 
 
-def number(value: object) -> str:
-    """Up to four decimals, as the published logs have them; texts as they are; "-" for None."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if 0 < abs(value) < 0.001:
-        return f"{value:.3g}"
-    return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+def text(value: object) -> str:
+    """A setting, or a published figure, as it was logged; "-" for None."""
+    return "-" if value is None else str(value)
 
 
-def signed(value: float) -> str:
-    return f"{'+' if value >= 0 else '-'}{number(abs(value))}"
+def figure(run: Run, value: object) -> str:
+    """A published figure as it was logged, a measured one in four digits."""
+    return text(value) if run.is_logged else number(value)
 
 
-def p_value(p: float | None) -> str:
-    return "< 0.0001" if p is not None and p < 0.0001 else number(p)
+def arrow(run: Run, values: Iterable[object]) -> str:
+    return " -> ".join(figure(run, value) for value in values)
 
 
 def inert(text: str) -> str:
@@ -56,11 +52,11 @@ def before_after(run: Run, metric: str) -> str:
     """ "1.4698 -> 1.2672", or the difference where that is all that was logged, and what must be known of it."""
     remarks = []
     if metric in run.after:
-        text = f"{number(run.before.get(metric))} -> {number(run.after[metric])}"
+        cell = arrow(run, (run.before.get(metric), run.after[metric]))
     elif metric in run.before:
-        text = f"{number(run.before[metric])} -> -"
+        cell = f"{figure(run, run.before[metric])} -> -"
     elif metric in run.changes:
-        text = signed(run.changes[metric])
+        cell = f"{run.changes[metric]:+}"
         remarks.append("only the difference")
     else:
         return "-"
@@ -68,24 +64,19 @@ def before_after(run: Run, metric: str) -> str:
         remarks.append("within noise")
     if not run.measured:
         remarks.append("not measured")
-    return f"{text} ({', '.join(remarks)})" if remarks else text
+    return f"{cell} ({', '.join(remarks)})" if remarks else cell
 
 
 def param(run: Run, key: str) -> str:
-    return number(run.params.get(key))
+    return text(run.params.get(key))
 
 
 def runtime(run: Run) -> str:
     """In the unit that was logged; a record's in minutes."""
     if not run.is_logged:
         return f"{run.facts['runtime_s'] / 60:.1f} min" if "runtime_s" in run.facts else "-"
-    units = {
-        "runtime_min": "min",
-        "runtime_h": "h",
-        "runtime_s": "s",
-        "train_runtime_s": "s (training)",
-    }
-    return next((f"{number(run.facts[key])} {unit}" for key, unit in units.items() if key in run.facts), "-")
+    units = {"runtime_min": "min", "runtime_h": "h", "runtime_s": "s", "train_runtime_s": "s (training)"}
+    return next((f"{run.facts[key]} {unit}" for key, unit in units.items() if key in run.facts), "-")
 
 
 def questions(run: Run) -> str:
@@ -94,10 +85,10 @@ def questions(run: Run) -> str:
         before, after = (get_nested(run.source[phase], ("mtbench", "n")) for phase in ("baseline", "final"))
     else:
         before, after = run.facts.get("mtbench_questions", (None, None))
-    text = number(after) if before in {None, after} else f"{number(before)} -> {number(after)}"
+    cell = text(after) if before in {None, after} else f"{text(before)} -> {text(after)}"
     if "mtbench_full80_final" in run.facts:
-        text += f" (final on all 80: {number(run.facts['mtbench_full80_final'])})"
-    return text
+        cell += f" (final on all 80: {run.facts['mtbench_full80_final']})"
+    return cell
 
 
 def mix(run: Run) -> str:
@@ -115,13 +106,13 @@ PAIR_SOURCES = ("tatqa_pairs", "reddit", "finance", "general")  # where a record
 def pairs(run: Run) -> str:
     """How many pairs a DPO run was trained on, by source where there are several."""
     if not run.is_logged:
-        rows = (run.source["data"] or {}).get("rows", {})
-        counts = {key.removesuffix("_pairs"): number(rows[key]) for key in PAIR_SOURCES if key in rows}
+        rows = get_nested(run.source, ("data", "rows")) or {}
+        counts = {key.removesuffix("_pairs"): text(rows[key]) for key in PAIR_SOURCES if key in rows}
         texts = [f"{name} {n}" for name, n in counts.items()] if len(counts) > 1 else [*counts.values()]
         return " + ".join(texts) or "-"
     if "stage1.pairs" in run.params:
-        return " + ".join(number(value) for key, value in run.params.items() if key.endswith(".pairs"))
-    return number(run.facts.get("pairs"))
+        return " + ".join(text(value) for key, value in run.params.items() if key.endswith(".pairs"))
+    return text(run.facts.get("pairs"))
 
 
 # a table: its columns as (title, cell of a run)
@@ -129,25 +120,19 @@ Columns = list[tuple[str, Callable[[Run], str]]]
 
 
 def metric_columns(*metrics: str) -> Columns:
-    return [(PUBLISHED[metric][0], lambda run, metric=metric: before_after(run, metric)) for metric in metrics]
+    return [(PUBLISHED[metric][0], functools.partial(before_after, metric=metric)) for metric in metrics]
 
 
 def param_columns(**titles: str) -> Columns:
-    return [(title, lambda run, key=key: param(run, key)) for key, title in titles.items()]
+    return [(title, functools.partial(param, key=key)) for key, title in titles.items()]
 
 
 RUN_COLUMNS: Columns = [("Run", lambda run: run.name), ("Origin", lambda run: run.origin)]
 LORA_COLUMN = ("LoRA r / alpha", lambda run: f"{param(run, 'lora_r')} / {param(run, 'lora_alpha')}")
 SFT_COLUMNS: Columns = [
     *RUN_COLUMNS,
-    *param_columns(
-        subset="Subset",
-        sample_ratio="Sample",
-        kl_coef="KL coef",
-        kl_start_step="KL start",
-        kl_warmup_steps="KL warmup",
-        kl_limit_seq="KL tail",
-    ),
+    *param_columns(subset="Subset", sample_ratio="Sample", kl_coef="KL coef", kl_start_step="KL start"),
+    *param_columns(kl_warmup_steps="KL warmup", kl_limit_seq="KL tail"),
     *metric_columns("val_loss", "ppl", "mtbench"),
     ("Questions", questions),
     *metric_columns("drift"),
@@ -173,7 +158,7 @@ MT_COLUMNS: Columns = [
 EVALUATION_COLUMNS: Columns = [
     *RUN_COLUMNS,
     *param_columns(adapter="Adapter", questions="Questions from"),
-    ("Questions", lambda run: number(run.source["final"].get("mtbench", {}).get("n"))),
+    ("Questions", lambda run: text(run.source["final"].get("mtbench", {}).get("n"))),
     ("Score, 1-10", lambda run: number(run.source["final"].get("mtbench", {}).get("avg"))),
     ("Published scale", lambda run: number(run.after.get("mtbench"))),
 ]
@@ -195,9 +180,9 @@ def types_table(runs: list[Run]) -> str:
     for run in runs:
         logged_changes = run.facts.get("tatqa_by_type_delta_pp", {})
         if run.types:
-            cells = ["{} -> {}".format(*map(number, run.types[kind])) if kind in run.types else "-" for kind in kinds]
+            cells = [arrow(run, run.types.get(kind, (None,))) for kind in kinds]
         elif logged_changes:
-            cells = [f"{signed(logged_changes[kind])} (only the difference)" for kind in kinds]
+            cells = [f"{logged_changes[kind]:+} (only the difference)" for kind in kinds]
         else:
             continue
         rows.append([run.name, run.origin, *cells])
@@ -215,17 +200,11 @@ def delta_rows(run: Run) -> list[TableRow]:
     return rows
 
 
-def delta_cells(row: TableRow, *, stays: bool = False) -> list[str]:
-    """Difference, interval, p (* where it stays below 0.05 after Holm's correction), items changed, reading."""
-    delta = row.delta
-    reading = verdict(delta, lower_is_better=row.lower_is_better) or ("-" if delta["p"] is None else "changed")
-    return [
-        signed(delta["mean"]),
-        "none" if delta["low"] is None else f"{signed(delta['low'])} to {signed(delta['high'])}",
-        p_value(delta["p"]) + "*" * stays,
-        f"{number(delta['changed'])} of {number(delta['n'])}",
-        reading,
-    ]
+def with_reading(cells: list[str]) -> list[str]:
+    """A line of `table_texts` whose verdict also says whether a clear change stays clear after Holm's correction."""
+    *others, p, changed, verdict = cells
+    found = "changed" if "*" in p else "-" if p == "-" else "changed before Holm's correction alone"
+    return [*others, p.strip(), changed, verdict or found]
 
 
 def deltas_table(runs: list[Run]) -> str:
@@ -233,30 +212,17 @@ def deltas_table(runs: list[Run]) -> str:
     lines = [(run, row) for run in runs for row in delta_rows(run)]
     if not lines:
         return ""
-    tested = [row.delta["p"] for _, row in lines if row.delta["p"] is not None]
-    corrected = iter(holm(tested))
-    rows, marked = [], 0
-    for run, row in lines:
-        stays = row.delta["p"] is not None and next(corrected) < 0.05
-        marked += stays
-        difference, *others = delta_cells(row, stays=stays)
-        figures = f"{number(row.before)} -> {number(row.after)}"
-        rows.append([run.name, row.title, figures, difference, number(row.delta.get("sd")), *others])
-    header = [
-        "Run",
-        "Metric",
-        "Before -> after",
-        "Difference",
-        "SD over seeds",
-        "95 % interval",
-        "p",
-        "Changed",
-        "Reading",
-    ]
+    texts, note = table_texts([row for _, row in lines])
+    header = ["Run", "Metric", "Before -> after", "Difference"]
+    header += ["SD over seeds", "95 % interval", "p", "Changed", "Reading"]
+    rows = []
+    for (run, row), cells in zip(lines, texts, strict=True):
+        title, before, after, difference, *others = with_reading(cells)
+        spread = number((row.delta or {}).get("sd"))
+        rows.append([run.name, title, f"{before} -> {after}", difference, spread, *others])
     if not any(run.members for run in runs):
         header, *rows = [cells[:4] + cells[5:] for cells in (header, *rows)]
-    count = f"{len(tested)} p values; {marked} (*) stay below 0.05 after Holm's correction."
-    return f"{markdown_table(header, rows)}\n\n{count}"
+    return f"{markdown_table(header, rows)}\n\n{note}."
 
 
 GENERATED = "<!-- Generated by experiments/report.py from the JSONL files: change those, never this file. -->"
@@ -293,20 +259,31 @@ Runs that differ in the seed alone are one row: means over the seeds, their stan
 holds both other questions and other seeds."""
 
 
-def is_sft(run: Run) -> bool:
-    return run.script == "sft_train.py"
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs of one kind: the scripts, the columns of their table, the metrics that are drawn."""
+
+    name: str
+    title: str
+    scripts: tuple[str, ...]
+    columns: Columns
+    metrics: tuple[str, ...] = ()
+
+    def of(self, runs: list[Run]) -> list[Run]:
+        return [run for run in runs if run.script in self.scripts]
 
 
-def is_dpo(run: Run) -> bool:
-    return run.script == "dpo_train.py"
-
-
-def is_mt(run: Run) -> bool:
-    return run.script in ("dpo_train_mt.py", "dpo_train_mt_v2.py")
-
-
-def is_evaluation(run: Run) -> bool:
-    return run.script == "mtbench_eval.py"
+SFT = Group("sft", "SFT on T-Wix", ("sft_train.py",), SFT_COLUMNS, ("val_loss", "mtbench"))
+DPO = Group("dpo", "DPO on TAT-QA", ("dpo_train.py",), DPO_COLUMNS, ("tatqa", "mtbench", "instruct"))
+MT_SCRIPTS, MT_METRICS = ("dpo_train_mt.py", "dpo_train_mt_v2.py"), ("tatqa", "mtbench", "finance_instruct", "reddit")
+MULTI_TASK = Group("mt", "Multi-task and progressive DPO", MT_SCRIPTS, MT_COLUMNS, MT_METRICS)
+EVALUATIONS = Group("mtbench", "MT-Bench of a model alone", ("mtbench_eval.py",), EVALUATION_COLUMNS)
+LOGS = {  # file -> title, group, what a run's model is called
+    "sft_experiments_qwen3_1_7b.md": ("SFT experiments, Qwen3-1.7B", SFT, "Qwen3-1.7B"),
+    "sft_experiments_qwen3_8b.md": ("SFT experiments, Qwen3-8B", SFT, "Qwen3-8B"),
+    "dpo_experiments.md": ("DPO experiments on TAT-QA", DPO, ""),
+    "dpo_experiments_mt.md": ("Multi-task and progressive DPO experiments", MULTI_TASK, ""),
+}
 
 
 def noise_table(spreads: list[Spread]) -> str:
@@ -317,14 +294,13 @@ def noise_table(spreads: list[Spread]) -> str:
         doubtful = [run.name for run in changed if spread.metric in run.in_noise]
         rows.append([
             spread.title,
-            ", ".join(map(number, spread.baselines)),
+            ", ".join(map(str, spread.baselines)),
             f"{spread.of_baselines:.2f}",
             f"{spread.of_differences:.2f}",
             f"{len(doubtful)} of {len(changed)}" + (f": {', '.join(doubtful)}" if doubtful else ""),
         ])
-    return markdown_table(
-        ["Protocol", "Baselines of one base", "SD", "SD of a difference", "Changes within twice that"], rows
-    )
+    header = ["Protocol", "Baselines of one base", "SD", "SD of a difference", "Changes within twice that"]
+    return markdown_table(header, rows)
 
 
 def origins_table(runs: list[Run]) -> str:
@@ -332,18 +308,11 @@ def origins_table(runs: list[Run]) -> str:
     rows = []
     singles = [single for run in runs for single in run.members or [run]]
     for run in singles:
-        device = run.source["device"] or {}
+        device = run.source.get("device") or {}
         shown = " ".join(str(device[key]) for key in ("name", "dtype") if key in device)
-        seed = number(run.params.get("seed"))
-        rows.append([
-            run.name,
-            run.model,
-            shown or "-",
-            seed,
-            number(run.source["git"]),
-            run.source["ts"],
-            runtime(run),
-        ])
+        seed = text(run.params.get("seed"))
+        place = [shown or "-", seed, text(run.source.get("git")), run.source["ts"]]
+        rows.append([run.name, run.model, *place, runtime(run)])
     return markdown_table(["Run", "Model", "Device", "Seed", "Commit", "Time", "Runtime"], rows) if rows else ""
 
 
@@ -368,18 +337,13 @@ def notes(runs: list[Run]) -> str:
 def results(runs: list[Run], spreads: list[Spread], plots: dict[str, str]) -> str:
     """RESULTS.md. `plots`: {file name below this folder: caption}."""
     parts = ["# Results", GENERATED, HOW_TO_READ]
-    for title, belongs, columns in (
-        ("SFT on T-Wix", is_sft, SFT_COLUMNS),
-        ("DPO on TAT-QA", is_dpo, DPO_COLUMNS),
-        ("Multi-task and progressive DPO", is_mt, MT_COLUMNS),
-    ):
-        parts += [f"## {title}", runs_tables([run for run in runs if belongs(run)], columns)]
+    for group in (SFT, DPO, MULTI_TASK):
+        parts += [f"## {group.title}", runs_tables(group.of(runs), group.columns)]
     parts += ["## TAT-QA by answer type, %", types_table(runs)]
     if spreads:
         parts += ["## Noise of the published baselines", NOISE, noise_table(spreads)]
-    evaluations = [run for run in runs if is_evaluation(run)]
-    if evaluations:
-        parts += ["## MT-Bench of a model alone", runs_tables(evaluations, EVALUATION_COLUMNS)]
+    if EVALUATIONS.of(runs):
+        parts += [f"## {EVALUATIONS.title}", runs_tables(EVALUATIONS.of(runs), EVALUATIONS.columns)]
     new = [run for run in runs if not run.is_logged]
     if new:
         parts += ["## Differences of the new runs", deltas_table(new)]
@@ -389,25 +353,11 @@ def results(runs: list[Run], spreads: list[Spread], plots: dict[str, str]) -> st
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-LOGS: dict[str, tuple[str, Callable[[Run], bool], Columns]] = {
-    "sft_experiments_qwen3_1_7b.md": (
-        "SFT experiments, Qwen3-1.7B",
-        lambda run: is_sft(run) and "Qwen3-1.7B" in run.model,
-        SFT_COLUMNS,
-    ),
-    "sft_experiments_qwen3_8b.md": (
-        "SFT experiments, Qwen3-8B",
-        lambda run: is_sft(run) and "Qwen3-8B" in run.model,
-        SFT_COLUMNS,
-    ),
-    "dpo_experiments.md": ("DPO experiments on TAT-QA", is_dpo, DPO_COLUMNS),
-    "dpo_experiments_mt.md": ("Multi-task and progressive DPO experiments", is_mt, MT_COLUMNS),
-}
-
-
-def experiment_log(title: str, runs: list[Run], columns: Columns) -> str:
-    """One Markdown log: the table, then each run with its command and everything that was logged of it."""
-    parts = [f"# {title}", GENERATED, HOW_TO_READ, runs_tables(runs, columns)]
+def experiment_log(name: str, runs: list[Run]) -> str:
+    """One file of LOGS: the table, then each run with its command and everything that was logged of it."""
+    title, group, model = LOGS[name]
+    runs = [run for run in group.of(runs) if model in run.model]
+    parts = [f"# {title}", GENERATED, HOW_TO_READ, runs_tables(runs, group.columns)]
     for run in runs:
         for single in run.members or [run]:
             parts += log_section(single)
@@ -433,14 +383,14 @@ def log_section(run: Run) -> list[str]:
     if source.get("settings"):
         parts.append(f"How it was measured: {source['settings']}.")
     if "params" in source:
-        known = [[key, number(value)] for key, value in flatten(source["params"]).items()]
+        known = [[key, text(value)] for key, value in flatten(source["params"]).items()]
         parts.append(markdown_table(["Known parameter", "Value"], known))
     parts.append(figures_table(run))
     if not run.is_logged:
         parts.append(deltas_table([run]))
-        device = (source["device"] or {}).get("name", "not known")
-        seed = number(source["args"].get("seed"))
-        parts.append(inert(f"{source['ts']}; commit {number(source['git'])}; device {device}; seed {seed}."))
+        device = (source.get("device") or {}).get("name", "not known")
+        seed = text(source["args"].get("seed"))
+        parts.append(inert(f"{source['ts']}; commit {text(source['git'])}; device {device}; seed {seed}."))
     note = source.get("note") or source.get("reason")
     return [*parts, f"Note: {inert(note)}."] if note else parts
 
@@ -448,10 +398,7 @@ def log_section(run: Run) -> list[str]:
 def figures_table(run: Run) -> str:
     rows = [[PUBLISHED[metric][0], before_after(run, metric)] for metric in PUBLISHED]
     rows = [row for row in rows if row[1] != "-"]
-    rows += [[f"TAT-QA {kind}, %", "{} -> {}".format(*map(number, pair))] for kind, pair in run.types.items()]
-    rows += [[key, fact(value)] for key, value in flatten(run.facts).items()]
+    rows += [[f"TAT-QA {kind}, %", arrow(run, pair)] for kind, pair in run.types.items()]
+    facts = flatten(run.facts).items()
+    rows += [[key, arrow(run, value if isinstance(value, list) else [value])] for key, value in facts]
     return markdown_table(["Figure", "Value"], rows) if rows else ""
-
-
-def fact(value: object) -> str:
-    return " -> ".join(map(number, value)) if isinstance(value, list) else number(value)

@@ -1,23 +1,23 @@
-"""One thing measured before and after training: rows, table, plots."""
+"""What is measured before and after training: the one runner of rows, the table, plots."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import functools
-import io
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llm_alignment.files import InputError, SkippedRows, read_results, write_atomic, write_json, write_rows
-from llm_alignment.models import adapter_off, adapter_sha256, model_fingerprint, on_main_process
+from llm_alignment.files import InputError, SkippedRows, write_json, write_rows
+from llm_alignment.plots import plot_categories, save_figure
+from llm_alignment.processes import main_process, on_main_process, shared_rounds
+from llm_alignment.results import ResultFile, baseline_cache, read_results
 from llm_alignment.stats import holm, too_few_changed
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -86,26 +86,31 @@ METRICS = {
 } | {key: metric for name in SCORED for key, metric in scored_metrics(name, EVALUATIONS[name]).items()}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One thing measured before and after training; `name` is a key of EVALUATIONS and the stem of its files.
+    """What is measured, and how: `measure` does the rest (files, cache, processes, going on after a kill).
 
-    `answer(model, tokenizer, path=, fingerprint=, use_cache=, renew=)` gives a row with a "question_id" per item.
-    `summarise(rows)` is what the record's `baseline` and `final` get, `compare(before, after)` what its `delta` gets:
-    a difference for each name of METRICS. `size` is the number of items. `references` are those that have a reference
-    answer: (question_id, prompt as the model reads it or as turns, answer, label of the context). With `split` all
-    processes call `answer`, share the items and get every row; else the main one calls it. `tokens(tokenizer)` is what
-    a plan prints: how many tokens go through a trained model at most, those of prompts and of answers.
+    `items` have a "question_id" each. `read(model, tokenizer, items)` gives the row of each item of a batch, and
+    `grade(rows)` in the main process what is stored of them. `summarise(rows)` is what the record's `baseline` and
+    `final` get, `compare(before, after)` what its `delta` gets: a difference for each name of METRICS.
     """
 
-    name: str
-    size: int
-    answer: Callable[..., list[dict]]
-    summarise: Callable[[list[dict]], dict]
-    compare: Callable[[list[dict], list[dict]], dict[str, dict]]
+    name: str  # a key of EVALUATIONS for what is reported, and the stem of its files
+    items: Sequence[dict]
+    read: Callable[[Any, Any, list[dict]], Iterable[dict]]
+    grade: Callable[[list[dict]], list[dict]] = list
+    settings: dict = dataclasses.field(default_factory=dict)  # what the rows depend on besides the model
+    # Batches are the same in every run and read as a whole: a resumed evaluation has the bits of an uninterrupted one.
+    unit: str = "question_id"  # neighbouring items with one value of this key are read together
+    order: Callable[[dict], Any] = lambda item: 0  # a unit's place, by its first item
+    rows_at_once: Callable[[PreTrainedModel], int] = lambda model: 1
+    of_base: Callable[[dict], dict] | None = None  # an item's row of the base where it is known without the model
+    is_cached: bool = True  # rows of the base are kept for later runs; not those that are sampled
+    summarise: Callable[[list[dict]], dict] = lambda rows: {}
+    compare: Callable[[list[dict], list[dict]], dict[str, dict]] = lambda before, after: {}
+    # items with a reference answer: (question_id, prompt as the model reads it or as turns, answer, its context)
     references: Sequence[tuple[str | int, str | list[dict], str, str | int]] = ()
-    split: bool = False
-    tokens: Callable[[PreTrainedTokenizerBase], int] = lambda tokenizer: 0
+    tokens: Callable[[PreTrainedTokenizerBase], int] = lambda tokenizer: 0  # that go through a trained model, at most
 
 
 def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
@@ -121,39 +126,99 @@ def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
 
 
 def measure(
-    args: argparse.Namespace,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     evaluations: list[Evaluation],
-    folder: Path,
-    stage: str,
+    place: tuple[Path, str],
     *,
+    fingerprint: dict,
     with_adapter: bool,
+    use_cache: bool = False,
+    measured_as: str = "",
 ) -> dict[str, list[dict]]:
-    """The rows of every evaluation by name, kept in NAME_STAGE.jsonl; without the adapter the base answers.
+    """The rows of every evaluation by name; every process gets them. Without the adapter the base answers.
 
-    Rows of the stage "baseline" are shared with other runs by the cache. Every process gets the rows.
+    `place`: a folder and a stage; the rows are kept in folder/NAME_STAGE.jsonl. `fingerprint`: of the base. With
+    `use_cache` rows are shared with other runs. `measured_as`: a stage at which this adapter was measured before; the
+    rows of evaluations that are the same are taken from there.
     """
+    from llm_alignment.adapters import adapter_off, adapter_sha256
 
-    def answer(evaluation: Evaluation) -> list[dict]:
-        return evaluation.answer(
-            model,
-            tokenizer,
-            path=folder / f"{evaluation.name}_{stage}.jsonl",
-            fingerprint=fingerprint,
-            use_cache=stage == "baseline" and not args.no_baseline_cache,
-            renew=True,
-        )
-
+    folder, stage = place
+    rows = {}
     with contextlib.nullcontext() if with_adapter else adapter_off(model):
-        adapter = adapter_sha256(model) if with_adapter else "none"
-        fingerprint = model_fingerprint(args, adapter)
-        return {
-            evaluation.name: answer(evaluation)
-            if evaluation.split
-            else on_main_process(functools.partial(answer, evaluation))
-            for evaluation in evaluations
-        }
+        whole = {**fingerprint, "adapter": adapter_sha256(model) if with_adapter else "none"}
+        for evaluation in evaluations:
+            path, cache = folder / f"{evaluation.name}_{stage}.jsonl", None
+            if use_cache and evaluation.is_cached:
+                cache = baseline_cache({**whole, **evaluation.settings})
+            elif measured_as and (folder / f"{evaluation.name}_{measured_as}.jsonl").exists():
+                cache = folder / f"{evaluation.name}_{measured_as}.jsonl"
+            rows[evaluation.name] = read_items(
+                evaluation, lambda: model, tokenizer, path, fingerprint=whole, cache=cache
+            )
+    return rows
+
+
+def read_items(
+    evaluation: Evaluation,
+    get_model: Callable[[], PreTrainedModel | PeftModel],
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    *,
+    fingerprint: dict,
+    cache: Path | None = None,
+    renew: bool = True,
+) -> list[dict]:
+    """The rows of an evaluation's items, kept in `path` and taken from `cache` (see ResultFile); what is missing is
+    read. `get_model` is called only then. All processes call this: they share the batches, the main one writes.
+    """
+    fingerprint = {**fingerprint, **evaluation.settings}
+    results = ResultFile(path, fingerprint, renew=renew, cache=cache) if main_process() else None
+    unread = on_main_process(lambda: results.missing(evaluation.items) if results else [])
+    if unread and evaluation.of_base and fingerprint["adapter"] == "none":
+        if results:
+            results.append(*map(evaluation.of_base, unread))
+    elif unread:
+        missing = {item["question_id"] for item in unread}
+        for rows in _read_rounds(evaluation, get_model(), tokenizer, missing, path.stem):
+            if results and rows:
+                results.append(*(row for row in evaluation.grade(rows) if row["question_id"] in missing))
+    if results:
+        results.finish()
+    return on_main_process(lambda: results.rows_of(evaluation.items) if results else [])
+
+
+def _read_rounds(
+    evaluation: Evaluation,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    missing: set[str | int],
+    title: str,
+) -> Iterator[list[dict]]:
+    """Yields the rows of all batches that hold a `missing` item, one list for each batch that all processes read."""
+    import torch
+    from tqdm import tqdm
+
+    from llm_alignment.models import evaluating
+
+    groups = itertools.groupby(evaluation.items, key=lambda item: item[evaluation.unit])
+    units = sorted(([*group] for _, group in groups), key=lambda unit: evaluation.order(unit[0]))
+    at_once = max(1, math.ceil(evaluation.rows_at_once(model) / max(map(len, units))))
+
+    def read(batch: list[list[dict]]) -> Iterator[tuple[int, list[dict]]]:
+        items = list(itertools.chain(*batch))
+        is_read = any(item["question_id"] in missing for item in items)
+        rows = iter(evaluation.read(model, tokenizer, items) if is_read else ())
+        for place, unit in enumerate(batch):
+            yield place, list(itertools.islice(rows, len(unit)))
+
+    bar = tqdm(total=len(evaluation.items), desc=title, unit="question", disable=not main_process())
+    cuda = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), bar, evaluating(model):
+        for results in shared_rounds(units, at_once, read):
+            yield list(itertools.chain(*(rows for _, rows in results)))
+            bar.update(sum(len(unit) for unit, _ in results))
 
 
 def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> dict[str, list[dict]]:
@@ -191,7 +256,8 @@ def report(
         if name in before and name in after:
             delta |= evaluation.compare(before[name], after[name])
         if name in SCORED and name in after:
-            plot_categories(baseline.get(name), final[name], folder / f"{name}.png")
+            figure = plot_categories(EVALUATIONS[name], baseline.get(name), final[name], delta.get(name))
+            save_figure(figure, folder / f"{name}.png")
     write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
     print_table(title or str(folder), table_rows(baseline, final, delta, details=details))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
@@ -238,103 +304,78 @@ def verdict(delta: dict, *, lower_is_better: bool = False) -> str:
     return f"no detectable change; {bound} is excluded"
 
 
-def print_table(title: str, rows: list[TableRow]) -> None:
-    """Prints the lines, each difference with interval, p, number of items that changed and verdict.
+def number(value: object, sign: str = "") -> str:
+    """A measured figure in four significant digits; a text or whole number as it is; "-" for None.
 
-    A p value that stays below 0.05 after Holm's correction for the table's p values is marked *. Plain ASCII, at most
-    120 columns.
+    `sign`: "+" shows the sign of a positive figure too.
     """
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    if abs(value) >= 1000:
+        return f"{value:{sign}.0f}"
+    return f"{value:{sign}.2g}" if 0 < abs(value) < 0.001 else f"{value:{sign}#.4g}".rstrip(".")
+
+
+def table_texts(rows: list[TableRow]) -> tuple[list[list[str]], str]:
+    """The cells of each line, and what is to be said of all: "" without a p value.
+
+    Cells: title, before, after; where there is a difference also difference, interval, p, items that changed, verdict.
+    A p value that stays below 0.05 after Holm's correction for all lines is marked *. Where so few items changed that
+    none can be told from chance, an interval without width would say too much and is left out.
+    """
+    p_values = [row.delta["p"] for row in rows if row.delta and row.delta["p"] is not None]
+    corrected = iter(holm(p_values))
+    texts, marked = [], 0
+    for row in rows:
+        cells, delta = [row.title, number(row.before), number(row.after)], row.delta
+        if delta and delta["mean"] is not None:
+            low, high, p = delta["low"], delta["high"], delta["p"]
+            stays = p is not None and next(corrected) < 0.05
+            marked += stays
+            unknown = low is None or (low == high and too_few_changed(delta))
+            cells += [
+                number(delta["mean"], "+"),
+                "none" if unknown else f"[{number(low)}, {number(high)}]",
+                "-" if p is None else f"{p:.2g}{'*' if stays else ' '}",
+                f"{delta.get('changed', '-')}/{delta['n']}",
+                verdict(delta, lower_is_better=row.lower_is_better),
+            ]
+        texts.append(cells)
+    note = f"{len(p_values)} p values; {marked} (*) stay below 0.05 after Holm's correction"
+    return texts, note if p_values else ""
+
+
+def print_table(title: str, rows: list[TableRow]) -> None:
+    """Prints the lines of `table_texts`. Plain ASCII, at most 120 columns."""
     from rich.box import Box
     from rich.console import Console
     from rich.table import Table
 
-    def number(value: float | None, sign: str = "") -> str:
-        if value is None:
-            return "-"
-        if abs(value) >= 1000:
-            return f"{value:{sign}.0f}"
-        return f"{value:{sign}.2g}" if 0 < abs(value) < 0.001 else f"{value:{sign}#.4g}".rstrip(".")
-
-    rows = [TableRow(*row) for row in rows]
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
     table = Table(box=rules, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for column in ("baseline", "final", "difference [95 % interval]", "p", "changed"):
         table.add_column(column, justify="right", no_wrap=True, overflow="fold")
     table.add_column("", overflow="fold")
-    p_values = [row.delta["p"] for row in rows if row.delta and row.delta["p"] is not None]
-    corrected = iter(holm(p_values))
-    marked = 0
-    for row in rows:
-        cells = [row.title, number(row.before), number(row.after)]
-        delta = row.delta
-        if delta and delta["p"] is not None:
-            stays = next(corrected) < 0.05
-            marked += stays
-            interval = "none" if delta["low"] is None else f"[{number(delta['low'])}, {number(delta['high'])}]"
-            cells += [f"{number(delta['mean'], '+')} {interval}", f"{delta['p']:.2g}{'*' if stays else ' '}"]
-            cells += [f"{delta.get('changed', '-')}/{delta['n']}", verdict(delta, lower_is_better=row.lower_is_better)]
-        table.add_row(*cells)
+    texts, note = table_texts(rows)
+    for cells in texts:
+        table.add_row(*cells[:3], " ".join(cells[3:5]), *cells[5:])
     console = Console(width=120, color_system=None, legacy_windows=False, markup=False, highlight=False)
     console.print(title, soft_wrap=True)
     console.print(table)
-    if p_values:
-        console.print(f"{len(p_values)} p values; {marked} (*) stay below 0.05 after Holm's correction")
+    if note:
+        console.print(note)
 
 
-def save_answers(args: argparse.Namespace, before: dict[str, list[dict]], after: dict[str, list[dict]]) -> None:
+def save_answers(file: str, before: dict[str, list[dict]], after: dict[str, list[dict]]) -> None:
     """Writes TAT-QA's rows where --eval_save_json X.jsonl asks for them: to X_baseline.jsonl and X_post.jsonl.
 
     `before` and `after` are what `measure` gave; what was not measured is not written.
     """
-    if not args.eval_save_json:
+    if not file:
         return
-    path = Path(args.eval_save_json)
+    path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, rows in (("baseline", before), ("post", after)):
         if "tatqa" in rows:
             write_rows(path.with_name(f"{path.stem}_{name}.jsonl"), rows["tatqa"])
-
-
-def plot_categories(before: dict | None, after: dict, path: Path) -> None:
-    """Draws the 1-10 score by category, before (if it was measured) and after, as a PNG."""
-    from matplotlib.figure import Figure
-
-    categories = sorted(after["by_category"])
-    figure = Figure(figsize=(max(6, 1.1 * len(categories) + 2), 4), layout="constrained")
-    axes = figure.subplots()
-    summaries = {"before": before, "after": after} if before else {"after": after}
-    for shift, (label, summary) in zip((-0.2, 0.2), summaries.items(), strict=False):
-        heights = [summary["by_category"].get(category, 0) for category in categories]
-        bars = axes.bar([place + shift for place in range(len(categories))], heights, 0.4, label=label)
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
-    axes.set_xticks(range(len(categories)), categories)
-    axes.set_ylim(1, 10.5)
-    axes.set_ylabel("reward-model score, 1-10")
-    axes.set_title(", ".join(f"{label} {summary['avg']:.2f}" for label, summary in summaries.items()))
-    axes.legend()
-    save_figure(figure, path)
-
-
-def plot_curves(history: list[dict], panels: dict[str, list[str]], path: Path) -> None:
-    """A PNG with one panel per title over the training steps; `history` is the trainer's log, `panels` its keys."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2 * len(panels)), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-        for key in keys:
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=".", label=key)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG under a temporary name and renames it; without metadata, so that equal plots are equal files."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    write_atomic(path, buffer.getvalue())

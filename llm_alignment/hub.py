@@ -45,6 +45,11 @@ def hub_files(
     return folder
 
 
+def commit_of(folder: Path | None) -> str | None:
+    """The commit of a folder that `hub_files` gave; None for any other."""
+    return folder.name if folder is not None and folder.parent.name == "snapshots" else None
+
+
 def open_dataset(source: str, flag: str, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
     """(place, row) of a local path or of the training split of a hub data set; rows that cannot be read go to
     `skipped`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import random
 import types
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+log = logging.getLogger("llm_alignment")
+
+HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what TRL's DPO loss and metrics read
 
 
 class Block(NamedTuple):
@@ -66,7 +72,8 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
     from transformers.masking_utils import sdpa_mask
     from trl.trainer.utils import add_fused_lm_head
 
-    add_fused_lm_head(model, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    settle_head(model.device)
+    add_fused_lm_head(model, cast_lm_head_to_fp32=True, outputs=HEAD_OUTPUTS)
     fused_forward = model.forward
     if sharing:
         AttentionInterface.register("prefix_sdpa", prefix_attention)
@@ -99,11 +106,44 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
 
         with self.base_model.register_forward_hook(keep_rows):
             output = fused_forward(fused_lm_head=True, shift_labels=labels[:, 1:][is_target][None], **batch, **kwargs)
-        for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
+        for name in HEAD_OUTPUTS:
             output[name] = output[name].new_zeros(is_target.shape).masked_scatter(is_target, output[name])
         return output
 
     model.forward = types.MethodType(forward, model)
+
+
+def settle_head(device: torch.device) -> None:
+    """Tries TRL's Triton kernel of the LM head, four rows forward and backward, and leaves it where it does not work.
+
+    It is compiled at its first use, which needs a C compiler and Python's headers. Without it, or where its numbers
+    are not those of TRL's tiles, the tiles are taken for the rest of the process, with one line.
+    """
+    import torch
+    from trl.kernels import chunked_logprob
+
+    if not chunked_logprob._use_triton(device):
+        return
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 64, generator=generator).to(device) for rows in (4, 1500))
+
+    def run() -> torch.Tensor:
+        states = hidden.clone().requires_grad_()
+        log_probs, *others = chunked_logprob.ChunkedLogProbFunction.apply(
+            states, weight, None, torch.arange(4, device=device), 1.0, 1024, None, 1.0, HEAD_OUTPUTS
+        )
+        log_probs.sum().backward()
+        return torch.cat([log_probs.detach(), states.grad.flatten(), *(part for part in others if part is not None)])
+
+    try:
+        by_kernel, problem = run(), "it computes something else"
+    except Exception as error:  # Triton and the compiler behind it raise anything
+        by_kernel, problem = None, str(error).strip().partition("\n")[0] or type(error).__name__
+    chunked_logprob._TRITON_AVAILABLE = False
+    if by_kernel is not None and torch.allclose(by_kernel, run(), rtol=1e-4, atol=1e-4):
+        chunked_logprob._TRITON_AVAILABLE = True
+    else:
+        log.warning("TRL's Triton kernel of the LM head does not work here (%s); its tiles are taken", problem)
 
 
 def fold_pairs(

@@ -20,9 +20,9 @@ import jinja2
 
 from llm_alignment.batches import token_counts
 from llm_alignment.files import InputError, SkippedRows
-from llm_alignment.generation import strip_thinking
 from llm_alignment.hub import open_dataset
-from llm_alignment.preferences import content_text, without_thought
+from llm_alignment.messages import content_text, without_thought
+from llm_alignment.prompts import strip_thinking
 
 if TYPE_CHECKING:
     import datasets

@@ -15,9 +15,8 @@ def delta(mean, low, high, p, n=80, changed=60, clusters=None, changed_clusters=
 
 def test_the_table_is_plain_and_says_when_nothing_can_be_seen(capsys):
     clear, unclear = delta(0.81234, 0.5, 1.1, 0.0002), delta(-0.01, -0.2, 0.15, 0.71)
-    print_table(
-        "Результат", [("MT-Bench", 4.12345, 4.93579, clear), ("ppl", 3.5, 3.49, unclear), ("n", None, 2, None)]
-    )
+    rows = [("MT-Bench", 4.12345, 4.93579, clear), ("ppl", 3.5, 3.49, unclear), ("n", None, 2, None)]
+    print_table("Результат", [TableRow(*row) for row in rows])
     out = capsys.readouterr().out
     lines = {line.split()[0]: line for line in out.split("\n") if line.split()}
     assert "4.123" in lines["MT-Bench"] and "4.936" in lines["MT-Bench"]
@@ -58,6 +57,12 @@ def test_p_values_that_holm_keeps_are_marked(capsys):
     out = capsys.readouterr().out
     assert "4 p values; 2 (*) stay below 0.05 after Holm's correction" in out
     assert [f"{p}*" in out for p in ("0.01", "0.04", "0.03", "0.005")] == [True, False, False, True]
+
+
+def test_an_interval_without_width_from_too_few_changes_is_not_shown():
+    rows = [TableRow("m", 1.0, 1.0, delta(0.0, 0.0, 0.0, 1.0, n=10, changed=0)), TableRow("n", 1.0, 2.0)]
+    texts, note = evaluation.table_texts(rows)
+    assert texts[0][3:6] == ["+0.000", "none", "1 "] and texts[1] == ["n", "1.000", "2.000"] and "1 p " in note
 
 
 def test_numbers_are_short(capsys):
@@ -102,14 +107,3 @@ def test_turns_and_categories_get_a_line_each():
         ("  turn 2", None, 4.0),
         ("  math", None, 5.0),
     ]
-
-
-def test_plots_are_equal_files_for_equal_data(tmp_path):
-    summary = {"avg": 5.0, "by_category": {"math": 5.0, "язык": 7.0}}
-    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
-    for name in ("a", "b"):
-        evaluation.plot_categories(None, summary, tmp_path / f"categories_{name}.png")
-        evaluation.plot_curves(history, {"loss": ["loss"]}, tmp_path / f"curve_{name}.png")
-    for kind in ("categories", "curve"):
-        first, second = ((tmp_path / f"{kind}_{name}.png").read_bytes() for name in "ab")
-        assert first == second and first.startswith(b"\x89PNG")

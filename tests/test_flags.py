@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
-import re
 import subprocess
 import sys
 
@@ -17,18 +17,43 @@ SCRIPTS = ("sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2", "mtbench
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_states_every_default_as_it_is(script):
+def test_help_states_the_defaults_that_there_are(script):
+    """Those of the script, which are set after the shared groups were added."""
     parser = importlib.import_module(script).build_parser()
-    stated = 0
+    text = " ".join(parser.format_help().split())
     for action in parser._actions:
-        if action.dest == "help" or not action.help:
-            continue
-        text = action.help % {**vars(action), "prog": parser.prog}
-        for value in re.findall(r"\(default: ([^)]*)\)", text):
-            stated += 1
-            # words where there is no value: "default: the hub", "default: none, the base model"
-            assert action.default in (None, "") or value == str(action.default), f"--{action.dest}: {text}"
-    assert stated > 10
+        assert action.help and "%(default)" not in action.help.replace(" (default: %(default)s)", ""), action.dest
+    assert f"folder of the run (default: {parser.get_default('output_dir')})" in text
+    assert "seed of everything random (default: 42)" in text and "(default: None)" not in text
+
+
+# what a resumed run may change (neutral) and may not (counted), where the words of `counted_by` count
+NEUTRAL = [
+    ("sft_train", (), "exp_tag num_proc kl_log_interval mtbench_ru reward_model eval_steps", "seed kl_coef dataset"),
+    ("sft_train", ("measured",), "exp_tag baseline_eval_samples", "mtbench_ru mtbench_max_tokens reward_model"),
+    ("dpo_train", (), "do_eval eval_split mtbench_file instruct_limit eval_pairs reward_model", "beta pairs seed"),
+    ("dpo_train_mt", ("asked", "reddit", "finance", "general"), "eval_limit mtbench_limit reddit_max_tokens dry_run",
+     "do_eval eval_split mtbench_file instruct_limit instruct_max_tokens do_reddit reddit_limit reddit_score_margin"),
+    ("dpo_train_mt_v2", ("asked", "general"), "stage force_continue stage1_beta reddit_score_margin hybrid_ratio",
+     "general_dataset reddit_dataset reddit_min_post_chars do_reddit lora_dropout"),
+    ("dpo_train_mt_v2", ("asked", "finance", "measured"), "general_dataset mix_policy eval_batch_size",
+     "finance_temperature finance_dataset eval_limit mtbench_max_tokens"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "counted_by", "neutral", "counted"), NEUTRAL)
+def test_the_group_of_a_flag_says_whether_it_changes_what_is_trained(script, counted_by, neutral, counted):
+    parser = importlib.import_module(script).build_parser()
+    found = flags.neutral_flags(parser, *counted_by)
+    assert found >= set(neutral.split()) and not found & set(counted.split())
+    assert set(counted.split()) <= vars(parser.parse_args([])).keys()
+
+
+def test_every_flag_says_whether_it_changes_what_is_trained():
+    words = {True, False, "measured", "asked", "reddit", "finance", "general"}
+    for script in SCRIPTS:
+        for action in importlib.import_module(script).build_parser()._actions:
+            assert action.dest == "help" or action.trains in words, f"{script}: --{action.dest}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -58,6 +83,21 @@ def test_the_type_of_the_weights_is_a_flag_of_every_script(script):
     assert parser.parse_args(["--dtype", "bf16"]).dtype == "bf16"
     with pytest.raises(SystemExit):
         parser.parse_args(["--dtype", "int8"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    temperature: float
+    seed: int
+    top_p: float = 1.0
+
+
+def test_fill_takes_fields_from_flags_and_from_more():
+    args = argparse.Namespace(temperature=0.5, top_p=0.9, batch=8)
+    assert flags.fill(Sampling, args, seed=3) == Sampling(0.5, 3, 0.9)
+    assert flags.fill(Sampling, argparse.Namespace(seed=1), temperature=0.0) == Sampling(0.0, 1)
+    with pytest.raises(TypeError, match="seed"):
+        flags.fill(Sampling, args)
 
 
 def test_types_of_numbers():

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 
 import pytest
 from hypothesis import given, settings
@@ -188,3 +189,31 @@ def test_sharing_across_pairs_keeps_fewer_bytes(monkeypatch, rest):
     tree = kept_bytes(shared)
     monkeypatch.setattr(prefixes, "SHARED_PART", 2.0)
     assert tree < kept_bytes(shared) < kept_bytes(plain)
+
+
+@pytest.mark.parametrize("kernel, is_kept", [("works", True), ("wrong", False), ("no compiler", False)])
+def test_trls_kernel_is_tried_before_it_is_needed(monkeypatch, logged, kernel, is_kept):
+    """On a machine with Triton; the tiles stand in for the kernel that works."""
+    import torch
+    from trl.kernels import chunked_logprob
+
+    def wrong(*args, **kwargs):
+        chunked_logprob._forward_tile(*args, **kwargs)
+        args[3].add_(1)  # running_max
+
+    class Launched:
+        def __init__(self, tile):
+            self.tile = tile
+
+        def __getitem__(self, grid):
+            return self.tile
+
+    forward = wrong if kernel == "wrong" else chunked_logprob._forward_tile
+    monkeypatch.setattr(chunked_logprob, "_TRITON_AVAILABLE", True)
+    monkeypatch.setattr(chunked_logprob, "_use_triton", lambda device: chunked_logprob._TRITON_AVAILABLE)
+    monkeypatch.setattr(chunked_logprob, "triton", types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)), raising=False)
+    if kernel != "no compiler":  # else there is a function that cannot be launched
+        monkeypatch.setattr(chunked_logprob, "_forward_kernel", Launched(forward))
+        monkeypatch.setattr(chunked_logprob, "_backward_kernel", Launched(chunked_logprob._backward_tile))
+    prefixes.settle_head(torch.device("cpu"))
+    assert chunked_logprob._TRITON_AVAILABLE is is_kept and len(logged.records) == (not is_kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -35,60 +34,16 @@ LOGGED = {run["id"]: run for run in records.load_records(records.LOGGED_RUNS)}
 COMMANDS = {name: run["command"] for name, run in LOGGED.items() if run["command"]}
 
 
-def powershell_words(line: str) -> list[str]:
-    """The arguments that PowerShell gives a program for `line` (about_Parsing, about_Quoting_Rules).
-
-    Raises ValueError where PowerShell would expand, pipe, or otherwise not take the characters as they are.
-    """
-    single, double = "'\u2018\u2019\u201a\u201b", '"\u201c\u201d\u201e'
-    words, i = [], 0
-    while i < len(line):
-        if line[i] in " \t":
-            i += 1
-            continue
-        start, word = i, ""
-        while i < len(line) and line[i] not in " \t":
-            c = line[i]
-            if c in single or c in double:
-                quotes, at_start, i = (single if c in single else double), i == start, i + 1
-                while line[i] not in quotes or line[i + 1 : i + 2] in (*quotes,):
-                    if quotes is double and line[i] in "$`":
-                        raise ValueError(f"{line[i]} is expanded within double quotes")
-                    i += 2 if line[i] in quotes else 1
-                    word += line[i - 1]
-                i += 1
-                if at_start:  # a string at the start of an argument is all of it
-                    break
-            elif c in ";|&<>(){}$`" or (i == start and c in "@#~\u2013\u2014\u2015"):
-                raise ValueError(f"{c} has a meaning of its own")
-            elif c == ",":
-                break
-            else:
-                word += c
-                i += 1
-        bare = line[start:i]
-        words += re.split(r"(?=\.)|(?<=:)", bare, maxsplit=1) if re.match(r"-[A-Za-z_?]+[.:]", bare) else [word]
-        if line[i : i + 1] == ",":  # an array: its items become arguments of their own
-            i += 1
-    return words
-
-
-def test_the_powershell_rules_of_this_test_split_what_powershell_splits():
-    assert powershell_words("a 'b c' \"d e\" 'it''s' x=1") == ["a", "b c", "d e", "it's", "x=1"]
-    assert powershell_words("--target_modules q_proj,v_proj") == ["--target_modules", "q_proj", "v_proj"]
-    assert powershell_words("'a'b") == ["a", "b"]
-    assert powershell_words("-x.y") == ["-x", ".y"]
-    for line in ('"$home"', "a;b", "a`b", "(a)", "@a"):
-        with pytest.raises(ValueError):
-            powershell_words(line)
+# What both shells read as one argument: bare letters without a meaning, or single quotes around text without quotes.
+WORD = r"""(?:[A-Za-z0-9_./:=+-]+|'[^'"\n\u2018-\u201f]*')"""
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_logged_command_is_printed_to_the_letter_and_both_shells_read_it_alike(name, capsys):
+def test_a_logged_command_is_printed_to_the_letter(name, capsys):
     assert rerun.main([name, "--print"]) == 0
     printed = capsys.readouterr().out
     assert printed == COMMANDS[name] + "\n"
-    assert powershell_words(printed.strip()) == shlex.split(printed) == COMMANDS[name].split(" ")
+    assert re.fullmatch(f"{WORD}(?: {WORD})*", printed.strip()) and shlex.split(printed) == COMMANDS[name].split(" ")
 
 
 @given(st.lists(st.text(max_size=12) | st.text(alphabet="a1 '\"$`!\\,;-.:#@~%\u2019\u201c\u2014", max_size=8)))
@@ -97,24 +52,20 @@ def test_any_argument_reads_the_same_in_both_shells_or_is_refused(words):
         line = commands.command_line("sft_train.py", words)
     except files.InputError:
         return
-    assert "\n" not in line
     assert shlex.split(line)[4:] == words
-    assert powershell_words(line)[4:] == words
+    assert re.fullmatch(f"{WORD}(?: {WORD})*", line)
 
 
-@pytest.mark.parametrize(
-    "word", ["it's", "C:\\new folder", "q_proj,v_proj", "C:\\O'Brien\\runs", "C:\\runs\\", "100%", "$x", "", "ответ"]
-)
+@pytest.mark.parametrize("word", ["C:\\new folder", "q_proj,v_proj", "C:\\runs\\", "100%", "$x", "", "-x.y", "ответ"])
 def test_ordinary_arguments_can_be_written_for_both_shells(word):
-    line = commands.command_line("sft_train.py", [word])
-    assert shlex.split(line)[4:] == powershell_words(line)[4:] == [word]
+    assert shlex.split(commands.command_line("sft_train.py", [word]))[4:] == [word]
 
 
-@pytest.mark.parametrize("word", ['say "hi"', "C:\\new folder\\", 'it\'s "x"'])
-def test_what_windows_powershell_hands_on_damaged_is_refused_and_shown_as_a_list(word, capsys):
-    """Version 5.1 escapes neither a double quote nor the backslash before the quote that it adds around blanks."""
+@pytest.mark.parametrize("word", ['say "hi"', "C:\\new folder\\", "it's", "it\u2019s", "two\nlines"])
+def test_what_the_shells_read_differently_is_refused_and_shown_as_a_list(word, capsys):
+    """PowerShell 5.1 escapes neither a double quote nor the backslash before the quote that it adds around blanks."""
     assert rerun.main(["S4", "--exp_tag", word, "--print"]) == 2
-    assert "cannot be written in one way" in capsys.readouterr().err
+    assert repr(word) in capsys.readouterr().err
     shown = commands.shown_command("sft_train.py", ["--exp_tag", word])
     assert json.loads(shown.removeprefix("sft_train.py ")) == ["--exp_tag", word]
     assert commands.shown_command("sft_train.py", ["--load_adapter", "", "--seed", "1"]).endswith("= --seed 1")
@@ -136,12 +87,6 @@ def test_changes_replace_a_flag_in_its_place_or_are_added(changes, expected):
 def test_an_empty_value_is_not_a_word_of_its_own():
     """Windows PowerShell 5.1 would drop it, and the next flag would become the value."""
     assert commands.join_empty(["--load_adapter", "", "--seed", "1"]) == ["--load_adapter=", "--seed", "1"]
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_logged_command_is_accepted_by_its_script(name):
-    script = importlib.import_module(LOGGED[name]["script"].removesuffix(".py"))
-    script.build_parser().parse_args(records.run_arguments(LOGGED[name]))
 
 
 @pytest.mark.parametrize(
@@ -482,35 +427,30 @@ def test_a_line_torn_by_a_crash_is_skipped_with_a_warning_and_the_rest_is_used(t
 
 
 WRONG_PARTS = [
-    (["args", "seed"], {"a": 1}),
-    (["args", "seed"], 1.5),
-    (["data", "rows"], None),
-    (["baseline", "mtbench"], None),
-    (["baseline", "mtbench", "by_turn"], {}),
-    (["baseline", "mtbench", "avg"], float("nan")),
+    (["baseline", "mtbench"], [1]),
+    (["baseline", "mtbench", "avg"], "high"),
     (["baseline", "tatqa", "by_type", "span"], None),
-    (["final", "tatqa", "by_type", "span", "em_like"], "x"),
-    (["delta", "tatqa", "mean"], "x"),
-    (["delta", "tatqa", "changed"], None),
-    (["delta", "tatqa", "low"], None),
-    (["delta", "tatqa", "clusters"], 3),
-    (["runtime_s", "total"], None),
+    (["final", "tatqa", "by_type"], 7),
+    (["baseline", "mtbench", "avg"], float("nan")),
+    (["delta", "tatqa"], None),
+    (["delta", "tatqa", "low"], "x"),
+    (["runtime_s", "total"], "x"),
 ]
 
 
-def test_records_of_another_form_are_skipped_with_the_reason_and_the_rest_is_reported(tmp_path, logged):
+def test_records_of_another_form_are_skipped_with_their_place_and_the_rest_is_reported(tmp_path, logged):
     whole, dpo = make_record("whole"), make_dpo_record("dpo")
     old = make_record("old") | {"delta": {"mtbench": {"mean": 1.0, "low": 0.5, "high": 1.5, "p": 0.01, "n": 12}}}
-    odd = [{**whole, key: 7} for key in ("argv", "args", "baseline", "delta", "device", "ts", "output_dir")]
-    odd += [whole | {"argv": ["word"]}, whole | {"script": "gone.py"}, whole | {"output_dir": "a\0b"}]
-    odd += [whole | {"args": {}}, {key: value for key, value in whole.items() if key != "status"}]
+    odd = [{**whole, key: 7} for key in ("argv", "args", "baseline", "delta", "ts", "output_dir")]
+    odd += [whole | {"argv": [1]}, whole | {"script": "gone.py"}, whole | {"args": {}}]
+    odd.append({key: value for key, value in whole.items() if key != "status"})
     for place, value in WRONG_PARTS:
         record = json.loads(json.dumps(dpo))
         records.get_nested(record, tuple(place[:-1]))[place[-1]] = value
         odd.append(record)
     log = write_log(tmp_path / "log.jsonl", whole, old, whole | {"tag": None, "device": {}}, *odd)
     assert [record["tag"] for record in records.load_records(log)] == ["whole", "old", None]
-    assert f"skipped {len(odd)}" in logged.text and "argv '7' is not what a run record has there" in logged.text
+    assert f"skipped {len(odd)}" in logged.text and "log.jsonl:4" in logged.text
     report.write_report([log], tmp_path / "out")
 
 

@@ -16,51 +16,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import random
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from harness import SHAPES, in_turns
 
-from llm_alignment import prefixes  # noqa: E402
-from llm_alignment.files import SkippedRows  # noqa: E402
-from llm_alignment.flags import DEMO_DIR  # noqa: E402
-
-SHAPES = {
-    "even": {
-        "vocab_size": 4096,
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-    },
-    "wide": {
-        "vocab_size": 151_936,
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-    },
-    "1.7b": {
-        "vocab_size": 151_936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-}
+from llm_alignment import prefixes
+from llm_alignment.files import SkippedRows
+from llm_alignment.flags import DEMO_DIR
 
 
 class Variant(NamedTuple):
@@ -231,7 +199,6 @@ def measure(args: argparse.Namespace, rows: list[dict], names: list[str]) -> dic
     """Every variant on the same micro-batches, interleaved; the first one warms up and measures memory."""
     trainers = {name: build_trainer(args, rows, VARIANTS[name]) for name in names}
     batches = micro_batches(trainers[names[-1]], rows, args.pairs)
-    times: dict[str, list[float]] = {name: [] for name in names}
     losses: dict[str, float] = {}
     memory: dict[str, int] = {}
     largest = max(batches, key=lambda batch: batch["input_ids"].numel())
@@ -241,14 +208,15 @@ def measure(args: argparse.Namespace, rows: list[dict], names: list[str]) -> dic
                 lambda trainer=trainer, name=name, batch=batch: losses.update({name: step(trainer, batch)}),
                 args.device,
             )
-    for _ in range(args.rounds):
-        for name, trainer in trainers.items():
-            start = time.perf_counter()
-            for micro_batch in batches:
-                with as_variant(trainer, VARIANTS[name], micro_batch) as batch:
-                    step(trainer, batch)
-            times[name].append((time.perf_counter() - start) / len(batches))
-    return {name: Measured(statistics.median(times[name]), memory[name], losses[name]) for name in names}
+
+    def all_batches(name: str, number: int) -> None:
+        for micro_batch in batches:
+            with as_variant(trainers[name], VARIANTS[name], micro_batch) as batch:
+                step(trainers[name], batch)
+
+    samples = in_turns({name: functools.partial(all_batches, name) for name in names}, args.rounds, warm_up=0)
+    seconds = {name: statistics.median(sample.seconds for sample in samples[name]) for name in names}
+    return {name: Measured(seconds[name] / len(batches), memory[name], losses[name]) for name in names}
 
 
 def compare(args: argparse.Namespace) -> dict[str, float]:
@@ -257,7 +225,7 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
     count = args.pairs * args.batches
     grouped = [rows[index] for index in prefixes.GroupedOrder(prefixes.groups_of([r["prompt_ids"] for r in rows]), 0)]
     shuffled = random.Random(0).sample(rows, len(rows))
-    ratios = {}
+    ratios: dict[str, float] = {}
     for order, chosen in (("grouped by table", grouped[:count]), ("random order", shuffled[:count])):
         measured = measure(args, chosen, list(VARIANTS))
         lengths = [len(row["prompt_ids"]) for row in chosen]

@@ -11,16 +11,14 @@ a near tie. `--random_qwen3` measures a random Qwen3 of the true 1.7B shape in p
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from harness import SHAPES, device_name
 
-from llm_alignment.flags import positive  # noqa: E402
-from llm_alignment.generation import free_batch_size, generate  # noqa: E402
-from llm_alignment.models import device_and_dtype  # noqa: E402
-from mtbench_eval import load_questions  # noqa: E402
+from llm_alignment.flags import positive
+from llm_alignment.generation import free_batch_size, generate
+from llm_alignment.models import device_and_dtype
+from mtbench_eval import load_questions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,13 +46,7 @@ def load(args: argparse.Namespace):
         return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval(), tokenizer
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
+        **SHAPES["1.7b"],
         max_position_embeddings=40_960,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
@@ -96,8 +88,6 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     import statistics
 
-    import torch
-
     model, tokenizer = load(args)
     questions = load_questions(args.questions, language=args.language, limit=args.limit)
     settings = dict(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, backend=args.backend)
@@ -131,9 +121,9 @@ def main(argv: list[str] | None = None) -> None:
                         distances.append(first_difference(model, tokenizer, chat, alone, batched))
                     chat.append({"role": "assistant", "content": alone})  # one history, so that turns stay comparable
         ratios.append(seconds["alone"] / seconds["batched"])
-    threads, dtype = torch.get_num_threads(), str(model.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     batch = args.batch_size or free_batch_size(model, args.max_new_tokens)
-    print(f"{len(questions)} questions, {args.max_new_tokens} tokens, {dtype}, {model.device.type}, {threads} threads")
+    print(f"{len(questions)} questions, {args.max_new_tokens} tokens, {dtype}, {device_name()}")
     print(f"batched ({args.backend}, up to {batch} rows) is {statistics.median(ratios):.2f}x as fast as one at a time")
     print(f"same text: {same} of {total} turns")
     if distances:

@@ -20,31 +20,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import gc
-import re
+import functools
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-SHAPES = {
-    "small": dict(
-        vocab_size=151_936, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
-        head_dim=64, intermediate_size=1536,
-    ),
-    "even": dict(  # the proportion of backbone to head that Qwen3-1.7B has
-        vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, intermediate_size=768,
-    ),
-    "1.7b": dict(
-        vocab_size=151_936, hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-        head_dim=128, intermediate_size=6144,
-    ),
-}  # fmt: skip
+from harness import SHAPES, device_name, in_turns, time_ratio
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,33 +37,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--four_bit", action="store_true", help="NF4 base")
     parser.add_argument("--repeats", type=int, default=7)
     return parser
-
-
-class PeakMemory:
-    """Bytes of the peak inside the block above what was held before it: GPU memory, or resident memory on Linux."""
-
-    def __enter__(self) -> PeakMemory:
-        import torch
-
-        gc.collect()
-        self.cuda = torch.cuda.is_available()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
-            self.before = self.resident("VmRSS")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import torch
-
-        self.extra = (torch.cuda.max_memory_allocated() if self.cuda else self.resident("VmHWM")) - self.before
-
-    @staticmethod
-    def resident(key: str) -> int:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return 1024 * int(re.search(rf"{key}:\s+(\d+)", status).group(1))
 
 
 class Bench:
@@ -210,35 +164,31 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     second_bytes = sum(p.numel() * p.element_size() for p in bench.second.parameters())
     # a rate of 0, so that every variant sees the same weights
     optimizer = torch.optim.AdamW([p for p in bench.model.parameters() if p.requires_grad], lr=0.0)
-    seconds, peaks, losses = ({name: [] for name in variants} for _ in range(3))
-    for repeat in range(options.repeats + 1):
-        for name, run in variants.items():
-            with PeakMemory() as memory:
-                start = time.perf_counter()
-                loss = run()
-                optimizer.step()
-                if bench.device.type == "cuda":
-                    torch.cuda.synchronize()
-                elapsed = time.perf_counter() - start
-            optimizer.zero_grad()
-            if repeat:  # the first round warms up
-                seconds[name].append(elapsed)
-                peaks[name].append(memory.extra + (second_bytes if name in {"published", "LLaMA-Factory"} else 0))
-                losses[name].append(loss)
 
-    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{options.shape}, {options.batch} x {options.tokens} tokens, tail {options.tail}, {bench.dtype}, {device}")
+    def whole_step(run: Callable[[], float]) -> float:
+        loss = run()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    steps = {name: functools.partial(lambda run, number: whole_step(run), run) for name, run in variants.items()}
+    samples = in_turns(steps, options.repeats)
+    peaks = {name: statistics.median(sample.memory for sample in of_one) for name, of_one in samples.items()}
+    for name in ("published", "LLaMA-Factory"):
+        peaks[name] += second_bytes
+    size = f"{options.batch} x {options.tokens} tokens, tail {options.tail}"
+    print(f"{options.shape}, {size}, {bench.dtype}, {device_name()}")
     print(f"{'':14}{'time / ours':>12}{'extra memory / ours':>21}{'loss':>12}")
     result = {}
-    for name in variants:
+    for name, of_one in samples.items():
         result[name] = {
-            "time": statistics.median(t / o for t, o in zip(seconds[name], seconds["ours"], strict=True)),
-            "memory": statistics.median(peaks[name]) / max(1, statistics.median(peaks["ours"])),
-            "loss": losses[name][0],
+            "time": time_ratio(of_one, samples["ours"]),
+            "memory": peaks[name] / max(1, peaks["ours"]),
+            "loss": of_one[0].result,
         }
         print(f"{name:14}{result[name]['time']:12.2f}{result[name]['memory']:21.2f}{result[name]['loss']:12.5f}")
-    asft = [statistics.median(seconds[name]) for name in ("LLaMA-Factory", "ours, ASFT")]
-    print(f"LLaMA-Factory's anchored SFT takes {asft[0] / asft[1]:.2f} times the time of ours with the same loss")
+    asft = time_ratio(samples["LLaMA-Factory"], samples["ours, ASFT"])
+    print(f"LLaMA-Factory's anchored SFT takes {asft:.2f} times the time of ours with the same loss")
     return result
 
 

@@ -15,22 +15,14 @@ and adapter, interleaved in one process; medians over the rounds, and ratios to 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from harness import ROOT, SHAPES, device_name, in_turns, time_ratio
 
 DEMO = ROOT / "experiments" / "demo"
-SHAPE = dict(
-    vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-    intermediate_size=768,
-)  # fmt: skip
 OTHERS = ("unsorted", "TRL", "published")  # than sorted, which the others are compared with
 
 
@@ -63,7 +55,7 @@ class Bench:
         torch.manual_seed(0)
         self.device, self.dtype = device_and_dtype("auto")
         self.without = options.without
-        config = Qwen3Config(tie_word_embeddings=True, max_position_embeddings=4096, **SHAPE)
+        config = Qwen3Config(tie_word_embeddings=True, max_position_embeddings=4096, **SHAPES["even"])
         Qwen3ForCausalLM(config).to(self.dtype).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
         self.args = sft_train.build_parser().parse_args([
@@ -83,7 +75,7 @@ class Bench:
         # the Trainer makes the accelerator's loaders when it trains; the steps here take batches from their own
         self.loaders = {
             "sorted": self.ours.get_train_dataloader(),
-            "unsorted": super(sft_train.AnchoredTraining, self.ours).get_train_dataloader(),
+            "unsorted": super(sft_train.AnchoredTraining, self.ours).get_train_dataloader(),  # type: ignore[misc]
         }
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.0)
 
@@ -128,33 +120,28 @@ class Bench:
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     options = build_parser().parse_args(argv)
-    import torch
-
     bench = Bench(options, tempfile.mkdtemp())
-    seconds, padded, real = ({name: [] for name in bench.variants()} for _ in range(3))
-    for number in range(options.rounds + 1):
-        for name, (order, run) in bench.variants().items():
-            batches = bench.batches(order, number)
-            counts = [(batch["input_ids"].numel(), int(batch["attention_mask"].sum())) for batch in batches]
-            start = time.perf_counter()
-            run(batches)
-            bench.optimizer.step()
-            if bench.device.type == "cuda":
-                torch.cuda.synchronize()
-            elapsed = time.perf_counter() - start
-            bench.optimizer.zero_grad()
-            if number:  # the first round warms up
-                seconds[name].append(elapsed)
-                padded[name].append(sum(count for count, _ in counts))
-                real[name].append(sum(count for _, count in counts))
-    device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{options.batch} x {options.grad_acc} rows of up to {options.tokens} tokens, {bench.dtype}, {device}")
+    variants = bench.variants()
+    orders = dict.fromkeys(order for order, _ in variants.values())
+    batches = {order: [bench.batches(order, number) for number in range(options.rounds + 1)] for order in orders}
+
+    def step(order: str, run: Callable[[list[dict]], None], number: int) -> None:
+        run(batches[order][number])
+        bench.optimizer.step()
+        bench.optimizer.zero_grad()
+
+    steps = {name: functools.partial(step, order, run) for name, (order, run) in variants.items()}
+    samples = in_turns(steps, options.rounds)
+    print(
+        f"{options.batch} x {options.grad_acc} rows of up to {options.tokens} tokens, {bench.dtype}, {device_name()}"
+    )
     print(f"{'':10}{'time / sorted':>14}{'padded / real tokens':>22}")
     result = {}
-    for name in seconds:
-        ratio = statistics.median(t / s for t, s in zip(seconds[name], seconds["sorted"], strict=True))
-        result[name] = {"time": ratio, "padding": sum(padded[name]) / sum(real[name])}
-        print(f"{name:10}{ratio:14.2f}{result[name]['padding']:22.2f}")
+    for name, (order, _) in variants.items():
+        ids = [batch for of_step in batches[order][1:] for batch in of_step]
+        padding = sum(b["input_ids"].numel() for b in ids) / sum(int(b["attention_mask"].sum()) for b in ids)
+        result[name] = {"time": time_ratio(samples[name], samples["sorted"]), "padding": padding}
+        print(f"{name:10}{result[name]['time']:14.2f}{padding:22.2f}")
     return result
 
 

@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import harness  # noqa: F401  (puts the project on the path)
 
-import dpo_train  # noqa: E402
-from llm_alignment import files, flags, generation, models, tatqa  # noqa: E402
+import dpo_train
+from llm_alignment import files, flags, generation, models, tatqa
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
