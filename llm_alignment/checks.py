@@ -4,8 +4,8 @@ Two keys every type takes: `not` (true: the check passes where it would fail) an
 
 equals     the answer is one of `values` and nothing else, but for a lead-in that ends in a colon
 contains   one of `values` stands in it as whole words, not denied and not as one of two choices; `all`: every one does
-number     its last number that the question does not give is one of `values`; texts among them count as in contains;
-           `units`: how the unit may begin, if the answer names one
+number     its last number that the question does not give is one of `values`; a number in words counts
+           where the answer has no digit; `units`: how the unit may begin, if the answer names one
 regex      one of `values` (Python's syntax) is found
 words      `count` of words: a number, or [least, most]; in the same way
 lines      lines that are not blank; `matching`: only those in which this pattern is found
@@ -137,6 +137,7 @@ def lines(text: str) -> list[str]:
 
 
 BULLET = re.compile(r"(\d+[.)]|[-*+•])\s+")
+DIGIT = re.compile(r"\d")
 NUMBERED = re.compile(r"^\d+[.)] ", re.M)
 
 
@@ -214,7 +215,8 @@ def number(check: dict, text: str, asked: str) -> bool:
     text = plain(text, {})
     wanted = {float(value) for value in check["values"] if not isinstance(value, str)}
     given = {reading for readings, *_ in numbers(plain(asked, {})) for reading in readings} - wanted
-    if any(isinstance(value, str) and stands_in(plain(value, {}), text) for value in check["values"]):
+    spelt = [plain(value, {}) for value in check["values"] if isinstance(value, str)]
+    if any(stands_in(value, text) for value in spelt if DIGIT.search(value) or not DIGIT.search(text)):
         return True
     for said in (NUMBERED.sub("", text), text):  # "2. so it is 8" or "8. It has eight legs"
         if found := [entry for entry in numbers(said) if not entry[0] & given]:

@@ -43,7 +43,7 @@ CASES = [
      ["12", "12 euros", "€12", "She pays 12€ for 3 pens.", "twelve", "Двенадцать.", "3 * 2 + 6 = 12", "12.0",
       "**12**", "$12$", "1. First: 12", "12 for the 3 pens and the book at 6"],
      ["12 dollars", "$12", "120", "1.12", "112", "12.5", "-12", "13", "3 * 2 + 6 = 13", "not 12", "12 or 13",
-      "12, so 11", "", "3", "thirteen", "12%", "at 12:30"]),
+      "12, so 11", "twelve steps give 13", "", "3", "thirteen", "12%", "at 12:30"]),
     (check("number", values=[8]), "", ["8. It has 8 legs", "8.", "8.\nThat is all"], ["1. 7\n2. 9", "9\n8. nothing"]),
     (check("number", values=[70], units=[]), "20 percent of 350", ["70", "It is 70."], ["70%", "70 percent", "70 kg"]),
     (HALF, "", ["1,250.5", "1250,5", "1 250,5", "It is 1250.50."], ["1250", "12505", "1,250", "1250.55", "1.250.5"]),
