@@ -42,6 +42,7 @@ from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.hub import read_usable
 from llm_alignment.instructions import instruct_questions
 from llm_alignment.leaks import LeakFinder, without_leaks
+from llm_alignment.messages import refuse_needed
 from llm_alignment.models import adapter_sha256, load_adapter, load_model, load_tokenizer, model_fingerprint
 from llm_alignment.preferences import merge_system_prompt, read_turns
 from llm_alignment.rewards import RewardModel
@@ -149,6 +150,7 @@ def prompt_turns(row: dict) -> list[dict[str, str]]:
     Raises ValueError with the reason when the row holds none.
     """
     value = next((row[key] for key in ("prompt", "question", "messages") if row.get(key)), None)
+    refuse_needed(row, "the row", ("prompt", "question", "messages"))
     turns = read_turns(value, "user", "the prompt")
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()

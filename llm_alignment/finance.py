@@ -17,6 +17,7 @@ from llm_alignment.flags import not_negative, positive, ratio, temperature
 from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.hub import read_usable
 from llm_alignment.leaks import LeakFinder, asked_passages, without_leaks
+from llm_alignment.messages import refuse_needed
 from llm_alignment.models import load_model, model_fingerprint, on_main_process
 from llm_alignment.preferences import GENERAL_COLUMNS, merge_system_prompt, read_pairs
 from llm_alignment.reddit import hold_out_posts, leak_snippet, read_comments, reddit_pairs
@@ -121,6 +122,10 @@ def finance_problem(row: dict) -> str | None:
     for column in ("user", "assistant"):
         if not row[column].strip():
             return f"empty {column}"
+    try:
+        refuse_needed(row, "the row")
+    except ValueError as error:
+        return str(error)
     return None
 
 
