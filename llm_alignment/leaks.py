@@ -93,7 +93,7 @@ class LeakFinder:
 
         items = iter(items)
         while batch := list(itertools.islice(items, ITEMS_AT_ONCE)):
-            joined = [f" {EDGE} ".join(["", *texts, ""]) for texts in batch]
+            joined = [f" {EDGE} ".join(["", *(text.replace(EDGE, " ") for text in texts), ""]) for texts in batch]
             words, starts, odd = word_keys("".join(joined))
             places = [odd]
             for size, (known, may_be_key) in self.keys.items():
