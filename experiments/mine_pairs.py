@@ -43,6 +43,7 @@ from llm_alignment.generation import generate, strip_thinking
 from llm_alignment.hub import read_usable
 from llm_alignment.instructions import instruct_questions
 from llm_alignment.leaks import LeakFinder, without_leaks
+from llm_alignment.messages import refuse_needed
 from llm_alignment.models import adapter_sha256, load_adapter, load_model, load_tokenizer, model_fingerprint
 from llm_alignment.parser import Parser
 from llm_alignment.preferences import merge_system_prompt, read_turns
@@ -140,6 +141,7 @@ def prompt_turns(row: dict) -> list[dict[str, str]]:
     Raises ValueError with the reason when the row holds none.
     """
     value = next((row[key] for key in ("prompt", "question", "messages") if row.get(key)), None)
+    refuse_needed(row, "the row", ("prompt", "question", "messages"))
     turns = read_turns(value, "user", "the prompt")
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()

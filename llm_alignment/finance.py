@@ -17,6 +17,7 @@ from llm_alignment.files import InputError, digest, sample
 from llm_alignment.generation import MAX_BATCH_SIZE, Decoding, generate
 from llm_alignment.hub import read_usable
 from llm_alignment.leaks import LeakFinder, without_leaks
+from llm_alignment.messages import refuse_needed
 from llm_alignment.models import Base, base_fingerprint, load_model
 from llm_alignment.preferences import merge_system_prompt, read_pairs
 from llm_alignment.prompts import strip_thinking
@@ -77,6 +78,10 @@ def finance_problem(row: dict) -> str | None:
     for column in ("user", "assistant"):
         if not row[column].strip():
             return f"empty {column}"
+    try:
+        refuse_needed(row, "the row")
+    except ValueError as error:
+        return str(error)
     return None
 
 

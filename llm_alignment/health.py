@@ -72,14 +72,15 @@ def is_other_script(text: str, allowed: set[str], *, has_reference: bool) -> boo
     """Whether most of a text is of a script that is not allowed.
 
     Without a reference names do not count, so words with a capital letter are left out; eight letters of other words,
-    and a third of all letters, are enough. With one, two letters are: "no" instead of a Russian word.
+    and a third of all letters, are enough. With one, two letters, two thirds of all, are: "no" for a Russian word.
     """
     words = re.findall(r"[^\W\d_]+", text)
     letters: Counter[str] = Counter()
     for word in words:
         letters[script_of(word[0])] += len(word) if has_reference or not word[0].isupper() else 0
     [(script, count)] = letters.most_common(1) or [("", 0)]
-    enough = count >= 2 if has_reference else count >= 8 and 3 * count >= sum(map(len, words))
+    least, thirds = (2, 2) if has_reference else (8, 1)
+    enough = count >= least and 3 * count >= thirds * sum(map(len, words))
     return bool(allowed) and enough and script not in allowed
 
 

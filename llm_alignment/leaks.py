@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("llm_alignment")
 
 IN_A_ROW = 13  # words, as GPT-3's authors searched (Brown et al. 2020, arXiv 2005.14165, appendix C)
-SHORT, LONG = 3, 5  # words of an anchor: the short one serves texts that have less than five
+SHORT, LONG = 3, 5  # least and most words of an anchor
 EDGE = "\uffff"  # a word; stands before, between and after texts
 ITEMS_AT_ONCE = 100  # more would not fit into the processor's cache
 
@@ -55,13 +55,13 @@ class LeakFinder:
         for size in {len(anchor) for anchor in self.anchors}:
             anchors = itertools.chain.from_iterable(anchor for anchor in self.anchors if len(anchor) == size)
             keys = np.unique(in_a_row_keys(word_keys(f" {' '.join(anchors)} ")[0], size)[::size])
-            may_be_key = np.zeros(2**20, bool)
-            may_be_key[keys >> 12] = True
+            may_be_key = np.zeros(2**17, bool)
+            may_be_key[keys >> 15] = True
             self.keys[size] = keys, may_be_key
 
     def _anchors(self) -> dict[tuple[str, ...], set[tuple[int, int]]]:
         """{words: {(number in `known`, place in its words), ...}}, the rarest words of every run that counts."""
-        sizes = [LONG if need >= LONG else SHORT for _, need, _ in self.known]
+        sizes = [min(need, LONG) for _, need, _ in self.known]
         found = [list(in_a_row(words, size)) for (words, _, _), size in zip(self.known, sizes, strict=True)]
         frequency = Counter(itertools.chain.from_iterable(map(set, found)))
         anchors: dict[tuple[str, ...], set[tuple[int, int]]] = defaultdict(set)
@@ -93,12 +93,12 @@ class LeakFinder:
 
         items = iter(items)
         while batch := list(itertools.islice(items, ITEMS_AT_ONCE)):
-            joined = [f" {EDGE} ".join(["", *texts, ""]) for texts in batch]
+            joined = [f" {EDGE} ".join(["", *(text.replace(EDGE, " ") for text in texts), ""]) for texts in batch]
             words, starts, odd = word_keys("".join(joined))
             places = [odd]
             for size, (known, may_be_key) in self.keys.items():
                 keys = in_a_row_keys(words, size)
-                found = np.flatnonzero(may_be_key[keys >> 12])
+                found = np.flatnonzero(may_be_key.take((keys >> 15).astype(np.intp), mode="clip"))
                 is_known = known.take(np.searchsorted(known, keys[found]), mode="clip") == keys[found]
                 places.append(starts[found[is_known]])
             ends = np.cumsum([len(text) for text in joined])

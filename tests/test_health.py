@@ -165,9 +165,16 @@ def test_a_loop_that_ended_is_found_and_one_that_stops_is_not():
 
 @pytest.mark.parametrize(
     ("answer", "expected", "other"),
-    [("Paris", "Париж", True), ("Yes", "Да", True), ("Париж", "Париж", False), ("Это город Париж.", "Paris", False),
-     ("4", "четыре", False), ("Вот: {\"name\": \"Anna\"}", "{\"name\": \"Anna\"}", False)],
-)  # fmt: skip
+    [
+        ("Paris", "Париж", True),
+        ("Yes", "Да", True),
+        ("Париж", "Париж", False),
+        ("Это город Париж.", "Paris", False),
+        ("4", "четыре", False),
+        ('{"name": "Анна"}', '{"имя": "Анна"}', False),
+        ('Вот: {"name": "Anna"}', '{"name": "Anna"}', False),
+    ],
+)
 def test_a_reference_tells_the_language_of_a_short_answer(answer, expected, other):
     assert judge_answer(["Столица Франции?"], answer, expected=expected)["other_script"] == other
 
