@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from noise import Spread
 from records import PUBLISHED, SCORED, Run, get_nested
+from tables import HEADLINES
 
 from llm_alignment import plots
 from llm_alignment.evaluation import METRICS
@@ -200,9 +201,6 @@ def plot_curves(title: str, runs: list[Run]) -> Figure | None:
         if read_json(run_file, f"run {run.name}").get("ts") == run.source["ts"]:
             logs[wrapped(run.label, 40)] = read_records(log_file)
     return plots.plot_curves(title, logs, plots.LOSS | plots.KL | plots.REWARDS)
-
-
-HEADLINES = ("val_loss", "tatqa_em", "reward_accuracy", "mtbench", "instruct", "finance_instruct", "reddit")
 
 
 def plot_seeds(title: str, runs: list[Run]) -> Figure | None:

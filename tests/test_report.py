@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import math
 import re
 from pathlib import Path
 
@@ -388,17 +389,21 @@ def test_two_runs_are_compared_over_shared_questions_and_the_page_shows_both_ans
     hostile = "<script>alert('x')</script><img src=http://example.com/x.png>"
     write_answers(a / "mtbench_final.jsonl", {"1": 5.0, "2": 5.0, "3": 5.0, "only a": 1.0}, answer="old")
     write_answers(b / "mtbench_final.jsonl", {"3": 9.0, "2": 5.0, "1": 4.0}, answer=hostile, max_new_tokens=8)
-    log = write_log(tmp_path / "log.jsonl", make_record("tagged", output_dir=str(b)))
+    log = write_log(tmp_path / "log.jsonl", record := make_record("tagged", output_dir=str(b)))
+    other = record | {"args": record["args"] | {"subset": "general"}}
+    (a / "run.json").write_text(json.dumps(other), encoding="utf-8")
     argv = ["--compare", str(a), "tagged", "--exp_log", str(log), "--output_dir", str(tmp_path)]
     assert report.main(argv) == 0
     captured = capsys.readouterr()
     assert "max_new_tokens: 64 -> 8" in captured.err
-    assert "3 shared questions" in captured.out
+    assert "3 shared questions" in captured.out and "run_a" in captured.out.split("difference [")[0]
+    assert "subset: general -> both" in captured.out
     path = next(tmp_path.glob("compare_*_tagged.html"))
     page = Page(path.read_text(encoding="utf-8"))
     assert not {"script", "img", "link", "iframe"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name in ("src", "href")]
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    assert "subset: general -> both" in page.text
     assert "old second 1" in page.text and f"{hostile} second 1" in page.text and "only a" not in page.text
     places = [page.text.index(f"{name}: writing") for name in ("3", "1", "2")]
     assert places == sorted(places), "the question that changed most comes first"
@@ -408,6 +413,19 @@ def test_two_runs_are_compared_over_shared_questions_and_the_page_shows_both_ans
         write_held_out(folder / "held_out_final.jsonl", {name: 0.5})
     assert report.main(argv) == 0
     assert "held-out pairs: no question in common, not compared" in capsys.readouterr().err
+
+
+def test_the_table_of_a_run_is_printed_again_and_mine_are_told_from_the_published(tmp_path, capsys):
+    log = write_log(tmp_path / "log.jsonl", record := make_record("tagged", output_dir=str(tmp_path)))
+    assert report.main(["--run", "tagged", "--exp_log", str(log)]) == 2
+    metrics = {key: record[key] for key in ("baseline", "final", "delta")}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    capsys.readouterr()
+    for name in ("tagged", str(tmp_path)):
+        assert report.main(["--run", name, "--exp_log", str(log)]) == 0
+        assert "+0.2500 [-0.1250, 0.6250]" in capsys.readouterr().out
+    mine = records.load_runs([log, records.RECORDED_RUNS, records.LOGGED_RUNS], mine=True)
+    assert [run.name for run in mine] == ["tagged"] and tables.results(mine, [], {})
 
 
 def test_a_run_in_stages_is_compared_by_its_last_stage(tmp_path, capsys):
@@ -459,6 +477,9 @@ def test_power_is_printed_for_the_spread_of_a_run(tmp_path, capsys):
     lines = {int(n): float(x) for n, x in re.findall(r"n = +(\d+): .*? of (\d+\.\d+)", capsys.readouterr().out)}
     spread = (40 / 39) ** 0.5
     assert lines[80] == pytest.approx(2.8016 * spread / 80**0.5, abs=0.006) and {32, 40, 160} <= lines.keys()
+    assert report.main(["--power", str(tmp_path), "--detect", "0.3"]) == 0
+    assert f"n = {math.ceil((2.8016 * spread / 0.3) ** 2)}\n" in capsys.readouterr().out
+    assert report.main(["--detect", "0.3"]) == 2
 
 
 def test_power_pairs_only_questions_of_the_same_text(tmp_path, capsys):
