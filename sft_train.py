@@ -48,7 +48,7 @@ from llm_alignment.models import (
     new_adapter,
     processes,
 )
-from llm_alignment.plots import KL, LOSS, plot_curves, save_figure
+from llm_alignment.plots import KL, LOSS, plot_curves, save_figure, with_validation
 from llm_alignment.rewards import RewardModel, load_reward_model
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.scores import summarise
@@ -469,11 +469,11 @@ def run(args: argparse.Namespace, record: dict) -> None:
     with timed(record, "final"):
         after = measure(args, trainer.model, tokenizer, evaluations["final"], folder, "final", with_adapter=True)
     if main_process():
-        history, final = {"": trainer.state.log_history}, record["final"]
+        title, final = f"{record['output_dir']}, step {record['kept_step']}", record["final"]
+        report(record, folder, evaluations["final"], before, after, title=title)
+        history = {"": with_validation(trainer.state.log_history, record)}
         save_figure(plot_curves("training", history, LOSS), folder / "loss.png")
         save_figure(plot_curves("training", history, KL), folder / "kl.png")
-        title = f"{record['output_dir']}, step {record['kept_step']}"
-        report(record, folder, evaluations["final"], before, after, title=title)
         log.info("validation loss on all %d held-out rows: %.4f", final["val_rows_full"], final["val_loss_full"])
 
 

@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING
 
 from commands import exit_code
 from compare import compare, print_power, slug
-from noise import Spread, mark_noise
+from noise import REPEATED, Spread, mark_noise
 from plots import plot_categories, plot_curves, plot_metric, plot_noise, plot_seeds, plot_trade_off, plot_types
 from records import DEMO, HERE, PUBLISHED, REPORT, Run, find_run, load_runs, record_files
 from seeds import merge_seeds
+from summary import summary
 from tables import DPO, LOGS, MULTI_TASK, SFT, experiment_log, results
 
 from llm_alignment.evaluation import print_table, table_rows
@@ -70,7 +71,7 @@ def draw_all(runs: list[Run], spreads: list[Spread]) -> dict[str, tuple[str, Fig
     """
     figures: dict[str, tuple[str, Figure | None]] = {}
     for prefix, remark, shown in (
-        ("", "", [run for run in runs if run.model != DEMO]),
+        ("", "", [run for run in runs if run.model != DEMO and run.name not in REPEATED]),
         ("demo_", " (demo)", [run for run in runs if run.model == DEMO]),
     ):
         for group in (SFT, DPO, MULTI_TASK):
@@ -113,7 +114,7 @@ def write_report(files: list[Path], output_dir: Path, *, mine: bool = False) -> 
             save_figure(figure, output_dir / "plots" / name)
             written.append(output_dir / "plots" / name)
             captions[f"plots/{name}"] = caption
-    texts = {"RESULTS.md": results(runs, spreads, captions)}
+    texts = {"RESULTS.md": results(runs, spreads, captions, summary(runs, spreads))}
     texts |= {name: experiment_log(name, runs) for name in LOGS}
     for name, text in texts.items():
         write_atomic(output_dir / name, text)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from commands import shown_command
-from noise import Spread
+from noise import REPEATED, Spread
 from records import PUBLISHED, Run, flatten, get_nested
 
 from llm_alignment.evaluation import METRICS, TableRow, number, table_rows, table_texts
@@ -290,7 +290,8 @@ What the columns hold, for published and new runs:
 
 The headline of a new run is its 1-10 score, listed with 95 % intervals and p under *Differences*. The published runs
 logged no answers by question: their differences have no interval. *(within noise)* marks a published change that lies
-within twice the spread of two measurements of one base: see *Noise of the published baselines*.
+within twice the spread of two measurements of one base: see *Noise of the published baselines*. *Reading* says
+"changed" where p stays below 0.05 after Holm's correction for all p values of the table.
 
 *logged, no figures*: planned, never reported. ***logged, not measured*: not a result.** The published progressive
 script returned eight constants instead of evaluating; they are kept here so that nobody takes them for one.
@@ -336,10 +337,10 @@ def noise_table(spreads: list[Spread]) -> str:
             spread.title,
             ", ".join(map(str, spread.baselines)),
             f"{spread.of_baselines:.2f}",
-            f"{spread.of_differences:.2f}",
+            "{:.2f} [{:.2f}, {:.2f}]".format(spread.of_differences, *spread.interval()),
             f"{len(doubtful)} of {len(changed)}" + (f": {', '.join(doubtful)}" if doubtful else ""),
         ])
-    header = ["Protocol", "Baselines of one base", "SD", "SD of a difference", "Changes within twice that"]
+    header = ["Protocol", "Baselines of one base", "SD", "SD of a difference [95 %]", "Changes within twice that"]
     return markdown_table(header, rows)
 
 
@@ -359,7 +360,9 @@ def origins_table(runs: list[Run]) -> str:
 NOISE = """\
 The same base was logged again and again under the same protocol. With s the standard deviation of its baselines, two
 measurements differ by sqrt(2) * s (standard deviation) with nothing changed. A published change within twice that
-cannot be distinguished from no change."""
+cannot be distinguished from no change. The interval of that figure is wide, as the baselines are few. MT-Bench EN is
+not here: four of its five baselines are one and the same greedy figure, which says nothing of the noise, and the
+fifth is far from it."""
 
 
 def notes(runs: list[Run]) -> str:
@@ -369,14 +372,16 @@ def notes(runs: list[Run]) -> str:
         if run.source.get("settings"):
             settings.setdefault(run.source["settings"], []).append(run.name)
     lines = [f"- How {', '.join(names)} were measured: {text}." for text, names in settings.items()]
+    names = {run.name for run in runs}
+    lines += [f"- **{a}** repeats the figures of {b}; they count once." for a, b in REPEATED.items() if a in names]
     lines += [f"- **{run.label}**: {run.source['note']}." for run in runs if run.source.get("note")]
     lines += [f"- **{run.name}** ({run.origin}): {run.source['reason']}" for run in runs if run.source.get("reason")]
     return "\n".join(f"- {inert(line[2:])}" for line in lines)
 
 
-def results(runs: list[Run], spreads: list[Spread], plots: dict[str, str]) -> str:
-    """RESULTS.md. `plots`: {file name below this folder: caption}."""
-    parts = ["# Results", GENERATED, HOW_TO_READ]
+def results(runs: list[Run], spreads: list[Spread], plots: dict[str, str], in_short: str = "") -> str:
+    """RESULTS.md. `plots`: {file name below this folder: caption}; `in_short`: what stands at the top."""
+    parts = ["# Results", GENERATED, in_short, "## How to read the tables", HOW_TO_READ]
     for group in (SFT, DPO, MULTI_TASK):
         parts += [f"## {group.title}", runs_tables(group.of(runs), group.columns)]
     parts += ["## TAT-QA by answer type, %", types_table(runs)]
