@@ -34,7 +34,7 @@ from llm_alignment.flags import (
     seed,
 )
 from llm_alignment.parser import Parser, add_group, neutral_flags
-from llm_alignment.plots import KL, LOSS, plot_curves, save_figure
+from llm_alignment.plots import KL, LOSS, plot_curves, save_figure, with_validation
 from llm_alignment.processes import main_process
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.scores import scored_evaluation, summarise
@@ -240,11 +240,11 @@ def run(args: argparse.Namespace, record: dict) -> None:
         at_kept_step = f"step_{record['kept_step']}"  # early stopping has measured it there
         after = measured(trainer.model, "final", "final", with_adapter=True, measured_as=at_kept_step)
     if main_process():
-        history, final = {"": trainer.state.log_history}, record["final"]
+        title, final = f"{record['output_dir']}, step {record['kept_step']}", record["final"]
+        report(record, folder, evaluations["final"], before, after, title=title)
+        history = {"": with_validation(trainer.state.log_history, record)}
         save_figure(plot_curves("training", history, LOSS), folder / "loss.png")
         save_figure(plot_curves("training", history, KL), folder / "kl.png")
-        title = f"{record['output_dir']}, step {record['kept_step']}"
-        report(record, folder, evaluations["final"], before, after, title=title)
         log.info("validation loss on all %d held-out rows: %.4f", final["val_rows_full"], final["val_loss_full"])
 
 

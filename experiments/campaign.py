@@ -1,10 +1,11 @@
-"""A campaign: several runs one after the other, each of several seeds; stopped and started again, it goes on."""
+"""A campaign: several runs one after the other, over a grid and several seeds; started again, it continues."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import importlib
+import itertools
 import os
 import re
 import signal
@@ -13,11 +14,11 @@ import sys
 from pathlib import Path
 
 from commands import apply_changes, flag_groups, flag_name, join_empty, parse_strictly, same_command, shown_command
-from records import HERE, find_run, from_record, load_records, record_files, run_arguments
+from records import HERE, REPORT, find_run, from_record, load_records, record_files, run_arguments
 from seeds import merge_seeds
-from tables import deltas_table, markdown_table
+from tables import deltas_table, headline_table, markdown_table, terminal_table
 
-from llm_alignment.files import InputError
+from llm_alignment.files import InputError, write_atomic
 
 RESUME = ["--resume_from_checkpoint", "auto"]
 
@@ -63,24 +64,34 @@ def parse(name: str, script: str, arguments: list[str]) -> argparse.Namespace:
         raise InputError(reason) from error
 
 
-def plan_runs(names: list[str], seeds: list[int], changes: list[str]) -> list[PlannedRun]:
-    """The runs of `names`, each at every seed (at its own where there are none), with `changes`.
+Cell = tuple[tuple[str, str], ...]  # (flag without its dashes, value) of every flag of a grid and of the seed
 
-    A run of several seeds goes to OUTPUT_DIR_seedN and is tagged TAG-seedN. Raises InputError for a run that is not
-    known, a seed that stands twice, and two runs with one output folder.
+
+def plan_runs(
+    names: list[str], seeds: list[int], changes: list[str], grid: dict[str, list[str]] | None = None
+) -> list[PlannedRun]:
+    """The runs of `names` with `changes`, each in every cell of the grid at every seed (at its own without `seeds`).
+
+    `grid`: {"kl_coef": ["0", "0.03"]}. A run with a grid or seeds goes to OUTPUT_DIR_kl_coef0.03_seed1 and is tagged
+    TAG-kl_coef0.03-seed1. Raises InputError for a run that is not known, a value that stands twice, a flag that is
+    given in two ways, and two runs with one output folder.
     """
-    changed = {flag_name(group) for group in flag_groups(changes)}
-    if len(set(seeds)) < len(seeds):
-        twice = next(seed for seed in seeds if seeds.count(seed) > 1)
-        raise InputError(f"--seeds: {twice} stands twice; give every seed once")
-    if seeds and "--seed" in changed:
-        raise InputError("--seeds and --seed: give one of them")
+    axes = {**(grid or {}), **({"seed": [str(seed) for seed in seeds]} if seeds else {})}
+    changed = {flag_name(group)[2:] for group in flag_groups(changes)}
+    for flag, values in axes.items():
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise InputError(f"--{flag} {twice[0]} stands twice; give every value once")
+        if flag in changed or (flag == "seed" and "seed" in (grid or {})):
+            raise InputError(f"--{flag} is given twice; name its values in one place")
+        if flag in {"output_dir", "exp_tag", "exp_log"}:
+            raise InputError(f"--grid {flag}: every cell gets its own folder and tag; leave it out")
     planned: dict[Path, PlannedRun] = {}
     for name in names:
         run = find_run(name)
         arguments = apply_changes(run_arguments(run), changes)
-        for seed in (*seeds,) or (None,):
-            new = plan_run(name, run, arguments, seed)
+        for cell in itertools.product(*axes.values()):
+            new = plan_run(name, run["script"], arguments, tuple(zip(axes, cell, strict=True)))
             other = planned.setdefault(new.output_dir.resolve(), new)
             if other is not new:
                 raise InputError(
@@ -90,24 +101,30 @@ def plan_runs(names: list[str], seeds: list[int], changes: list[str]) -> list[Pl
     return list(planned.values())
 
 
-def plan_run(name: str, run: dict, arguments: list[str], seed: int | None) -> PlannedRun:
-    """One run as it will be started; `seed` None keeps the command's own."""
-    args = parse(name, run["script"], arguments)
+def plan_run(name: str, script: str, arguments: list[str], cell: Cell) -> PlannedRun:
+    """One run as it will be started, with the values of `cell`."""
+    arguments = apply_changes(arguments, [word for flag, value in cell for word in (f"--{flag}", value)])
+    args = parse(name, script, arguments)
     given = {flag_name(group) for group in flag_groups(arguments)}
     folder = args.output_dir
     if args.demo and "--output_dir" not in given:
-        folder = f"demo_{re.sub(r'[^0-9A-Za-z._-]+', '_', name)}"
+        folder = f"demo_{re.sub('^demo[-_]', '', in_file_name(name))}"
         arguments = apply_changes(arguments, ["--output_dir", folder])
-    if seed is not None:
-        folder = f"{Path(folder)}_seed{seed}"
-        tag = f"{args.exp_tag or name}-seed{seed}"
-        name = f"{name} seed {seed}"
-        arguments = apply_changes(arguments, ["--seed", str(seed), "--output_dir", folder, "--exp_tag", tag])
+    if cell:
+        parts = [flag + in_file_name(value) for flag, value in cell]
+        folder, tag = (re.sub(r"[-_]seed\d+$", "", text) for text in (str(Path(folder)), args.exp_tag or name))
+        folder, tag = "_".join([folder, *parts]), "-".join([tag, *parts])
+        name = " ".join([name, *(f"{flag} {value}" for flag, value in cell)])
+        arguments = apply_changes(arguments, ["--output_dir", folder, "--exp_tag", tag])
     if getattr(args, "use_3way_hybrid", False):  # dpo_train_mt.py adds these to the name
         folder = f"{Path(folder)}_3way_hybrid"
     elif getattr(args, "use_hybrid", False):
         folder = f"{Path(folder)}_hybrid"
-    return PlannedRun(name, run["script"], join_empty(arguments), Path(folder), Path(args.exp_log))
+    return PlannedRun(name, script, join_empty(arguments), Path(folder), Path(args.exp_log))
+
+
+def in_file_name(text: str) -> str:
+    return re.sub(r"[^0-9A-Za-z._-]+", "_", text)
 
 
 def execute(script: str, arguments: list[str]) -> tuple[int, int]:
@@ -134,8 +151,8 @@ def execute(script: str, arguments: list[str]) -> tuple[int, int]:
     return (code if code >= 0 else 128 - code), received
 
 
-def run_campaign(runs: list[PlannedRun]) -> int:
-    """Runs what is not completed, goes on after failures, prints the results.
+def run_campaign(title: str, runs: list[PlannedRun]) -> int:
+    """Runs what is not completed, goes on after failures, prints the results and saves them under the title.
 
     The exit code is 0 when all are completed, 130 or 143 when it was stopped, else 1.
     """
@@ -154,21 +171,31 @@ def run_campaign(runs: list[PlannedRun]) -> int:
             break
         if code:
             print(f"{run.name} ended with exit code {code}; going on with the next run", flush=True)
-    print_results(runs)
+    print_results(title, runs)
     left = [run.name for run in runs if not run.completed()]
     if left:
         print(f"not completed: {', '.join(left)}; the same command tries them again", file=sys.stderr)
     return stopped or int(bool(left))
 
 
-def print_results(runs: list[PlannedRun]) -> None:
-    """The status of every run, then the differences with their intervals; several seeds of one run are one row."""
+def print_results(title: str, runs: list[PlannedRun]) -> None:
+    """The status of every run, then a row for each run or cell of the grid; several seeds of one are one row.
+
+    Both are saved as Markdown too, with every difference.
+    """
     found = [(run, run.record()) for run in runs]
     rows = [[run.name, record["status"] if record else "no record", str(run.output_dir)] for run, record in found]
-    print(f"\n{markdown_table(['Run', 'Status', 'Output folder'], rows)}")
-    table = deltas_table(merge_seeds([from_record(record) for _, record in found if record]))
-    if table:
-        print(f"\n{table}", flush=True)
+    tables = [(["Run", "Status", "Output folder"], rows)]
+    merged = merge_seeds([from_record(record) for _, record in found if record])
+    if headlines := headline_table(merged):
+        tables.append(headlines)
+    for table in tables:
+        print(f"\n{terminal_table(*table)}", flush=True)
+    path = HERE / REPORT / f"campaign_{in_file_name(title)[:80]}.md"
+    path.parent.mkdir(exist_ok=True)
+    parts = [f"# {title}", *(markdown_table(*table) for table in tables), deltas_table(merged)]
+    write_atomic(path, "\n\n".join(part for part in parts if part) + "\n")
+    print(f"wrote {path}", flush=True)
 
 
 def print_plan(runs: list[PlannedRun]) -> int:

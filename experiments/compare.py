@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import sys
 from pathlib import Path
 
-from records import HERE, find_run, flatten
+from records import HERE, find_run, flatten, run_of_folder
+from seeds import NO_SETTINGS
 from tables import with_reading
 
 from llm_alignment import dpo, tatqa
@@ -17,6 +19,16 @@ from llm_alignment.scores import compare_scored, summarise_scored
 
 # the evaluations whose rows hold answers
 COMPARED = ("mtbench", "tatqa", "held_out", "instruct", "finance_instruct", "reddit")
+
+
+def settings_of(name: str, files: list[Path]) -> dict:
+    """The flags of a run given as for `answer_files`; {} where they are not known."""
+    path = Path(name).parent if Path(name).is_file() else Path(name)
+    if (path / "run.json").is_file():
+        run = run_of_folder(path)
+    else:
+        run = {} if path.is_dir() else find_run(name, files)
+    return {key: value for key, value in run.get("args", {}).items() if key not in NO_SETTINGS - {"seed"}}
 
 
 def answer_files(name: str, files: list[Path]) -> dict[str, Path]:
@@ -61,6 +73,9 @@ def compare(names: list[str], files: list[Path], output_dir: Path) -> Path:
     shared = [key for key in of_a if key in of_b]
     if not shared:
         raise InputError(f"{a} has {', '.join(of_a)}, {b} has {', '.join(of_b)}: no evaluation in common to compare")
+    of_both = settings_of(a, files), settings_of(b, files)
+    flags = (differing(*of_both) or "none") if all(of_both) else "not known, for want of a run.json"
+    print(f"flags that differ, {a} -> {b}: {flags}")
     compared = {key: compare_evaluation(key, of_a[key], of_b[key]) for key in shared}
     if not any(compared.values()):
         raise InputError(f"{a} and {b} have no question in common; compare runs on the same questions")
@@ -71,14 +86,19 @@ def compare(names: list[str], files: list[Path], output_dir: Path) -> Path:
             continue
         if section["unlike"]:
             print(f"warning: {key} was measured under other settings: {section['unlike']}", file=sys.stderr)
-        title = f"{section['title']}: {a} (baseline) against {b} (final), {len(section['questions'])} shared questions"
-        print_table(title, section["deltas"])
+        title = f"{section['title']}: {a} -> {b}, {len(section['questions'])} shared questions"
+        print_table(title, section["deltas"], sides=[short(a), short(b)])
         sections.append(section)
     template = jinja2.Template((HERE / "compare.html.jinja").read_text("utf-8"), autoescape=True)
     path = output_dir / f"compare_{slug(a)}_{slug(b)}.html"
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, template.render(a=a, b=b, sections=sections))
+    write_atomic(path, template.render(a=a, b=b, flags=flags, sections=sections))
     return path
+
+
+def short(name: str) -> str:
+    """The end of a name, where two runs differ, as a heading of a column."""
+    return name.rstrip("/\\")[-12:]
 
 
 def slug(name: str) -> str:
@@ -166,6 +186,11 @@ def answered_turns(key: str, row: dict) -> list[tuple[str, str, str]]:
     return list(zip(row["turns"], row["answers"], marks, strict=True))
 
 
+def needed(spread: float, difference: float) -> int:
+    """How many questions `detectable` asks for to find this difference."""
+    return max(2, math.ceil((detectable(spread, 1) / difference) ** 2))
+
+
 def detectable(spread: float, questions: int) -> float:
     """The smallest true difference that a two-sided 5 % test on `questions` pairs finds in 80 % of runs.
 
@@ -176,8 +201,11 @@ def detectable(spread: float, questions: int) -> float:
     return (normal.inv_cdf(0.975) + normal.inv_cdf(0.80)) * spread / questions**0.5
 
 
-def print_power(names: list[str], files: list[Path]) -> None:
-    """For each evaluation of a run (its answers before and after), or of two runs: what N questions can detect."""
+def print_power(names: list[str], files: list[Path], difference: float | None = None) -> None:
+    """For each evaluation of a run (its answers before and after), or of two runs: what N questions can detect.
+
+    With `difference` also how many questions find it.
+    """
     if len(names) > 2:
         raise InputError(f"--power {' '.join(names)}: give one run, or two to compare")
     finals = [answer_files(name, files) for name in names]
@@ -202,3 +230,5 @@ def print_power(names: list[str], files: list[Path]) -> None:
         )
         for n in sorted({16, 32, 50, 80, 160, 320, len(differences)}):
             print(f"  n = {n:>4}: detects a difference of {detectable(spread, n):.2f} {unit} in 8 of 10 runs")
+        if difference:
+            print(f"  a difference of {difference:g} {unit} needs n = {needed(spread, difference)}")

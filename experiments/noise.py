@@ -2,7 +2,11 @@
 
 The published runs logged no per-question answers, so their differences have no interval. What they did log is the
 same base measured again and again. With s the standard deviation of those baselines, a difference of two
-measurements has the standard deviation sqrt(2) * s with nothing changed. A change within twice that is marked.
+measurements has the standard deviation sqrt(2) * s with nothing changed. A change within twice that is marked. From
+so few baselines s itself is uncertain: its interval is that of a normal sample (chi-squared).
+
+Greedy answers give the same figure again and again, which says nothing of the noise: a spread needs three baselines
+that differ. A run whose figures the README repeats counts once.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ import statistics
 
 from records import Run
 
-FEWEST = 3  # baselines that a spread is computed from
+FEWEST = 3  # different baselines that a spread is computed from
+REPEATED = {"dpo-quickstart": "beta_002_lora_16_32"}  # a published run -> the one whose figures it repeats
 TITLES = {
     "mtbench": "MT-Bench",
     "tatqa": "TAT-QA",
@@ -38,6 +43,14 @@ class Spread:
     def of_differences(self) -> float:
         return 2**0.5 * self.of_baselines
 
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of `of_differences`."""
+        from scipy.stats import chi2
+
+        freedom = len(self.baselines) - 1
+        low, high = (self.of_differences * (freedom / chi2.ppf(q, freedom)) ** 0.5 for q in (0.975, 0.025))
+        return float(low), float(high)
+
 
 def questions_asked(run: Run, metric: str) -> str:
     """How many questions a published figure is over: as logged, else by the command, else as its log's other runs.
@@ -59,14 +72,14 @@ def questions_asked(run: Run, metric: str) -> str:
 
 
 def find_spreads(runs: list[Run]) -> list[Spread]:
-    """One spread for each measure, base and protocol of which the record holds three baselines or more.
+    """One spread for each measure, base and protocol of which the record holds three baselines that differ.
 
     Runs share a protocol when the record says in the same words how they were measured (`settings`), on as many
     questions. Where it does not say that, nothing is computed.
     """
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
-        if run.is_logged and run.measured and run.source.get("settings"):
+        if run.is_logged and run.measured and run.source.get("settings") and run.name not in REPEATED:
             for metric in TITLES:
                 if metric in run.before or metric in run.changes:
                     key = (metric, run.model, run.script, run.source["settings"], questions_asked(run, metric))
@@ -74,7 +87,7 @@ def find_spreads(runs: list[Run]) -> list[Spread]:
     spreads = []
     for (metric, model, script, _, asked), members in groups.items():
         baselines = [run.before[metric] for run in members if metric in run.before]
-        if len(baselines) >= FEWEST:
+        if len(set(baselines)) >= FEWEST:
             language = {"dpo_train_mt.py": " EN"}.get(script, " RU") if metric == "mtbench" else ""
             title = f"{TITLES[metric]}{language}, {model.rpartition('/')[2]}, {asked} questions"
             spreads.append(Spread(metric, title, members, baselines))

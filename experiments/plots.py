@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from noise import Spread
 from records import PUBLISHED, SCORED, Run, get_nested
+from tables import HEADLINES
 
 from llm_alignment import plots
 from llm_alignment.evaluation import METRICS
@@ -198,11 +199,8 @@ def plot_curves(title: str, runs: list[Run]) -> Figure | None:
         if not (os.path.isfile(log_file) and os.path.isfile(run_file)):  # no error for a name that is too long
             continue
         if read_json(run_file, f"run {run.name}").get("ts") == run.source["ts"]:
-            logs[wrapped(run.label, 40)] = read_records(log_file)
+            logs[wrapped(run.label, 40)] = plots.with_validation(read_records(log_file), run.source)
     return plots.plot_curves(title, logs, plots.LOSS | plots.KL | plots.REWARDS)
-
-
-HEADLINES = ("val_loss", "tatqa_em", "reward_accuracy", "mtbench", "instruct", "finance_instruct", "reddit")
 
 
 def plot_seeds(title: str, runs: list[Run]) -> Figure | None:

@@ -13,9 +13,12 @@ from commands import flag_groups, flag_name
 
 from llm_alignment.evaluation import METRICS
 from llm_alignment.files import InputError, SkippedRows, read_objects
+from llm_alignment.model_files import read_json
 
 HERE = Path(__file__).resolve().parent
+REPORT = "report"  # folder below this one for what report.py and campaigns write; git ignores it
 LOGGED_RUNS = HERE / "logged_runs.jsonl"
+RECORDED_RUNS = HERE / "recorded_runs.jsonl"  # of this project, published with it
 SCRIPTS = {"sft_train.py", "dpo_train.py", "dpo_train_mt.py", "dpo_train_mt_v2.py", "mtbench_eval.py"}
 LOGGED_KEYS = {"id", "script", "model", "command", "title", "source", "figures", "measured"}
 REPORTED: set[tuple[Path, int]] = set()  # the files whose damaged lines were named, and how many these were
@@ -78,8 +81,8 @@ def record_name(record: dict) -> str:
 def find_run(name: str, files: list[Path] | None = None) -> dict:
     """The published run, or the newest record (of `files`, by default `record_files()`), that `name` stands for.
 
-    `name` is FILE:LINE, a published id or one of its aliases, a tag, or an output folder. Raises InputError when there
-    is no such run.
+    `name` is FILE:LINE, a published id or one of its aliases, a tag, or an output folder, whose run.json will do
+    wherever it was started. Raises InputError when there is no such run.
     """
     if not name:
         raise InputError("the name of a run is empty; `rerun.py --list` shows ids and tags")
@@ -97,6 +100,8 @@ def find_run(name: str, files: list[Path] | None = None) -> dict:
         if name == run["id"] or name in run.get("aliases", []):
             return run
     records = [record for path in (record_files() if files is None else files) for record in load_records(path)]
+    if (Path(name) / "run.json").is_file() and not any(record.get("tag") == name for record in records):
+        return run_of_folder(Path(name))
     folder = Path(name).resolve()
     for named in (
         lambda record: record.get("tag") == name,
@@ -110,6 +115,14 @@ def find_run(name: str, files: list[Path] | None = None) -> dict:
         f"no run is called {name!r}; `rerun.py --list` shows ids and tags, FILE:LINE names any record, and a change "
         "is written --flag value after the runs"
     )
+
+
+def run_of_folder(folder: Path) -> dict:
+    """What run.json in an output folder says: a record without figures. Raises InputError when it is damaged."""
+    run = read_json(folder / "run.json", f"run {folder}")
+    if run.get("script") not in SCRIPTS or not isinstance(run.get("argv"), list) or "args" not in run:
+        raise InputError(f"{folder}: its run.json names no command; name the run by its tag or by FILE:LINE")
+    return {**run, "output_dir": str(folder)}
 
 
 def run_arguments(run: dict) -> list[str]:
@@ -282,11 +295,14 @@ def published_figures(measured: dict) -> dict[str, float]:
     return figures
 
 
-def load_runs(files: list[Path]) -> list[Run]:
-    """The published runs, then the records of `files`; a name that is taken gets the record's place added."""
-    runs = [from_logged(entry) for entry in load_records(LOGGED_RUNS)]
+def load_runs(files: list[Path], *, mine: bool = False) -> list[Run]:
+    """The published runs, then the records of `files`; a name that is taken gets the record's place added.
+
+    With `mine` without the published runs and the records that are published with the project.
+    """
+    runs = [] if mine else [from_logged(entry) for entry in load_records(LOGGED_RUNS)]
     for path in files:
-        if path.resolve() == LOGGED_RUNS:
+        if path.resolve() == LOGGED_RUNS or (mine and path.resolve() == RECORDED_RUNS):
             continue
         for record in load_records(path):
             run = from_record(record)

@@ -1,13 +1,16 @@
 """Write what the experiments showed: tables, logs and plots from the published runs and from your own records.
 
     poetry run python experiments/report.py
+    poetry run python experiments/report.py --run RUN
     poetry run python experiments/report.py --compare RUN_A RUN_B
-    poetry run python experiments/report.py --power RUN
+    poetry run python experiments/report.py --power RUN --detect 0.3
 
-The first writes RESULTS.md, the four Markdown logs and plots/*.png from logged_runs.jsonl and from every record file
-of this folder (and `--exp_log FILE ...`). The second compares two runs on the questions that both answered, prints
-the table and writes one HTML page with both answers side by side. The third says how small a difference N questions
-can detect. A run is named by its tag, by FILE:LINE of a record file, or by its output folder.
+The first writes RESULTS.md, the four Markdown logs and plots/*.png into experiments/report/, which git ignores, from
+logged_runs.jsonl and every record file of this folder (and `--exp_log FILE ...`). `--mine` leaves the published runs
+out; `--publish` rewrites the published files. The second prints a run's table again. The third compares two runs on
+the questions that both answered, prints the table and writes one HTML page with both answers side by side. The fourth
+says how small a difference N questions can detect, and how many a difference of 0.3 needs. A run is named by its tag,
+by FILE:LINE of a record file, or by its output folder.
 
 The same records and output folders give the same files, byte for byte.
 """
@@ -23,13 +26,17 @@ from typing import TYPE_CHECKING
 
 from commands import exit_code
 from compare import compare, print_power, slug
-from noise import Spread, mark_noise
+from noise import REPEATED, Spread, mark_noise
 from plots import plot_categories, plot_curves, plot_metric, plot_noise, plot_seeds, plot_trade_off, plot_types
-from records import DEMO, HERE, PUBLISHED, Run, load_runs, record_files
+from records import DEMO, HERE, PUBLISHED, REPORT, Run, find_run, load_runs, record_files
 from seeds import merge_seeds
+from summary import summary
 from tables import DPO, LOGS, MULTI_TASK, SFT, experiment_log, results
 
+from llm_alignment.evaluation import print_table, table_rows
 from llm_alignment.files import InputError, write_atomic
+from llm_alignment.flags import positive
+from llm_alignment.model_files import read_json
 from llm_alignment.plots import save_figure
 
 if TYPE_CHECKING:
@@ -41,8 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--exp_log", nargs="+", type=Path, default=[], metavar="FILE", help="more record files")
-    parser.add_argument("--output_dir", type=Path, default=HERE, help="where the files go (default: %(default)s)")
+    parser.add_argument("--output_dir", type=Path, help="where the files go (default: experiments/report)")
+    parser.add_argument("--mine", action="store_true", help="leave out the published runs")
+    parser.add_argument("--detect", type=positive(float), metavar="D", help="with --power: a difference to be found")
     task = parser.add_mutually_exclusive_group()
+    task.add_argument("--publish", action="store_true", help="rewrite the published files of this folder")
+    task.add_argument("--run", metavar="RUN", help="print the table of a finished run")
     task.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two runs: tags, FILE:LINE or output folders")
     task.add_argument(
         "--power",
@@ -60,7 +71,7 @@ def draw_all(runs: list[Run], spreads: list[Spread]) -> dict[str, tuple[str, Fig
     """
     figures: dict[str, tuple[str, Figure | None]] = {}
     for prefix, remark, shown in (
-        ("", "", [run for run in runs if run.model != DEMO]),
+        ("", "", [run for run in runs if run.model != DEMO and run.name not in REPEATED]),
         ("demo_", " (demo)", [run for run in runs if run.model == DEMO]),
     ):
         for group in (SFT, DPO, MULTI_TASK):
@@ -92,9 +103,9 @@ def new_name(stem: str, taken: Collection[str]) -> str:
     return next(name for name in numbered if name.lower() not in lower)
 
 
-def write_report(files: list[Path], output_dir: Path) -> list[Path]:
+def write_report(files: list[Path], output_dir: Path, *, mine: bool = False) -> list[Path]:
     """Writes RESULTS.md, the logs and the plots from the published runs and the records in `files`; their paths."""
-    runs = merge_seeds(load_runs(files))
+    runs = merge_seeds(load_runs(files, mine=mine))
     spreads = mark_noise(runs)
     (output_dir / "plots").mkdir(parents=True, exist_ok=True)
     written, captions = [], {}
@@ -103,7 +114,7 @@ def write_report(files: list[Path], output_dir: Path) -> list[Path]:
             save_figure(figure, output_dir / "plots" / name)
             written.append(output_dir / "plots" / name)
             captions[f"plots/{name}"] = caption
-    texts = {"RESULTS.md": results(runs, spreads, captions)}
+    texts = {"RESULTS.md": results(runs, spreads, captions, summary(runs, spreads))}
     texts |= {name: experiment_log(name, runs) for name in LOGS}
     for name, text in texts.items():
         write_atomic(output_dir / name, text)
@@ -111,17 +122,32 @@ def write_report(files: list[Path], output_dir: Path) -> list[Path]:
     return written
 
 
+def print_run(name: str, files: list[Path]) -> None:
+    """The table of a finished run, from the metrics.json of its folder."""
+    folder = Path(name) if Path(name).is_dir() else Path(find_run(name, files).get("output_dir", name))
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise InputError(f"--run {name}: there is no {path}; name the output folder of a finished run")
+    metrics = read_json(path, f"--run {name}")
+    print_table(str(folder), table_rows(*(metrics.get(key, {}) for key in ("baseline", "final", "delta"))))
+
+
 def run(args: argparse.Namespace) -> None:
     files = list(dict.fromkeys([*record_files(), *(path.resolve() for path in args.exp_log)]))
     for path in args.exp_log:
         if not path.is_file():
             raise InputError(f"--exp_log {path}: no such file; name a record file")
-    if args.compare:
-        print(f"wrote {compare(args.compare, files, args.output_dir)}")
+    output_dir = args.output_dir or (HERE if args.publish else HERE / REPORT)
+    if args.detect and not args.power:
+        raise InputError("--detect goes with --power RUN; name a run")
+    if args.run:
+        print_run(args.run, files)
+    elif args.compare:
+        print(f"wrote {compare(args.compare, files, output_dir)}")
     elif args.power:
-        print_power(args.power, files)
+        print_power(args.power, files, args.detect)
     else:
-        for path in write_report(files, args.output_dir):
+        for path in write_report(files, output_dir, mine=args.mine):
             print(f"wrote {path}")
 
 

@@ -4,6 +4,7 @@
     poetry run python experiments/rerun.py S4 --print
     poetry run python experiments/rerun.py S4 --kl_coef 0.05 --output_dir qwen3_1p7b_s4_kl005
     poetry run python experiments/rerun.py Exp1-1.7B Exp2-1.7B --seeds 1 2 3 --plan
+    poetry run python experiments/rerun.py S4 --grid kl_coef=0,0.03,0.3 --grid learning_rate=1e-5,1e-4 --seeds 1 2 3
     poetry run python experiments/rerun.py --import old_dpo_experiments.jsonl
 
 RUN is the id or an alias of a published run (logged_runs.jsonl), the tag of a record (the newest record that has
@@ -11,10 +12,11 @@ it), its output folder, or FILE:LINE of a record file. Every `--flag value` afte
 command, or is added to it. The command is printed on one line that PowerShell and bash both read as the same
 arguments. Then this Python runs it, in the current folder, and the exit code is the script's.
 
-Several runs, or --seeds, make a campaign: one run after the other. A run of which a record says that it is completed
-is skipped, an interrupted one is resumed, a failed one does not stop the others, and at the end the results are
-printed. The same command goes on where the last one stopped. With --seeds every seed has its own output folder
-(OUTPUT_DIR_seedN) and tag (TAG-seedN). --plan prints the dry run of every run and the sum, and runs nothing.
+Several runs, --seeds or --grid make a campaign: one run after the other, in every combination of the grids' values at
+every seed. Each has its own output folder (OUTPUT_DIR_kl_coef0.03_seed1) and tag (TAG-kl_coef0.03-seed1). A run of
+which a record says that it is completed is skipped, an interrupted one is resumed, a failed one does not stop the
+others. At the end the results are printed, a row for each combination, and saved in experiments/report/. The same
+command continues where the last one stopped. --plan prints the dry run of every run and the sum, and runs nothing.
 
 --import turns the records of the original scripts into records here (imported_runs.jsonl): they are then listed,
 reported and rerun like any other.
@@ -37,7 +39,8 @@ from llm_alignment.flags import seed
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rerun.py",
-        usage="rerun.py [--list] [--import FILE] RUN [RUN ...] [--print] [--plan] [--seeds N ...] [--flag value ...]",
+        usage="rerun.py [--list] [--import FILE] RUN [RUN ...] [--print] [--plan] [--seeds N ...] [--grid FLAG=V,V] "
+        "[--flag value ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -49,7 +52,17 @@ def build_parser() -> argparse.ArgumentParser:
     task.add_argument("--print", action="store_true", dest="print_only", help="print the commands, do not run them")
     task.add_argument("--plan", action="store_true", help="print every run's dry run and the sum, run nothing")
     parser.add_argument("--seeds", nargs="+", type=seed, default=[], metavar="N", help="run each run with each seed")
+    about = "run each run with each of these values of a flag; may stand several times"
+    parser.add_argument("--grid", action="append", default=[], type=grid, metavar="FLAG=V,V", help=about)
     return parser
+
+
+def grid(text: str) -> tuple[str, list[str]]:
+    """("kl_coef", ["0", "0.03"]) of "kl_coef=0,0.03"."""
+    flag, _, values = text.removeprefix("--").partition("=")
+    if not flag or not all(values.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FLAG=VALUE,VALUE; write kl_coef=0,0.03")
+    return flag, values.split(",")
 
 
 def print_list() -> None:
@@ -84,7 +97,7 @@ def run(argv: list[str] | None) -> int:
     # a RUN after the first flag, as in --print S4, is not taken for one by argparse
     names, changes = [*args.runs, *words[:first_flag]], words[first_flag:]
     import_file = getattr(args, "import")
-    if (import_file or args.list) and (names or changes or args.seeds):
+    if (import_file or args.list) and (names or changes or args.seeds or args.grid):
         parser.error("--list and --import stand alone: no run, seed or change goes with them")
     if import_file:
         new, known = import_records(import_file)
@@ -95,14 +108,18 @@ def run(argv: list[str] | None) -> int:
         return 0
     if not names:
         parser.error("name a run, or ask for --list")
-    if len(names) == 1 and not args.seeds and not args.plan:
+    if len(names) == 1 and not (args.seeds or args.grid or args.plan):
         return run_one(names[0], changes, print_only=args.print_only)
-    runs = plan_runs(names, args.seeds, changes)
+    if len(dict(args.grid)) < len(args.grid):
+        parser.error("a flag stands in two --grid; name all its values in one")
+    runs = plan_runs(names, args.seeds, changes, dict(args.grid))
     if args.print_only:
         for planned in runs:
             print(command_line(planned.script, planned.arguments))
         return 0
-    return print_plan(runs) if args.plan else run_campaign(runs)
+    if args.plan:
+        return print_plan(runs)
+    return run_campaign(" ".join([*names, *(f"{flag} {' '.join(values)}" for flag, values in args.grid)]), runs)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -345,8 +345,8 @@ def table_texts(rows: list[TableRow]) -> tuple[list[list[str]], str]:
     return texts, note if p_values else ""
 
 
-def print_table(title: str, rows: list[TableRow]) -> None:
-    """Prints the lines of `table_texts`. Plain ASCII, at most 120 columns."""
+def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("baseline", "final")) -> None:
+    """Prints the lines of `table_texts` under the names of the two sides. Plain ASCII, at most 120 columns."""
     from rich.box import Box
     from rich.console import Console
     from rich.table import Table
@@ -354,7 +354,7 @@ def print_table(title: str, rows: list[TableRow]) -> None:
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
     table = Table(box=rules, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    for column in ("baseline", "final", "difference [95 % interval]", "p", "changed"):
+    for column in (*sides, "difference [95 % interval]", "p", "changed"):
         table.add_column(column, justify="right", no_wrap=True, overflow="fold")
     table.add_column("", overflow="fold")
     texts, note = table_texts(rows)

@@ -71,6 +71,13 @@ def interval_text(delta: dict | None) -> str:
     return f", {delta['mean']:+.2f}{interval}, n = {delta['n']}"
 
 
+def with_validation(log: list[dict], record: dict) -> list[dict]:
+    """The log of a run with the validation loss before and after training, where its record has them."""
+    ends = ((0, record["baseline"]), (record["kept_step"], record["final"]))
+    measured = [{"step": step, "eval_loss": side["val_loss"]} for step, side in ends if "val_loss" in side]
+    return sorted([*log, *measured], key=lambda entry: entry["step"])
+
+
 def plot_curves(title: str, logs: dict[str, list[dict]], panels: dict[str, dict[str, str]]) -> Figure | None:
     """One panel a label over the optimiser steps, of those that have data; None without any.
 

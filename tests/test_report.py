@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import math
 import re
 from pathlib import Path
 
@@ -71,6 +72,16 @@ def test_the_committed_report_is_what_the_committed_records_give(logged_report):
             assert path.read_text(encoding="utf-8") == committed, f"run experiments/report.py: {path.name}"
         else:
             assert (EXPERIMENTS / "plots" / path.name).exists()
+
+
+def test_the_first_lines_hold_the_figures_of_the_records(logged_report):
+    top = (logged_report / "RESULTS.md").read_text("utf-8").partition("\n## ")[0].split("\n- ")
+    runs = seeds.merge_seeds(records.load_runs([records.RECORDED_RUNS]))
+    p_values = [row.delta["p"] for run in runs if not run.is_logged for row in tables.delta_rows(run)]
+    assert any(figures_in(line)[:2] == [len(p_values), sum(p < 0.05 for p in p_values)] for line in top)
+    drift = next(run for run in runs if run.name == "gemma-270m-kl0.1-lr2e-3").delta["drift"]
+    assert any(f"[{drift['low']:.3f}, {drift['high']:.3f}]" in line for line in top)
+    assert len(top) < 16 and any("GPU" in line for line in top)
 
 
 def test_every_logged_figure_is_in_the_tables_as_it_was_logged(logged_report):
@@ -203,11 +214,13 @@ def test_the_same_records_give_the_same_files_and_no_plot_is_blank(tmp_path):
 def test_the_noise_is_that_of_the_logged_baselines_and_marks_what_lies_within_twice_it(logged_report):
     runs = {run.name: run for run in records.load_runs([])}
     spreads = {spread.title: spread for spread in noise.mark_noise(list(runs.values()))}
-    assert len(spreads) == 7 and all(len(spread.baselines) >= 3 for spread in spreads.values())
+    assert len(spreads) == 6 and not any("MT-Bench EN" in title for title in spreads)  # four equal greedy figures
     russian = spreads["MT-Bench RU, Qwen3-1.7B, 50 questions"]
     assert sorted(russian.baselines) == [1.4, 1.48, 1.63, 1.72, 1.76]
     assert russian.of_baselines == pytest.approx(0.1543, abs=1e-4)
     assert russian.of_differences == pytest.approx(0.2183, abs=1e-4)
+    assert russian.interval() == pytest.approx((0.13, 0.63), abs=0.005)
+    assert "dpo-quickstart" not in {run.name for run in russian.runs}  # it repeats another run's figures
     assert "mtbench" in runs["beta_002_lora_32_64"].in_noise  # +0.39 of 2 * 0.218
     assert sorted(spreads["TAT-QA, Qwen3-1.7B, 1668 questions"].baselines) == [42.6, 42.7, 43.0, 43.5, 43.5]
     assert sorted(spreads["TAT-QA, Qwen3-1.7B, 250 questions"].baselines) == [40.4, 40.8, 42.4, 43.2, 43.6]
@@ -388,17 +401,21 @@ def test_two_runs_are_compared_over_shared_questions_and_the_page_shows_both_ans
     hostile = "<script>alert('x')</script><img src=http://example.com/x.png>"
     write_answers(a / "mtbench_final.jsonl", {"1": 5.0, "2": 5.0, "3": 5.0, "only a": 1.0}, answer="old")
     write_answers(b / "mtbench_final.jsonl", {"3": 9.0, "2": 5.0, "1": 4.0}, answer=hostile, max_new_tokens=8)
-    log = write_log(tmp_path / "log.jsonl", make_record("tagged", output_dir=str(b)))
+    log = write_log(tmp_path / "log.jsonl", record := make_record("tagged", output_dir=str(b)))
+    other = record | {"args": record["args"] | {"subset": "general"}}
+    (a / "run.json").write_text(json.dumps(other), encoding="utf-8")
     argv = ["--compare", str(a), "tagged", "--exp_log", str(log), "--output_dir", str(tmp_path)]
     assert report.main(argv) == 0
     captured = capsys.readouterr()
     assert "max_new_tokens: 64 -> 8" in captured.err
-    assert "3 shared questions" in captured.out
+    assert "3 shared questions" in captured.out and "run_a" in captured.out.split("difference [")[0]
+    assert "subset: general -> both" in captured.out
     path = next(tmp_path.glob("compare_*_tagged.html"))
     page = Page(path.read_text(encoding="utf-8"))
     assert not {"script", "img", "link", "iframe"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name in ("src", "href")]
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    assert "subset: general -> both" in page.text
     assert "old second 1" in page.text and f"{hostile} second 1" in page.text and "only a" not in page.text
     places = [page.text.index(f"{name}: writing") for name in ("3", "1", "2")]
     assert places == sorted(places), "the question that changed most comes first"
@@ -408,6 +425,19 @@ def test_two_runs_are_compared_over_shared_questions_and_the_page_shows_both_ans
         write_held_out(folder / "held_out_final.jsonl", {name: 0.5})
     assert report.main(argv) == 0
     assert "held-out pairs: no question in common, not compared" in capsys.readouterr().err
+
+
+def test_the_table_of_a_run_is_printed_again_and_mine_are_told_from_the_published(tmp_path, capsys):
+    log = write_log(tmp_path / "log.jsonl", record := make_record("tagged", output_dir=str(tmp_path)))
+    assert report.main(["--run", "tagged", "--exp_log", str(log)]) == 2
+    metrics = {key: record[key] for key in ("baseline", "final", "delta")}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    capsys.readouterr()
+    for name in ("tagged", str(tmp_path)):
+        assert report.main(["--run", name, "--exp_log", str(log)]) == 0
+        assert "+0.2500 [-0.1250, 0.6250]" in capsys.readouterr().out
+    mine = records.load_runs([log, records.RECORDED_RUNS, records.LOGGED_RUNS], mine=True)
+    assert [run.name for run in mine] == ["tagged"] and tables.results(mine, [], {})
 
 
 def test_a_run_in_stages_is_compared_by_its_last_stage(tmp_path, capsys):
@@ -459,6 +489,9 @@ def test_power_is_printed_for_the_spread_of_a_run(tmp_path, capsys):
     lines = {int(n): float(x) for n, x in re.findall(r"n = +(\d+): .*? of (\d+\.\d+)", capsys.readouterr().out)}
     spread = (40 / 39) ** 0.5
     assert lines[80] == pytest.approx(2.8016 * spread / 80**0.5, abs=0.006) and {32, 40, 160} <= lines.keys()
+    assert report.main(["--power", str(tmp_path), "--detect", "0.3"]) == 0
+    assert f"n = {math.ceil((2.8016 * spread / 0.3) ** 2)}\n" in capsys.readouterr().out
+    assert report.main(["--detect", "0.3"]) == 2
 
 
 def test_power_pairs_only_questions_of_the_same_text(tmp_path, capsys):

@@ -132,6 +132,19 @@ def test_a_record_is_found_by_its_output_folder_and_without_a_tag_called_by_it(p
     assert "  my run  " in capsys.readouterr().out
 
 
+def test_a_run_is_found_by_the_run_json_of_its_folder_wherever_it_was_started(project, capsys, monkeypatch):
+    folder = project / "far" / "away"
+    folder.mkdir(parents=True)
+    run = make_record("mine", output_dir="away", argv=["--seed", "7"])
+    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    monkeypatch.chdir(project)
+    assert rerun.main(["far/away", "--print"]) == 0
+    assert capsys.readouterr().out == "poetry run python sft_train.py --seed 7\n"
+    (folder / "run.json").write_text("{}", encoding="utf-8")
+    assert rerun.main(["far/away", "--print"]) == 2
+    assert "run.json" in capsys.readouterr().err
+
+
 def test_a_tag_may_look_like_a_line_of_a_file(project, capsys):
     write_log(project / "experiments" / "sft_experiments.jsonl", make_record("beta:2", argv=["--seed", "2"]))
     assert rerun.main(["beta:2", "--print"]) == 0
@@ -215,6 +228,7 @@ code = 1 if (folder / "fails").exists() else 143 if (folder / "stops").exists() 
 record = json.loads(pathlib.Path(__file__).with_name("record.json").read_text())
 record |= {"argv": words, "tag": value("--exp_tag") if "--exp_tag" in words else "", "output_dir": str(folder)}
 record["args"]["kl_coef"] = value("--kl_coef")
+record["args"]["learning_rate"] = value("--learning_rate")
 record["args"]["seed"] = int(value("--seed")) if "--seed" in words else 42
 record["status"] = {0: "completed", 1: "failed", 143: "interrupted"}[code]
 with open(value("--exp_log"), "a") as file:
@@ -259,10 +273,45 @@ def test_a_campaign_runs_every_seed_once_goes_on_after_a_failure_and_where_it_wa
     again = started(fake_sft)
     assert [line.split("--output_dir ")[1].split()[0] for line in again] == [folders[0], folders[2], folders[3]]
     assert all(("--resume_from_checkpoint auto" in line) == (folders[3] not in line) for line in again)
-    table = capfd.readouterr().out
-    assert "| Exp1-1.7B, 2 seeds | MT-Bench, 1-10 |" in table and "| S4, 2 seeds |" in table
+    table = capfd.readouterr().out.partition("Status")[2]
+    assert "Exp1-1.7B, 2 seeds" in table and "S4, 2 seeds" in table and table.isascii()
     assert rerun.main(argv) == 0 and started(fake_sft) == []
     assert capfd.readouterr().out.count("completed 2025-01-02") == 4
+
+
+def test_a_grid_is_every_combination_with_folder_tag_and_row_of_its_own_and_continues_after_a_stop(fake_sft, capfd):
+    argv = ["S4", "--grid", "kl_coef=0,0.3", "--grid", "learning_rate=1e-5,1e-4", "--seeds", "1", "2"]
+    argv += ["--exp_log", "log.jsonl", "--output_dir", "g"]
+    cells = [f"kl_coef{kl}_learning_rate{rate}_seed{seed}" for kl in ("0", "0.3") for rate in ("1e-5", "1e-4")
+             for seed in "12"]  # fmt: skip
+    (fake_sft / f"g_{cells[5]}").mkdir()
+    (fake_sft / f"g_{cells[5]}" / "stops").touch()
+    assert rerun.main(argv) == 143
+    assert [line.split("--output_dir g_")[1].split()[0] for line in started(fake_sft)] == cells[:6]
+    (fake_sft / f"g_{cells[5]}" / "stops").unlink()
+    assert rerun.main(argv) == 0
+    tags = [cell.replace("_l", "-l").replace("_s", "-s") for cell in cells[5:]]
+    assert [line.split("--exp_tag S4-")[1].split()[0] for line in started(fake_sft)] == tags
+    rows = [f"S4-kl_coef{kl}-learning_rate{rate}, 2 seeds" for kl in ("0", "0.3") for rate in ("1e-5", "1e-4")]
+    (saved,) = (fake_sft / "experiments" / records.REPORT).glob("campaign_*.md")
+    table = saved.read_text("utf-8")
+    assert all(f"\n| {row} |" in table for row in rows) and "0.2500 \\[-0.1250, 0.6250]" in table
+    words = " ".join(capfd.readouterr().out.split())
+    assert words.count("S4 kl_coef 0.3 learning_rate 1e-4 seed 2") >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "folders"),
+    [
+        ("demo_sft_1", ["--demo"], ["demo_sft_1_seed1", "demo_sft_1_seed2"]),
+        ("x", ["--demo"], ["demo_x_seed1", "demo_x_seed2"]),
+        ("again-seed1", ["--output_dir", "o_seed1", "--exp_tag", "again-seed1"], ["o_seed1", "o_seed2"]),
+    ],
+)
+def test_no_name_is_doubled_in_the_folder_of_a_seed(name, argv, folders, project):
+    write_log(project / "experiments" / "sft_experiments.jsonl", make_record(name, argv=argv))
+    planned = campaign.plan_runs([name], [1, 2], [])
+    assert [str(run.output_dir) for run in planned] == folders
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
@@ -307,8 +356,14 @@ def test_the_plan_is_every_dry_run_and_the_sum_and_starts_nothing(fake_sft, capf
         (["S4", "S9"], ["S9", "--list"]),
         (["S4", "S4"], ["S4", "output folder", "qwen3_1p7b_s4"]),
         (["reddit_only", "hybrid_2way", "hybrid_2way_optimized"], ["hybrid_2way_optimized", "_hybrid"]),
-        (["S4", "--seeds", "1", "2", "1"], ["--seeds", "1 stands twice"]),
-        (["S4", "--seeds", "1", "--seed", "3"], ["--seeds", "--seed"]),
+        (["S4", "--seeds", "1", "2", "1"], ["--seed 1"]),
+        (["S4", "--seeds", "1", "--seed", "3"], ["--seed"]),
+        (["S4", "--seeds", "1", "--grid", "seed=3,4"], ["--seed"]),
+        (["S4", "--grid", "kl_coef=0,1", "--kl_coef", "3"], ["--kl_coef"]),
+        (["S4", "--grid", "kl_coef=0,0"], ["--kl_coef 0"]),
+        (["S4", "--grid", "kl_coeff=0,1"], ["S4", "sft_train.py", "--kl_coeff"]),
+        (["S4", "--grid", "kl_coef=0,much"], ["S4", "--kl_coef", "much"]),
+        (["S4", "--grid", "output_dir=a,b"], ["output_dir"]),
         (["S4", "progressive_2stage"], ["not logged", "progressive_2stage_1"]),
         (["S4", "S3", "--gone_flag", "3"], ["S4", "sft_train.py", "unrecognized arguments: --gone_flag"]),
     ],
