@@ -72,3 +72,21 @@ CEILINGS = {"forward": 76, "backward": 110, "reference": 54, "decoding": 71}
 def test_operators_of_a_layer(part):
     three, two = (operators(layers)[part] for layers in (3, 2))
     assert len(three) - len(two) <= CEILINGS[part]
+
+
+@pytest.mark.parametrize("most_unseen, calls, ceiling", [(0, 9, 184), (prefixes.MOST_UNSEEN, 1, 78)])
+def test_operators_of_a_fold(most_unseen, calls, ceiling, monkeypatch):
+    """Of a layer that reads eight pairs of one table, block by block and in one call, forward."""
+    monkeypatch.setattr(prefixes, "MOST_UNSEEN", most_unseen)
+    rows = [[*range(40), 40 + pair % 8, 50 + side] for side in (0, 1) for pair in range(8)]
+    ids = torch.tensor(rows)
+    labels = ids.masked_fill(torch.arange(42) < 41, -100)
+    names = []
+    for layers in (3, 2):
+        with torch.autocast("cpu", torch.bfloat16), Operators() as counted:
+            adapted(layers).train()(
+                input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True
+            )
+        names.append(counted.names)
+    assert sum("attention" in name for name in names[0]) - sum("attention" in name for name in names[1]) == calls
+    assert len(names[0]) - len(names[1]) <= ceiling
