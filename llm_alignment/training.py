@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.anchored_loss import rows_at_once
-from llm_alignment.devices import free_memory
+from llm_alignment.devices import free_memory, tf32
 from llm_alignment.files import (
     InputError,
     differing,
@@ -181,7 +181,8 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
 
     keeper = Keeper(trainer, checkpoint)
     trainer.add_callback(keeper)
-    with signals_go_to(keeper.on_signal):
+    half = trainer.args.bf16 or trainer.args.fp16
+    with signals_go_to(keeper.on_signal), tf32(half):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if keeper.signal:  # it came after the last micro-batch
         raise Interrupted(keeper.signal)
