@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.anchored_loss import fused_nll_kl, kl_coefficient, tail_mask
+from llm_alignment.anchored_loss import fused_nll_kl, kl_coefficient, rows_at_once, tail_mask
 from llm_alignment.batches import padded_tokens, sort_by_length, token_counts
 from llm_alignment.drift import drift_evaluation
 from llm_alignment.evaluation import Evaluation, measure, plot_curves, report
@@ -231,6 +231,9 @@ class AnchoredTraining:
         import torch
 
         labels, kl_mask = inputs.pop("labels")[:, 1:].flatten(), inputs.pop("kl_mask", None)
+        inputs.pop(
+            "attention_mask", None
+        )  # causal attention does not see padding on the right; no mask, no slow kernel
         peft_model = self.accelerator.unwrap_model(model)
         ref_hidden, kl_coef = None, 0.0
         with without_head(peft_model):
@@ -250,6 +253,7 @@ class AnchoredTraining:
             kl_direction=self.flags.kl_direction,
             sft_loss=self.flags.sft_loss,
             num_items=num_items_in_batch,
+            rows_per_chunk=rows_at_once(peft_model.config.get_text_config().vocab_size, hidden.device),
         )
         self.nll_since_log += nll.item()
         if kl_mask is not None:

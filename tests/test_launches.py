@@ -74,7 +74,7 @@ def test_operators_of_a_layer(part):
     assert len(three) - len(two) <= CEILINGS[part]
 
 
-@pytest.mark.parametrize("most_unseen, calls, ceiling", [(0, 9, 184), (prefixes.MOST_UNSEEN, 1, 78)])
+@pytest.mark.parametrize("most_unseen, calls, ceiling", [(0, 9, 119), (prefixes.MOST_UNSEEN, 1, 78)])
 def test_operators_of_a_fold(most_unseen, calls, ceiling, monkeypatch):
     """Of a layer that reads eight pairs of one table, block by block and in one call, forward."""
     monkeypatch.setattr(prefixes, "MOST_UNSEEN", most_unseen)
@@ -90,3 +90,26 @@ def test_operators_of_a_fold(most_unseen, calls, ceiling, monkeypatch):
         names.append(counted.names)
     assert sum("attention" in name for name in names[0]) - sum("attention" in name for name in names[1]) == calls
     assert len(names[0]) - len(names[1]) <= ceiling
+
+
+def test_sft_reads_padding_without_a_mask(sft_trainer, monkeypatch):
+    """The states of a padded batch are those that the mask gave, to the bit, and attention gets none."""
+    trainer, masks = sft_trainer("--kl_coef", "0.5"), []
+    batch = next(batch for batch in trainer.get_train_dataloader() if not batch["attention_mask"].all())
+    model, is_real = trainer.model.eval(), batch["attention_mask"].bool()
+    with torch.no_grad():
+        states = [
+            model.get_base_model().base_model(batch["input_ids"], mask).last_hidden_state[is_real]
+            for mask in (batch["attention_mask"], None)
+        ]
+    assert states[0].equal(states[1])
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*tensors, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return attention(*tensors, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    batches, items = trainer.get_batch_samples(iter([batch]), 1, "cpu")
+    trainer.compute_loss(model, dict(batches[0]), num_items_in_batch=items)
+    assert masks == [None] * len(masks) and len(masks) == 2 * model.config.num_hidden_layers
