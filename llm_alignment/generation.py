@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig
 from transformers.configuration_utils import get_head_shapes
 
+from llm_alignment.devices import free_memory
 from llm_alignment.models import evaluating, inner_model
 from llm_alignment.prefixes import common_length
 from llm_alignment.processes import halved_when_full, main_process
@@ -333,11 +334,11 @@ def can_run_continuously(
 
 
 # Rows answered together when nobody says how many. On CPU more rows save no time, they only pad each other.
-MAX_BATCH_SIZE = {"cuda": 64, "cpu": 32}
+MAX_BATCH_SIZE = {"cuda": 128, "cpu": 32}
 
 
 def free_batch_size(model: PreTrainedModel | PeftModel, tokens: int) -> int:
-    """How many rows of `tokens` fit into the GPU's free memory, a power of two up to 64; on CPU 32.
+    """How many rows of `tokens` fit into the GPU's free memory, a power of two up to 128; on CPU 32.
 
     A power of two, so that the baseline and the final answers, with a little more or less memory free, mostly get
     batches of one size.
@@ -348,8 +349,9 @@ def free_batch_size(model: PreTrainedModel | PeftModel, tokens: int) -> int:
     config = model.config.get_text_config()
     heads, head_size = get_head_shapes(config)
     row = 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize * tokens + 12 * config.vocab_size
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    rows = max(1, min(most, int(free / 2 / row)))  # half stays free for activations and for copying the cache
+    rows = max(
+        1, min(most, int(free_memory()[0] / 2 / row))
+    )  # half stays free for activations and for copying the cache
     size = 1 << (rows.bit_length() - 1)
     log.info("batches of %d rows of up to %d tokens, by free memory", size, tokens)
     return size

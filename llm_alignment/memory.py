@@ -13,7 +13,7 @@ GIB = 2**30
 def memory_estimate(
     model: PeftModel, *, tokens: int, width: int, in_4bit: bool, dropout: bool, scored: int = 0, chunk: int = 256
 ) -> dict[str, int]:
-    """Bytes that training takes on a device, by part, for micro-batches of `tokens` tokens; up to 1.5 times off.
+    """Bytes that training takes, by part, for micro-batches of `tokens` tokens; off by a factor of 1.5 at most.
 
     "weights"; "adapter" with its gradient and Adam's two moments; "activations", what the layers keep for the backward
     pass; "checkpointed", the same with gradient checkpointing; "logits" of the LM head's chunks; "context" of CUDA.

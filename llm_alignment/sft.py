@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from llm_alignment.adapters import adapter_kept_in_float32, new_adapter
-from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl, tail_mask
+from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl, rows_at_once, tail_mask
 from llm_alignment.batches import sort_by_length
 from llm_alignment.training import Setup, TrainingSettings, run_training, training_arguments
 from llm_alignment.twix import LARGE_DATA, row_lengths
@@ -89,6 +89,9 @@ class AnchoredTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels, kl_mask = inputs.pop("labels")[:, 1:].flatten(), inputs.pop("kl_mask", None)
+        inputs.pop(
+            "attention_mask", None
+        )  # causal attention does not see padding on the right; no mask, no slow kernel
         peft_model = self.accelerator.unwrap_model(model)
         ref_hidden, kl_coef = None, 0.0
         with without_head(peft_model):
@@ -108,6 +111,7 @@ class AnchoredTrainer(SFTTrainer):
             kl_direction=self.anchor.kl_direction,
             sft_loss=self.anchor.sft_loss,
             num_items=num_items_in_batch,
+            rows_per_chunk=rows_at_once(peft_model.config.get_text_config().vocab_size, hidden.device),
         )
         self.nll_since_log += nll.item()
         if kl_mask is not None:

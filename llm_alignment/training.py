@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 
 from llm_alignment.adapters import LoraSettings, check_model, new_adapter, saved_settings
 from llm_alignment.anchored_loss import rows_at_once
-from llm_alignment.devices import free_memory
+from llm_alignment.devices import free_memory, tf32
 from llm_alignment.endings import Interrupted, NotFiniteError, signal_name, signals_go_to
 from llm_alignment.files import (
     InputError,
@@ -191,7 +191,8 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
 
     keeper = RunKeeper(trainer, checkpoint)
     trainer.add_callback(keeper)
-    with signals_go_to(keeper.on_signal):
+    half = trainer.args.bf16 or trainer.args.fp16
+    with signals_go_to(keeper.on_signal), tf32(half):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if keeper.signal:  # it came after the last micro-batch
         raise Interrupted(keeper.signal)
