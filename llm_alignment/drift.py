@@ -48,17 +48,17 @@ def row_drift(model: PeftModel, input_ids: Sequence[int], labels: Sequence[int])
     return kl.item() * count, count
 
 
-def drift_evaluation(rows: list[dict]) -> Evaluation:
+def drift_evaluation(rows: list[dict], name: str = "drift") -> Evaluation:
     """The drift on `rows` of {"question_id", "cluster", "input_ids", "labels"}; the base's own is 0 by definition."""
     return Evaluation(
-        name="drift",
+        name=name,
         items=rows,
         read=read_drift,
         settings={"rows": digest(rows)},
         of_base=lambda row: drift_row(row, 0.0, sum(label != -100 for label in row["labels"][1:])),
         is_cached=False,
-        summarise=summarise_drift,
-        compare=compare_drift,
+        summarise=lambda rows: {name: mean_drift(rows)},
+        compare=lambda before, after: {name: compare_drift(before, after)},
         tokens=lambda tokenizer: 2 * sum(len(row["input_ids"]) for row in rows),  # with the adapter and without
     )
 
@@ -73,17 +73,17 @@ def drift_row(item: dict, kl: float, tokens: int) -> dict:
     return {"question_id": item["question_id"], "cluster": item["cluster"], "kl": kl, "tokens": tokens}
 
 
-def summarise_drift(rows: list[dict]) -> dict[str, float]:
-    """{"drift": nats a target token, over all rows}."""
-    return {"drift": sum(row["kl"] for row in rows) / sum(row["tokens"] for row in rows)}
+def mean_drift(rows: list[dict]) -> float:
+    """In nats a target token, over all rows."""
+    return sum(row["kl"] for row in rows) / sum(row["tokens"] for row in rows)
 
 
-def compare_drift(before: list[dict], after: list[dict]) -> dict[str, dict]:
+def compare_drift(before: list[dict], after: list[dict]) -> dict:
     """The paired difference of the token-weighted drift. A KL is never negative, so from the base p says little."""
     pairs = pair_rows(before, after)
     mean_tokens = sum(row["tokens"] for _, row in pairs) / len(pairs)
     sides = ([row["kl"] / mean_tokens for row in side] for side in zip(*pairs, strict=True))
-    return {"drift": paired_delta(*sides, clusters=[row["cluster"] for _, row in pairs])}
+    return paired_delta(*sides, clusters=[row["cluster"] for _, row in pairs])
 
 
 def reference_drift(
