@@ -117,8 +117,9 @@ def write_report(files: list[Path], output_dir: Path, *, mine: bool = False) -> 
     texts = {"RESULTS.md": results(runs, spreads, captions, summary(runs, spreads))}
     texts |= {name: experiment_log(name, runs) for name in LOGS}
     for name, text in texts.items():
-        write_atomic(output_dir / name, text)
-        written.append(output_dir / name)
+        if text:
+            write_atomic(output_dir / name, text)
+            written.append(output_dir / name)
     return written
 
 

@@ -22,7 +22,7 @@ def summary(runs: list[Run], spreads: list[Spread]) -> str:
             f"{invented} with constants instead of measurements. They logged no answers, so no interval."
         )
         lines += [*sft_line(logged), *dpo_lines(logged, spreads)]
-    lines += [*new_lines(new), *anchor_lines(new), *holm_line(new)]
+    lines += [*new_lines(new, published=bool(logged)), *anchor_lines(new), *holm_line(new)]
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -60,13 +60,13 @@ def dpo_lines(logged: list[Run], spreads: list[Spread]) -> list[str]:
     return lines
 
 
-def new_lines(new: list[Run]) -> list[str]:
-    """On which models this code has run."""
+def new_lines(new: list[Run], *, published: bool) -> list[str]:
+    """On which models this code has run; beside the published runs also what that leaves open."""
     real = sorted({run.model.rpartition("/")[2] for run in new if run.model != DEMO})
     demo = sum(len(run.members or [run]) for run in new if run.model == DEMO)
     lines = [f"Runs of this code: {demo} on the demo's miniature, and on {', '.join(real) or 'no real model'}."]
     on_gpu = any("cpu" not in str((run.source.get("device") or {}).get("name", "cpu")) for run in new)
-    if not on_gpu or not any("Qwen3-1.7B" in name for name in real):
+    if published and not (on_gpu and any("Qwen3-1.7B" in name for name in real)):
         lines.append("**No recipe has run on a GPU or on Qwen3-1.7B with this code yet.**")
     if demo:
         lines.append(

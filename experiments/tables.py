@@ -383,8 +383,10 @@ def results(runs: list[Run], spreads: list[Spread], plots: dict[str, str], in_sh
     """RESULTS.md. `plots`: {file name below this folder: caption}; `in_short`: what stands at the top."""
     parts = ["# Results", GENERATED, in_short, "## How to read the tables", HOW_TO_READ]
     for group in (SFT, DPO, MULTI_TASK):
-        parts += [f"## {group.title}", runs_tables(group.of(runs), group.columns)]
-    parts += ["## TAT-QA by answer type, %", types_table(runs)]
+        if group.of(runs):
+            parts += [f"## {group.title}", runs_tables(group.of(runs), group.columns)]
+    if types := types_table(runs):
+        parts += ["## TAT-QA by answer type, %", types]
     if spreads:
         parts += ["## Noise of the published baselines", NOISE, noise_table(spreads)]
     if EVALUATIONS.of(runs):
@@ -393,15 +395,19 @@ def results(runs: list[Run], spreads: list[Spread], plots: dict[str, str], in_sh
     if new:
         parts += ["## Differences of the new runs", deltas_table(new)]
         parts += ["## Where the new runs were made", origins_table(new)]
-    parts += ["## Notes", notes(runs), "## Plots"]
+    if remarks := notes(runs):
+        parts += ["## Notes", remarks]
+    parts += ["## Plots"] * bool(plots)
     parts += [f"{inert(caption)}\n\n![{inert(caption)}]({name})" for name, caption in plots.items()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def experiment_log(name: str, runs: list[Run]) -> str:
-    """One file of LOGS: the table, then each run with its command and everything that was logged of it."""
+    """One file of LOGS: the table, then each run with its command and all that was logged; "" without a run."""
     title, group, model = LOGS[name]
     runs = [run for run in group.of(runs) if model in run.model]
+    if not runs:
+        return ""
     parts = [f"# {title}", GENERATED, HOW_TO_READ, runs_tables(runs, group.columns)]
     for run in runs:
         for single in run.members or [run]:

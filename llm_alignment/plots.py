@@ -93,8 +93,10 @@ def plot_curves(title: str, logs: dict[str, list[dict]], panels: dict[str, dict[
             for style, (key, name) in zip(STYLES, keys.items(), strict=False):
                 points = [(entry["step"], entry[key]) for entry in log if key in entry]
                 if points:
-                    look = {"color": colour, "linestyle": style, "label": ", ".join(filter(None, (run, name)))}
-                    axis.plot(*zip(*points, strict=True), marker="o", markersize=3, **look)
+                    look = {"color": colour, "label": ", ".join(filter(None, (run, name)))}
+                    # of two points, before and after, nobody knows what lies between them
+                    look |= {"linestyle": style, "ms": 3} if len(points) > 2 else {"linestyle": "", "ms": 8}
+                    axis.plot(*zip(*points, strict=True), marker="o", **look)
         axis.set(xlabel="optimiser step", ylabel=ylabel)
         if any(axis.get_legend_handles_labels()[1]):
             axis.legend(fontsize=9)

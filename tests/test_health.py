@@ -158,9 +158,24 @@ def test_the_kinds_do_not_mix(answer):
     assert found["unfinished"] and not found["other_script"] and found["loops"] != found["foreign_letters"]
 
 
-def test_a_loop_that_ended_is_found_and_one_that_stops_is_not():
-    assert judge_answer([RU], "Гулять полезно для здоровья. " * 30, finished=True)["loops"]
-    assert not judge_answer([RU], "Гулять полезно. " * 30 + VERSE, finished=False)["loops"]
+LONG = PASSAGES[6]
+
+
+@pytest.mark.parametrize(
+    ("answer", "cut", "ended"),  # a loop where the limit cut the answer, and where it ended by itself
+    [
+        ("Гулять полезно для здоровья. " * 30, True, True),
+        ("Гулять полезно. " * 30 + VERSE, False, False),
+        ((LONG * 3)[: 5 * len(LONG) // 2], True, False),
+        ((LONG * 2)[: 3 * len(LONG) // 2], False, False),
+        (("Гулять очень полезно для здоровья. " * 4)[:-5], True, False),
+        ("".join(f"Шаг {n}: выйдите в лес и подышите воздухом. " for n in range(1, 7)), True, False),
+        ("".join(f"{n}. Гуляйте чаще\n" for n in range(1, 30)), True, True),
+        ("- Гуляйте\n" * 30, True, True),
+    ],
+)
+def test_where_a_loop_begins(answer, cut, ended):
+    assert [judge_answer([RU], answer, finished)["loops"] for finished in (False, True)] == [cut, ended]
 
 
 @pytest.mark.parametrize(

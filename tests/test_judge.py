@@ -24,6 +24,10 @@ def planted_pairs(count: int) -> list[dict]:
     return pairs
 
 
+def answers(pair: dict) -> tuple[str, str]:
+    return pair["chosen"], pair["rejected"]
+
+
 def is_good(text: str) -> bool:
     return text.startswith(("good", "хорошо"))
 
@@ -62,6 +66,8 @@ def test_a_judge_of_length_is_seen():
     assert groups["longer"]["share"] == 100 and groups["shorter"]["share"] == 0
     assert report["longer_preferred"] == 100 and report["length_explains"] > 60
     assert groups["all"]["low"] < 50 < groups["all"]["high"] and 40 < report["longer_chosen"] < 60
+    near = [abs(len(a) - len(b)) <= max(len(a), len(b)) / 10 for a, b in map(answers, planted_pairs(400))]
+    assert groups["like"]["n"] == sum(near) > 20
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in planted_pairs(400)]
     other = check_judge(swapped, lambda all_turns: [JUDGES["length"](turns) for turns in all_turns])
     assert other["length_explains"] == pytest.approx(report["length_explains"])

@@ -55,9 +55,13 @@ def test_thirteen_words_in_a_row_are_a_leak(text, found):
     assert list(finder.find_all([["Да"], ["Привет", text]])) == [None, "question" if found else None]
 
 
-pieces = st.lists(
-    st.sampled_from(["б", "ба", "еж", "ёж", "Ёж,", "й", "й", "ﬁn", "№", "x_y", "😀", "1", "–", "\uffff"]), max_size=9
-)
+WORDS = ["б", "ба", "еж", "ёж", "Ёж,", "й", "и\u0306", "ﬁn", "№", "x_y", "😀", "1", "–", "\uffff"]
+pieces = st.lists(st.sampled_from(WORDS), max_size=9)
+
+
+@pytest.mark.parametrize("form", ["Ещё два: «Й» — x_1!", "ЕЩЕ  два\nи\u0306 X 1", "е\u0301ще два\u200b й x-1"])
+def test_one_normal_form(form):
+    assert normalise_text(form) == "еще два й x 1"
 
 
 @given(st.lists(pieces.map(" ".join), max_size=4), st.lists(st.lists(pieces.map(" ".join), max_size=3), max_size=4))
