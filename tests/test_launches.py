@@ -110,6 +110,7 @@ def test_sft_reads_padding_without_a_mask(sft_trainer, monkeypatch):
         return attention(*tensors, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    trainer.state.global_step = 9  # where the anchor is at work
     batches, items = trainer.get_batch_samples(iter([batch]), 1, "cpu")
     trainer.compute_loss(model, dict(batches[0]), num_items_in_batch=items)
     assert masks == [None] * len(masks) and len(masks) == 2 * model.config.num_hidden_layers
