@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMO, finance_args, finance_data, read_rows, write_rows
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from experiments.benchmarks import bench_leaks
@@ -64,6 +64,7 @@ def test_one_normal_form(form):
     assert normalise_text(form) == "еще два й x 1"
 
 
+@example(["б が ба"], [["б か\u3099 ба"]])  # a mark that changes the letter before it
 @given(st.lists(pieces.map(" ".join), max_size=4), st.lists(st.lists(pieces.map(" ".join), max_size=3), max_size=4))
 @settings(max_examples=300, deadline=None)
 def test_the_fast_search_finds_what_the_slow_one_does(known, items):
