@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.evaluation import Evaluation, measure, report, save_answers
+from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report, save_answers
 from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
 from llm_alignment.flags import (
     DPO_DEMO,
@@ -39,6 +39,7 @@ from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.preferences import read_pairs, transcript
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle
+from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
 from llm_alignment.runs import begin, check_writable, recorded_run, timed
 from llm_alignment.tatqa import (
     DEFAULT_CONTENT,
@@ -201,8 +202,10 @@ def run(args: argparse.Namespace, record: dict) -> None:
     checkpoint = training.newest_complete(setup.folder, setup.resume)
     longest_answer = args.max_length - args.max_prompt_length
     settings = fill(training.TrainingSettings, args, longest=args.max_length, longest_answer=longest_answer)
+    gates = asked_gates(args.gates, evaluations)
     if args.dry_run:
         plans.print_dpo_plan(setup, rows, evaluations, settings, fill(dpo.DpoSettings, args))
+        plans.log_gates(gates, Path(args.exp_log), args.model)
         return
     model = models.load_model(setup.base)
     models.check_head(model, setup.base.what)
@@ -211,7 +214,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
     trainer = None if args.no_train else dpo.build_trainer(model, setup, rows, settings, fill(dpo.DpoSettings, args))
     folder = begin(record, data, setup.base, commits)
     fingerprint, use_cache = models.base_fingerprint(setup.base, thinking=args.thinking), not args.no_baseline_cache
-    before = after = {}
+    before: dict[str, list[dict]] = {}
+    after: dict[str, list[dict]] = {}
+    is_continued = args.adapter_trainable and trainer is not None
 
     def measured(stage: str, *, with_adapter: bool) -> dict[str, list[dict]]:
         with timed(record, stage):
@@ -221,7 +226,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
             )  # fmt: skip
 
     if args.eval_baseline:  # an adapter that is trained on is its own baseline
-        before = measured("baseline", with_adapter=args.adapter_trainable and trainer is not None)
+        before = measured("baseline", with_adapter=is_continued)
+        if not is_continued:
+            evaluations = with_own_drift(evaluations, before, setup.tokenizer, thinking=args.thinking)
     if trainer:
         with timed(record, "train"):
             dpo.train(trainer, checkpoint, folder, fingerprint=fingerprint, use_cache=use_cache)
@@ -231,6 +238,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if main_process():
         report(record, folder, evaluations, before, after)
         save_answers(args.eval_save_json, before, after)
+        judge_gates(record, gates)
 
 
 def pairs_and_evaluations(
@@ -242,6 +250,8 @@ def pairs_and_evaluations(
     style, content, choice = fill(PromptStyle, args), fill(PromptContent, args), fill(PairChoice, args)
     tatqa = (tatqa_file(args.tatqa_dir, args.eval_split), content) if args.do_eval else None
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
+    retention = fill(RetentionSettings, args)
+    kept = retention.questions()
     instructions = instruct_questions(args.instruct_limit, args.seed) if args.do_instruct else []
     mark, style_of_pairs = QUESTION_PREFIX, style
     if args.pairs:
@@ -249,6 +259,7 @@ def pairs_and_evaluations(
         forbidden = {
             "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
             "MT-Bench question": [question["turns"][0] for question in mtbench],
+            "retention question": [row["turns"][-1] for row in kept],
             "instruction": [row["turns"][0] for row in instruct_questions(0, args.seed)] if instructions else [],
         }
         finder = LeakFinder(forbidden, {"MT-Bench question": asked_passages(mtbench)})
@@ -276,6 +287,7 @@ def pairs_and_evaluations(
         },
         held_out=[dpo.reward_evaluation(held_out, held_out_rows, args.beta, args.max_length)] if held_out else [],
     )
+    evaluations += retention_evaluations(kept, retention)
     return rows, evaluations, data, {"model": setup.base.commit, "reward_model": reward_commit}
 
 

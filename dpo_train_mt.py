@@ -21,7 +21,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.evaluation import Evaluation, measure, report, save_answers
+from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report, save_answers
 from llm_alignment.files import InputError, file_sha256, sample, write_rows
 from llm_alignment.flags import (
     FINANCE_DEMO,
@@ -38,6 +38,7 @@ from llm_alignment.leaks import asked_passages
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle
+from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
 from llm_alignment.runs import begin, check_writable, recorded_run, timed
 from llm_alignment.tatqa import PromptContent, question_texts, tatqa_file
 from mtbench_eval import load_questions, sample_questions
@@ -148,8 +149,10 @@ def run(args: argparse.Namespace, record: dict) -> None:
     rows = dpo.fit_pairs(pairs, setup.tokenizer, chat, args.max_length)
     longest_answer = args.max_length - args.max_prompt_length
     settings = fill(training.TrainingSettings, args, longest=args.max_length, longest_answer=longest_answer)
+    gates = asked_gates(args.gates, evaluations)
     if args.dry_run:
         plans.print_dpo_plan(setup, rows, evaluations, settings, fill(dpo.DpoSettings, args))
+        plans.log_gates(gates, Path(args.exp_log), args.model)
         return
     setup.check_folder(data)
     checkpoint = training.newest_complete(setup.folder, setup.resume)
@@ -160,7 +163,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
     trainer = None if args.no_train else dpo.build_trainer(model, setup, rows, settings, fill(dpo.DpoSettings, args))
     folder = begin(record, data, setup.base, commits)
     fingerprint, use_cache = models.base_fingerprint(setup.base, thinking=args.thinking), not args.no_baseline_cache
-    before = after = {}
+    before: dict[str, list[dict]] = {}
+    after: dict[str, list[dict]] = {}
+    is_continued = args.adapter_trainable and trainer is not None
 
     def measured(stage: str, *, with_adapter: bool) -> dict[str, list[dict]]:
         with timed(record, stage):
@@ -170,7 +175,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
             )  # fmt: skip
 
     if args.eval_baseline:  # an adapter that is trained on is its own baseline
-        before = measured("baseline", with_adapter=args.adapter_trainable and trainer is not None)
+        before = measured("baseline", with_adapter=is_continued)
+        if not is_continued:
+            evaluations = with_own_drift(evaluations, before, setup.tokenizer, thinking=args.thinking)
     if trainer:
         with timed(record, "train"):
             dpo.train(trainer, checkpoint, folder, fingerprint=fingerprint, use_cache=use_cache)
@@ -180,6 +187,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if main_process():
         report(record, folder, evaluations, before, after)
         save_answers(args.eval_save_json, before, after)
+        judge_gates(record, gates)
         write_rows(folder / "train_pairs.jsonl", pairs)
 
 
@@ -192,11 +200,14 @@ def pairs_and_evaluations(
     tatqa = (tatqa_file(args.tatqa_dir, args.eval_split), fill(PromptContent, args)) if args.do_eval else None
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
     sources = set() if args.no_train else set(shares)
+    retention = fill(RetentionSettings, args)
+    kept = retention.questions()
     data = finance.load_data(
         fill(finance.DataSettings, args),
         sources,
         {
             "MT-Bench question": [question["turns"][0] for question in mtbench],
+            "retention question": [row["turns"][-1] for row in kept],
             "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
         },
         {"MT-Bench question": asked_passages(mtbench)},
@@ -212,6 +223,7 @@ def pairs_and_evaluations(
             "reddit": (data.questions.get("reddit", []), args.reddit_max_tokens),
         },
     )
+    evaluations += retention_evaluations(kept, retention)
 
     def answered(instructions: list[dict], wanted: int) -> list[dict]:
         answers = fill(finance.AnswerSettings, args)

@@ -28,6 +28,8 @@ from llm_alignment.evaluation import (
     METRICS,
     Evaluation,
     TableRow,
+    asked_gates,
+    judge_gates,
     measure,
     print_table,
     report,
@@ -59,11 +61,14 @@ from llm_alignment.leaks import asked_passages
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process, on_main_process
 from llm_alignment.prompts import PromptStyle
+from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
 from llm_alignment.runs import begin, check_writable, recorded_run, timed
 from llm_alignment.tatqa import PromptContent, question_texts, tatqa_file
 from mtbench_eval import load_questions, sample_questions
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from llm_alignment.training import Setup, TrainingSettings
 
 T = TypeVar("T")
@@ -318,13 +323,15 @@ def run_stage(
 
     if stage.number == 1 and stage.args["eval_baseline"]:
         measured(folder.parent, "baseline", with_adapter=False)
+    base_rows = on_main_process(lambda: stored_rows(folder.parent, "baseline", evaluations))
+    evaluations = with_own_drift(evaluations, base_rows, setup.tokenizer, thinking=stage.args["thinking"])
     with timed(entry, "train"):
         dpo.train(trainer, checkpoint, folder, fingerprint=fingerprint, use_cache=use_cache)
     after = measured(folder, "final", with_adapter=True)
     entry["kept_step"] = trainer.state.global_step
     if main_process():
-        before = (previous, "final") if stage.number > 1 else (folder.parent, "baseline")
-        report(entry, folder, evaluations, stored_rows(*before, evaluations), after)
+        before = stored_rows(previous, "final", evaluations) if stage.number > 1 else base_rows
+        report(entry, folder, evaluations, before, after)
         entry["gate"] = missed_gate(stage.number, entry["delta"], evaluations)
         write_json(folder / "stage.json", entry)
         training.write_manifest(folder)
@@ -359,7 +366,6 @@ def run(args: argparse.Namespace, record: dict) -> None:
     """Stage after stage. What can be wrong with the input is found before anything is written."""
     from llm_alignment import adapters, dpo, plans, training
 
-    folder = Path(args.output_dir)
     stages = [stage_of(args, number) for number in stages_to_run(args)]
     check_stage_flags(args, [stage.number for stage in stages])
     first = stages[0]
@@ -380,7 +386,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
         if stage is not first and stage.folder.exists():
             raise InputError(f"{stage.folder}: {other_stage(stage.number)}")
     pairs, evaluations, data, commits = pairs_and_evaluations(args, record, setup, stages)
+    gates = asked_gates(args.gates, evaluations)
     if args.dry_run:
+        plans.log_gates(gates, Path(args.exp_log), args.model)
         for stage in stages:
             log.info("stage %d: %s pairs", stage.number, " and ".join(sorted(SOURCES[stage.number])))
             rows = dpo.fit_pairs(pairs[stage.number], setup.tokenizer, chat_style(stage), args.max_length)
@@ -407,8 +415,10 @@ def run(args: argparse.Namespace, record: dict) -> None:
         record["runtime_s"][f"stage{stage.number}"] = sum(entry["runtime_s"].values())
         record["kept_step"] = entry["kept_step"]
         if stage is stages[-1] and main_process():
-            finish(record, folder, stage.folder, evaluations, args.eval_save_json)
+            finish(record, stage.folder, evaluations, setup.tokenizer, args.eval_save_json)
         check_gate(entry, force_continue=args.force_continue)
+    if main_process():
+        judge_gates(record, gates)
 
 
 def check_gate(entry: dict, *, force_continue: bool) -> None:
@@ -446,11 +456,14 @@ def pairs_and_evaluations(
     numbers = [stage.number for stage in stages]
     tatqa = (tatqa_file(args.tatqa_dir, args.eval_split), fill(PromptContent, args)) if args.do_eval else None
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
+    retention = fill(RetentionSettings, args)
+    kept = retention.questions()
     data = finance.load_data(
         fill(finance.DataSettings, args),
         set().union(*(SOURCES[number] for number in numbers)),
         {
             "MT-Bench question": [question["turns"][0] for question in mtbench],
+            "retention question": [row["turns"][-1] for row in kept],
             "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
         },
         {"MT-Bench question": asked_passages(mtbench)},
@@ -466,6 +479,7 @@ def pairs_and_evaluations(
             "reddit": (data.questions.get("reddit", []), args.reddit_max_tokens),
         },
     )
+    evaluations += retention_evaluations(kept, retention)
     answered: list[dict] = []  # the base answers the Finance-Instruct prompts once, for both their stages
     if any("finance" in SOURCES[number] for number in numbers):
         answers = fill(finance.AnswerSettings, args)
@@ -495,11 +509,16 @@ def pairs_and_evaluations(
     return pairs, evaluations, fingerprint, {"model": setup.base.commit, "reward_model": reward_commit}
 
 
-def finish(record: dict, folder: Path, last: Path, evaluations: list[Evaluation], eval_save_json: str) -> None:
+def finish(
+    record: dict, last: Path, evaluations: list[Evaluation], tokenizer: PreTrainedTokenizerBase, eval_save_json: str
+) -> None:
     """Copies the last adapter into the run's folder; reports it against the base, and every domain by stage."""
+    folder = last.parent
     for path in [*last.glob("adapter_*"), *last.glob("*token*"), *last.glob("chat_template*"), last / "README.md"]:
         write_atomic(folder / path.name, path.read_bytes())
-    before, after = (stored_rows(*where, evaluations) for where in ((folder, "baseline"), (last, "final")))
+    before = stored_rows(folder, "baseline", evaluations)
+    evaluations = with_own_drift(evaluations, before, tokenizer, thinking=record["args"]["thinking"])
+    after = stored_rows(last, "final", evaluations)
     report(record, folder, evaluations, before, after)
     save_answers(eval_save_json, before, after)
     table = []

@@ -132,6 +132,7 @@ DEMO = {
     "model": str(DEMO_DIR / "model"),
     "reward_model": str(DEMO_DIR / "reward_model"),
     "questions": str(DEMO_DIR / "mt_bench_ru.jsonl"),
+    "retention_file": str(DEMO_DIR / "retention.jsonl"),
     "output_dir": "demo_mtbench",
     "mtbench_max_tokens": 32,
 }

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl  # noqa: F401 - the loss is part of this script
-from llm_alignment.evaluation import Evaluation, measure, report
+from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report
 from llm_alignment.files import InputError
 from llm_alignment.flags import (
     DEMO_DIR,
@@ -36,6 +36,7 @@ from llm_alignment.flags import (
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.plots import KL, LOSS, plot_curves, save_figure, with_validation
 from llm_alignment.processes import main_process
+from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.scores import scored_evaluation, summarise
 from llm_alignment.twix import SIDES, ChatEncoder, RowChoice, load_data, tokenise, with_answers
@@ -60,6 +61,7 @@ DEMO = dict(
     reward_model=str(DEMO_DIR / "reward_model"),
     dataset=str(DEMO_DIR / "twix.jsonl"),
     mtbench_ru=str(DEMO_DIR / "mt_bench_ru.jsonl"),
+    retention_file=str(DEMO_DIR / "retention.jsonl"),
     output_dir="demo_sft",
     # enough to forget without the anchor: rerun with --kl_coef 0 and compare
     batch=16,
@@ -187,6 +189,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if args.mtbench_ru != "none":
         limit, seed = args.mtbench_questions_limit, args.mtbench_questions_seed
         questions = load_questions(args.mtbench_ru, limit=limit, seed=seed, flag="--mtbench_ru")
+    retention = fill(RetentionSettings, args)
+    kept = retention.questions()
     reward_model = None
     if questions:
         reward_model = load_reward_model(
@@ -203,9 +207,12 @@ def run(args: argparse.Namespace, record: dict) -> None:
         plans.print_sft_plan(setup, shown, questions, settings=settings, sft=sizes, anchor=anchor, rounds=rounds)
         return
     rows = tokenised_rows(examples, encoder, sizes, is_lazy=args.streaming, assistant_only=args.assistant_only_loss)
+    evaluations = all_evaluations(setup.tokenizer, rows["validation"], questions, reward_model, args)
+    for which in ("compared", "final"):
+        evaluations[which] += retention_evaluations(kept, retention)
+    gates = asked_gates(args.gates, evaluations["compared"])
     model = models.load_model(setup.base)
     models.check_head(model, setup.base.what)
-    evaluations = all_evaluations(setup.tokenizer, rows["validation"], questions, reward_model, args)
     fingerprint = models.base_fingerprint(setup.base, thinking=args.thinking)
     before: dict[str, list[dict]] = {}
 
@@ -233,6 +240,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
             before |= measured(
                 trainer.model, "compared", "baseline", with_adapter=False, use_cache=not args.no_baseline_cache
             )
+        evaluations["final"] = with_own_drift(evaluations["final"], before, setup.tokenizer, thinking=args.thinking)
     with timed(record, "train"):
         record["kept_step"] = sft.train(trainer, checkpoint, folder)
     training.save_adapter(trainer, folder)
@@ -246,6 +254,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         save_figure(plot_curves("training", history, LOSS), folder / "loss.png")
         save_figure(plot_curves("training", history, KL), folder / "kl.png")
         log.info("validation loss on all %d held-out rows: %.4f", final["val_rows_full"], final["val_loss_full"])
+        judge_gates(record, gates)
 
 
 def check_flags(args: argparse.Namespace) -> None:

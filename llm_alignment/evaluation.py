@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llm_alignment.endings import MissedGateError
 from llm_alignment.files import InputError, SkippedRows, write_json, write_rows
+from llm_alignment.gates import check_gates, describe, judge, parse_gates
 from llm_alignment.plots import plot_categories, save_figure
 from llm_alignment.processes import main_process, on_main_process, shared_rounds
 from llm_alignment.results import ResultFile, baseline_cache, read_results
@@ -51,6 +53,7 @@ class Metric:
     title: str
     keys: tuple[str, ...] = ()
     lower_is_better: bool = False
+    of: str = ""  # the evaluation, where the first key does not name it
 
     def read(self, summaries: dict) -> float | None:
         """The figure in a record's `baseline` or `final`; None where it was not measured."""
@@ -64,7 +67,7 @@ def scored_metrics(name: str, title: str) -> dict[str, Metric]:
     """The metrics of an evaluation that the reward model scores."""
     return {
         name: Metric(f"{title}, 1-10", (name, "avg")),
-        f"{name}_equal_length": Metric(f"{title}, at equal length"),
+        f"{name}_equal_length": Metric(f"{title}, at equal length", of=name),
         f"{name}_raw": Metric(f"{title}, raw reward", (name, "raw_mean")),
         f"{name}_published": Metric(f"{title}, published scale", (name, "avg_logged")),
         f"{name}_success": Metric(f"{title}, 7 or more, %", (name, "success_rate")),
@@ -76,9 +79,11 @@ def scored_metrics(name: str, title: str) -> dict[str, Metric]:
 
 # Every metric that a run can report, in the order of the tables. A metric named like its evaluation is the main one.
 METRICS = {
-    "val_loss": Metric("validation loss", ("val_loss",), lower_is_better=True),
-    "val_loss_row_mean": Metric("validation loss, mean of rows", ("val_loss_row_mean",), lower_is_better=True),
-    "ppl": Metric("perplexity", ("ppl",), lower_is_better=True),
+    "val_loss": Metric("validation loss", ("val_loss",), lower_is_better=True, of="validation"),
+    "val_loss_row_mean": Metric(
+        "validation loss, mean of rows", ("val_loss_row_mean",), lower_is_better=True, of="validation"
+    ),
+    "ppl": Metric("perplexity", ("ppl",), lower_is_better=True, of="validation"),
     "drift": Metric("drift, KL from the base", ("drift",), lower_is_better=True),
     "retention": Metric("retention, % right", ("retention", "right")),
     "own_drift": Metric("drift on the base's own answers", ("own_drift",), lower_is_better=True),
@@ -237,6 +242,13 @@ def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> dict
     return rows
 
 
+def metrics_of(evaluations: list[Evaluation]) -> list[str]:
+    """The names of METRICS that these evaluations measure."""
+    names = {evaluation.name for evaluation in evaluations}
+    names |= {"own_drift"} if "retention" in names else set()
+    return [key for key, metric in METRICS.items() if (metric.of or metric.keys[0]) in names]
+
+
 def report(
     record: dict,
     folder: Path,
@@ -265,6 +277,30 @@ def report(
     write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
     print_table(title or str(folder), table_rows(baseline, final, delta, details=details))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
+
+
+def asked_gates(text: str, evaluations: list[Evaluation]) -> dict[str, float]:
+    """--gates as differences by metric. Raises InputError for one that these evaluations do not measure."""
+    gates = parse_gates(text)
+    check_gates(gates, METRICS, metrics_of(evaluations))
+    return gates
+
+
+def judge_gates(record: dict, gates: dict[str, float]) -> None:
+    """Fills the record's "gates" and prints a line for each. Raises MissedGateError when one is missed."""
+    judged = {
+        name: judge(record["delta"][name], limit, lower_is_better=METRICS[name].lower_is_better)
+        for name, limit in gates.items()
+        if name in record["delta"]
+    }
+    record["gates"] = judged
+    for name, gate in judged.items():
+        log.info("%s", describe(name, gate, lower_is_better=METRICS[name].lower_is_better))
+    for name in gates.keys() - judged.keys():
+        log.warning("gate %s: undecided, it was not measured before and after", name)
+    missed = [name for name, gate in judged.items() if gate["verdict"] == "missed"]
+    if missed:
+        raise MissedGateError(f"missed: {', '.join(missed)}; adapter, record and files are complete")
 
 
 class TableRow(NamedTuple):

@@ -419,6 +419,7 @@ DPO_DEMO = dict(
     reward_model=str(DEMO_DIR / "reward_model"),
     tatqa_dir=str(DEMO_DIR / "tatqa"),
     mtbench_file=str(DEMO_DIR / "mt_bench_en.jsonl"),
+    retention_file=str(DEMO_DIR / "retention.jsonl"),
     output_dir="demo_dpo",
     limit_pairs=480,
     beta=0.5,

@@ -14,18 +14,18 @@ REACH = 1.96 + 1.28  # standard errors between mean and gate that decide in 90 %
 
 
 def parse_gates(text: str) -> dict[str, float]:
-    """argparse type: "mtbench=-0.3,val_loss=-0.05" as the least acceptable difference of each metric."""
+    """ "mtbench=-0.3,val_loss=-0.05" as the least acceptable difference of each metric. Raises InputError."""
     gates: dict[str, float] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, equals, number = map(str.strip, part.partition("="))
         if not name or not equals:
-            raise argparse.ArgumentTypeError(f"{part!r} is not METRIC=DIFFERENCE, as in mtbench=-0.3")
+            raise InputError(f"--gates {part!r} is not METRIC=DIFFERENCE, as in mtbench=-0.3")
         if name in gates:
-            raise argparse.ArgumentTypeError(f"{name} stands twice; give one difference for each metric")
+            raise InputError(f"--gates {name}: it stands twice; give one difference for each metric")
         try:
             gates[name] = in_32_bits(float(number))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{number!r} is not a number; write {name}=-0.3 or the like") from None
+        except (ValueError, argparse.ArgumentTypeError):
+            raise InputError(f"--gates {name}: {number!r} is not a number; write {name}=-0.3 or the like") from None
     return gates
 
 

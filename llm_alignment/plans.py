@@ -9,11 +9,14 @@ import math
 import random
 import statistics
 from collections.abc import Iterable
+from pathlib import Path
 
 from llm_alignment.anchored_loss import AnchorSettings
 from llm_alignment.batches import padded_tokens
 from llm_alignment.dpo import DpoSettings
 from llm_alignment.evaluation import Evaluation
+from llm_alignment.files import read_records
+from llm_alignment.gates import questions_needed
 from llm_alignment.prefixes import GroupedOrder, groups_of, shared_lengths
 from llm_alignment.processes import processes
 from llm_alignment.reference import PAIRS_AT_ONCE
@@ -154,3 +157,17 @@ def print_sft_plan(
     asked += ((ends + during + 2) * compared + held_out) * mean
     # a backward pass of a frozen base costs a forward pass
     log_evaluation_share(asked, (2 * steps + anchored) * settings.step * per_row)
+
+
+def log_gates(gates: dict[str, float], exp_log: Path, model: str) -> None:
+    """Logs how many questions each gate needs at the spread of the earlier records on this base."""
+    records = (
+        [record for record in read_records(exp_log) if record.get("args", {}).get("model") == model]
+        if (exp_log.exists())
+        else []
+    )
+    for name, limit in gates.items():
+        deltas = [record["delta"][name] for record in records if name in (record.get("delta") or {})]
+        needed = questions_needed(limit, deltas)
+        what = f"about {needed:,} questions" if needed else "not known yet, no earlier record on this base measured it"
+        log.info("gate %s %+g: %s", name, limit, what)

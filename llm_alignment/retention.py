@@ -20,7 +20,6 @@ from llm_alignment.stats import in_per_cent, mcnemar
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llm_alignment.generation import Decoding
 
 log = logging.getLogger("llm_alignment")
 
@@ -134,3 +133,17 @@ def drift_on_own_answers(tokenizer: PreTrainedTokenizerBase, rows: list[dict], *
         if row["answers"][-1] and encoded:
             items.append({"question_id": row["question_id"], "cluster": row["question_id"], **encoded})
     return drift_evaluation(items, "own_drift") if items else None
+
+
+def with_own_drift(
+    evaluations: list[Evaluation], before: dict[str, list[dict]], tokenizer: PreTrainedTokenizerBase, *, thinking: bool
+) -> list[Evaluation]:
+    """The evaluations with the drift on the base's own answers, whose rows of the base are put into `before`.
+
+    `before` are the rows of the base; without those of the retention questions nothing is added.
+    """
+    drift = drift_on_own_answers(tokenizer, before.get("retention", []), thinking=thinking)
+    if drift is None or drift.of_base is None:
+        return evaluations
+    before["own_drift"] = [drift.of_base(item) for item in drift.items]
+    return [*evaluations, drift]
