@@ -19,7 +19,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.evaluation import pair_rows, print_table, read_items, report, table_rows
+from llm_alignment.evaluation import Evaluation, pair_rows, print_table, read_items, report, table_rows
 from llm_alignment.files import InputError, SkippedRows, differing, read_jsonl, read_rows, write_json
 from llm_alignment.flags import (
     DEMO_DIR,
@@ -35,6 +35,7 @@ from llm_alignment.parser import Parser, add_group
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle, render
 from llm_alignment.results import ResultFile, baseline_cache, read_results
+from llm_alignment.retention import RetentionSettings, retention_evaluations
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.scores import compare_scored, scored_evaluation, summarise, summarise_scored
 
@@ -226,6 +227,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     questions = load_questions(
         args.questions, language=args.language, limit=args.mtbench_questions_limit, seed=args.mtbench_questions_seed
     )
+    retention = fill(RetentionSettings, args)
+    kept = retention.questions()
     earlier_fingerprint, earlier = earlier_results(args.compare, questions) if args.compare else ({}, [])
     base = models.resolve_base(fill(models.BaseFlags, args))
     tokenizer = models.load_tokenizer(base)
@@ -241,9 +244,10 @@ def run(args: argparse.Namespace, record: dict) -> None:
         thinking=args.thinking,
         batch_size=args.eval_batch_size,
     )
-    evaluation = scored_evaluation("mtbench", questions, decoding, reward_model)
+    mtbench = scored_evaluation("mtbench", questions, decoding, reward_model)
+    evaluations = [mtbench, *retention_evaluations(kept, retention)]
     if earlier:
-        check_settings(args.compare, earlier_fingerprint, evaluation.settings)
+        check_settings(args.compare, earlier_fingerprint, mtbench.settings)
     if args.dry_run:
         print_plan(tokenizer, questions, decoding)
         return
@@ -254,33 +258,42 @@ def run(args: argparse.Namespace, record: dict) -> None:
             model = adapters.load_adapter(model, args.adapter)
     adapter = adapters.adapter_sha256(model)
     fingerprint = {**models.base_fingerprint(base, thinking=args.thinking), "adapter": adapter}
-    path = Path(args.output_dir) / "mtbench.jsonl"
+    paths = {evaluation.name: Path(args.output_dir) / f"{evaluation.name}.jsonl" for evaluation in evaluations}
     if main_process():
-        # refuses the folder of another evaluation before anything in it changes
-        ResultFile(path, {**fingerprint, **evaluation.settings})
-    data = {"questions": args.questions, "n": len(questions), "sha256": evaluation.settings["questions"]}
-    commits = {"model": base.commit, "reward_model": reward_model.commit}
-    folder = begin(record, data, base, commits)
+        for evaluation in evaluations:  # refuses the folder of another evaluation before anything in it changes
+            ResultFile(paths[evaluation.name], {**fingerprint, **evaluation.settings})
+    data = {"questions": args.questions, "n": len(questions), "sha256": mtbench.settings["questions"]}
+    folder = begin(record, data, base, {"model": base.commit, "reward_model": reward_model.commit})
+    rows = {}
     with timed(record, "final"):
-        cache = None
-        if evaluation.is_cached and not (args.adapter or args.no_baseline_cache):
-            cache = baseline_cache({**fingerprint, **evaluation.settings})
-        rows = read_items(
-            evaluation, lambda: model, tokenizer, path, fingerprint=fingerprint, cache=cache, renew=False
-        )
-    if not main_process():
-        return
-    title = f"{args.model} {args.adapter}".strip() + f", {len(rows)} questions"
+        for evaluation in evaluations:
+            cache = None
+            if evaluation.is_cached and not (args.adapter or args.no_baseline_cache):
+                cache = baseline_cache({**fingerprint, **evaluation.settings})
+            rows[evaluation.name] = read_items(
+                evaluation, lambda: model, tokenizer, paths[evaluation.name],
+                fingerprint=fingerprint, cache=cache, renew=False,
+            )  # fmt: skip
+    if main_process():
+        report_results(record, folder, evaluations, rows, earlier)
+
+
+def report_results(
+    record: dict, folder: Path, evaluations: list[Evaluation], rows: dict[str, list[dict]], earlier: list[dict]
+) -> None:
+    """The table of what was measured, MT-Bench against the `earlier` rows of --compare where there are any."""
+    answered = rows["mtbench"]
+    title = f"{record['args']['model']} {record['args']['adapter']}".strip() + f", {len(answered)} questions"
     both = []
     if earlier:
-        both = [new for _, new in pair_rows(earlier, rows)]
+        both = [new for _, new in pair_rows(earlier, answered)]
         record["baseline"] |= summarise_scored("mtbench", earlier)
         record["final"]["mtbench_compared"] = summarise(both)
         record["delta"] |= compare_scored("mtbench", earlier, both)
-        if len(both) < len(rows):
+        if len(both) < len(answered):
             title += f"; baseline and differences on the {len(both)} that both answered"
-    report(record, folder, [evaluation], {}, {"mtbench": rows}, title=title, details=True)
-    if 0 < len(both) < len(rows):
+    report(record, folder, evaluations, {}, rows, title=title, details=True)
+    if 0 < len(both) < len(answered):
         on_both = table_rows(record["baseline"], summarise_scored("mtbench", both), record["delta"], details=True)
         print_table(f"The {len(both)} questions that both answered", on_both)
 
