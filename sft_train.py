@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl  # noqa: F401 - the loss is part of this script
+from llm_alignment.encoder import ChatEncoder
 from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report
 from llm_alignment.files import InputError
 from llm_alignment.flags import (
@@ -39,7 +41,7 @@ from llm_alignment.processes import main_process
 from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.scores import scored_evaluation, summarise
-from llm_alignment.twix import SIDES, ChatEncoder, RowChoice, load_data, tokenise, with_answers
+from llm_alignment.twix import SIDES, RowChoice, load_data, tokenise, with_answers
 from mtbench_eval import load_questions, sample_questions
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
@@ -97,11 +99,13 @@ def build_parser() -> Parser:
     add("--dataset", default="t-tech/T-Wix", help="hub id, file or folder of {messages, subset} rows")
     add("--subset", choices=["general", "reasoning", "both"], default="general",
         help="which rows; one without a subset is general")
-    add("--val_split", type=ratio, default=0.01, help="share of the prompts held out for validation, at least one")
+    add("--val_split", type=ratio, default=0.01,
+        help="share of the prompts held out for validation, at least one; without it, of a local --dataset, a tenth, "
+        "or 30 prompts of 300 and more")
     add("--streaming", action="store_true", help="read rows as they are needed, never all in memory")
     add("--max_seq_length", type=positive(int), default=1024, help="tokens that an example is cut to")
     add("--packing", action="store_true", help="fill sequences with several examples; none sees another")
-    add("--sample_ratio", type=ratio, default=0.25, help="share of the rows to use, by hash")
+    add("--sample_ratio", type=ratio, default=0.25, help="share of the rows to use, by hash; of a local --dataset all")
     add("--sample_seed", type=seed, default=42, help="seed of the sample and of the validation split")
     add("--mix_reasoning_ratio", type=ratio, default=None,
         help="share of reasoning rows with --subset both; without it as they are in the data")
@@ -160,9 +164,19 @@ def build_parser() -> Parser:
 # The run
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; of a local data set all rows are used, unless the user says otherwise."""
+    parser = build_parser()
+    args = parse_arguments(parser, argv, DEMO)
+    if not args.demo and Path(args.dataset).exists():
+        parser.set_defaults(sample_ratio=1.0, val_split=None)
+        args = parse_arguments(parser, argv, DEMO)
+    return args
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
-    args = parse_arguments(build_parser(), argv, DEMO)
+    args = parse(argv)
     with recorded_run(args, argv, "sft_train.py") as record:
         run(args, record)
     return record

@@ -6,63 +6,34 @@ import hashlib
 import itertools
 import json
 import logging
-import re
 import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import jinja2
+from typing import TYPE_CHECKING
 
 from llm_alignment.batches import token_counts
+from llm_alignment.conversations import COLUMNS, SHAPES, Turns, read_conversation
+from llm_alignment.encoder import ChatEncoder, split_thought
 from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.hub import open_dataset
-from llm_alignment.messages import content_text, without_thought
-from llm_alignment.prompts import strip_thinking
+from llm_alignment.messages import unread_fields
+from llm_alignment.texts import normalise_text
 
 if TYPE_CHECKING:
     import datasets
     import numpy as np
     import pyarrow
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("llm_alignment")
 
-Turns = list[tuple[str, str]]  # (role, content)
 SIDES = ("train", "validation")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One row
-
-
-def turns_of(row: dict) -> Turns:
-    """The turns of a row of {messages: [{role, content}], subset}.
-
-    Raises ValueError with the reason when it cannot be trained on.
-    """
-    messages, turns = row.get("messages"), []
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("no messages")
-    for message in messages:
-        if not isinstance(message, dict):
-            raise ValueError("a message is no object")
-        role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"unknown role {role!r}")
-        text = content_text(content)
-        if text is None and content:
-            raise ValueError(f"the content of the {role} turn is {type(content).__name__}, not text or text parts")
-        if not text or not text.strip():
-            raise ValueError(f"empty {role} turn")
-        turns.append((role, text))
-    if turns[-1][0] != "assistant":
-        raise ValueError("no answer at the end")
-    return turns
 
 
 def subset_of(row: dict) -> str:
@@ -105,7 +76,8 @@ class RowChoice:
     sample_ratio: float = 1.0
     sample_seed: int = 42
     mix_reasoning_ratio: float | None = None
-    val_split: float = 0.01
+    val_split: float | None = None  # of the prompts; None: by how many there are
+    system_prompt: str = ""  # of rows that have none
 
 
 @dataclass(frozen=True)
@@ -136,11 +108,12 @@ class RowHashes:
 
     rows: array
     prompts: array
+    forms: array  # of the prompts in their normal form
     numbers: array  # of the rows, as in Selection
 
     @classmethod
     def none(cls) -> RowHashes:
-        return cls(array("d"), array("d"), array("q"))
+        return cls(array("d"), array("d"), array("d"), array("q"))
 
 
 def select_rows(found: dict[str, RowHashes], choice: RowChoice) -> Selection:
@@ -155,21 +128,42 @@ def select_rows(found: dict[str, RowHashes], choice: RowChoice) -> Selection:
     take = rows_to_take(choice, {subset: len(hashes.rows) for subset, hashes in found.items()})
     drawn = {}
     for subset, hashes in found.items():
-        columns = [np.asarray(column) for column in (hashes.rows, hashes.prompts, hashes.numbers)]
-        order = np.lexsort(columns[::-1])[: take[subset]]  # by hash, then by the prompt's, then by number
+        columns = [np.asarray(column) for column in (hashes.rows, hashes.prompts, hashes.numbers, hashes.forms)]
+        order = np.lexsort(columns[2::-1])[: take[subset]]  # by hash, then by the prompt's, then by number
         drawn[subset] = [column[order] for column in columns]
-    prompts = np.unique(np.concatenate([prompts for _, prompts, _ in drawn.values()])).tolist()
-    if len(prompts) < 2:
+    prompts, forms = (np.concatenate([columns[place] for columns in drawn.values()]) for place in (1, 3))
+    lowest = lowest_of_group(prompts, forms)
+    different = np.unique(lowest)
+    count = len(different)
+    if count < 2:
         mix = "" if choice.mix_reasoning_ratio is None else f" --mix_reasoning_ratio {choice.mix_reasoning_ratio}"
-        raise InputError(
-            f"--sample_ratio {choice.sample_ratio}{mix}: {len(prompts)} prompts left; at least 2 are needed"
-        )
-    last_held_out = prompts[min(max(1, round(choice.val_split * len(prompts))), len(prompts) - 1) - 1]
+        raise InputError(f"--sample_ratio {choice.sample_ratio}{mix}: {count} prompts left; at least 2 are needed")
+    last_held_out = different[min(max(1, round(held_out_share(choice, count) * count)), count - 1) - 1]
+    ends = np.cumsum([len(columns[0]) for columns in drawn.values()])[:-1]
     numbers: dict[tuple[str, str], np.ndarray] = {}
-    for subset, (_, prompt_hashes, rows) in drawn.items():
-        held_out = prompt_hashes <= last_held_out
-        numbers |= {(subset, "train"): rows[~held_out], (subset, "validation"): rows[held_out]}
+    for (subset, columns), its_lowest in zip(drawn.items(), np.split(lowest, ends), strict=True):
+        held_out = its_lowest <= last_held_out
+        numbers |= {(subset, "train"): columns[2][~held_out], (subset, "validation"): columns[2][held_out]}
     return Selection(numbers, data_sha256({subset: columns[:2] for subset, columns in drawn.items()}))
+
+
+def lowest_of_group(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """For each value the lowest of its group; so prompts that differ in their form alone go to one side."""
+    import numpy as np
+
+    _, place = np.unique(groups, return_inverse=True)
+    lowest = np.ones(len(values))
+    np.minimum.at(lowest, place, values)
+    return lowest[place]
+
+
+def held_out_share(choice: RowChoice, prompts: int) -> float:
+    """--val_split; without it a tenth of less than 300 prompts, and at least 30 of more."""
+    if choice.val_split is not None:
+        return choice.val_split
+    share = 0.1 if prompts < 300 else max(30 / prompts, 0.01)
+    log.info("%.1f %% of the %d prompts are held out for validation; --val_split chooses", 100 * share, prompts)
+    return share
 
 
 def data_sha256(hashes: dict[str, list[np.ndarray]]) -> str:
@@ -201,116 +195,6 @@ def rows_to_take(choice: RowChoice, found: dict[str, int]) -> dict[str, int]:
         reached = take["reasoning"] / max(1, sum(take.values()))
         log.info("reasoning rows: asked for %.1f %%, reached %.1f %%", 100 * choice.mix_reasoning_ratio, 100 * reached)
     return take
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The text that is trained on
-
-
-class ChatEncoder:
-    """Turns the messages of a row into tokens and labels by the tokenizer's own chat template.
-
-    Without `thinking` every answer begins as it does in evaluation, where the template's generation prompt ends with
-    an empty <think></think> block, and thoughts in the data are left out. With `thinking` the generation prompt has no
-    block, the template's own empty ones are left out, and thoughts in the data stay. With `assistant_only` the labels
-    are the answers and their end of turn alone: what the generation prompt supplies is no target.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, thinking: bool, assistant_only: bool) -> None:
-        self.tokenizer, self.thinking, self.assistant_only = tokenizer, thinking, assistant_only
-        self.refusals: dict[tuple[str, ...], str | None] = {}
-        question, answer = ("user", "QUESTION"), ("assistant", "ANSWER")
-        try:
-            asked = self.render([question])
-            prompts = [
-                self.render([question], add_generation_prompt=True, enable_thinking=flag) for flag in (thinking, False)
-            ]
-            twice = self.render([question, answer, question, answer])
-        except jinja2.TemplateError as error:
-            raise InputError(
-                f"--model {tokenizer.name_or_path}: its chat template fails on a conversation of two turns ({error}); "
-                "name a chat model"
-            ) from error
-        opening, without_thinking = (text.removeprefix(commonprefix([asked, text])) for text in prompts)
-        self.header = opening.partition("<think>")[0]  # what begins every assistant turn
-        self.supplied = opening.removeprefix(self.header)  # what the generation prompt adds to it
-        self.has_block = "</think>" in without_thinking
-        self.end = commonprefix(twice.split("ANSWER")[1:]).strip()  # what follows the first answer and the last
-        if assistant_only and not (self.header and self.end and twice.count(self.header) == 2 and tokenizer.is_fast):
-            raise InputError(
-                f"--assistant_only_loss: the chat template of {tokenizer.name_or_path} does not mark where the "
-                "assistant's turns begin and end; leave the flag out"
-            )
-
-    def render(self, turns: Turns, **options: Any) -> str:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, **{"enable_thinking": self.thinking, **options}
-        )
-
-    def refusal(self, turns: Turns) -> str | None:
-        """Why a conversation cannot be rendered; the template is asked once for each order of roles."""
-        roles = tuple(role for role, _ in turns)
-        if roles not in self.refusals:
-            try:
-                self.render([(role, "text") for role in roles])
-                self.refusals[roles] = None
-            except jinja2.TemplateError as error:
-                self.refusals[roles] = f"the chat template refuses it: {error}"
-        if self.refusals[roles]:
-            return self.refusals[roles]
-        if (self.has_block or self.assistant_only) and any(self.header in content for _, content in turns):
-            return f"a turn contains the chat template's own {self.header.strip()!r}"
-        if self.has_block and not self.thinking:
-            for role, content in turns:
-                if role == "assistant" and "<think>" in content and not strip_thinking(content).strip():
-                    return "an answer has no text outside its <think> block"
-        return None
-
-    def text(self, turns: Turns) -> str:
-        """The whole conversation as it is trained on."""
-        text = self.render(turns)
-        if not self.has_block:
-            return text
-        start, *answers = text.split(self.header)
-        if not self.thinking:
-            answers = [self.supplied + without_thought(part) for part in answers]
-        elif not self.supplied:
-            answers = [re.sub(r"\A<think>\s*</think>\s*", "", part) for part in answers]
-        return self.header.join([start, *answers])
-
-    def answer_spans(self, text: str) -> list[tuple[int, int]]:
-        """Where the answers stand in a text, each with its end of turn and without what the prompt supplies."""
-        spans, start = [], 0
-        while (start := text.find(self.header, start)) >= 0:
-            start += len(self.header)
-            start += len(self.supplied) if text.startswith(self.supplied, start) else 0
-            end = text.index(self.end, start) + len(self.end)
-            spans.append((start, end))
-        return spans
-
-    def __call__(self, row: dict) -> dict[str, list[int]]:
-        """{"input_ids", "labels"} of a row; -100 is no target."""
-        text = self.text(turns_of(row))
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.assistant_only)
-        ids = encoded["input_ids"]
-        if not self.assistant_only:
-            return {"input_ids": ids, "labels": ids}
-        labels, spans = [-100] * len(ids), self.answer_spans(text)
-        for place, (first, last) in enumerate(encoded["offset_mapping"]):
-            if any(start <= first < last <= end for start, end in spans):
-                labels[place] = ids[place]
-        return {"input_ids": ids, "labels": labels}
-
-    def marked(self, row: dict, max_length: int) -> str:
-        """A row as the model reads it, cut to `max_length` tokens; what is trained on stands in [[ ]]."""
-        encoded = self(row)
-        tokens = list(zip(encoded["input_ids"], encoded["labels"], strict=True))[:max_length]
-        shown = ""
-        for trained, part in itertools.groupby(tokens, key=lambda token: token[1] != -100):
-            text = self.tokenizer.decode([token for token, _ in part])
-            shown += f"[[{text}]]" if trained else text
-        return shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,6 +231,10 @@ def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> di
     """Reads every row, writes the usable ones of the wanted subsets to an Arrow file, and returns their hashes."""
     import pyarrow
 
+    kinds: Counter = Counter()
+    unread: Counter = Counter()
+    thoughts = 0
+
     wanted = {"general", "reasoning"} if choice.subset == "both" else {choice.subset}
     found = {subset: RowHashes.none() for subset in sorted(wanted)}
     others: Counter = Counter()
@@ -354,21 +242,29 @@ def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> di
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema()) as stream:
         for place, row in open_dataset(choice.dataset, "--dataset", skipped):
             try:
-                turns, subset = turns_of(row), subset_of(row)
+                (kind, turns), subset = read_conversation(row), subset_of(row)
                 if subset not in wanted:
                     others[subset] += 1
                     continue
-                if encoder and (refusal := encoder.refusal(turns)):
+                written = turns
+                if choice.system_prompt and turns[0][0] != "system":
+                    written = [("system", choice.system_prompt), *turns]
+                if encoder and (refusal := encoder.refusal(written)):
                     raise ValueError(refusal)
             except ValueError as error:
                 skipped.add(place, str(error))
                 continue
-            hashes = found[subset]
+            hashes, prompt = found[subset], prompt_of(turns)
             hashes.rows.append(unit_hash(choice.sample_seed, turns))
-            hashes.prompts.append(unit_hash(choice.sample_seed, "prompt", prompt_of(turns)))
+            hashes.prompts.append(unit_hash(choice.sample_seed, "prompt", prompt))
+            hashes.forms.append(unit_hash([(role, normalise_text(text) or text) for role, text in prompt]))
             hashes.numbers.append(count)
             count += 1
-            waiting.append(turns)
+            kinds[kind] += 1
+            thoughts += any(role == "assistant" and split_thought(text)[0] for role, text in turns)
+            if len(row) > 2 or any(len(message) > 2 for message in row.get("messages", ())):
+                unread.update(unread_fields([row], COLUMNS))
+            waiting.append(written)
             if len(waiting) == ROWS_AT_ONCE:
                 stream.write_batch(record_batch(waiting))
                 waiting.clear()
@@ -380,9 +276,21 @@ def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> di
         seen = f"; it has {dict(others)}" if others else ""
         places = f" ({'; '.join(skipped.places)})" if skipped.places else ""
         raise InputError(
-            f"--dataset {choice.dataset}: no usable row of subset {choice.subset}{seen}{places}; choose others"
+            f"--dataset {choice.dataset}: no usable row of subset {choice.subset}{seen}{places}; choose others, or "
+            f"write them as {SHAPES}"
         )
+    log.info("rows read as: %s", counted(kinds))
+    if unread:
+        log.info("not read: %s", counted(unread))
+    if thoughts and encoder:
+        what = "trained on" if encoder.thinking else "left out; --thinking trains on them"
+        log.info("thoughts of %d rows: %s", thoughts, what)
     return found
+
+
+def counted(kinds: Counter) -> str:
+    """What rows have, and how many have it."""
+    return "; ".join(f"{kind} ({count} rows)" for kind, count in sorted(kinds.items()))
 
 
 def schema() -> pyarrow.Schema:
@@ -456,6 +364,7 @@ def with_answers(rows: datasets.Dataset, side: str, longest: int) -> datasets.Da
 
     Raises InputError when all have none. A row's first token is never a target.
     """
+    side = {"train": "training"}.get(side, side)
     kept = rows.filter(lambda row: any(label != -100 for label in row["labels"][1:longest]))
     if not len(kept):
         raise InputError(f"no {side} row has an answer within --max_seq_length {longest}; raise it")

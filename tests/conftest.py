@@ -150,10 +150,10 @@ def sized_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """18 rows of T-Wix to train on, of different lengths, and 2 held out."""
-    from llm_alignment import files, twix
+    from llm_alignment import files
 
     rows = [row for _, row in files.read_rows(DEMO / "twix.jsonl", files.SkippedRows()) if row["subset"] == "general"]
-    distinct = {str(twix.prompt_of(twix.turns_of(row))): row for row in rows}
+    distinct = {str(row["messages"][0]): row for row in rows}
     return write_rows(tmp_path_factory.mktemp("data") / "twix.jsonl", list(distinct.values())[:20])
 
 
@@ -162,6 +162,7 @@ def sft_trainer(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     """sft_trainer(*more): the trainer of a run without dropout on the demo's model, in float32."""
     import sft_train
     from llm_alignment import models, twix
+    from llm_alignment.encoder import ChatEncoder
 
     def build(*more: str) -> Trainer:
         folder = tmp_path_factory.mktemp("trainer")
@@ -173,7 +174,7 @@ def sft_trainer(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
             sft_train.DEMO,
         )
         tokenizer = models.load_tokenizer(args)
-        encoder = twix.ChatEncoder(tokenizer, thinking=False, assistant_only=False)
+        encoder = ChatEncoder(tokenizer, thinking=False, assistant_only=False)
         _, examples = twix.load_data(args, encoder)
         rows = twix.tokenise(examples("train"), encoder, 1, longest=args.max_seq_length)
         return sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows)

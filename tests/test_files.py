@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import math
 import multiprocessing
 import os
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,8 +19,9 @@ import pytest
 from conftest import write_rows
 
 from llm_alignment import files
-from llm_alignment.files import InputError, ResultFile, SkippedRows
+from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.hub import open_dataset
+from llm_alignment.results import ResultFile
 
 MODEL = {"model": "m", "adapter": "none"}
 
@@ -117,6 +122,14 @@ def test_a_number_beyond_a_float_is_infinite(tmp_path, number):
         assert math.isinf(row["n"])
 
 
+def archive(kind: str) -> bytes:
+    """An archive of a file of rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "rows").mkdir()
+        (Path(folder) / "rows" / "a.jsonl").write_text('{"a": 1}\n' * 9, encoding="utf-8")
+        return Path(shutil.make_archive(str(Path(folder) / "packed"), kind, Path(folder) / "rows")).read_bytes()
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -130,6 +143,12 @@ def test_a_number_beyond_a_float_is_infinite(tmp_path, number):
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "UTF-16"),
         ("a.jsonl.gz", gzip.compress(os.urandom(5000))[:-900], "gzip"),
         ("a.parquet", b"PAR1 and nothing", "Parquet"),
+        ("a.jsonl.xz", lzma.compress(b'{"a": 1}\n'), r"an archive \(xz\)"),
+        ("a.jsonl.bz2", bz2.compress(b'{"a": 1}\n'), r"an archive \(bzip2\)"),
+        ("a.jsonl", archive("tar"), r"an archive \(tar\)"),
+        ("a.tar", archive("tar"), r"an archive \(tar\)"),
+        ("a.tar.gz", archive("gztar"), r"an archive \(tar\)"),
+        ("a.zip", archive("zip"), r"an archive \(zip\)"),
     ],
 )
 def test_a_file_that_is_no_data_is_one_line(tmp_path, name, content, message):
@@ -139,6 +158,21 @@ def test_a_file_that_is_no_data_is_one_line(tmp_path, name, content, message):
     assert name in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(InputError, match="no such file"):
         read(tmp_path / "missing.jsonl")
+
+
+@pytest.mark.parametrize(
+    "name, is_read",
+    [(f"{name}.jsonl", False) for name in
+     "val valid validation test tests dev eval heldout held-out holdout my_val val_2 rows.test Val DEV-set".split()]
+    + [(f"{split}/part.jsonl", False) for split in ("val", "test", "validation-00000-of-00002")]
+    + [(f"{name}.jsonl", True) for name in "train rows latest value contest validated device interval".split()],
+)  # fmt: skip
+def test_other_splits_of_a_folder_are_not_read(tmp_path, name, is_read, logged):
+    write_rows(tmp_path / "data.jsonl", [{"n": 1}])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write_rows(tmp_path / name, [{"n": 2}])
+    rows, _ = read(tmp_path)
+    assert ([row["n"] for row in rows].count(2) == 1) == is_read and (Path(name).name in logged.text) != is_read
 
 
 def test_a_folder_names_what_it_does_not_read(tmp_path, logged):
