@@ -14,39 +14,42 @@ before and after.
 from __future__ import annotations
 
 import argparse
-import functools
+import dataclasses
 import logging
 import random
 import re
 from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llm_alignment.dpo import (
-    add_dpo_flags,
-    align,
-    check_flags,
-    fit_chats,
-    fit_pairs,
-    neutral_flags,
-    print_plan,
-    reward_evaluation,
-    starting_adapter,
-)
+from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report, save_answers
 from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
-from llm_alignment.flags import DPO_DEMO, new_parser, not_negative, parse_arguments
+from llm_alignment.flags import (
+    DPO_DEMO,
+    add_dpo_flags,
+    add_tatqa_flags,
+    check_dpo_flags,
+    fill,
+    not_negative,
+    parse_arguments,
+)
 from llm_alignment.instructions import instruct_questions
-from llm_alignment.leaks import leak_finder, without_leaks
-from llm_alignment.models import check_model, load_tokenizer
+from llm_alignment.leaks import LeakFinder, asked_passages, without_leaks
+from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.preferences import read_pairs, transcript
-from llm_alignment.runs import recorded_run
+from llm_alignment.processes import main_process
+from llm_alignment.prompts import PromptStyle
+from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
+from llm_alignment.runs import begin, check_writable, recorded_run, timed
 from llm_alignment.tatqa import (
+    DEFAULT_CONTENT,
     QUESTION_PREFIX,
     SCALES,
-    add_tatqa_flags,
+    PromptContent,
     answer_text,
     gold_parts,
     is_number,
     normalise,
-    prompt_options,
     question_texts,
     read_tatqa,
     tatqa_em_f1,
@@ -54,8 +57,11 @@ from llm_alignment.tatqa import (
     tatqa_parse,
     tatqa_prompt,
 )
-from llm_alignment.training import check_output_folder, newest_complete
-from mtbench_eval import all_mtbench_questions, dpo_evaluations
+from llm_alignment.texts import normalise_text
+from mtbench_eval import load_questions, sample_questions
+
+if TYPE_CHECKING:
+    from llm_alignment.training import Setup
 
 log = logging.getLogger("llm_alignment")
 
@@ -63,41 +69,44 @@ log = logging.getLogger("llm_alignment")
 # Arguments
 
 
-def build_parser() -> argparse.ArgumentParser:
+# fmt: off
+def build_parser() -> Parser:
     """The command line. Defaults are those of the published runs where they had one."""
-    parser = new_parser("dpo_train.py", __doc__)
+    shown = (
+        "demo model pairs tatqa_dir output_dir beta epochs batch grad_acc learning_rate lora_r limit_pairs "
+        "dry_run resume_from_checkpoint"
+    )
+    parser = Parser("dpo_train.py", __doc__, shown)
     add_dpo_flags(parser)
     add_tatqa_flags(parser)
-    parser.add_argument(
-        "--eval_pairs",
-        type=not_negative(int),
-        default=0,
-        help="pairs, none of them trained on, whose reward accuracy against the base is measured: of --eval_split, or "
-        "a part of --pairs that a hash chooses; 0 = none (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--pairs",
-        default="",
-        metavar="FILE",
+    add = add_group(parser, "own pairs", trains=True)
+    add("--pairs", default="", metavar="FILE",
         help="train on your own pairs, not on TAT-QA's: JSONL, JSON or Parquet with prompt, chosen, rejected, texts "
-        "or lists of turns; they go through the chat template. TAT-QA stays an evaluation",
-    )
+        "or lists of turns; they go through the chat template. TAT-QA stays an evaluation")
+    add = add_group(parser, "held-out pairs", trains="measured")
+    add("--eval_pairs", type=not_negative(int), default=0,
+        help="pairs, none of them trained on, whose reward accuracy against the base is measured: of --eval_split, or "
+        "a part of --pairs that a hash chooses; 0 = none")
     parser.set_defaults(output_dir="qwen3_tatqa_dpo_base")
     return parser
 
 
+# fmt: on
 # ---------------------------------------------------------------------------------------------------------------------
 # TAT-QA: pairs
 
 
 def tatqa_pairs(
-    contexts: list[dict], *, seed: int, skipped: SkippedRows | None = None, **prompt_options
+    contexts: list[dict],
+    *,
+    seed: int,
+    skipped: SkippedRows | None = None,
+    content: PromptContent = DEFAULT_CONTENT,
 ) -> list[dict[str, str]]:
     """One preference pair {prompt, chosen, rejected, uid} for each question, sorted by uid.
 
     chosen is gold with its scale; rejected is the first plausible wrong answer that the official metric does not take
-    for gold. A pair depends on its own context, its uid and the seed alone. Questions that give none go to `skipped`;
-    `prompt_options` are those of `tatqa_prompt`.
+    for gold. A pair depends on its own context, its uid and the seed alone. Questions that give none go to `skipped`.
     """
     pairs = []
     for context in contexts:
@@ -110,7 +119,7 @@ def tatqa_pairs(
                 if skipped is not None:
                     skipped.add(f"question {question['uid']}", "the table gives no wrong answer")
                 continue
-            prompt = tatqa_prompt(context, question, **prompt_options)
+            prompt = tatqa_prompt(context, question, content)
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "uid": question["uid"]})
     return sorted(pairs, key=lambda pair: pair["uid"])
 
@@ -179,132 +188,200 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def run(args: argparse.Namespace, record: dict) -> None:
-    """Load, measure, train, measure again. Everything that can be wrong with the input is found before it writes."""
-    check_flags(args)
-    check_pairs_flags(args, record["argv"])
-    check_output_folder(args, neutral_flags(args))
-    tokenizer = load_tokenizer(args)
-    check_model(args, tokenizer, adapter=args.load_adapter)
-    mtbench = all_mtbench_questions(args)
-    pairs, held_out, data = own_pairs(args, mtbench) if args.pairs else table_pairs(args)
-    data |= starting_adapter(args)
-    check_output_folder(args, neutral_flags(args), data)
-    checkpoint = newest_complete(args)
-    fit = fit_chats if args.pairs else functools.partial(fit_pairs, mark=QUESTION_PREFIX)
-    rewards = [reward_evaluation(args, held_out, fit(held_out, tokenizer, args))] if held_out else []
-    asked = {}
-    if args.do_instruct:
-        asked["instruct"] = instruct_questions(args.instruct_limit, args.seed), args.instruct_max_tokens
-    evaluations = dpo_evaluations(args, tokenizer, mtbench, asked, *rewards)
-    rows = fit(pairs, tokenizer, args)
+    """Load, build, measure, train, measure, report. What can be wrong with the input is found before it writes."""
+    from llm_alignment import adapters, dpo, models, plans, training
+
+    check_dpo_flags(args)
+    check_pairs_flags(args.pairs, args.no_train, args.eval_pairs, record["argv"])
+    if args.eval_save_json:
+        check_writable(Path(args.eval_save_json), "--eval_save_json")
+    setup = training.set_up(args, record, neutral_flags(build_parser()), longest=args.max_length)
+    setup.check_folder()
+    rows, evaluations, data, commits = pairs_and_evaluations(args, setup)
+    setup.check_folder(data)
+    checkpoint = training.newest_complete(setup.folder, setup.resume)
+    longest_answer = args.max_length - args.max_prompt_length
+    settings = fill(training.TrainingSettings, args, longest=args.max_length, longest_answer=longest_answer)
+    gates = asked_gates(args.gates, evaluations)
     if args.dry_run:
-        print_plan(args, tokenizer, rows, evaluations)
+        plans.print_dpo_plan(setup, rows, evaluations, settings, fill(dpo.DpoSettings, args))
+        plans.log_gates(gates, Path(args.exp_log), args.model)
         return
-    align(args, record, tokenizer, rows, evaluations, data, checkpoint)
+    model = models.load_model(setup.base)
+    models.check_head(model, setup.base.what)
+    if args.load_adapter:
+        model = adapters.load_adapter(model, args.load_adapter, trainable=args.adapter_trainable)
+    trainer = None if args.no_train else dpo.build_trainer(model, setup, rows, settings, fill(dpo.DpoSettings, args))
+    folder = begin(record, data, setup.base, commits)
+    fingerprint, use_cache = models.base_fingerprint(setup.base, thinking=args.thinking), not args.no_baseline_cache
+    before: dict[str, list[dict]] = {}
+    after: dict[str, list[dict]] = {}
+    is_continued = args.adapter_trainable and trainer is not None
+
+    def measured(stage: str, *, with_adapter: bool) -> dict[str, list[dict]]:
+        with timed(record, stage):
+            return measure(
+                trainer.model if trainer else model, setup.tokenizer, evaluations, (folder, stage),
+                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache and stage == "baseline",
+            )  # fmt: skip
+
+    if args.eval_baseline:  # an adapter that is trained on is its own baseline
+        before = measured("baseline", with_adapter=is_continued)
+        if not is_continued:
+            evaluations = with_own_drift(evaluations, before, setup.tokenizer, thinking=args.thinking)
+    if trainer:
+        with timed(record, "train"):
+            dpo.train(trainer, checkpoint, folder, fingerprint=fingerprint, use_cache=use_cache)
+        record["kept_step"] = trainer.state.global_step
+    if trainer or args.load_adapter:
+        after = measured("final", with_adapter=True)
+    if main_process():
+        report(record, folder, evaluations, before, after)
+        save_answers(args.eval_save_json, before, after)
+        judge_gates(record, gates)
 
 
-def check_pairs_flags(args: argparse.Namespace, argv: list[str]) -> None:
-    """Raises InputError for flags that --pairs does not go with."""
-    if not args.pairs:
-        return
-    if any(flag.partition("=")[0] == "--tatqa_split" for flag in argv):
-        raise InputError("--pairs and --tatqa_split: both name what is trained on; leave one of them out")
-    if args.no_train and not args.eval_pairs:
-        raise InputError(f"--pairs {args.pairs}: with --no_train it is used by --eval_pairs N alone; add it")
+def pairs_and_evaluations(
+    args: argparse.Namespace, setup: Setup
+) -> tuple[list[dict], list[Evaluation], dict, dict[str, str | None]]:
+    """(training pairs as the trainer reads them, what is measured, fingerprint of the data, commits of the hub)."""
+    from llm_alignment import domains, dpo
 
-
-def own_pairs(args: argparse.Namespace, mtbench: list[dict]) -> tuple[list[dict], list[dict], dict]:
-    """Pairs to train on and held-out ones from --pairs, and the fingerprint of the data.
-
-    Pairs that contain a question of an evaluation are left out and counted. --eval_pairs are taken prompt by prompt in
-    the order of a hash, at most half of the prompts, so that no prompt is on both sides and the choice does not depend
-    on the seed. Raises InputError when no prompt is left to train on, or to hold out.
-    """
-    counts: dict[str, int] = {}
-    pairs = read_pairs(args.pairs, "--pairs", thinking=args.thinking)
-    pairs = without_leaks(pairs, leak_finder(asked_texts(args, mtbench)), "pairs", counts)
-    by_prompt: dict[str, list[dict]] = {}
-    for pair in pairs:
-        by_prompt.setdefault(transcript(pair["prompt"]), []).append(pair)
-    needed = 2 if args.eval_pairs else 1
-    if len(by_prompt) < needed:
-        raise InputError(
-            f"--pairs {args.pairs}: {len(pairs)} usable pairs on {len(by_prompt)} prompts, and {needed} is the least "
-            f"with --eval_pairs {args.eval_pairs}; add pairs"
-        )
-    held_out: list[dict] = []
-    for prompt in sorted(by_prompt, key=lambda text: digest("held out", text))[: len(by_prompt) // 2]:
-        if len(held_out) < args.eval_pairs:
-            held_out += [{**pair, "cluster": digest(prompt)[:16]} for pair in by_prompt.pop(prompt)]
-    if len(held_out) < args.eval_pairs:
-        log.warning("--eval_pairs %d: half of the prompts give %d", args.eval_pairs, len(held_out))
-    pairs = [] if args.no_train else [pair for group in by_prompt.values() for pair in group]
-    if 0 < args.limit_pairs < len(pairs):
-        pairs = random.Random(args.seed).sample(pairs, args.limit_pairs)
-    return (
-        pairs,
-        held_out[: args.eval_pairs],
-        {
-            "source": args.pairs,
-            "rows": {"pairs": len(pairs), "held_out": len(held_out[: args.eval_pairs]), **counts},
-            "sha256": digest([pair["uid"] for pair in pairs]),
-        },
-    )
-
-
-def asked_texts(args: argparse.Namespace, mtbench: list[dict]) -> dict[str, list[str]]:
-    """What the evaluations ask, by kind; `mtbench` are the questions of --mtbench_file."""
-    texts = {}
-    if args.do_eval:
-        texts["TAT-QA question"] = question_texts(tatqa_file(args, args.eval_split))
-    if mtbench:
-        texts["MT-Bench question"] = [question["turns"][0] for question in mtbench]
-    if args.do_instruct:
-        texts["instruction"] = [question["turns"][0] for question in instruct_questions(0, args.seed)]
-    return texts
-
-
-def table_pairs(args: argparse.Namespace) -> tuple[list[dict], list[dict], dict]:
-    """TAT-QA pairs to train on, held-out ones of --eval_split, and the fingerprint of the data."""
-    pairs: list[dict] = []
-    held_out: list[dict] = []
-    data = {"source": args.tatqa_dir or "next-tat/TAT-QA"}
-    if not args.no_train:
-        if args.do_eval and args.eval_split == args.tatqa_split:
+    style, content, choice = fill(PromptStyle, args), fill(PromptContent, args), fill(PairChoice, args)
+    tatqa = (tatqa_file(args.tatqa_dir, args.eval_split), content) if args.do_eval else None
+    mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
+    retention = fill(RetentionSettings, args)
+    kept = retention.questions()
+    instructions = instruct_questions(args.instruct_limit, args.seed) if args.do_instruct else []
+    mark, style_of_pairs = QUESTION_PREFIX, style
+    if args.pairs:
+        mark, style_of_pairs = "", dataclasses.replace(style, use_chat_template=True)
+        forbidden = {
+            "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
+            "MT-Bench question": [question["turns"][0] for question in mtbench],
+            "retention question": [row["turns"][-1] for row in kept],
+            "instruction": [row["turns"][0] for row in instruct_questions(0, args.seed)] if instructions else [],
+        }
+        finder = LeakFinder(forbidden, {"MT-Bench question": asked_passages(mtbench)})
+        pairs, held_out, data = own_pairs(args.pairs, choice, finder)
+    else:
+        pairs, held_out, data = table_pairs(args.tatqa_dir, args.tatqa_split, args.eval_split, choice, content)
+        if pairs and tatqa and args.eval_split == args.tatqa_split:
             log.warning(
                 "--eval_split %s is trained on too, so TAT-QA is measured on questions that were seen; name another",
                 args.eval_split,
             )
-        pairs, data = load_pairs(args, args.tatqa_split, args.limit_pairs)
-    if args.eval_pairs:
-        held_out, _ = load_pairs(args, args.eval_split, args.eval_pairs, without={pair["uid"] for pair in pairs})
+    if args.load_adapter:  # a resumed run must begin with the same adapter, its reference too
+        data["adapter"] = file_sha256(Path(args.load_adapter) / "adapter_model.safetensors")
+    rows, held_out_rows = (
+        dpo.fit_pairs(some, setup.tokenizer, style_of_pairs, args.max_length, mark) for some in (pairs, held_out)
+    )
+    evaluations, reward_commit = domains.dpo_evaluations(
+        setup.tokenizer,
+        fill(domains.MeasuringSettings, args),
+        style,
+        tatqa=tatqa,
+        asked={
+            "mtbench": (sample_questions(mtbench, args.mtbench_limit, args.seed), args.mtbench_max_tokens),
+            "instruct": (instructions, args.instruct_max_tokens),
+        },
+        held_out=[dpo.reward_evaluation(held_out, held_out_rows, args.beta, args.max_length)] if held_out else [],
+    )
+    evaluations += retention_evaluations(kept, retention)
+    return rows, evaluations, data, {"model": setup.base.commit, "reward_model": reward_commit}
+
+
+def check_pairs_flags(pairs: str, no_train: bool, eval_pairs: int, argv: list[str]) -> None:
+    """Raises InputError for flags that --pairs does not go with."""
+    if not pairs:
+        return
+    if any(flag.partition("=")[0] == "--tatqa_split" for flag in argv):
+        raise InputError("--pairs and --tatqa_split: both name what is trained on; leave one of them out")
+    if no_train and not eval_pairs:
+        raise InputError(f"--pairs {pairs}: with --no_train it is used by --eval_pairs N alone; add it")
+
+
+@dataclasses.dataclass(frozen=True)
+class PairChoice:
+    """Which pairs are trained on and which are held out: the flags of that name."""
+
+    no_train: bool
+    eval_pairs: int
+    limit_pairs: int
+    seed: int
+    thinking: bool
+
+    def limited(self, pairs: list[dict], limit: int) -> list[dict]:
+        """A sample of `limit` pairs by the seed; all of them when `limit` is 0."""
+        return random.Random(self.seed).sample(pairs, limit) if 0 < limit < len(pairs) else pairs
+
+
+def own_pairs(source: str, choice: PairChoice, finder: LeakFinder) -> tuple[list[dict], list[dict], dict]:
+    """Pairs to train on and held-out ones from --pairs, and the fingerprint of the data.
+
+    Pairs that contain the question of an evaluation are left out and counted. --eval_pairs are
+    taken prompt by prompt in the order of a hash, at most half of the prompts, so that no prompt is on both sides and
+    the choice does not depend on the seed. Raises InputError when no prompt is left to train on, or to hold out.
+    """
+    counts: dict[str, int] = {}
+    pairs = read_pairs(source, "--pairs", thinking=choice.thinking)
+    pairs = without_leaks(pairs, finder, "pairs", counts)
+    by_prompt: dict[str, list[dict]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(normalise_text(transcript(pair["prompt"])), []).append(pair)
+    needed = 2 if choice.eval_pairs else 1
+    if len(by_prompt) < needed:
+        raise InputError(
+            f"--pairs {source}: {len(pairs)} usable pairs on {len(by_prompt)} prompts, and {needed} is the least "
+            f"with --eval_pairs {choice.eval_pairs}; add pairs"
+        )
+    held_out: list[dict] = []
+    for prompt in sorted(by_prompt, key=lambda text: digest("held out", text))[: len(by_prompt) // 2]:
+        if len(held_out) < choice.eval_pairs:
+            held_out += [{**pair, "cluster": digest(prompt)[:16]} for pair in by_prompt.pop(prompt)]
+    if len(held_out) < choice.eval_pairs:
+        log.warning("--eval_pairs %d: half of the prompts give %d", choice.eval_pairs, len(held_out))
+    held_out = held_out[: choice.eval_pairs]
+    pairs = [] if choice.no_train else [pair for group in by_prompt.values() for pair in group]
+    pairs = choice.limited(pairs, choice.limit_pairs)
+    rows = {"pairs": len(pairs), "held_out": len(held_out), **counts}
+    return pairs, held_out, {"source": source, "rows": rows, "sha256": digest([pair["uid"] for pair in pairs])}
+
+
+def table_pairs(
+    folder: str, split: str, eval_split: str, choice: PairChoice, content: PromptContent
+) -> tuple[list[dict], list[dict], dict]:
+    """TAT-QA pairs to train on, held-out ones of `eval_split`, and the fingerprint of the data."""
+    pairs: list[dict] = []
+    held_out: list[dict] = []
+    data: dict = {"source": folder or "next-tat/TAT-QA"}
+    if not choice.no_train:
+        path = tatqa_file(folder, split)
+        pairs, skipped = load_pairs(path, choice, content, choice.limit_pairs)
+        data |= {"rows": {"tatqa_pairs": len(pairs), "skipped": skipped}, "sha256": file_sha256(path)}
+    if choice.eval_pairs:
+        seen = {pair["uid"] for pair in pairs}
+        held_out, _ = load_pairs(tatqa_file(folder, eval_split), choice, content, choice.eval_pairs, without=seen)
     return pairs, held_out, data
 
 
 def load_pairs(
-    args: argparse.Namespace, split: str, limit: int, without: Collection[str] = ()
-) -> tuple[list[dict], dict]:
-    """The TAT-QA pairs of a split but those of the uids in `without`, and the fingerprint of what they are made from.
+    path: Path, choice: PairChoice, content: PromptContent, limit: int, without: Collection[str] = ()
+) -> tuple[list[dict], int]:
+    """The pairs of a TAT-QA file but those of the uids in `without`, and how many questions gave none.
 
-    A pair's "cluster" is its table. `limit` > 0 takes a sample by --seed.
+    A pair's "cluster" is its table. `limit` > 0 takes a sample by the seed.
     """
-    path = tatqa_file(args, split)
     skipped = SkippedRows()
     contexts = read_tatqa(path, skipped)
     table = {question["uid"]: c["questions"][0]["uid"] for c in contexts for question in c["questions"]}
-    pairs = tatqa_pairs(contexts, seed=args.seed, skipped=skipped, **prompt_options(args))
-    skipped.report(f"TAT-QA {split} questions for pairs")
+    pairs = tatqa_pairs(contexts, seed=choice.seed, skipped=skipped, content=content)
+    skipped.report(f"questions of {path.name} for pairs")
     pairs = [{**pair, "cluster": table[pair["uid"]]} for pair in pairs if pair["uid"] not in without]
     if not pairs:
         reasons = "; ".join(skipped.places) or "all of them are trained on"
         raise InputError(f"{path}: no pairs left ({reasons}); name another --tatqa_split or --eval_split")
-    if 0 < limit < len(pairs):
-        pairs = random.Random(args.seed).sample(pairs, limit)
-    return pairs, {
-        "source": args.tatqa_dir or "next-tat/TAT-QA",
-        "rows": {"tatqa_pairs": len(pairs), "skipped": skipped.count},
-        "sha256": file_sha256(path),
-    }
+    return choice.limited(pairs, limit), skipped.count
 
 
 if __name__ == "__main__":

@@ -16,29 +16,35 @@ TAT-QA's prompts.
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llm_alignment.dpo import add_dpo_flags, align, check_flags, fit_chats, print_plan, starting_adapter
-from llm_alignment.files import InputError, sample, write_rows
-from llm_alignment.finance import (
-    MEASURING_FLAGS,
+from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report, save_answers
+from llm_alignment.files import InputError, file_sha256, sample, write_rows
+from llm_alignment.flags import (
+    FINANCE_DEMO,
     add_data_flags,
-    data_fingerprint,
-    finance_pairs,
-    finance_questions,
-    load_data,
-    mixed_pairs,
-    two_way_shares,
+    add_dpo_flags,
+    add_tatqa_flags,
+    check_dpo_flags,
+    fill,
+    parse_arguments,
+    positive,
+    ratio,
 )
-from llm_alignment.flags import FINANCE_DEMO, new_parser, parse_arguments, positive, ratio
-from llm_alignment.models import check_model, load_tokenizer, main_process
-from llm_alignment.runs import recorded_run
-from llm_alignment.tatqa import add_tatqa_flags
-from llm_alignment.training import FLAGS_THAT_DO_NOT_AFFECT_TRAINING, check_output_folder, newest_complete
-from mtbench_eval import all_mtbench_questions, dpo_evaluations
+from llm_alignment.leaks import asked_passages
+from llm_alignment.parser import Parser, add_group, neutral_flags
+from llm_alignment.processes import main_process
+from llm_alignment.prompts import PromptStyle
+from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
+from llm_alignment.runs import begin, check_writable, recorded_run, timed
+from llm_alignment.tatqa import PromptContent, question_texts, tatqa_file
+from mtbench_eval import load_questions, sample_questions
+
+if TYPE_CHECKING:
+    from llm_alignment.training import Setup
 
 log = logging.getLogger("llm_alignment")
 
@@ -46,23 +52,29 @@ log = logging.getLogger("llm_alignment")
 # Arguments
 
 
-def build_parser() -> argparse.ArgumentParser:
+# fmt: off
+def build_parser() -> Parser:
     """The command line. Defaults are those of the published runs where they had one."""
-    parser = new_parser("dpo_train_mt.py", __doc__)
+    shown = (
+        "demo model output_dir use_hybrid use_3way_hybrid hybrid_ratio beta epochs batch grad_acc "
+        "learning_rate lora_r dry_run resume_from_checkpoint"
+    )
+    parser = Parser("dpo_train_mt.py", __doc__, shown)
     add_dpo_flags(parser)
     add_tatqa_flags(parser)
     add_data_flags(parser)
-    add = parser.add_argument_group("mix (default: Reddit alone)").add_argument
+    add = add_group(parser, "mix; without one Reddit alone", trains=True)
     add("--use_hybrid", action="store_true", help="Reddit and Finance-Instruct, by --hybrid_ratio")
     add("--use_3way_hybrid", action="store_true", help="Reddit, Finance-Instruct and general pairs, by three ratios")
-    add("--reddit_ratio", type=ratio, default=0.4, help="share of Reddit in the three-way mix (%(default)s)")
-    add("--finance_ratio", type=ratio, default=0.3, help="share of Finance-Instruct in it (%(default)s)")
-    add("--general_ratio", type=ratio, default=0.3, help="share of general pairs in it (%(default)s)")
-    add("--general_pairs", type=positive(int), default=3000, help="most general pairs (%(default)s)")
+    add("--reddit_ratio", type=ratio, default=0.4, help="share of Reddit in the three-way mix")
+    add("--finance_ratio", type=ratio, default=0.3, help="share of Finance-Instruct in it")
+    add("--general_ratio", type=ratio, default=0.3, help="share of general pairs in it")
+    add("--general_pairs", type=positive(int), default=3000, help="most general pairs")
     parser.set_defaults(output_dir="qwen3_reddit_finance_dpo", batch=1, grad_acc=64)
     return parser
 
 
+# fmt: on
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; a mix adds its name to the output folder, as in the published runs."""
     given = build_parser().parse_args(argv)
@@ -85,7 +97,8 @@ def asked_shares(args: argparse.Namespace) -> dict[str, Fraction]:
             raise InputError(f"--reddit_ratio, --finance_ratio and --general_ratio sum to {total:g}; make it 1")
         return shares
     if args.use_hybrid:
-        return two_way_shares(args)
+        reddit = Fraction(str(args.hybrid_ratio))
+        return {"reddit": reddit, "finance": 1 - reddit}
     return {"reddit": Fraction(1)}
 
 
@@ -120,32 +133,112 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def run(args: argparse.Namespace, record: dict) -> None:
-    """Load, mix, measure, train, measure again. Bad input is found before anything is written."""
+    """Load, mix, measure, train, measure, report. What can be wrong with the input is found before it writes."""
+    from llm_alignment import adapters, dpo, models, plans, training
+
     shares = asked_shares(args)
     warn_of_unused_flags(args, record["argv"])
-    check_flags(args)
-    ignored = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS
-    check_output_folder(args, ignored)
-    tokenizer = load_tokenizer(args)
-    mtbench = all_mtbench_questions(args)
-    data = load_data(args, set() if args.no_train else set(shares), mtbench)
-    check_model(args, tokenizer, adapter=args.load_adapter)
-    evaluations = dpo_evaluations(args, tokenizer, mtbench, finance_questions(args, data))
+    check_dpo_flags(args)
+    if args.eval_save_json:
+        check_writable(Path(args.eval_save_json), "--eval_save_json")
+    neutral = neutral_flags(build_parser(), "asked", "reddit", "finance", "general")
+    setup = training.set_up(args, record, neutral, longest=args.max_length)
+    setup.check_folder()
+    pairs, evaluations, data, commits = pairs_and_evaluations(args, record, setup, shares)
+    chat = PromptStyle(thinking=args.thinking, max_prompt_length=args.max_prompt_length)
+    rows = dpo.fit_pairs(pairs, setup.tokenizer, chat, args.max_length)
+    longest_answer = args.max_length - args.max_prompt_length
+    settings = fill(training.TrainingSettings, args, longest=args.max_length, longest_answer=longest_answer)
+    gates = asked_gates(args.gates, evaluations)
+    if args.dry_run:
+        plans.print_dpo_plan(setup, rows, evaluations, settings, fill(dpo.DpoSettings, args))
+        plans.log_gates(gates, Path(args.exp_log), args.model)
+        return
+    setup.check_folder(data)
+    checkpoint = training.newest_complete(setup.folder, setup.resume)
+    model = models.load_model(setup.base)
+    models.check_head(model, setup.base.what)
+    if args.load_adapter:
+        model = adapters.load_adapter(model, args.load_adapter, trainable=args.adapter_trainable)
+    trainer = None if args.no_train else dpo.build_trainer(model, setup, rows, settings, fill(dpo.DpoSettings, args))
+    folder = begin(record, data, setup.base, commits)
+    fingerprint, use_cache = models.base_fingerprint(setup.base, thinking=args.thinking), not args.no_baseline_cache
+    before: dict[str, list[dict]] = {}
+    after: dict[str, list[dict]] = {}
+    is_continued = args.adapter_trainable and trainer is not None
+
+    def measured(stage: str, *, with_adapter: bool) -> dict[str, list[dict]]:
+        with timed(record, stage):
+            return measure(
+                trainer.model if trainer else model, setup.tokenizer, evaluations, (folder, stage),
+                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache and stage == "baseline",
+            )  # fmt: skip
+
+    if args.eval_baseline:  # an adapter that is trained on is its own baseline
+        before = measured("baseline", with_adapter=is_continued)
+        if not is_continued:
+            evaluations = with_own_drift(evaluations, before, setup.tokenizer, thinking=args.thinking)
+    if trainer:
+        with timed(record, "train"):
+            dpo.train(trainer, checkpoint, folder, fingerprint=fingerprint, use_cache=use_cache)
+        record["kept_step"] = trainer.state.global_step
+    if trainer or args.load_adapter:
+        after = measured("final", with_adapter=True)
+    if main_process():
+        report(record, folder, evaluations, before, after)
+        save_answers(args.eval_save_json, before, after)
+        judge_gates(record, gates)
+        write_rows(folder / "train_pairs.jsonl", pairs)
+
+
+def pairs_and_evaluations(
+    args: argparse.Namespace, record: dict, setup: Setup, shares: dict[str, Fraction]
+) -> tuple[list[dict], list[Evaluation], dict, dict[str, str | None]]:
+    """(training pairs, what is measured, fingerprint of the data, commits of the hub)."""
+    from llm_alignment import domains, finance
+
+    tatqa = (tatqa_file(args.tatqa_dir, args.eval_split), fill(PromptContent, args)) if args.do_eval else None
+    mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
+    sources = set() if args.no_train else set(shares)
+    retention = fill(RetentionSettings, args)
+    kept = retention.questions()
+    data = finance.load_data(
+        fill(finance.DataSettings, args),
+        sources,
+        {
+            "MT-Bench question": [question["turns"][0] for question in mtbench],
+            "retention question": [row["turns"][-1] for row in kept],
+            "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
+        },
+        {"MT-Bench question": asked_passages(mtbench)},
+    )
+    evaluations, reward_commit = domains.dpo_evaluations(
+        setup.tokenizer,
+        fill(domains.MeasuringSettings, args),
+        fill(PromptStyle, args),
+        tatqa=tatqa,
+        asked={
+            "mtbench": (sample_questions(mtbench, args.mtbench_limit, args.seed), args.mtbench_max_tokens),
+            "finance_instruct": (data.questions.get("finance_instruct", []), args.instruct_max_tokens),
+            "reddit": (data.questions.get("reddit", []), args.reddit_max_tokens),
+        },
+    )
+    evaluations += retention_evaluations(kept, retention)
+
+    def answered(instructions: list[dict], wanted: int) -> list[dict]:
+        answers = fill(finance.AnswerSettings, args)
+        with timed(record, "finance answers"):
+            return finance.finance_pairs(setup.base, setup.tokenizer, setup.folder, instructions, wanted, answers)
+
     pairs: list[dict] = []
     if not args.no_train:
         limits = {"finance": args.finance_instruct_pairs, "general": args.general_pairs}
-        make_finance_pairs = functools.partial(finance_pairs, args, record, tokenizer)
-        pairs = mixed_pairs(data, shares, limits, args.mix_policy, make_finance_pairs)
+        pairs = finance.mixed_pairs(data, shares, limits, args.mix_policy, answered)
         pairs = sample(pairs, args.limit_pairs or len(pairs), args.seed)
-    rows = fit_chats(pairs, tokenizer, args)
-    if args.dry_run:
-        print_plan(args, tokenizer, rows, evaluations)
-        return
-    fingerprint = data_fingerprint(data, pairs) | starting_adapter(args)
-    check_output_folder(args, ignored, fingerprint)
-    align(args, record, tokenizer, rows, evaluations, fingerprint, newest_complete(args))
-    if main_process():
-        write_rows(Path(args.output_dir) / "train_pairs.jsonl", pairs)
+    fingerprint = finance.data_fingerprint(data, pairs)
+    if args.load_adapter:  # a resumed run must begin with the same adapter, its reference too
+        fingerprint["adapter"] = file_sha256(Path(args.load_adapter) / "adapter_model.safetensors")
+    return pairs, evaluations, fingerprint, {"model": setup.base.commit, "reward_model": reward_commit}
 
 
 if __name__ == "__main__":

@@ -14,18 +14,22 @@ measurements.)
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import logging
 import shutil
-import sys
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from llm_alignment.dpo import add_dpo_flags, build_trainer, check_common_flags, fit_chats, print_plan, train
+from llm_alignment.endings import MissedGateError
 from llm_alignment.evaluation import (
     METRICS,
     Evaluation,
     TableRow,
+    asked_gates,
+    judge_gates,
     measure,
     print_table,
     report,
@@ -42,42 +46,32 @@ from llm_alignment.files import (
     write_atomic,
     write_json,
 )
-from llm_alignment.finance import (
-    MEASURING_FLAGS,
-    TrainingData,
+from llm_alignment.flags import (
+    FINANCE_DEMO,
+    ON_OFF,
     add_data_flags,
-    data_fingerprint,
-    finance_pairs,
-    finance_questions,
-    load_data,
-    mixed_pairs,
-    two_way_shares,
+    add_dpo_flags,
+    add_tatqa_flags,
+    check_dpo_flags,
+    fill,
+    parse_arguments,
+    positive,
 )
-from llm_alignment.flags import FINANCE_DEMO, new_parser, parse_arguments, positive
-from llm_alignment.models import (
-    check_head,
-    check_model,
-    load_model,
-    load_tokenizer,
-    main_process,
-    new_adapter,
-    on_main_process,
-)
-from llm_alignment.runs import begin, recorded_run, timed
-from llm_alignment.tatqa import add_tatqa_flags
-from llm_alignment.training import (
-    FLAGS_THAT_DO_NOT_AFFECT_TRAINING,
-    check_output_folder,
-    check_same_run,
-    checkpoint_problem,
-    newest_complete,
-    write_manifest,
-)
-from mtbench_eval import all_mtbench_questions, dpo_evaluations
+from llm_alignment.leaks import asked_passages
+from llm_alignment.parser import Parser, add_group, neutral_flags
+from llm_alignment.processes import main_process, on_main_process
+from llm_alignment.prompts import PromptStyle
+from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
+from llm_alignment.runs import begin, check_writable, recorded_run, timed
+from llm_alignment.tatqa import PromptContent, question_texts, tatqa_file
+from mtbench_eval import load_questions, sample_questions
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from llm_alignment.training import Setup, TrainingSettings
+
+T = TypeVar("T")
 
 log = logging.getLogger("llm_alignment")
 
@@ -99,17 +93,6 @@ DEMO = {
     "stage3_learning_rate": 5e-4,
 }
 SOURCES = {1: {"general"}, 2: {"finance"}, 3: {"reddit", "finance"}}
-# Flags that shape the training pairs of one source alone: a stage without it does not depend on them.
-SOURCE_FLAGS = {
-    "general": {"general_dataset"},
-    "finance": {"finance_instruct_pairs", "finance_temperature"},
-    "reddit": {
-        "reddit_sample_rate", "reddit_score_margin", "reddit_length_tol", "reddit_max_pairs_per_post",
-        "reddit_min_comment_chars", "hybrid_ratio", "mix_policy",
-    },
-}  # fmt: skip
-# Flags that do not change the adapter of a stage.
-IGNORED_FLAGS = FLAGS_THAT_DO_NOT_AFFECT_TRAINING | MEASURING_FLAGS
 # The smallest change of each domain with which a stage passes: points of the 1-10 scale, for TAT-QA percentage points
 # (-1.0 is -0.01 as a share of the questions).
 GATES = {
@@ -119,51 +102,49 @@ GATES = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+# fmt: off
+def build_parser() -> Parser:
     """The command line. Defaults are those of the published runs where they had one."""
-    parser = new_parser("dpo_train_mt_v2.py", __doc__)
+    shown = (
+        "demo model output_dir stage resume_from_stage force_continue batch grad_acc stage1_learning_rate "
+        "stage2_learning_rate stage3_learning_rate stage3_lora_r dry_run resume_from_checkpoint"
+    )
+    parser = Parser("dpo_train_mt_v2.py", __doc__, shown)
     add_dpo_flags(parser, in_stages=True)
     add_tatqa_flags(parser, only_measured=True)
     add_data_flags(parser)
-    add = parser.add_argument_group("stages").add_argument
+    add = add_group(parser, "stages", trains=False)
     add("--progressive", action="store_true", help="train in stages, which this script always does")
-    add("--stage", type=int, choices=[0, 1, 2, 3], default=0, help="run this stage alone; 0 = all (%(default)s)")
-    add(
-        "--resume_from_stage", type=int, choices=[1, 2, 3], help="run this stage and the later ones again from scratch"
-    )
-    add(
-        "--force_continue",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="continue after a missed gate (%(default)s)",
-    )
+    add("--stage", type=int, choices=[0, 1, 2, 3], default=0, help="run this stage alone; 0 = all")
+    add("--resume_from_stage", type=int, choices=[1, 2, 3], help="run this and the later stages again from scratch")
+    add("--force_continue", action=ON_OFF, default=False, help="continue after a missed gate")
     published = {1: (0.25, 0.01, 2e-6, 8, 16), 2: (0.75, 0.018, 3.5e-6, 12, 24), 3: (1.0, 0.025, 4e-6, 16, 32)}
     for stage, (epochs, beta, learning_rate, lora_r, lora_alpha) in published.items():
-        add = parser.add_argument_group(f"stage {stage}: {' and '.join(sorted(SOURCES[stage]))} pairs").add_argument
-        add(f"--stage{stage}_epochs", type=positive(float), default=epochs, help="passes over them (%(default)s)")
-        add(f"--stage{stage}_beta", type=positive(float), default=beta, help="pull to the reference (%(default)s)")
-        add(f"--stage{stage}_learning_rate", type=positive(float), default=learning_rate, help="(%(default)s)")
-        add(f"--stage{stage}_lora_r", type=positive(int), default=lora_r, help="rank of the adapter (%(default)s)")
-        add(f"--stage{stage}_lora_alpha", type=positive(int), default=lora_alpha, help="its scale (%(default)s)")
+        # a stage's run.json has them without the prefix, and there they count
+        add = add_group(parser, f"stage {stage}: {' and '.join(sorted(SOURCES[stage]))} pairs", trains=False)
+        add(f"--stage{stage}_epochs", type=positive(float), default=epochs, help="passes over its pairs")
+        add(f"--stage{stage}_beta", type=positive(float), default=beta,
+            help="pull towards the stage before; lower it if the stage changes too little")
+        add(f"--stage{stage}_learning_rate", type=positive(float), default=learning_rate,
+            help="raise it if the stage changes too little, lower it if another domain falls")
+        add(f"--stage{stage}_lora_r", type=positive(int), default=lora_r,
+            help="size of the adapter, not below the stage before")
+        add(f"--stage{stage}_lora_alpha", type=positive(int), default=lora_alpha, help="its scale is alpha / rank")
         if stage == 1:
-            add("--stage1_general_pairs", type=positive(int), default=800, help="most pairs (%(default)s)")
+            add("--stage1_general_pairs", type=positive(int), default=800, help="most pairs")
     parser.set_defaults(
-        output_dir="qwen3_progressive_dpo",
-        exp_log="experiments/dpo_experiments_3stage.jsonl",
-        batch=1,
-        grad_acc=64,
-        finance_instruct_pairs=1600,
-        hybrid_ratio=0.6,
-        reddit_sample_rate=0.25,
-        eval_limit=250,
-        instruct_limit=50,
+        output_dir="qwen3_progressive_dpo", exp_log="experiments/dpo_experiments_3stage.jsonl", batch=1, grad_acc=64,
+        finance_instruct_pairs=1600, hybrid_ratio=0.6, reddit_sample_rate=0.25, eval_limit=250, instruct_limit=50,
     )
     return parser
 
 
+# fmt: on
 def check_stage_flags(args: argparse.Namespace, stages: list[int]) -> None:
     """Raises InputError for flags that do not go together."""
-    check_common_flags(args)
+    check_dpo_flags(args, in_stages=True)
+    if args.eval_save_json:
+        check_writable(Path(args.eval_save_json), "--eval_save_json")
     if args.stage and args.resume_from_stage:
         raise InputError(
             "--stage and --resume_from_stage: the one runs a stage alone, the other all from it; give one"
@@ -183,23 +164,40 @@ def check_stage_flags(args: argparse.Namespace, stages: list[int]) -> None:
         raise InputError(f"--no-{missing[0]}: the gates are judged by it; leave it on, or add --force_continue")
 
 
-def stage_arguments(args: argparse.Namespace, stage: int) -> argparse.Namespace:
-    """What a stage is trained with, under the names that the other scripts use, without what it does not depend on."""
-    kept = {name: value for name, value in vars(args).items() if name not in unused_flags(args, stage)}
-    prefix = f"stage{stage}_"
-    own = {name.removeprefix(prefix): value for name, value in vars(args).items() if name.startswith(prefix)}
-    return argparse.Namespace(**{**kept, **own, "output_dir": str(stage_folder(args, stage))})
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage, and what it is trained with."""
+
+    number: int
+    folder: Path
+    args: dict[str, Any]  # under the names that the other scripts use
+    judged: dict[str, Any]  # those of them that its adapter and its measurement depend on
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """Those of them that its adapter depends on."""
+        neutral = neutral_flags(build_parser(), "asked", *SOURCES[self.number])
+        return {name: value for name, value in self.judged.items() if name not in neutral or name in OWN}
+
+    def fill(self, kind: type[T], **more: Any) -> T:
+        return fill(kind, self.args, **more)
 
 
-def unused_flags(args: argparse.Namespace, stage: int) -> set[str]:
-    """The flags of stages, and those that shape only the pairs of sources that this stage does not train on."""
-    of_stages = {name for name in vars(args) if name.startswith("stage")}
-    of_stages |= {"resume_from_stage", "force_continue", "progressive"}
-    return of_stages.union(*(flags for source, flags in SOURCE_FLAGS.items() if source not in SOURCES[stage]))
+OWN = ("epochs", "beta", "learning_rate", "lora_r", "lora_alpha")  # what a stage has of its own
 
 
-def stage_folder(args: argparse.Namespace, stage: int) -> Path:
-    return Path(args.output_dir) / f"stage{stage}"
+def stage_of(args: argparse.Namespace, number: int) -> Stage:
+    """The stage of this number as the flags ask for it."""
+    folder = stage_folder(Path(args.output_dir), number)
+    own = {name: getattr(args, f"stage{number}_{name}") for name in OWN}
+    values = {**vars(args), **own, "output_dir": str(folder)}
+    neutral = neutral_flags(build_parser(), "asked", "measured", *SOURCES[number])
+    judged = {name: value for name, value in values.items() if name not in neutral or name in OWN}
+    return Stage(number, folder, values, judged)
+
+
+def stage_folder(output_dir: Path, number: int) -> Path:
+    return output_dir / f"stage{number}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,25 +207,17 @@ def stage_folder(args: argparse.Namespace, stage: int) -> Path:
 ADAPTER = "adapter_model.safetensors"
 
 
-def stage_fingerprint(args: argparse.Namespace, stage: int, pairs: list[dict]) -> dict:
+def stage_fingerprint(stage: Stage, pairs: list[dict]) -> dict:
     """What a stage is trained on: its pairs, and the adapter of the stage before, which must have ended."""
-    previous = Path(args.output_dir).with_name(f"stage{stage - 1}") / ADAPTER
-    adapter = file_sha256(previous) if stage > 1 else None
+    previous = stage_folder(stage.folder.parent, stage.number - 1) / ADAPTER
+    adapter = file_sha256(previous) if stage.number > 1 else None
     return {"pairs": len(pairs), "sha256": digest(pairs), "previous_adapter": adapter}
 
 
-def check_stage_folders(by_stage: dict[int, argparse.Namespace]) -> None:
-    """Raises InputError when the folder of a stage holds another run, or one that was trained from an older stage."""
-    for stage, args in by_stage.items():
-        check_output_folder(args, IGNORED_FLAGS)
-        if stage > min(by_stage) and Path(args.output_dir).exists():
-            raise InputError(f"{args.output_dir}: {other_stage(stage)}")
-
-
-def other_stage(stage: int) -> str:
+def other_stage(number: int) -> str:
     return (
-        f"stage {stage} was trained from another stage {stage - 1} than the one that is here; --resume_from_stage "
-        f"{stage - 1} runs both again from scratch, --resume_from_stage {stage} this one"
+        f"stage {number} was trained from another stage {number - 1} than the one that is here; --resume_from_stage "
+        f"{number - 1} runs both again from scratch, --resume_from_stage {number} this one"
     )
 
 
@@ -240,51 +230,29 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def finished_stage(args: argparse.Namespace, stage: int) -> dict:
+def finished_stage(stage: Stage, dtype: str, *, force_continue: bool) -> dict:
     """The record of a stage that ended earlier.
 
     Raises InputError when it did not end, when a file of it is damaged, when it had other flags, or when it missed its
-    gate and --force_continue is not given.
+    gate, unless `force_continue`.
     """
-    folder = stage_folder(args, stage)
+    from llm_alignment.training import check_same_run, checkpoint_problem
+
+    folder, number = stage.folder, stage.number
     problem = checkpoint_problem(folder)
     if problem:
         raise InputError(
-            f"{folder}: stage {stage} cannot be built on, {problem}; --resume_from_stage {stage} runs it again from "
+            f"{folder}: stage {number} cannot be built on, {problem}; --resume_from_stage {number} runs it again from "
             "scratch"
         )
-    check_same_run(folder, stage_arguments(args, stage), FLAGS_THAT_DO_NOT_AFFECT_TRAINING)
+    check_same_run(folder, stage.judged, dtype)
     built_on = json.loads((folder / "run.json").read_text("utf-8"))["data"].get("previous_adapter")
-    if stage > 1 and built_on != file_sha256(folder.with_name(f"stage{stage - 1}") / ADAPTER):
-        raise InputError(f"{folder}: {other_stage(stage)}")
+    if number > 1 and built_on != file_sha256(stage_folder(folder.parent, number - 1) / ADAPTER):
+        raise InputError(f"{folder}: {other_stage(number)}")
     record = json.loads((folder / "stage.json").read_text("utf-8"))
-    if record["gate"] and not args.force_continue:
-        raise InputError(f"{folder}: stage {stage} missed its gate ({record['gate']}); --force_continue continues")
+    if record["gate"] and not force_continue:
+        raise InputError(f"{folder}: stage {number} missed its gate ({record['gate']}); --force_continue continues")
     return record
-
-
-def grown_adapter(model: PreTrainedModel, previous: Path, args: argparse.Namespace) -> PeftModel:
-    """An adapter of the rank and alpha in `args` over the base `model` that computes what the one in `previous` does.
-
-    With A (r, in), B (out, r) and s = alpha / r: A' is A followed by freshly initialised rows, and B' is B * s / s'
-    followed by columns of zeros, so s' B' A' = s B A.
-    """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
-    from transformers import set_seed
-
-    set_seed(args.seed)
-    model = new_adapter(model, args)
-    config = json.loads((previous / "adapter_config.json").read_text("utf-8"))
-    rank, scale = config["r"], config["lora_alpha"] / config["r"]
-    state = get_peft_model_state_dict(model)
-    for name, tensor in load_file(previous / "adapter_model.safetensors").items():
-        if ".lora_A." in name:
-            state[name][:rank] = tensor
-        else:
-            state[name][:, :rank] = tensor * (scale / (args.lora_alpha / args.lora_r))
-    set_peft_model_state_dict(model, state)
-    return model
 
 
 def missed_gate(stage: int, delta: dict[str, dict], evaluations: list[Evaluation]) -> str:
@@ -302,9 +270,8 @@ def missed_gate(stage: int, delta: dict[str, dict], evaluations: list[Evaluation
 
 
 def run_stage(
-    args: argparse.Namespace,
-    stage: int,
-    tokenizer: PreTrainedTokenizerBase,
+    stage: Stage,
+    setup: Setup,
     pairs: list[dict],
     evaluations: list[Evaluation],
     checkpoint: Path | None,
@@ -312,43 +279,75 @@ def run_stage(
 ) -> dict:
     """Trains a stage in its folder, measures it against the stage before, or the base, and returns its record.
 
-    `args` are those of `stage_arguments`; `device` is the record's and goes to the stage's run.json. The manifest is
-    written last, so that later stages can rely on the folder.
+    `setup` is the stage's own; `device` is the record's and goes to the stage's run.json. The manifest is written
+    last, so that later stages can rely on the folder.
     """
-    folder = Path(args.output_dir)
-    previous = folder.with_name(f"stage{stage - 1}")
-    log.info("stage %d: %d pairs, rank %d, beta %g", stage, len(pairs), args.lora_r, args.beta)
-    rows = fit_chats(pairs, tokenizer, args)
-    model = load_model(args)
-    check_head(model, f"--model {args.model}")
-    if stage > 1:
-        model = grown_adapter(model, previous, args)
-    trainer = build_trainer(args, model, tokenizer, rows)
+    from llm_alignment import adapters, dpo, models, training
+
+    folder, settings, dpo_settings = (
+        stage.folder,
+        training_settings(stage),
+        stage.fill(dpo.DpoSettings),
+    )
+    previous = stage_folder(folder.parent, stage.number - 1)
+    log.info("stage %d: %d pairs, rank %d, beta %g", stage.number, len(pairs), setup.lora.lora_r, dpo_settings.beta)
+    rows = dpo.fit_pairs(pairs, setup.tokenizer, chat_style(stage), dpo_settings.max_length)
+    model = models.load_model(setup.base)
+    models.check_head(model, setup.base.what)
+    if stage.number > 1:
+        model = adapters.grown_adapter(model, previous, setup.lora, settings.seed)
+    trainer = dpo.build_trainer(model, setup, rows, settings, dpo_settings)
     if main_process():
         folder.mkdir(exist_ok=True)
         remove_left_over(folder)
         if not (folder / "run.json").exists():
-            data = stage_fingerprint(args, stage, pairs)
-            write_json(folder / "run.json", {"args": vars(args), "device": device, "data": data})
-    entry: dict = {"stage": stage, "pairs": len(pairs), "baseline": {}, "final": {}, "delta": {}, "runtime_s": {}}
+            data = stage_fingerprint(stage, pairs)
+            write_json(folder / "run.json", {"args": stage.args, "device": device, "data": data})
+    entry: dict = {
+        "stage": stage.number,
+        "pairs": len(pairs),
+        "baseline": {},
+        "final": {},
+        "delta": {},
+        "runtime_s": {},
+    }
+    fingerprint = models.base_fingerprint(setup.base, thinking=stage.args["thinking"])
+    use_cache = not stage.args["no_baseline_cache"]
 
-    def measure_to(where: Path, name: str, *, with_adapter: bool) -> None:
+    def measured(where: Path, name: str, *, with_adapter: bool) -> dict[str, list[dict]]:
         with timed(entry, name):
-            measure(args, trainer.model, tokenizer, evaluations, where, name, with_adapter=with_adapter)
+            return measure(
+                trainer.model, setup.tokenizer, evaluations, (where, name),
+                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache and not with_adapter,
+            )  # fmt: skip
 
-    if stage == 1 and args.eval_baseline:
-        measure_to(folder.parent, "baseline", with_adapter=False)
+    if stage.number == 1 and stage.args["eval_baseline"]:
+        measured(folder.parent, "baseline", with_adapter=False)
+    base_rows = on_main_process(lambda: stored_rows(folder.parent, "baseline", evaluations))
+    evaluations = with_own_drift(evaluations, base_rows, setup.tokenizer, thinking=stage.args["thinking"])
     with timed(entry, "train"):
-        train(args, trainer, checkpoint, folder)
-    measure_to(folder, "final", with_adapter=True)
+        dpo.train(trainer, checkpoint, folder, fingerprint=fingerprint, use_cache=use_cache)
+    after = measured(folder, "final", with_adapter=True)
     entry["kept_step"] = trainer.state.global_step
     if main_process():
-        before = stored_rows(*((previous, "final") if stage > 1 else (folder.parent, "baseline")), evaluations)
-        report(entry, folder, evaluations, before, stored_rows(folder, "final", evaluations))
-        entry["gate"] = missed_gate(stage, entry["delta"], evaluations)
+        before = stored_rows(previous, "final", evaluations) if stage.number > 1 else base_rows
+        report(entry, folder, evaluations, before, after)
+        entry["gate"] = missed_gate(stage.number, entry["delta"], evaluations)
         write_json(folder / "stage.json", entry)
-        write_manifest(folder)
+        training.write_manifest(folder)
     return on_main_process(lambda: entry)
+
+
+def training_settings(stage: Stage) -> TrainingSettings:
+    from llm_alignment.training import TrainingSettings
+
+    longest, longest_prompt = stage.args["max_length"], stage.args["max_prompt_length"]
+    return stage.fill(TrainingSettings, longest=longest, longest_answer=longest - longest_prompt)
+
+
+def chat_style(stage: Stage) -> PromptStyle:
+    """The pairs are conversations; --use_chat_template is about TAT-QA's prompts."""
+    return dataclasses.replace(stage.fill(PromptStyle), use_chat_template=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,119 +364,163 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(args: argparse.Namespace, record: dict) -> None:
     """Stage after stage. What can be wrong with the input is found before anything is written."""
-    stages = stages_to_run(args)
-    check_stage_flags(args, stages)
-    record["stages"] = [finished_stage(args, stage) for stage in range(1, stages[0])]
-    by_stage = {stage: stage_arguments(args, stage) for stage in stages}
+    from llm_alignment import adapters, dpo, plans, training
+
+    stages = [stage_of(args, number) for number in stages_to_run(args)]
+    check_stage_flags(args, [stage.number for stage in stages])
+    first = stages[0]
+    lora = first.fill(adapters.LoraSettings)
+    setup = training.set_up(args, record, set(), longest=args.max_length, lora=lora)
+    done = functools.partial(finished_stage, dtype=setup.base.dtype_name, force_continue=args.force_continue)
+    record["stages"] = [done(stage_of(args, number)) for number in range(1, first.number)]
+    setups = {
+        stage.number: dataclasses.replace(
+            setup, lora=stage.fill(adapters.LoraSettings), folder=stage.folder, flags=stage.flags
+        )
+        for stage in stages
+    }
     # With both flags, a run that did stages again was interrupted, and that one is resumed.
     from_scratch = bool(args.resume_from_stage) and not args.resume_from_checkpoint
-    if not from_scratch:
-        check_stage_folders(by_stage)
-    tokenizer = load_tokenizer(args)
-    mtbench = all_mtbench_questions(args)
-    data = load_data(args, set().union(*(SOURCES[stage] for stage in stages)), mtbench)
-    check_model(by_stage[stages[0]], tokenizer)
-    evaluations = dpo_evaluations(args, tokenizer, mtbench, finance_questions(args, data))
-    pairs = stage_pairs(args, record, tokenizer, data, stages)
+    for stage in [] if from_scratch else stages:
+        setups[stage.number].check_folder()
+        if stage is not first and stage.folder.exists():
+            raise InputError(f"{stage.folder}: {other_stage(stage.number)}")
+    pairs, evaluations, data, commits = pairs_and_evaluations(args, record, setup, stages)
+    gates = asked_gates(args.gates, evaluations)
     if args.dry_run:
+        plans.log_gates(gates, Path(args.exp_log), args.model)
         for stage in stages:
-            log.info("stage %d: %s pairs", stage, " and ".join(sorted(SOURCES[stage])))
-            print_plan(by_stage[stage], tokenizer, fit_chats(pairs[stage], tokenizer, by_stage[stage]), evaluations)
+            log.info("stage %d: %s pairs", stage.number, " and ".join(sorted(SOURCES[stage.number])))
+            rows = dpo.fit_pairs(pairs[stage.number], setup.tokenizer, chat_style(stage), args.max_length)
+            settings = training_settings(stage)
+            plans.print_dpo_plan(setups[stage.number], rows, evaluations, settings, stage.fill(dpo.DpoSettings))
         return
-    first, checkpoint = by_stage[stages[0]], None
+    checkpoint = None
     if not from_scratch:
-        check_output_folder(first, IGNORED_FLAGS, stage_fingerprint(first, stages[0], pairs[stages[0]]))
-        checkpoint = newest_complete(first)
-    folder = begin(record, data_fingerprint(data, [pair for stage in stages for pair in pairs[stage]]))
+        setups[first.number].check_folder(stage_fingerprint(first, pairs[first.number]))
+        checkpoint = training.newest_complete(first.folder, setup.resume)
+    begin(record, data, setup.base, commits)
     if from_scratch and main_process():
         for stage in reversed(stages):  # a kill in between leaves no stage whose basis is gone
-            remove_folder(stage_folder(args, stage))
+            remove_folder(stage.folder)
     for stage in stages:
-        if args.resume_from_checkpoint and checkpoint_problem(stage_folder(args, stage)) is None:
-            entry = finished_stage(args, stage)
+        if args.resume_from_checkpoint and training.checkpoint_problem(stage.folder) is None:
+            entry = done(stage)
         else:
             entry = run_stage(
-                by_stage[stage],
-                stage,
-                tokenizer,
-                pairs[stage],
-                evaluations,
-                checkpoint if stage == stages[0] else None,
-                record["device"],
-            )
+                stage, setups[stage.number], pairs[stage.number], evaluations,
+                checkpoint if stage is first else None, record["device"],
+            )  # fmt: skip
         record["stages"].append(entry)
-        record["runtime_s"][f"stage{stage}"] = sum(entry["runtime_s"].values())
+        record["runtime_s"][f"stage{stage.number}"] = sum(entry["runtime_s"].values())
         record["kept_step"] = entry["kept_step"]
-        if stage == stages[-1] and main_process():
-            finish(args, record, folder, stage_folder(args, stage), evaluations)
-        check_gate(args, record, entry)
+        if stage is stages[-1] and main_process():
+            finish(record, stage.folder, evaluations, setup.tokenizer, args.eval_save_json)
+        check_gate(entry, force_continue=args.force_continue)
+    if main_process():
+        judge_gates(record, gates)
 
 
-def check_gate(args: argparse.Namespace, record: dict, entry: dict) -> None:
-    """Raises SystemExit(1) after one line on stderr when a stage missed its gate, unless --force_continue is given."""
+def check_gate(entry: dict, *, force_continue: bool) -> None:
+    """Raises MissedGateError when a stage missed its gate, unless `force_continue`."""
     if not entry["gate"]:
         return
     message = f"stage {entry['stage']} missed its gate: {entry['gate']}"
-    if args.force_continue:
-        log.warning("%s; going on because of --force_continue", message)
+    if force_continue:
+        log.warning("%s; continuing because of --force_continue", message)
         return
-    record["reason"] = message
     if entry["stage"] < 3:
         message += f"; --resume_from_stage {entry['stage'] + 1} --force_continue continues"
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(1)
+    raise MissedGateError(message)
 
 
 def stages_to_run(args: argparse.Namespace) -> list[int]:
     """The stages that the flags ask for; with --resume_from_checkpoint auto, those that have not ended."""
+    from llm_alignment.training import checkpoint_problem
+
     if args.stage:
         return [args.stage]
     first = args.resume_from_stage or 1
     if args.resume_from_checkpoint:
-        while first < 3 and checkpoint_problem(stage_folder(args, first)) is None:
+        while first < 3 and checkpoint_problem(stage_folder(Path(args.output_dir), first)) is None:
             first += 1
     return list(range(first, 4))
 
 
-def stage_pairs(
-    args: argparse.Namespace,
-    record: dict,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TrainingData,
-    stages: list[int],
-) -> dict[int, list[dict]]:
-    """The training pairs of each stage; the base answers the Finance-Instruct prompts once, for both their stages."""
-    finance: list[dict] = []
-    if any("finance" in SOURCES[stage] for stage in stages):
-        wanted = args.finance_instruct_pairs
-        finance = finance_pairs(args, record, tokenizer, data.items["finance"], wanted)
-    mix = two_way_shares(args)
-    pairs: dict[int, list[dict]] = {}
-    for stage in stages:
-        if stage == 1:
-            pairs[stage] = data.items["general"][: args.stage1_general_pairs]
-        elif stage == 2:
-            pairs[stage] = finance
-        else:
-            pairs[stage] = mixed_pairs(
-                data, mix, {"finance": len(finance)}, args.mix_policy, lambda _, wanted: finance[:wanted]
+def pairs_and_evaluations(
+    args: argparse.Namespace, record: dict, setup: Setup, stages: list[Stage]
+) -> tuple[dict[int, list[dict]], list[Evaluation], dict, dict[str, str | None]]:
+    """(training pairs by stage, what is measured, fingerprint of the data, commits of the hub)."""
+    from llm_alignment import domains, finance
+
+    numbers = [stage.number for stage in stages]
+    tatqa = (tatqa_file(args.tatqa_dir, args.eval_split), fill(PromptContent, args)) if args.do_eval else None
+    mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
+    retention = fill(RetentionSettings, args)
+    kept = retention.questions()
+    data = finance.load_data(
+        fill(finance.DataSettings, args),
+        set().union(*(SOURCES[number] for number in numbers)),
+        {
+            "MT-Bench question": [question["turns"][0] for question in mtbench],
+            "retention question": [row["turns"][-1] for row in kept],
+            "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
+        },
+        {"MT-Bench question": asked_passages(mtbench)},
+    )
+    evaluations, reward_commit = domains.dpo_evaluations(
+        setup.tokenizer,
+        fill(domains.MeasuringSettings, args),
+        fill(PromptStyle, args),
+        tatqa=tatqa,
+        asked={
+            "mtbench": (sample_questions(mtbench, args.mtbench_limit, args.seed), args.mtbench_max_tokens),
+            "finance_instruct": (data.questions.get("finance_instruct", []), args.instruct_max_tokens),
+            "reddit": (data.questions.get("reddit", []), args.reddit_max_tokens),
+        },
+    )
+    evaluations += retention_evaluations(kept, retention)
+    answered: list[dict] = []  # the base answers the Finance-Instruct prompts once, for both their stages
+    if any("finance" in SOURCES[number] for number in numbers):
+        answers = fill(finance.AnswerSettings, args)
+        with timed(record, "finance answers"):
+            answered = finance.finance_pairs(
+                setup.base, setup.tokenizer, setup.folder, data.items["finance"], args.finance_instruct_pairs, answers
             )
-        pairs[stage] = sample(pairs[stage], args.limit_pairs or len(pairs[stage]), args.seed)
-        if not pairs[stage]:
+    reddit = Fraction(str(args.hybrid_ratio))
+    shares, limits = {"reddit": reddit, "finance": 1 - reddit}, {"finance": len(answered)}
+    pairs: dict[int, list[dict]] = {}
+    for number in numbers:
+        if number == 1:
+            pairs[number] = data.items["general"][: args.stage1_general_pairs]
+        elif number == 2:
+            pairs[number] = answered
+        else:
+            pairs[number] = finance.mixed_pairs(
+                data, shares, limits, args.mix_policy, lambda _, wanted: answered[:wanted]
+            )
+        pairs[number] = sample(pairs[number], args.limit_pairs or len(pairs[number]), args.seed)
+        if not pairs[number]:
             raise InputError(
-                f"stage {stage}: no training pair is left; name a larger data set, or raise --instruct_max_tokens if "
+                f"stage {number}: no training pair is left; name a larger data set, or raise --instruct_max_tokens if "
                 "the base's answers were cut"
             )
-    return pairs
+    fingerprint = finance.data_fingerprint(data, [pair for number in numbers for pair in pairs[number]])
+    return pairs, evaluations, fingerprint, {"model": setup.base.commit, "reward_model": reward_commit}
 
 
-def finish(args: argparse.Namespace, record: dict, folder: Path, last: Path, evaluations: list[Evaluation]) -> None:
+def finish(
+    record: dict, last: Path, evaluations: list[Evaluation], tokenizer: PreTrainedTokenizerBase, eval_save_json: str
+) -> None:
     """Copies the last adapter into the run's folder; reports it against the base, and every domain by stage."""
+    folder = last.parent
     for path in [*last.glob("adapter_*"), *last.glob("*token*"), *last.glob("chat_template*"), last / "README.md"]:
         write_atomic(folder / path.name, path.read_bytes())
-    before, after = (stored_rows(*where, evaluations) for where in ((folder, "baseline"), (last, "final")))
+    before = stored_rows(folder, "baseline", evaluations)
+    evaluations = with_own_drift(evaluations, before, tokenizer, thinking=record["args"]["thinking"])
+    after = stored_rows(last, "final", evaluations)
     report(record, folder, evaluations, before, after)
-    save_answers(args, before, after)
+    save_answers(eval_save_json, before, after)
     table = []
     for evaluation in evaluations:
         metric, key = METRICS[evaluation.name], evaluation.name

@@ -12,7 +12,6 @@ is one JSONL line, written as soon as it exists, so the same command continues a
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import logging
 import math
@@ -20,51 +19,31 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.drift import reference_drift
-from llm_alignment.evaluation import Evaluation, pair_rows, print_table, report, table_rows
-from llm_alignment.files import (
-    InputError,
-    ResultFile,
-    SkippedRows,
-    differing,
-    digest,
-    read_jsonl,
-    read_results,
-    read_rows,
-    write_json,
-)
+from llm_alignment.evaluation import Evaluation, pair_rows, print_table, read_items, report, table_rows
+from llm_alignment.files import InputError, SkippedRows, differing, read_jsonl, read_rows, write_json
 from llm_alignment.flags import (
     DEMO_DIR,
     add_model_flags,
     add_mtbench_flags,
     add_run_flags,
-    new_parser,
+    fill,
     not_negative,
     parse_arguments,
 )
-from llm_alignment.generation import MAX_BATCH_SIZE, generate, render, strip_thinking
 from llm_alignment.hub import hub_files
-from llm_alignment.models import (
-    adapter_sha256,
-    check_logits,
-    check_model,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    main_process,
-    model_fingerprint,
-    on_main_process,
-    processes,
-)
-from llm_alignment.rewards import RewardModel, load_reward_model, to_logged_scale, to_score
+from llm_alignment.parser import Parser, add_group
+from llm_alignment.processes import main_process
+from llm_alignment.prompts import PromptStyle, render
+from llm_alignment.results import ResultFile, baseline_cache, read_results
+from llm_alignment.retention import RetentionSettings, retention_evaluations
 from llm_alignment.runs import begin, recorded_run, timed
-from llm_alignment.scores import compare_scored, summarise, summarise_scored
-from llm_alignment.tatqa import tatqa_evaluation
+from llm_alignment.scores import compare_scored, scored_evaluation, summarise, summarise_scored
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from llm_alignment.generation import Decoding
 
 log = logging.getLogger("llm_alignment")
 
@@ -148,213 +127,46 @@ def fetch_questions(language: str, path: Path, flag: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Answers and scores
-
-
-def evaluation_fingerprint(
-    model_settings: dict, questions: list[dict], reward_model: RewardModel, **generation_settings: Any
-) -> dict:
-    """What the results of `score_questions` depend on; `model_settings` as from `model_fingerprint`."""
-    if generation_settings["temperature"] == 0:
-        generation_settings.pop("seed")  # so that greedy baselines are reused by runs of other seeds
-    return {
-        **model_settings,
-        "questions": digest(questions),
-        "reward_model": reward_model.fingerprint,
-        "generation": generation_settings,
-    }
-
-
-def score_questions(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    reward_model: RewardModel | None,
-    questions: list[dict],
-    *,
-    path: Path,
-    fingerprint: dict,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    batch_size: int = 0,
-    backend: str = "simple",
-    thinking: bool = False,
-    seed: int = 42,
-    use_cache: bool = False,
-    renew: bool = False,
-) -> list[dict]:
-    """Answers every turn of every question, scores each answer with its history, and returns a row per question.
-
-    A row: {"question_id", "category", "turns", "answers", "rewards", "scores", "scores_logged", "answer_tokens",
-    "finished", "batch_sizes"}, the last seven with one entry per turn. Questions are processed in chunks; the rows of
-    a chunk are written to `path` (a ResultFile) as soon as they exist, and a restart continues with the first
-    incomplete chunk.
-    `fingerprint` describes the model; questions, reward model and generation settings are added to it.
-    `use_cache` takes a greedy result from the user's cache folder and puts it there. `renew`: see ResultFile.
-    """
-    from tqdm import tqdm
-
-    settings = dict(
-        max_new_tokens=max_new_tokens, temperature=temperature, backend=backend, thinking=thinking, seed=seed
-    )
-    results: ResultFile | None = None
-    if reward_model:
-        fingerprint = evaluation_fingerprint(fingerprint, questions, reward_model, **settings)
-        results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache and temperature == 0)
-    unanswered = on_main_process(lambda: results.missing(questions) if results else [])
-    missing = {question["question_id"] for question in unanswered}
-
-    size = (batch_size or MAX_BATCH_SIZE[model.device.type]) * processes()
-    order = sorted(questions, key=lambda question: sum(map(len, question["turns"])))
-    chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    total = sum(len(question["turns"]) for question in questions)
-    progress = tqdm(total=total, desc=path.stem, unit="answer", disable=not (missing and results))
-    with progress:
-        for chunk in chunks:
-            if any(question["question_id"] in missing for question in chunk):
-                # the whole chunk, so that an interrupted evaluation sees the batches of an uninterrupted one
-                rows = answer_and_score(
-                    model, tokenizer, reward_model, chunk, progress, batch_size=batch_size, **settings
-                )
-                for row in rows:
-                    if results and row["question_id"] in missing:
-                        results.append(row)
-            else:
-                progress.update(sum(len(question["turns"]) for question in chunk))
-    if results:
-        results.finish()
-    return on_main_process(lambda: results.rows_of(questions) if results else [])
-
-
-def answer_and_score(model, tokenizer, reward_model, questions, progress, **settings) -> list[dict]:
-    """The rows of a chunk: turn after turn, each with the conversation so far, then the rewards, if they can be."""
-    per_turn = ("answers", "rewards", "scores", "scores_logged", "answer_tokens", "finished", "batch_sizes")
-    rows = [{**question, **{key: [] for key in per_turn}} for question in questions]
-    conversations: list[list[dict]] = [[] for _ in questions]
-    for turn in range(max(len(question["turns"]) for question in questions)):
-        asked = [index for index, question in enumerate(questions) if turn < len(question["turns"])]
-        for index in asked:
-            conversations[index].append({"role": "user", "content": questions[index]["turns"][turn]})
-
-        for answer in generate(model, tokenizer, [conversations[index] for index in asked], split=True, **settings):
-            row = rows[asked[answer.index]]
-            row["answers"].append(strip_thinking(answer.text))
-            row["answer_tokens"].append(answer.tokens)
-            row["finished"].append(answer.finished)
-            row["batch_sizes"].append(answer.batch_size)
-            progress.update()
-        for index in asked:
-            conversations[index].append({"role": "assistant", "content": rows[index]["answers"][turn]})
-        if reward_model is None:
-            continue
-        rewards = reward_model.score([conversations[index] for index in asked])
-        for index, reward in zip(asked, rewards, strict=True):
-            rows[index]["rewards"].append(reward)
-            rows[index]["scores"].append(to_score(reward))
-            rows[index]["scores_logged"].append(to_logged_scale(reward))
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Before and after
-
-
-def scored_evaluation(
-    args: argparse.Namespace, name: str, questions: list[dict], reward_model: RewardModel | None, **generation: Any
-) -> Evaluation:
-    """Questions answered by the chat template and scored; `generation`: max_new_tokens, temperature, backend."""
-    answer = functools.partial(
-        score_questions,
-        reward_model=reward_model,
-        questions=questions,
-        batch_size=args.eval_batch_size,
-        thinking=args.thinking,
-        seed=args.seed,
-        **generation,
-    )
-    summarise_rows, compare = functools.partial(summarise_scored, name), functools.partial(compare_scored, name)
-    references = [
-        (row["question_id"], [{"role": "user", "content": row["turns"][0]}], row["reference"], row["question_id"])
-        for row in questions
-        if "reference" in row
-    ]
-    tokens = functools.partial(conversation_tokens, questions, generation["max_new_tokens"])
-    return Evaluation(name, len(questions), answer, summarise_rows, compare, references, split=True, tokens=tokens)
-
-
-def conversation_tokens(questions: list[dict], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that go through the model at most: a turn reads all before it once more. Without the template's own."""
-    total = 0
-    for question in questions:
-        conversation = 0
-        for ids in tokenizer(question["turns"])["input_ids"]:
-            conversation += len(ids) + max_new_tokens
-            total += conversation
-    return total
-
-
-def dpo_evaluations(
-    args: argparse.Namespace,
-    tokenizer: PreTrainedTokenizerBase,
-    mtbench: list[dict],
-    asked: dict[str, tuple[list[dict], int]],
-    *held_out: Evaluation,
-) -> list[Evaluation]:
-    """What a DPO script measures: `held_out`, TAT-QA, MT-Bench, what is `asked`, drift on their reference answers.
-
-    `mtbench`: all its questions, of which --mtbench_limit are asked. `asked`: {name in EVALUATIONS: (questions, tokens
-    of an answer)}, which the reward model scores; it is loaded in the main process.
-    """
-    evaluations = [*held_out]
-    if args.do_eval:
-        evaluations.append(tatqa_evaluation(args, tokenizer))
-    if mtbench:
-        questions = sample_questions(mtbench, args.mtbench_limit, args.seed)
-        asked = {"mtbench": (questions, args.mtbench_max_tokens), **asked}
-    reward_model = load_reward_model(args) if asked and main_process() else None
-    for name, (questions, max_new_tokens) in asked.items():
-        evaluations.append(scored_evaluation(args, name, questions, reward_model, max_new_tokens=max_new_tokens))
-    return evaluations + reference_drift(args, tokenizer, evaluations)
-
-
-def all_mtbench_questions(args: argparse.Namespace) -> list[dict]:
-    """The questions of --mtbench_file, none of which may be trained on; [] with --no-do_mtbench."""
-    return load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 DEMO = {
     "model": str(DEMO_DIR / "model"),
     "reward_model": str(DEMO_DIR / "reward_model"),
     "questions": str(DEMO_DIR / "mt_bench_ru.jsonl"),
+    "retention_file": str(DEMO_DIR / "retention.jsonl"),
     "output_dir": "demo_mtbench",
     "mtbench_max_tokens": 32,
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser("mtbench_eval.py", __doc__)
-    add_model_flags(parser)
-    add = parser.add_argument_group("what to measure").add_argument
-    add("--adapter", default="", help="output folder of a training run (default: none, the base model)")
-    add("--questions", default="auto", help="JSONL or JSON file; auto fetches MT-Bench (default: %(default)s)")
-    add("--language", choices=["ru", "en"], default="ru", help="which set auto fetches (default: %(default)s)")
-    add("--compare", default="", help="per-question file of an earlier evaluation to compare with (default: none)")
-    add("--output_dir", default="mtbench_results", help="folder of the results (default: %(default)s)")
-    add(
-        "--mtbench_questions_limit",
-        "--limit",
-        type=not_negative(int),
-        default=0,
-        help="ask a sample of this many; 0 = all (default: %(default)s)",
+# fmt: off
+def build_parser() -> Parser:
+    shown = (
+        "demo model adapter questions language mtbench_questions_limit mtbench_max_tokens compare output_dir "
+        "no_4bit reward_model dry_run"
     )
-    add_mtbench_flags(add)
+    parser = Parser("mtbench_eval.py", __doc__, shown)
+    add_model_flags(parser)
     add_run_flags(parser, "experiments/mtbench_evaluations.jsonl", trains=False)
-    parser.set_defaults(resume_from_checkpoint=None)  # the same command continues the evaluation
+    add = add_group(parser, "what to measure", trains=False)
+    add("--adapter", default="", help="output folder of a training run; without it the base model")
+    add("--questions", "--mtbench_file", default="auto", help="JSONL or JSON file; auto fetches MT-Bench")
+    add("--language", choices=["ru", "en"], default="ru", help="which set auto fetches")
+    add("--adapter_scale", type=not_negative(float), default=1.0,
+        help="strength of the adapter: 0 is the base, 1 the run")
+    add("--check_judge", default="", metavar="PAIRS",
+        help="measure instead how often the reward model agrees with these preference pairs")
+    add("--compare", default="", help="per-question file of an earlier evaluation to compare with")
+    add("--mtbench_limit", "--mtbench_questions_limit", "--limit", dest="mtbench_questions_limit", default=0,
+        type=not_negative(int), metavar="N",
+        help="ask a sample of this many; 0 = all")
+    add_mtbench_flags(add)
+    # the same command continues the evaluation
+    parser.set_defaults(output_dir="mtbench_results", resume_from_checkpoint=None)
     return parser
 
 
+# fmt: on
 def earlier_results(path: str, questions: list[dict]) -> tuple[dict, list[dict]]:
     """The fingerprint of the MT-Bench file that --compare names, and its rows for `questions`.
 
@@ -380,26 +192,21 @@ def earlier_results(path: str, questions: list[dict]) -> tuple[dict, list[dict]]
     return fingerprint, rows
 
 
-def check_settings(args: argparse.Namespace, earlier: dict, now: dict) -> None:
+def check_settings(compare: str, earlier: dict, now: dict) -> None:
     """Warns when the answers to compare with had other settings. Raises InputError for another reward model."""
     if earlier["reward_model"] != now["reward_model"]:
         other = differing(earlier["reward_model"], now["reward_model"])
-        raise InputError(
-            f"--compare {args.compare} was scored by another reward model ({other}); score it by this one"
-        )
+        raise InputError(f"--compare {compare} was scored by another reward model ({other}); score it by this one")
     if earlier["generation"] != now["generation"]:
         other = differing(earlier["generation"], now["generation"])
-        log.warning(
-            "--compare %s had other settings (%s): part of the difference comes from that", args.compare, other
-        )
+        log.warning("--compare %s had other settings (%s): part of the difference comes from that", compare, other)
 
 
-def print_plan(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, questions: list[dict]) -> None:
+def print_plan(tokenizer: PreTrainedTokenizerBase, questions: list[dict], decoding: Decoding) -> None:
     """What the evaluation would do, and its first question as the model will read it."""
     turns = sum(len(question["turns"]) for question in questions)
-    log.info("%d questions, %d answers of up to %d tokens each", len(questions), turns, args.mtbench_max_tokens)
-    first = [{"role": "user", "content": questions[0]["turns"][0]}]
-    text = render(first, tokenizer, args)
+    log.info("%d questions, %d answers of up to %d tokens each", len(questions), turns, decoding.max_new_tokens)
+    text = render(questions[0]["turns"][0], tokenizer, PromptStyle(thinking=decoding.thinking))
     log.info("question %s as the model reads it:\n%s", questions[0]["question_id"], text)
 
 
@@ -413,58 +220,80 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run(args: argparse.Namespace, record: dict) -> None:
     """Answer, score, summarise, compare. Everything that can be wrong with the input is found before it writes."""
+    from llm_alignment import adapters, models
+    from llm_alignment.generation import Decoding
+    from llm_alignment.rewards import load_reward_model
+
     questions = load_questions(
         args.questions, language=args.language, limit=args.mtbench_questions_limit, seed=args.mtbench_questions_seed
     )
+    retention = fill(RetentionSettings, args)
+    kept = retention.questions()
     earlier_fingerprint, earlier = earlier_results(args.compare, questions) if args.compare else ({}, [])
-    tokenizer = load_tokenizer(args)
-    check_model(args, tokenizer, adapter=args.adapter)
-    reward_model = load_reward_model(args)
-    settings = dict(
-        max_new_tokens=args.mtbench_max_tokens, temperature=args.mtbench_temperature, backend=args.mtbench_backend
+    base = models.resolve_base(fill(models.BaseFlags, args))
+    tokenizer = models.load_tokenizer(base)
+    adapters.check_model(base, tokenizer, adapter=args.adapter)
+    reward_model = load_reward_model(
+        args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code, on_meta=args.dry_run
     )
-    fingerprint = evaluation_fingerprint(
-        {}, questions, reward_model, **settings, thinking=args.thinking, seed=args.seed
+    decoding = Decoding(
+        max_new_tokens=args.mtbench_max_tokens,
+        temperature=args.mtbench_temperature,
+        seed=args.seed,
+        backend=args.mtbench_backend,
+        thinking=args.thinking,
+        batch_size=args.eval_batch_size,
     )
+    mtbench = scored_evaluation("mtbench", questions, decoding, reward_model)
+    evaluations = [mtbench, *retention_evaluations(kept, retention)]
     if earlier:
-        check_settings(args, earlier_fingerprint, fingerprint)
+        check_settings(args.compare, earlier_fingerprint, mtbench.settings)
     if args.dry_run:
-        print_plan(args, tokenizer, questions)
+        print_plan(tokenizer, questions, decoding)
         return
     with timed(record, "load"):
-        model = load_model(args)
-        check_logits(model, f"--model {args.model}")
+        model = models.load_model(base)
+        models.check_logits(model, base.what)
         if args.adapter:
-            model = load_adapter(model, args.adapter)
-    scorer = reward_model if main_process() else None
-    evaluation = scored_evaluation(args, "mtbench", questions, scorer, **settings)
-    model_settings = model_fingerprint(args, adapter_sha256(model))
-    path = Path(args.output_dir) / "mtbench.jsonl"
+            model = adapters.load_adapter(model, args.adapter)
+    adapter = adapters.adapter_sha256(model)
+    fingerprint = {**models.base_fingerprint(base, thinking=args.thinking), "adapter": adapter}
+    paths = {evaluation.name: Path(args.output_dir) / f"{evaluation.name}.jsonl" for evaluation in evaluations}
     if main_process():
-        # refuses the folder of another evaluation before anything in it changes
-        ResultFile(path, {**model_settings, **fingerprint})
-    folder = begin(record, {"questions": args.questions, "n": len(questions), "sha256": fingerprint["questions"]})
+        for evaluation in evaluations:  # refuses the folder of another evaluation before anything in it changes
+            ResultFile(paths[evaluation.name], {**fingerprint, **evaluation.settings})
+    data = {"questions": args.questions, "n": len(questions), "sha256": mtbench.settings["questions"]}
+    folder = begin(record, data, base, {"model": base.commit, "reward_model": reward_model.commit})
+    rows = {}
     with timed(record, "final"):
-        rows = evaluation.answer(
-            model,
-            tokenizer,
-            path=path,
-            fingerprint=model_settings,
-            use_cache=not (args.adapter or args.no_baseline_cache),
-        )
-    if not main_process():
-        return
-    title = f"{args.model} {args.adapter}".strip() + f", {len(rows)} questions"
+        for evaluation in evaluations:
+            cache = None
+            if evaluation.is_cached and not (args.adapter or args.no_baseline_cache):
+                cache = baseline_cache({**fingerprint, **evaluation.settings})
+            rows[evaluation.name] = read_items(
+                evaluation, lambda: model, tokenizer, paths[evaluation.name],
+                fingerprint=fingerprint, cache=cache, renew=False,
+            )  # fmt: skip
+    if main_process():
+        report_results(record, folder, evaluations, rows, earlier)
+
+
+def report_results(
+    record: dict, folder: Path, evaluations: list[Evaluation], rows: dict[str, list[dict]], earlier: list[dict]
+) -> None:
+    """The table of what was measured, MT-Bench against the `earlier` rows of --compare where there are any."""
+    answered = rows["mtbench"]
+    title = f"{record['args']['model']} {record['args']['adapter']}".strip() + f", {len(answered)} questions"
     both = []
     if earlier:
-        both = [new for _, new in pair_rows(earlier, rows)]
+        both = [new for _, new in pair_rows(earlier, answered)]
         record["baseline"] |= summarise_scored("mtbench", earlier)
         record["final"]["mtbench_compared"] = summarise(both)
         record["delta"] |= compare_scored("mtbench", earlier, both)
-        if len(both) < len(rows):
+        if len(both) < len(answered):
             title += f"; baseline and differences on the {len(both)} that both answered"
-    report(record, folder, [evaluation], {}, {"mtbench": rows}, title=title, details=True)
-    if 0 < len(both) < len(rows):
+    report(record, folder, evaluations, {}, rows, title=title, details=True)
+    if 0 < len(both) < len(answered):
         on_both = table_rows(record["baseline"], summarise_scored("mtbench", both), record["delta"], details=True)
         print_table(f"The {len(both)} questions that both answered", on_both)
 

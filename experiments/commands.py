@@ -9,8 +9,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from llm_alignment.endings import disk_problem, interrupt, lasting_console, signals_go_to
 from llm_alignment.files import InputError
-from llm_alignment.runs import disk_problem, interrupt, lasting_console, signals_go_to
 
 
 def flag_groups(arguments: list[str]) -> list[list[str]]:
@@ -128,6 +128,6 @@ def parse_strictly(parser: argparse.ArgumentParser, arguments: list[str]) -> arg
         raise InputError(message)
 
     parser.error = refuse  # type: ignore[method-assign, assignment]
-    if "--help" in arguments:
+    if {"--help", "--help_all", "--version"} & {*arguments}:
         raise InputError("--help is no part of a run's command")
     return parser.parse_args(arguments)

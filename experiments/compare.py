@@ -14,7 +14,8 @@ from tables import with_reading
 
 from llm_alignment import dpo, tatqa
 from llm_alignment.evaluation import EVALUATIONS, TableRow, number, pair_rows, print_table, table_rows, table_texts
-from llm_alignment.files import InputError, SkippedRows, differing, read_results, write_atomic
+from llm_alignment.files import InputError, SkippedRows, differing, write_atomic
+from llm_alignment.results import read_results
 from llm_alignment.scores import compare_scored, summarise_scored
 
 # the evaluations whose rows hold answers

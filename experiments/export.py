@@ -26,19 +26,14 @@ from typing import TYPE_CHECKING
 
 from commands import exit_code
 
-from llm_alignment.files import InputError, SkippedRows, parse_json, read_results, replace
+from llm_alignment.adapters import adapter_config, adapter_off, load_adapter
+from llm_alignment.endings import console_and_log
+from llm_alignment.files import InputError, SkippedRows, parse_json, replace
 from llm_alignment.flags import positive
-from llm_alignment.generation import generate
-from llm_alignment.model_files import fetch_model
-from llm_alignment.models import (
-    adapter_config,
-    adapter_off,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    model_fingerprint,
-)
-from llm_alignment.runs import check_writable, console_and_log, held_alone
+from llm_alignment.generation import Decoding, generate
+from llm_alignment.models import Base, BaseFlags, base_fingerprint, load_model, load_tokenizer, resolve_base
+from llm_alignment.results import read_results
+from llm_alignment.runs import check_writable, held_alone
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def model_arguments(args: argparse.Namespace) -> argparse.Namespace:
+def base_flags(args: argparse.Namespace) -> BaseFlags:
     """The flags that loading needs; the base is the adapter's unless --model names a place for it."""
     config_file, run_file = args.run_folder / "adapter_config.json", args.run_folder / "run.json"
     try:
@@ -87,25 +82,23 @@ def model_arguments(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"{config_file}: it names no base ({base!r}); train or copy it again")
     if trained_on != base:
         raise InputError(f"{config_file} names the base {base}, but run.json says {trained_on}; copy the folder again")
-    return argparse.Namespace(
+    return BaseFlags(
         model=args.model or base,
         model_revision=args.model_revision,
         no_4bit=True,
-        quant_type="nf4",
         dtype=args.dtype,
-        thinking=False,
         trust_remote_code=args.trust_remote_code,
     )
 
 
-def check_base(args: argparse.Namespace, loading: argparse.Namespace) -> None:
+def check_base(run_folder: Path, base: Base) -> None:
     """Raises InputError when the run measured its adapter on another base than the one that will be loaded."""
-    known = model_fingerprint(loading, "none")["weights"]
-    for path in sorted(args.run_folder.glob("*_final.jsonl")):
+    known = base_fingerprint(base, thinking=False)["weights"]
+    for path in sorted(run_folder.glob("*_final.jsonl")):
         measured, _ = read_results(path, SkippedRows())
         if measured.get("weights") not in {None, known}:
             raise InputError(
-                f"--model {loading.model}: not the base of {args.run_folder}, whose {path.name} was measured on other "
+                f"{base.what}: not the base of {run_folder}, whose {path.name} was measured on other "
                 f"weights ({measured.get('model')}); name that base"
             )
 
@@ -115,9 +108,8 @@ def export(args: argparse.Namespace) -> None:
     if os.path.lexists(args.merged):
         raise InputError(f"--merged {args.merged} exists; name a new folder")
     check_writable(args.merged, "--merged")
-    loading = model_arguments(args)
-    fetch_model(loading.model, loading.model_revision, "--model")
-    check_base(args, loading)
+    base = resolve_base(base_flags(args))
+    check_base(args.run_folder, base)
     folder, name = args.merged.parent, args.merged.name
     temporary, lock = folder / f"{name}.unfinished", folder / f"{name}.lock"
     if temporary.exists() and not lock.exists():  # an export that was killed leaves both
@@ -127,20 +119,20 @@ def export(args: argparse.Namespace) -> None:
         stack.enter_context(held_alone(lock, refusal))
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
-        merge(args, loading, temporary)
+        merge(args, base, temporary)
         replace(temporary, args.merged)
     log.info("wrote %s", args.merged)
 
 
-def merge(args: argparse.Namespace, loading: argparse.Namespace, folder: Path) -> None:
+def merge(args: argparse.Namespace, base: Base, folder: Path) -> None:
     """Writes the merged model to `folder` and checks it. Raises InputError when it is not base plus adapter."""
     import gc
 
     import torch
 
-    tokenizer = load_tokenizer(loading)
+    tokenizer = load_tokenizer(base)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    model: PeftModel = load_adapter(load_model(loading).to(dtype), str(args.run_folder)).eval()
+    model: PeftModel = load_adapter(load_model(base).to(dtype), str(args.run_folder)).eval()
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     answers = answer_texts(model, tokenizer, chats, args.max_new_tokens)
     rows = [answer_ids(tokenizer, chat, answer) for chat, answer in zip(chats, answers, strict=True)]
@@ -183,7 +175,7 @@ def answer_texts(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, chats: list[list[dict]], limit: int
 ) -> list[str]:
     """Greedy answers, in the order of the chats."""
-    return [answer.text for answer in sorted(generate(model, tokenizer, chats, max_new_tokens=limit))]
+    return [answer.text for answer in sorted(generate(model, tokenizer, chats, Decoding(max_new_tokens=limit)))]
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, chat: list[dict], answer: str) -> tuple[list[int], int]:

@@ -18,6 +18,8 @@ stop, and another --min_margin samples nothing again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import logging
 import math
 import statistics
@@ -27,26 +29,33 @@ from typing import TYPE_CHECKING, Any
 
 from commands import exit_code, shown_command
 
-from llm_alignment.files import InputError, ResultFile, digest, write_rows
+from llm_alignment.adapters import adapter_sha256, load_adapter
+from llm_alignment.endings import console_and_log
+from llm_alignment.evaluation import Evaluation, read_items
+from llm_alignment.files import InputError, digest, write_rows
 from llm_alignment.flags import (
     DEMO_DIR,
     add_model_flags,
     add_scoring_flags,
-    new_parser,
+    fill,
     not_negative,
     positive,
     positive_ratio,
     positive_temperature,
     seed,
 )
-from llm_alignment.generation import generate, strip_thinking
+from llm_alignment.generation import Decoding, generate
 from llm_alignment.hub import read_usable
 from llm_alignment.instructions import instruct_questions
-from llm_alignment.leaks import leak_finder, without_leaks
-from llm_alignment.models import adapter_sha256, load_adapter, load_model, load_tokenizer, model_fingerprint
+from llm_alignment.leaks import LeakFinder, without_leaks
+from llm_alignment.messages import refuse_needed
+from llm_alignment.models import BaseFlags, base_fingerprint, load_model, load_tokenizer, resolve_base
+from llm_alignment.parser import Parser
 from llm_alignment.preferences import merge_system_prompt, read_turns
+from llm_alignment.prompts import strip_thinking
+from llm_alignment.results import ResultFile
 from llm_alignment.rewards import RewardModel
-from llm_alignment.runs import check_writable, console_and_log, held_alone
+from llm_alignment.runs import check_writable, held_alone
 from llm_alignment.tatqa import question_texts, tatqa_file
 from mtbench_eval import load_questions
 
@@ -68,8 +77,8 @@ DEMO = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = new_parser("experiments/mine_pairs.py", __doc__)
+def build_parser() -> Parser:
+    parser = Parser("experiments/mine_pairs.py", __doc__)
     add_model_flags(parser)
     add = parser.add_argument_group("pairs").add_argument
     add("--adapter", default="", help="output folder of a training run (default: the base model)")
@@ -119,7 +128,7 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
         twice = len(rows) - len(prompts)
         log.info("%s: %d prompts stand there more than once; each is used once", args.prompts, twice)
     counts: dict[str, int] = {}
-    clean = without_leaks(list(prompts.values()), leak_finder(asked_texts(args)), "prompts", counts)
+    clean = without_leaks(list(prompts.values()), LeakFinder(asked_texts(args)), "prompts", counts)
     if not clean:
         raise InputError(f"--prompts {args.prompts}: the evaluations ask every one of them; name other prompts")
     return clean
@@ -139,6 +148,7 @@ def prompt_turns(row: dict) -> list[dict[str, str]]:
     Raises ValueError with the reason when the row holds none.
     """
     value = next((row[key] for key in ("prompt", "question", "messages") if row.get(key)), None)
+    refuse_needed(row, "the row", ("prompt", "question", "messages"))
     turns = read_turns(value, "user", "the prompt")
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
@@ -161,47 +171,32 @@ def asked_texts(args: argparse.Namespace) -> dict[str, list[str]]:
         question["turns"][0] for path in args.questions for question in load_questions(path, flag="--questions")
     ]
     if args.tatqa_dir:
-        texts["TAT-QA question"] = question_texts(tatqa_file(args, "validation"))
+        texts["TAT-QA question"] = question_texts(tatqa_file(args.tatqa_dir, "validation"))
     return texts
 
 
 def sample_answers(
-    args: argparse.Namespace,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    reward_model: RewardModel,
-    prompts: list[dict],
-    results: ResultFile,
-) -> None:
-    """Answers and scores the prompts that have no row in `results` yet, a chunk at a time.
+    items: list[dict],
+    *,
+    decodings: list[Decoding],
+) -> list[dict]:
+    """The rows {"question_id", "prompt", "answers", "finished"} of prompts; an answer for each of `decodings`."""
+    rows = [{**item, "answers": [], "finished": []} for item in items]
+    chats = [item["prompt"] for item in items]
+    for number, decoding in enumerate(decodings, 1):
+        for answer in generate(model, tokenizer, chats, decoding, description=f"sample {number}"):
+            rows[answer.index]["answers"].append(strip_thinking(answer.text))
+            rows[answer.index]["finished"].append(answer.finished)
+    return rows
 
-    A row: {"question_id", "prompt", "answers", "rewards", "finished"}, with a list entry for each sample. Chunks are
-    cut from all prompts, so that a restart forms the same batches and gets the same answers.
-    """
-    missing = {prompt["question_id"] for prompt in results.missing(prompts)}
-    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        chunk = prompts[start : start + PROMPTS_AT_ONCE]
-        if not any(prompt["question_id"] in missing for prompt in chunk):
-            continue
-        chats = [prompt["prompt"] for prompt in chunk]
-        answers: list[list] = [[] for _ in chunk]
-        for number in range(args.samples):
-            settings = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
-            settings |= dict(batch_size=args.eval_batch_size, thinking=args.thinking, seed=args.seed + 1009 * number)
-            description = f"prompts {start + 1}-{start + len(chunk)} of {len(prompts)}, sample {number + 1}"
-            for answer in sorted(generate(model, tokenizer, chats, description=description, **settings)):
-                answers[answer.index].append(answer)
-        texts = [[strip_thinking(answer.text) for answer in of_prompt] for of_prompt in answers]
-        flat = [
-            [*chat, {"role": "assistant", "content": text}]
-            for chat, of_prompt in zip(chats, texts, strict=True)
-            for text in of_prompt
-        ]
-        rewards = iter(reward_model.score(flat))
-        for prompt, of_prompt, own_texts in zip(chunk, answers, texts, strict=True):
-            row = {**prompt, "answers": own_texts, "rewards": [next(rewards) for _ in own_texts]}
-            if prompt["question_id"] in missing:
-                results.append({**row, "finished": [answer.finished for answer in of_prompt]})
+
+def score_samples(rows: list[dict], *, reward_model: RewardModel) -> list[dict]:
+    """The rows with "rewards"."""
+    flat = [[*row["prompt"], {"role": "assistant", "content": text}] for row in rows for text in row["answers"]]
+    rewards = iter(reward_model.score(flat))
+    return [{**row, "rewards": [next(rewards) for _ in row["answers"]]} for row in rows]
 
 
 def is_sample(row: dict, samples: int) -> bool:
@@ -257,26 +252,36 @@ def mine(args: argparse.Namespace) -> None:
 
 def write_pairs(args: argparse.Namespace, prompts: list[dict], pairs_file: Path, samples_file: Path) -> None:
     """Samples what is not in `samples_file` yet, and writes the pairs."""
-    tokenizer = load_tokenizer(args)
-    model = load_model(args)
+    base = resolve_base(fill(BaseFlags, args))
+    tokenizer, model = load_tokenizer(base), load_model(base)
     if args.adapter:
         model = load_adapter(model, args.adapter)
     own_code = args.trust_remote_code
     reward_model = RewardModel(args.reward_model, batch_size=args.eval_batch_size, trust_remote_code=own_code)
-    fingerprint = {
-        **model_fingerprint(args, adapter_sha256(model)),
-        "reward_model": reward_model.fingerprint,
-        "sampling": {key: getattr(args, key) for key in ("samples", "temperature", "top_p", "max_new_tokens", "seed")},
-    }
-    results = ResultFile(samples_file, fingerprint)
-    for row in results.rows:
+    shared = fill(Decoding, args, batch_size=args.eval_batch_size)
+    decodings = [dataclasses.replace(shared, seed=args.seed + 1009 * number) for number in range(args.samples)]
+    evaluation = Evaluation(
+        name="samples",
+        items=prompts,
+        read=functools.partial(sample_answers, decodings=decodings),
+        grade=functools.partial(score_samples, reward_model=reward_model),
+        settings={
+            "reward_model": reward_model.fingerprint,
+            "sampling": {
+                key: getattr(args, key) for key in ("samples", "temperature", "top_p", "max_new_tokens", "seed")
+            },
+        },
+        rows_at_once=lambda model: PROMPTS_AT_ONCE,
+    )
+    fingerprint = {**base_fingerprint(base, thinking=args.thinking), "adapter": adapter_sha256(model)}
+    for row in ResultFile(samples_file, {**fingerprint, **evaluation.settings}).rows:
         if not is_sample(row, args.samples):
             raise InputError(
                 f"{samples_file}: the row of question_id {row['question_id']} is damaged; delete its line, and the "
                 "prompt is sampled again"
             )
-    sample_answers(args, model, tokenizer, reward_model, prompts, results)
-    pairs, without_margin = best_against_worst(results.rows_of(prompts), args.min_margin)
+    rows = read_items(evaluation, lambda: model, tokenizer, samples_file, fingerprint=fingerprint, renew=False)
+    pairs, without_margin = best_against_worst(rows, args.min_margin)
     if not pairs:
         raise InputError(
             f"--prompts {args.prompts}: no prompt has two finished answers more than {args.min_margin} apart; raise "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 from typing import TYPE_CHECKING
 
-from llm_alignment.models import matmul_float32
+from llm_alignment.processes import matmul_float32
 
 if TYPE_CHECKING:
     import torch
@@ -49,14 +49,19 @@ def fused_nll_kl(
     Raises:
         ValueError: `weight` requires a gradient, which is not computed, or a name is unknown.
 
-    The gradient to a row's logits, with p_s, p_r the two distributions, K the number of KL rows, and on target rows
-    a = 1/num_items (with "dft" a = p_s[label]/num_items), is
-        a * (p_s - onehot(label))  +  kl_coef/K * p_s * (log p_s - log p_r - KL_row)     reverse
-        a * (p_s - onehot(label))  +  kl_coef/K * (p_s - p_r)                            forward
+    p_s and p_r are the two distributions of a row, K is the number of KL rows:
+        (1) NLL      -log p_s[label]
+        (2) DFT      -sg(p_s[label]) * log p_s[label], sg: without gradient; arXiv 2508.05629
+        (3) reverse  KL = sum p_s * (log p_s - log p_r)
+        (4) forward  KL = sum p_r * (log p_r - log p_s)
+    The gradient to the row's logits, with a = 1/num_items, for (2) p_s[label]/num_items, is the sum of
+        (5) (1), (2)  a * (p_s - onehot(label))
+        (6) (3)       kl_coef/K * p_s * (log p_s - log p_r - KL)
+        (7) (4)       kl_coef/K * (p_s - p_r)
     """
     import torch
 
-    if weight.requires_grad:
+    if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("fused_nll_kl computes no gradient for the LM head: freeze it")
     if kl_direction not in {"reverse", "forward"} or sft_loss not in {"nll", "dft"}:
         raise ValueError(f"unknown kl_direction {kl_direction!r} or sft_loss {sft_loss!r}")
@@ -72,7 +77,8 @@ def fused_nll_kl(
     needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
     gradient = torch.zeros_like(hidden, dtype=dtype) if needs_gradient else None
     # Used again for every chunk: the system hands out pages of this size slower than they are computed on.
-    buffers = hidden.new_empty((2, min(rows_per_chunk, len(labels)), len(weight)), dtype=dtype)
+    distributions = 1 if ref_hidden is None else 2
+    buffers = hidden.new_empty((distributions, min(rows_per_chunk, len(labels)), len(weight)), dtype=dtype)
 
     with torch.no_grad():
         for rows in (*chunks(targets & ~kl_rows, rows_per_chunk), *chunks(kl_rows, rows_per_chunk)):
@@ -86,19 +92,31 @@ def fused_nll_kl(
                 kl += row_kl.sum()
             else:
                 exp, total = exp_and_total(z)
-            row_nll = total.log() - z_label
-            row_weight = (-row_nll).exp() if sft_loss == "dft" else torch.ones_like(row_nll)
+            row_nll = total.log() - z_label  # (1)
+            row_weight = (-row_nll).exp() if sft_loss == "dft" else torch.ones_like(row_nll)  # (2)
             nll += (row_weight * row_nll).sum()
             if gradient is not None:
                 a = share * row_weight
                 product = gradient_to_hidden(weight, exp, a / total, kl_gradient, c / scale)
-                gradient[rows] = product - a * weight[labels[rows]]
+                gradient[rows] = product - a * weight[labels[rows]]  # (5) and (6) or (7), times the head
     nll, kl = nll * share, kl / kl_rows.sum().clamp(min=1)
     loss = nll + kl_coef * kl
     if gradient is not None:  # adds 0, with the gradient that is known already
         known = (hidden * gradient).sum()
         loss = loss + (known - known.detach())
     return loss, nll, kl
+
+
+def rows_at_once(vocabulary: int, device: torch.device) -> int:
+    """How many rows `fused_nll_kl` should take at once: 1,024 where their logits are a small part of a GPU, else 256.
+
+    By the size of the card and not by what is free, so that a run that is resumed sums in the same order.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return 256
+    return 1024 if 16 * 2 * 1024 * vocabulary * 4 <= torch.cuda.get_device_properties(device).total_memory else 256
 
 
 def chunks(mask: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
@@ -137,7 +155,7 @@ def exp_and_total(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reverse_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """KL(p_student || p_reference) of each row, and its gradient to the student's logits.
+    """KL(p_student || p_reference) of each row, and its gradient to the student's logits: (3) and (6).
 
     z, ref_z: (rows, V) logits less each row's largest; their memory is used for what is returned.
     Returns (kl, exp, total, gradient, scale): kl (rows, 1), the student's exp and total, and (rows, V) `gradient`,
@@ -149,12 +167,12 @@ def reverse_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor
     log_ratio = ref_z.neg_().add_(z)  # log p_s - log p_r, up to a constant of the row
     exp, total = exp_and_total(z)
     mean = torch.einsum("rv,rv->r", exp, log_ratio)[:, None] / total
-    kl = mean - total.log() + ref_total.log()
-    return kl, exp, total, log_ratio.sub_(mean).mul_(exp), total  # the constant drops out
+    kl = mean - total.log() + ref_total.log()  # (3)
+    return kl, exp, total, log_ratio.sub_(mean).mul_(exp), total  # (6); the constant drops out
 
 
 def forward_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """KL(p_reference || p_student): as `reverse_kl_chunk`; `gradient` divided by `scale` is p_s - p_r."""
+    """(4) and (7): as `reverse_kl_chunk` with KL(p_reference || p_student); `gradient` / `scale` is p_s - p_r."""
     import torch
 
     cross = torch.zeros_like(z[:, :1])  # sum over the vocabulary of exp(ref_z) * (ref_z - z), in parts to save memory
@@ -163,16 +181,27 @@ def forward_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor
         cross = cross + torch.einsum("rv,rv->r", ref_part.exp_(), difference)[:, None]
     ref_exp, ref_total = ref_z, ref_z.sum(1, keepdim=True)
     exp, total = exp_and_total(z)
-    kl = cross / ref_total - ref_total.log() + total.log()
+    kl = cross / ref_total - ref_total.log() + total.log()  # (4)
     scale = torch.minimum(total, ref_total)  # keeps both parts at most 1, the range of half types
-    return kl, exp, total, ref_exp.mul_(-scale / ref_total).addcmul_(exp, scale / total), scale
+    return kl, exp, total, ref_exp.mul_(-scale / ref_total).addcmul_(exp, scale / total), scale  # (7)
 
 
-def kl_coefficient(args: argparse.Namespace, step: int) -> float:
-    """c(t): 0 before `kl_start_step`, then a linear rise to `kl_coef` over `kl_warmup_steps`."""
-    if step < args.kl_start_step:
-        return 0.0
-    return args.kl_coef * min(1.0, (step - args.kl_start_step) / max(1, args.kl_warmup_steps))
+@dataclasses.dataclass(frozen=True)
+class AnchorSettings:
+    """The flags of that name."""
+
+    sft_loss: str = "nll"
+    kl_coef: float = 0.02
+    kl_start_step: int = 0
+    kl_warmup_steps: int = 300
+    kl_limit_seq: int = 0
+    kl_direction: str = "reverse"
+
+    def coefficient(self, step: int) -> float:
+        """c(t): 0 before `kl_start_step`, then a linear rise to `kl_coef` over `kl_warmup_steps`."""
+        if step < self.kl_start_step:
+            return 0.0
+        return self.kl_coef * min(1.0, (step - self.kl_start_step) / max(1, self.kl_warmup_steps))
 
 
 def tail_mask(is_target: torch.Tensor, example: torch.Tensor, limit: int) -> torch.Tensor:

@@ -27,6 +27,16 @@ def sorted_within_steps(order: list[int], lengths: Sequence[int], *, batch: int,
     return result
 
 
+# TRL's DPO losses that are no mean over pairs: "sft" is a mean over the answers' tokens of a micro-batch, and the two
+# others sort the log-ratios of its pairs (dpo_trainer.py, `_compute_loss`).
+LOSSES_OVER_BATCHES = {"sft", "aot", "aot_unpaired"}
+
+
+def depends_on_batch(loss_types: Sequence[str]) -> bool:
+    """Whether the sum of these DPO losses changes with the pairs that share a micro-batch, within a step too."""
+    return not LOSSES_OVER_BATCHES.isdisjoint(loss_types)
+
+
 def padded_tokens(lengths: list[int], batch: int, step: int) -> int:
     """The tokens of examples in this order with their padding, when each step is sorted and cut into micro-batches."""
     order = sorted_within_steps(list(range(len(lengths))), lengths, batch=batch, step=step)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import functools
 import logging
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
+from llm_alignment.adapters import adapter_off
 from llm_alignment.anchored_loss import fused_nll_kl
 from llm_alignment.evaluation import Evaluation, pair_rows
-from llm_alignment.files import ResultFile, digest
-from llm_alignment.generation import render
-from llm_alignment.models import adapter_off, evaluating
+from llm_alignment.files import digest
+from llm_alignment.prompts import PromptStyle, render
 from llm_alignment.stats import paired_delta
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ def row_drift(model: PeftModel, input_ids: Sequence[int], labels: Sequence[int])
     with its adapter off. Logits are formed for a few positions at a time, and the KL is computed in float32 or better.
     It predicts forgetting (Shenfeld et al., https://arxiv.org/abs/2509.04259).
     """
-    import torch
-
     base = model.get_base_model()
     ids = torch.tensor([input_ids], device=model.device)
     targets = torch.tensor(labels[1:], device=model.device)
@@ -51,55 +48,46 @@ def row_drift(model: PeftModel, input_ids: Sequence[int], labels: Sequence[int])
     return kl.item() * count, count
 
 
-def drift_evaluation(rows: list[dict]) -> Evaluation:
+def drift_evaluation(rows: list[dict], name: str = "drift") -> Evaluation:
     """The drift on `rows` of {"question_id", "cluster", "input_ids", "labels"}; the base's own is 0 by definition."""
-    answer = functools.partial(measure_drift, rows=rows)
-    tokens = 2 * sum(len(row["input_ids"]) for row in rows)  # with the adapter and without
-    return Evaluation("drift", len(rows), answer, summarise_drift, compare_drift, tokens=lambda tokenizer: tokens)
+    return Evaluation(
+        name=name,
+        items=rows,
+        read=read_drift,
+        settings={"rows": digest(rows)},
+        of_base=lambda row: drift_row(row, 0.0, sum(label != -100 for label in row["labels"][1:])),
+        is_cached=False,
+        summarise=lambda rows: {name: mean_drift(rows)},
+        compare=lambda before, after: {name: compare_drift(before, after)},
+        tokens=lambda tokenizer: 2 * sum(len(row["input_ids"]) for row in rows),  # with the adapter and without
+    )
 
 
-def measure_drift(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    rows: list[dict],
-    path: Path,
-    fingerprint: dict,
-    use_cache: bool = False,
-    renew: bool = False,
-) -> list[dict]:
-    """Writes to `path` (a ResultFile) and returns {"question_id", "cluster", "kl": sum in nats, "tokens"} of each row.
-
-    One row at a time, so a restart gives the same bits. There is nothing to cache: only the base is cached.
-    """
-    is_base = fingerprint["adapter"] == "none"
-    results = ResultFile(path, {**fingerprint, "rows": digest(rows)}, renew=renew)
-    with evaluating(model):
-        for row in results.missing(rows):
-            if is_base:
-                kl, tokens = 0.0, sum(label != -100 for label in row["labels"][1:])
-            else:
-                kl, tokens = row_drift(model, row["input_ids"], row["labels"])
-            names = {"question_id": row["question_id"], "cluster": row["cluster"]}
-            results.append({**names, "kl": kl, "tokens": tokens})
-    return results.rows_of(rows)
+def read_drift(model: PeftModel, tokenizer: PreTrainedTokenizerBase, items: list[dict]) -> Iterator[dict]:
+    for item in items:
+        yield drift_row(item, *row_drift(model, item["input_ids"], item["labels"]))
 
 
-def summarise_drift(rows: list[dict]) -> dict[str, float]:
-    """{"drift": nats a target token, over all rows}."""
-    return {"drift": sum(row["kl"] for row in rows) / sum(row["tokens"] for row in rows)}
+def drift_row(item: dict, kl: float, tokens: int) -> dict:
+    """{"question_id", "cluster", "kl": the sum over `tokens` targets, in nats, "tokens"}."""
+    return {"question_id": item["question_id"], "cluster": item["cluster"], "kl": kl, "tokens": tokens}
 
 
-def compare_drift(before: list[dict], after: list[dict]) -> dict[str, dict]:
+def mean_drift(rows: list[dict]) -> float:
+    """In nats a target token, over all rows."""
+    return sum(row["kl"] for row in rows) / sum(row["tokens"] for row in rows)
+
+
+def compare_drift(before: list[dict], after: list[dict]) -> dict:
     """The paired difference of the token-weighted drift. A KL is never negative, so from the base p says little."""
     pairs = pair_rows(before, after)
     mean_tokens = sum(row["tokens"] for _, row in pairs) / len(pairs)
     sides = ([row["kl"] / mean_tokens for row in side] for side in zip(*pairs, strict=True))
-    return {"drift": paired_delta(*sides, clusters=[row["cluster"] for _, row in pairs])}
+    return paired_delta(*sides, clusters=[row["cluster"] for _, row in pairs])
 
 
 def reference_drift(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, evaluations: list[Evaluation]
+    tokenizer: PreTrainedTokenizerBase, evaluations: list[Evaluation], style: PromptStyle, max_length: int
 ) -> list[Evaluation]:
     """The drift on the reference answers of the evaluations that have them, in a list; [] with a log line if none has.
 
@@ -110,8 +98,8 @@ def reference_drift(
     for evaluation in evaluations:
         for question_id, prompt, answer, cluster in evaluation.references[:REFERENCES]:
             if not isinstance(prompt, str):
-                prompt = render(prompt, tokenizer, args)
-            row = reference_row(tokenizer, prompt, answer, args.max_length)
+                prompt = render(prompt, tokenizer, style)
+            row = reference_row(tokenizer, prompt, answer, max_length)
             if row:
                 names = {"question_id": f"{evaluation.name} {question_id}", "cluster": f"{evaluation.name} {cluster}"}
                 rows.append({**names, **row})

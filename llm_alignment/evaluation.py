@@ -1,19 +1,22 @@
-"""One thing measured before and after training: rows, table, plots."""
+"""What is measured before and after training: the one runner of rows, the table, plots."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import functools
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llm_alignment.files import InputError, SkippedRows, read_results, write_json, write_rows
-from llm_alignment.models import adapter_off, adapter_sha256, model_fingerprint, on_main_process
+from llm_alignment.endings import MissedGateError
+from llm_alignment.files import InputError, SkippedRows, write_json, write_rows
+from llm_alignment.gates import check_gates, describe, judge, parse_gates
 from llm_alignment.plots import plot_categories, save_figure
+from llm_alignment.processes import main_process, on_main_process, shared_rounds
+from llm_alignment.results import ResultFile, baseline_cache, read_results
 from llm_alignment.stats import holm, too_few_changed
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ EVALUATIONS = {
     "validation": "validation",
     "validation_full": "whole validation split",
     "drift": "drift",
+    "retention": "retention",
+    "own_drift": "drift on the base's own answers",
     "tatqa": "TAT-QA",
     "held_out": "held-out pairs",
     "mtbench": "MT-Bench",
@@ -48,6 +53,7 @@ class Metric:
     title: str
     keys: tuple[str, ...] = ()
     lower_is_better: bool = False
+    of: str = ""  # the evaluation, where the first key does not name it
 
     def read(self, summaries: dict) -> float | None:
         """The figure in a record's `baseline` or `final`; None where it was not measured."""
@@ -61,7 +67,7 @@ def scored_metrics(name: str, title: str) -> dict[str, Metric]:
     """The metrics of an evaluation that the reward model scores."""
     return {
         name: Metric(f"{title}, 1-10", (name, "avg")),
-        f"{name}_equal_length": Metric(f"{title}, at equal length"),
+        f"{name}_equal_length": Metric(f"{title}, at equal length", of=name),
         f"{name}_raw": Metric(f"{title}, raw reward", (name, "raw_mean")),
         f"{name}_published": Metric(f"{title}, published scale", (name, "avg_logged")),
         f"{name}_success": Metric(f"{title}, 7 or more, %", (name, "success_rate")),
@@ -73,10 +79,14 @@ def scored_metrics(name: str, title: str) -> dict[str, Metric]:
 
 # Every metric that a run can report, in the order of the tables. A metric named like its evaluation is the main one.
 METRICS = {
-    "val_loss": Metric("validation loss", ("val_loss",), lower_is_better=True),
-    "val_loss_row_mean": Metric("validation loss, mean of rows", ("val_loss_row_mean",), lower_is_better=True),
-    "ppl": Metric("perplexity", ("ppl",), lower_is_better=True),
+    "val_loss": Metric("validation loss", ("val_loss",), lower_is_better=True, of="validation"),
+    "val_loss_row_mean": Metric(
+        "validation loss, mean of rows", ("val_loss_row_mean",), lower_is_better=True, of="validation"
+    ),
+    "ppl": Metric("perplexity", ("ppl",), lower_is_better=True, of="validation"),
     "drift": Metric("drift, KL from the base", ("drift",), lower_is_better=True),
+    "retention": Metric("retention, % right", ("retention", "right")),
+    "own_drift": Metric("drift on the base's own answers", ("own_drift",), lower_is_better=True),
     "tatqa": Metric("TAT-QA, published metric, %", ("tatqa", "em_like")),
     "tatqa_em": Metric("TAT-QA, official EM, %", ("tatqa", "em")),
     "tatqa_f1": Metric("TAT-QA, official F1, %", ("tatqa", "f1")),
@@ -85,26 +95,31 @@ METRICS = {
 } | {key: metric for name in SCORED for key, metric in scored_metrics(name, EVALUATIONS[name]).items()}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One thing measured before and after training; `name` is a key of EVALUATIONS and the stem of its files.
+    """What is measured, and how: `measure` does the rest (files, cache, processes, going on after a kill).
 
-    `answer(model, tokenizer, path=, fingerprint=, use_cache=, renew=)` gives a row with a "question_id" per item.
-    `summarise(rows)` is what the record's `baseline` and `final` get, `compare(before, after)` what its `delta` gets:
-    a difference for each name of METRICS. `size` is the number of items. `references` are those that have a reference
-    answer: (question_id, prompt as the model reads it or as turns, answer, label of the context). With `split` all
-    processes call `answer`, share the items and get every row; else the main one calls it. `tokens(tokenizer)` is what
-    a plan prints: how many tokens go through a trained model at most, those of prompts and of answers.
+    `items` have a "question_id" each. `read(model, tokenizer, items)` gives the row of each item of a batch, and
+    `grade(rows)` in the main process what is stored of them. `summarise(rows)` is what the record's `baseline` and
+    `final` get, `compare(before, after)` what its `delta` gets: a difference for each name of METRICS.
     """
 
-    name: str
-    size: int
-    answer: Callable[..., list[dict]]
-    summarise: Callable[[list[dict]], dict]
-    compare: Callable[[list[dict], list[dict]], dict[str, dict]]
+    name: str  # a key of EVALUATIONS for what is reported, and the stem of its files
+    items: Sequence[dict]
+    read: Callable[[Any, Any, list[dict]], Iterable[dict]]
+    grade: Callable[[list[dict]], list[dict]] = list
+    settings: dict = dataclasses.field(default_factory=dict)  # what the rows depend on besides the model
+    # Batches are the same in every run and read as a whole: a resumed evaluation has the bits of an uninterrupted one.
+    unit: str = "question_id"  # neighbouring items with one value of this key are read together
+    order: Callable[[dict], Any] = lambda item: 0  # a unit's place, by its first item
+    rows_at_once: Callable[[PreTrainedModel], int] = lambda model: 1
+    of_base: Callable[[dict], dict] | None = None  # an item's row of the base where it is known without the model
+    is_cached: bool = True  # rows of the base are kept for later runs; not those that are sampled
+    summarise: Callable[[list[dict]], dict] = lambda rows: {}
+    compare: Callable[[list[dict], list[dict]], dict[str, dict]] = lambda before, after: {}
+    # items with a reference answer: (question_id, prompt as the model reads it or as turns, answer, its context)
     references: Sequence[tuple[str | int, str | list[dict], str, str | int]] = ()
-    split: bool = False
-    tokens: Callable[[PreTrainedTokenizerBase], int] = lambda tokenizer: 0
+    tokens: Callable[[PreTrainedTokenizerBase], int] = lambda tokenizer: 0  # that go through a trained model, at most
 
 
 def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
@@ -120,39 +135,99 @@ def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
 
 
 def measure(
-    args: argparse.Namespace,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     evaluations: list[Evaluation],
-    folder: Path,
-    stage: str,
+    place: tuple[Path, str],
     *,
+    fingerprint: dict,
     with_adapter: bool,
+    use_cache: bool = False,
+    measured_as: str = "",
 ) -> dict[str, list[dict]]:
-    """The rows of every evaluation by name, kept in NAME_STAGE.jsonl; without the adapter the base answers.
+    """The rows of every evaluation by name; every process gets them. Without the adapter the base answers.
 
-    Rows of the stage "baseline" are shared with other runs by the cache. Every process gets the rows.
+    `place`: a folder and a stage; the rows are kept in folder/NAME_STAGE.jsonl. `fingerprint`: of the base. With
+    `use_cache` rows are shared with other runs. `measured_as`: a stage at which this adapter was measured before; the
+    rows of evaluations that are the same are taken from there.
     """
+    from llm_alignment.adapters import adapter_off, adapter_sha256
 
-    def answer(evaluation: Evaluation) -> list[dict]:
-        return evaluation.answer(
-            model,
-            tokenizer,
-            path=folder / f"{evaluation.name}_{stage}.jsonl",
-            fingerprint=fingerprint,
-            use_cache=stage == "baseline" and not args.no_baseline_cache,
-            renew=True,
-        )
-
+    folder, stage = place
+    rows = {}
     with contextlib.nullcontext() if with_adapter else adapter_off(model):
-        adapter = adapter_sha256(model) if with_adapter else "none"
-        fingerprint = model_fingerprint(args, adapter)
-        return {
-            evaluation.name: answer(evaluation)
-            if evaluation.split
-            else on_main_process(functools.partial(answer, evaluation))
-            for evaluation in evaluations
-        }
+        whole = {**fingerprint, "adapter": adapter_sha256(model) if with_adapter else "none"}
+        for evaluation in evaluations:
+            path, cache = folder / f"{evaluation.name}_{stage}.jsonl", None
+            if use_cache and evaluation.is_cached:
+                cache = baseline_cache({**whole, **evaluation.settings})
+            elif measured_as and (folder / f"{evaluation.name}_{measured_as}.jsonl").exists():
+                cache = folder / f"{evaluation.name}_{measured_as}.jsonl"
+            rows[evaluation.name] = read_items(
+                evaluation, lambda: model, tokenizer, path, fingerprint=whole, cache=cache
+            )
+    return rows
+
+
+def read_items(
+    evaluation: Evaluation,
+    get_model: Callable[[], PreTrainedModel | PeftModel],
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    *,
+    fingerprint: dict,
+    cache: Path | None = None,
+    renew: bool = True,
+) -> list[dict]:
+    """The rows of an evaluation's items, kept in `path` and taken from `cache` (see ResultFile); what is missing is
+    read. `get_model` is called only then. All processes call this: they share the batches, the main one writes.
+    """
+    fingerprint = {**fingerprint, **evaluation.settings}
+    results = ResultFile(path, fingerprint, renew=renew, cache=cache) if main_process() else None
+    unread = on_main_process(lambda: results.missing(evaluation.items) if results else [])
+    if unread and evaluation.of_base and fingerprint["adapter"] == "none":
+        if results:
+            results.append(*map(evaluation.of_base, unread))
+    elif unread:
+        missing = {item["question_id"] for item in unread}
+        for rows in _read_rounds(evaluation, get_model(), tokenizer, missing, path.stem):
+            if results and rows:
+                results.append(*(row for row in evaluation.grade(rows) if row["question_id"] in missing))
+    if results:
+        results.finish()
+    return on_main_process(lambda: results.rows_of(evaluation.items) if results else [])
+
+
+def _read_rounds(
+    evaluation: Evaluation,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    missing: set[str | int],
+    title: str,
+) -> Iterator[list[dict]]:
+    """Yields the rows of all batches that hold a `missing` item, one list for each batch that all processes read."""
+    import torch
+    from tqdm import tqdm
+
+    from llm_alignment.models import evaluating
+
+    groups = itertools.groupby(evaluation.items, key=lambda item: item[evaluation.unit])
+    units = sorted(([*group] for _, group in groups), key=lambda unit: evaluation.order(unit[0]))
+    at_once = max(1, math.ceil(evaluation.rows_at_once(model) / max(map(len, units))))
+
+    def read(batch: list[list[dict]]) -> Iterator[tuple[int, list[dict]]]:
+        items = list(itertools.chain(*batch))
+        is_read = any(item["question_id"] in missing for item in items)
+        rows = iter(evaluation.read(model, tokenizer, items) if is_read else ())
+        for place, unit in enumerate(batch):
+            yield place, list(itertools.islice(rows, len(unit)))
+
+    bar = tqdm(total=len(evaluation.items), desc=title, unit="question", disable=not main_process())
+    cuda = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), bar, evaluating(model):
+        for results in shared_rounds(units, at_once, read):
+            yield list(itertools.chain(*(rows for _, rows in results)))
+            bar.update(sum(len(unit) for unit, _ in results))
 
 
 def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> dict[str, list[dict]]:
@@ -165,6 +240,13 @@ def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> dict
             _, rows[evaluation.name] = read_results(path, skipped)
             skipped.report(f"damaged lines of {path}")
     return rows
+
+
+def metrics_of(evaluations: list[Evaluation]) -> list[str]:
+    """The names of METRICS that these evaluations measure."""
+    names = {evaluation.name for evaluation in evaluations}
+    names |= {"own_drift"} if "retention" in names else set()
+    return [key for key, metric in METRICS.items() if (metric.of or metric.keys[0]) in names]
 
 
 def report(
@@ -195,6 +277,30 @@ def report(
     write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
     print_table(title or str(folder), table_rows(baseline, final, delta, details=details))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
+
+
+def asked_gates(text: str, evaluations: list[Evaluation]) -> dict[str, float]:
+    """--gates as differences by metric. Raises InputError for one that these evaluations do not measure."""
+    gates = parse_gates(text)
+    check_gates(gates, METRICS, metrics_of(evaluations))
+    return gates
+
+
+def judge_gates(record: dict, gates: dict[str, float]) -> None:
+    """Fills the record's "gates" and prints a line for each. Raises MissedGateError when one is missed."""
+    judged = {
+        name: judge(record["delta"][name], limit, lower_is_better=METRICS[name].lower_is_better)
+        for name, limit in gates.items()
+        if name in record["delta"]
+    }
+    record["gates"] = judged
+    for name, gate in judged.items():
+        log.info("%s", describe(name, gate, lower_is_better=METRICS[name].lower_is_better))
+    for name in gates.keys() - judged.keys():
+        log.warning("gate %s: undecided, it was not measured before and after", name)
+    missed = [name for name, gate in judged.items() if gate["verdict"] == "missed"]
+    if missed:
+        raise MissedGateError(f"missed: {', '.join(missed)}; adapter, record and files are complete")
 
 
 class TableRow(NamedTuple):
@@ -301,14 +407,14 @@ def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("basel
         console.print(note)
 
 
-def save_answers(args: argparse.Namespace, before: dict[str, list[dict]], after: dict[str, list[dict]]) -> None:
+def save_answers(file: str, before: dict[str, list[dict]], after: dict[str, list[dict]]) -> None:
     """Writes TAT-QA's rows where --eval_save_json X.jsonl asks for them: to X_baseline.jsonl and X_post.jsonl.
 
     `before` and `after` are what `measure` gave; what was not measured is not written.
     """
-    if not args.eval_save_json:
+    if not file:
         return
-    path = Path(args.eval_save_json)
+    path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, rows in (("baseline", before), ("post", after)):
         if "tatqa" in rows:

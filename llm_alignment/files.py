@@ -6,8 +6,6 @@ import codecs
 import contextlib
 import gzip
 import hashlib
-import io
-import itertools
 import json
 import logging
 import math
@@ -78,17 +76,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-EVERY_ROW = itertools.repeat(True)
-
-
-def read_objects(path: Path, skipped: SkippedRows, wanted: Iterator[bool] = EVERY_ROW) -> Iterator[tuple[str, dict]]:
-    """Yields ("file:line", object) from a JSONL file as they were written; lines that hold none go to `skipped`.
-
-    `wanted` is asked once a line that is not blank; one that is not wanted is not parsed.
-    """
-    for (number, line), is_wanted in zip(read_jsonl(path), wanted, strict=False):
-        if not is_wanted:
-            continue
+def read_objects(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
+    """Yields ("file:line", object) from a JSONL file as they were written; lines that hold none go to `skipped`."""
+    for number, line in read_jsonl(path):
         place = f"{path.name}:{number}"
         try:
             text = line.decode("utf-8").removeprefix("\ufeff")  # Windows tools begin a file with a byte order mark
@@ -105,21 +95,20 @@ def read_objects(path: Path, skipped: SkippedRows, wanted: Iterator[bool] = EVER
                 yield place, row
 
 
-def read_rows(path: Path, skipped: SkippedRows, wanted: Iterator[bool] = EVERY_ROW) -> Iterator[tuple[str, dict]]:
+def read_rows(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
     """Yields (place, row) from a JSONL, JSON or Parquet file, packed by gzip or not, or from a folder of them.
 
     `place` is "file:line" or "file: row n" (both from 1). Columns that are null are left out. Rows that are not JSON
-    objects in UTF-8 go to `skipped`. `wanted` says for every row in turn, also for those that would go to `skipped`,
-    whether it is read. Memory does not grow with the file. Raises InputError when the file is missing, unreadable or
-    of another format.
+    objects in UTF-8 go to `skipped`. A JSON list is read whole, the other formats row by row. Raises InputError when
+    the file is missing, unreadable or of another format.
     """
     for file in data_files(path):
         if data_suffix(file) == ".parquet":
-            rows = read_parquet(file, wanted)
+            rows = read_parquet(file)
         elif is_json_list(file):
-            rows = read_json_list(file, skipped, wanted)
+            rows = read_json_list(file, skipped)
         else:
-            rows = read_objects(file, skipped, wanted)
+            rows = read_objects(file, skipped)
         for place, row in rows:
             yield place, without_nulls(row)
 
@@ -194,17 +183,15 @@ def open_data(path: Path) -> Iterator[IO[bytes]]:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
 
 
-def read_parquet(path: Path, wanted: Iterator[bool]) -> Iterator[tuple[str, dict]]:
-    """Yields ("file: row n", row) of the rows that are `wanted`."""
+def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields ("file: row n", row)."""
     import pyarrow.parquet
 
     with open_data(path) as file:
         try:
             batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1000)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            for number, (row, is_wanted) in enumerate(zip(rows, wanted, strict=False), 1):
-                if is_wanted:
-                    yield f"{path.name}: row {number}", row
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield f"{path.name}: row {number}", row
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).split("\n")[0]
             raise InputError(f"{path}: not a readable Parquet file ({reason}); fetch it again") from error
@@ -216,53 +203,21 @@ def is_json_list(path: Path) -> bool:
         return file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def read_json_list(path: Path, skipped: SkippedRows, wanted: Iterator[bool]) -> Iterator[tuple[str, dict]]:
-    """Yields ("file: row n", object) of the `wanted` rows of a file that is one JSON list, read piece by piece."""
-    number, size = 0, 2**20
+def read_json_list(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
+    """Yields ("file: row n", object) of a file that is one JSON list."""
     with open_data(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        try:
-            buffer = text.read(size)
-            start = buffer.index("[") + 1
-            while True:
-                start = after_blanks(buffer, start)
-                if buffer[start : start + 1] == "]":
-                    if (buffer[start + 1 :] + text.read(100)).strip():
-                        raise ValueError("text after the list")
-                    return
-                try:
-                    row, end = DECODER.raw_decode(buffer, start)
-                    end = after_blanks(buffer, end)
-                    problem = ValueError("no comma after it")
-                except json.JSONDecodeError as error:
-                    end, problem = len(buffer), ValueError(error.msg)
-                if end == len(buffer):  # not valid, or it goes on in the next piece
-                    more = text.read(size)
-                    if not more:
-                        raise problem
-                    buffer, start, size = buffer[start:] + more, 0, 2 * size
-                    continue
-                if buffer[end] not in ",]":
-                    raise problem
-                number += 1
-                if next(wanted):
-                    reason = object_problem(row, buffer[start:end])
-                    if reason:
-                        skipped.add(f"{path.name}: row {number}", reason)
-                    else:
-                        yield f"{path.name}: row {number}", row
-                start, size = end + (buffer[end] == ","), 2**20
-        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            reason = TOO_DEEP if isinstance(error, RecursionError) else str(error)
-            raise InputError(
-                f"{path}: not valid JSON at row {number + 1} ({reason}); repair the file or fetch it again"
-            ) from error
-
-
-def after_blanks(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
+        data = file.read()
+    try:
+        rows = parse_json(data)
+    except ValueError as error:  # also when it is not UTF-8
+        raise InputError(f"{path}: not valid JSON ({error}); repair the file or fetch it again") from error
+    for number, row in enumerate(rows, 1):
+        place = f"{path.name}: row {number}"
+        problem = object_problem(row)
+        if problem:
+            skipped.add(place, problem)
+        else:
+            yield place, row
 
 
 def whole_number(text: str) -> float:
@@ -288,36 +243,23 @@ def parse_json(text: str | bytes) -> Any:
 TOO_DEEP = "nested too deeply"
 
 
-def object_problem(row: Any, source: str) -> str | None:
-    """Why a JSON value is no row, or None. `source` is the text that it was read from.
+def object_problem(row: Any, source: str | None = None) -> str | None:
+    """Why a JSON value is no row, or None: no object, or one that cannot be written again.
 
-    It is none when it is no object, when its nesting would break what reads it later, or when a text has an unpaired
-    surrogate, which JSON can spell by an escape and UTF-8 cannot. Both searches take as long as the parsing, so they
-    are made only where the source allows it.
+    An escape can spell an unpaired surrogate, which UTF-8 cannot, and nesting that the parser just bore may be too
+    much later. Writing takes as long as parsing, so it is tried only where `source`, the text that the row was read
+    from, allows one of them.
     """
     if not isinstance(row, dict):
         return "not a JSON object"
-    if source.count("[") + source.count("{") > MAX_DEPTH and depth(row) > MAX_DEPTH:
-        return TOO_DEEP
-    try:
-        if "\\ud" in source or "\\uD" in source:
+    if source is None or "\\ud" in source or "\\uD" in source or source.count("[") + source.count("{") > 100:
+        try:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return "invalid Unicode (unpaired surrogate)"
+        except UnicodeEncodeError:
+            return "invalid Unicode (unpaired surrogate)"
+        except RecursionError:
+            return TOO_DEEP
     return None
-
-
-MAX_DEPTH = 100
-
-
-def depth(value: Any) -> int:
-    """How many lists and objects are nested in one another."""
-    level, containers = 0, [value]
-    while containers:
-        level += 1
-        inner = (item for value in containers for item in (value.values() if isinstance(value, dict) else value))
-        containers = [item for item in inner if isinstance(item, dict | list)]
-    return level
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -417,121 +359,6 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
-class ResultFile:
-    """One JSON line per evaluated item, written as soon as it exists, so that a killed evaluation goes on.
-
-    The first line is {"fingerprint": {...}}: what the results depend on. Every other line is a row with a
-    "question_id". Opening a file keeps its whole rows in `rows`; damaged lines, such as the last one of a crash, are
-    left out with a warning, and their questions count as missing. When the stored fingerprint is not this one, raises
-    InputError naming the keys that differ; with `renew` the file becomes NAME.old and a new one is begun (a resumed
-    run measures its own adapter with its own flags). Raises InputError too when the first line is damaged.
-
-    With `use_cache` rows that are missing are taken from the baseline cache, a file of the same fingerprint in the
-    user's cache folder, and `finish` puts there what it does not have. A damaged cache file is ignored with a warning.
-    """
-
-    def __init__(self, path: Path, fingerprint: dict, *, renew: bool = False, use_cache: bool = False) -> None:
-        self.path = path
-        self.fingerprint = fingerprint
-        self.rows: list[dict] = []
-        self._cached: dict[Any, dict] = {}
-        self._cache = baseline_cache(fingerprint) if use_cache else None
-        if self._cache and self._cache.exists():
-            self._cached = self._read_cache(self._cache)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size:
-            skipped = SkippedRows()
-            stored, self.rows = read_results(path, skipped)
-            if stored == fingerprint:
-                skipped.report(f"damaged lines of {path}; their questions are answered again")
-                if skipped.count:
-                    write_rows(path, [{"fingerprint": fingerprint}, *self.rows])
-                return
-            other = differing(stored, fingerprint)
-            if not renew:
-                raise InputError(
-                    f"{path} holds results of another evaluation ({other}); write to another place or delete the file"
-                )
-            log.warning("%s.old: results of another evaluation (%s); measuring again", path, other)
-            replace(path, Path(f"{path}.old"))
-            self.rows = []
-        write_rows(path, [{"fingerprint": fingerprint}])
-
-    def _read_cache(self, cache: Path) -> dict[Any, dict]:
-        """The rows of the cache file by question; none, with a warning, when it is damaged."""
-        skipped = SkippedRows()
-        try:
-            stored, rows = read_results(cache, skipped)
-        except InputError as error:
-            log.warning("ignoring a damaged file of the baseline cache: %s", error)
-            return {}
-        if stored != self.fingerprint:
-            log.warning("ignoring a file of the baseline cache: %s: %s", cache, differing(stored, self.fingerprint))
-            return {}
-        skipped.report(f"damaged lines of the baseline cache {cache}")
-        return {row["question_id"]: row for row in rows}
-
-    def missing(self, questions: list[dict]) -> list[dict]:
-        """The questions without a row yet, in their order, after taking what the cache has of them."""
-        done = {row["question_id"] for row in self.rows}
-        absent = [question for question in questions if question["question_id"] not in done]
-        wanted = {question["question_id"] for question in absent}
-        found = [row for key, row in self._cached.items() if key in wanted]
-        if found:
-            append_lines(self.path, found)
-            self.rows += found
-            log.info(
-                "%s: %d rows taken from the baseline cache (%s); --no_baseline_cache computes them again",
-                self.path.name,
-                len(found),
-                self._cache,
-            )
-        return [question for question in absent if question["question_id"] not in self._cached]
-
-    def append(self, *rows: dict) -> None:
-        """Writes the rows and flushes them to the disk."""
-        append_lines(self.path, list(rows))
-        self.rows += rows
-
-    def finish(self) -> None:
-        """Puts rows that the cache does not have into it. A no-op without `use_cache`."""
-        new = [row for row in self.rows if row["question_id"] not in self._cached]
-        if self._cache and new:
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
-            remove_left_over(self._cache.parent, before=time.time() - 24 * 3600)
-            write_rows(self._cache, [{"fingerprint": self.fingerprint}, *self._cached.values(), *new])
-            self._cached |= {row["question_id"]: row for row in new}
-
-    def rows_of(self, questions: list[dict]) -> list[dict]:
-        """The rows of these questions, in their order."""
-        by_id = {row["question_id"]: row for row in self.rows}
-        return [by_id[question["question_id"]] for question in questions]
-
-
-def read_results(path: Path, skipped: SkippedRows) -> tuple[dict, list[dict]]:
-    """The fingerprint and the rows of a result file (see ResultFile); damaged lines go to `skipped`.
-
-    A question that has two rows keeps the first. Raises InputError when the file or its first line cannot be read.
-    """
-    fingerprint = None
-    by_id: dict[str | int, dict] = {}
-    for place, row in read_objects(path, skipped):
-        if fingerprint is None:
-            if not isinstance(row.get("fingerprint"), dict) or skipped.count:
-                break
-            fingerprint = row["fingerprint"]
-        elif isinstance(row.get("question_id"), str | int):
-            by_id.setdefault(row["question_id"], row)
-        else:
-            skipped.add(place, "no question_id")
-    if fingerprint is None:
-        raise InputError(
-            f"{path}:1: no fingerprint in the first line, so this is no result file or a damaged one; delete it or "
-            "name another"
-        )
-    return fingerprint, list(by_id.values())
-
-
 def differing(before: dict, now: dict) -> str:
     """Names what differs between two dicts, as "key: before -> now, ..."."""
     keys = [key for key in before | now if before.get(key) != now.get(key)]
@@ -550,11 +377,6 @@ def digest(*parts: object) -> str:
     """
     texts = (part if isinstance(part, str) else json.dumps(part, sort_keys=True, default=str) for part in parts)
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def baseline_cache(fingerprint: dict) -> Path:
-    """Where the results of this fingerprint are kept for later runs. LLM_ALIGNMENT_CACHE names another folder."""
-    return cache_folder() / "baselines" / f"{digest(fingerprint)[:32]}.jsonl"
 
 
 def cache_folder() -> Path:

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import functools
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.files import InputError, ResultFile, digest, sample
-from llm_alignment.flags import not_negative, positive, ratio, temperature
-from llm_alignment.generation import generate, strip_thinking
+from llm_alignment.evaluation import Evaluation, read_items
+from llm_alignment.files import InputError, digest, sample
+from llm_alignment.generation import MAX_BATCH_SIZE, Decoding, generate
 from llm_alignment.hub import read_usable
-from llm_alignment.leaks import (
-    hold_out_instructions,
-    hold_out_posts,
-    leak_finder,
-    leak_snippet,
-    normalise_text,
-    without_leaks,
-)
-from llm_alignment.models import load_model, model_fingerprint, on_main_process
-from llm_alignment.preferences import GENERAL_COLUMNS, merge_system_prompt, post_text, read_pairs
-from llm_alignment.runs import timed
-from llm_alignment.tatqa import question_texts, tatqa_file
+from llm_alignment.leaks import LeakFinder, without_leaks
+from llm_alignment.messages import refuse_needed
+from llm_alignment.models import Base, base_fingerprint, load_model
+from llm_alignment.preferences import merge_system_prompt, read_pairs
+from llm_alignment.prompts import strip_thinking
+from llm_alignment.reddit import hold_out_posts, leak_snippet, read_comments, reddit_pairs
+from llm_alignment.results import baseline_cache
+from llm_alignment.texts import normalise_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,108 +32,34 @@ if TYPE_CHECKING:
 log = logging.getLogger("llm_alignment")
 
 
-# Flags that do not change which adapter comes out. The other evaluation flags do: what is asked is not trained on.
-MEASURING_FLAGS = {
-    "reward_model", "eval_baseline", "eval_save_json", "eval_limit", "eval_max_new_tokens", "eval_temperature",
-    "eval_top_p", "mtbench_limit", "mtbench_max_tokens", "reddit_max_tokens",
-}  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """The flags of the data, by name: where it is, which of it is trained on and which is asked."""
+
+    reddit_dataset: str
+    reddit_min_post_chars: int
+    reddit_max_post_chars: int
+    reddit_min_comment_chars: int
+    reddit_score_margin: float
+    reddit_length_tol: float
+    reddit_max_pairs_per_post: int
+    reddit_sample_rate: float
+    finance_dataset: str
+    general_dataset: str
+    do_reddit: bool
+    reddit_limit: int
+    do_instruct: bool
+    instruct_limit: int
+    thinking: bool
+    seed: int
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """The data sets, how pairs are made of them, and how their evaluations are made."""
-    on_off = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("Reddit").add_argument
-    add("--reddit_dataset", default="winddude/reddit_finance_43_250k", help="hub id, file or folder (%(default)s)")
-    add("--reddit_min_post_chars", type=not_negative(int), default=120, help="shortest post to use (%(default)s)")
-    add("--reddit_min_comment_chars", type=not_negative(int), default=40, help="shortest comment (%(default)s)")
-    add("--reddit_max_post_chars", type=positive(int), default=2000, help="posts are cut here (%(default)s)")
-    add(
-        "--reddit_score_margin",
-        type=not_negative(float),
-        default=0.10,
-        help="the rejected comment scores lower than the chosen one by this or more (%(default)s)",
-    )
-    add(
-        "--reddit_length_tol",
-        type=not_negative(float),
-        default=0.6,
-        help="and its length differs by at most this share of the chosen length (%(default)s)",
-    )
-    add("--reddit_max_pairs_per_post", type=positive(int), default=1, help="pairs of one post (%(default)s)")
-    add("--reddit_sample_rate", type=ratio, default=0.3, help="share of the pairs to use (%(default)s)")
-    add = parser.add_argument_group("Finance-Instruct and general pairs").add_argument
-    add(
-        "--finance_dataset",
-        default="Josephgflowers/Finance-Instruct-500k",
-        help="hub id, file or folder (%(default)s)",
-    )
-    add("--finance_instruct_pairs", type=positive(int), default=2000, help="most pairs of it (%(default)s)")
-    add(
-        "--finance_temperature",
-        type=temperature,
-        default=0.0,
-        help="temperature of the base's own answers, which are rejected; the published runs used 0.8 (%(default)s)",
-    )
-    add(
-        "--general_dataset",
-        default="Intel/orca_dpo_pairs",
-        help=f"hub id, file or folder (%(default)s) with the columns {GENERAL_COLUMNS}",
-    )
-    add("--hybrid_ratio", type=ratio, default=0.7, help="share of Reddit in a mix of two (%(default)s)")
-    add(
-        "--mix_policy",
-        choices=["fill", "exact"],
-        default="fill",
-        help="fill takes what is there when a source has too few, exact keeps the shares and takes less (%(default)s)",
-    )
-    add = parser.add_argument_group("evaluation on Reddit").add_argument
-    add("--do_reddit", action=on_off, default=True, help="replies to held-out posts (%(default)s)")
-    add("--reddit_limit", type=positive(int), default=100, help="posts (%(default)s)")
-    add("--reddit_max_tokens", type=positive(int), default=256, help="new tokens of a reply (%(default)s)")
-    parser.set_defaults(max_prompt_length=1536, max_length=2560, mtbench_file="mt_bench_en.json")
-
-
-def two_way_shares(args: argparse.Namespace) -> dict[str, Fraction]:
-    reddit = Fraction(str(args.hybrid_ratio))
-    return {"reddit": reddit, "finance": 1 - reddit}
-
-
-REDDIT_COLUMNS = ("id", "title", "body", "comment_normalized_score")  # selftext and subreddit may be absent
-
-
-def read_comments(args: argparse.Namespace) -> list[dict]:
-    """The usable rows of --reddit_dataset, one for each comment; an id that is a number becomes a text."""
-    rows = read_usable(args.reddit_dataset, "--reddit_dataset", reddit_problem, ", ".join(REDDIT_COLUMNS))
-    return [{**row, "id": str(row["id"])} for row in rows]
-
-
-def reddit_problem(row: dict) -> str | None:
-    """The reason why a row of one post and one comment cannot be used; None when it can."""
-    missing = [column for column in REDDIT_COLUMNS if column not in row]
-    if missing:
-        return f"missing columns: {', '.join(missing)}"
-    if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
-        return "id is neither a text nor a whole number"
-    for column in ("title", "body", "selftext"):
-        if not isinstance(row.get(column, ""), str):
-            return f"{column} is no text"
-    for column in ("id", "title", "body"):
-        if not str(row[column]).strip():
-            return f"empty {column}"
-    score = row["comment_normalized_score"]
-    if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
-        return f"comment_normalized_score {score!r} is not a number"
-    return None
-
-
-def read_instructions(args: argparse.Namespace) -> list[dict[str, str]]:
+def read_instructions(source: str) -> list[dict[str, str]]:
     """The usable rows of --finance_dataset as instructions {"prompt", "chosen", "uid", "user"}.
 
     `prompt` is the user's text after the system text, `chosen` the reference answer, `user` the user's text alone.
     """
-    rows = read_usable(
-        args.finance_dataset, "--finance_dataset", finance_problem, "user, assistant and perhaps system"
-    )
+    rows = read_usable(source, "--finance_dataset", finance_problem, "user, assistant and perhaps system")
     instructions = []
     for row in rows:
         prompt, chosen = merge_system_prompt(row.get("system"), row["user"]), row["assistant"].strip()
@@ -156,49 +78,37 @@ def finance_problem(row: dict) -> str | None:
     for column in ("user", "assistant"):
         if not row[column].strip():
             return f"empty {column}"
+    try:
+        refuse_needed(row, "the row")
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def reddit_pairs(
-    rows: list[dict],
-    *,
-    min_post_chars: int = 120,
-    min_comment_chars: int = 40,
-    max_post_chars: int = 2000,
-    score_margin: float = 0.10,
-    length_tol: float = 0.6,
-    max_pairs_per_post: int = 1,
-) -> list[dict[str, str]]:
-    """Preference pairs of the posts with at least two comments, sorted by uid; the order of `rows` does not matter.
+def hold_out_instructions(instructions: list[dict], limit: int) -> tuple[list[dict], list[dict]]:
+    """`limit` instructions as evaluation questions, chosen by a hash of their text, and the other instructions.
 
-    chosen is the comment with the best `comment_normalized_score`. rejected are the lowest siblings, at most
-    `max_pairs_per_post`, that lie `score_margin` or more below it and differ from its length by at most `length_tol`
-    of it; without any, the lowest sibling. A post whose comments are equal in text or in score gives no pair.
+    A question keeps the user's text as `instruction` and the answer as `reference`. Instructions of less than four
+    words are not chosen: too many texts would contain them.
     """
-    posts: dict[str, list[dict]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: (row["comment_normalized_score"], row["body"], row["title"])):
-        if len(row["body"].strip()) >= min_comment_chars:
-            posts[row["id"]].append(row)
-    pairs: list[dict[str, str]] = []
-    for post_id, comments in sorted(posts.items()):
-        *siblings, best = comments
-        prompt, chosen = post_text(best, max_post_chars), best["body"].strip()
-        if not siblings or len(prompt) < min_post_chars:
-            continue
-
-        def is_worse(row: dict, margin: float = 0.0, best: dict = best, chosen: str = chosen) -> bool:
-            gap = best["comment_normalized_score"] - row["comment_normalized_score"]
-            return gap > 0 and gap >= margin and row["body"].strip() != chosen
-
-        def is_as_long(row: dict, chosen: str = chosen) -> bool:
-            return abs(len(row["body"].strip()) - len(chosen)) <= length_tol * len(chosen)
-
-        near = [row for row in siblings if is_worse(row, score_margin) and is_as_long(row)]
-        rejected = near[:max_pairs_per_post] or list(filter(is_worse, siblings[:1]))
-        for number, row in enumerate(rejected):
-            uid = f"reddit:{post_id}:{number}"
-            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": row["body"].strip(), "uid": uid})
-    return pairs
+    by_text: dict[str, dict] = {}
+    for instruction in sorted(instructions, key=lambda instruction: instruction["uid"]):
+        text = normalise_text(instruction["user"])
+        if text.count(" ") >= 3:
+            by_text.setdefault(text, instruction)
+    chosen = [by_text[text] for text in sorted(by_text, key=lambda text: digest("evaluation", text))[:limit]]
+    questions = [
+        {
+            "question_id": instruction["uid"],
+            "category": "finance",
+            "turns": [instruction["prompt"]],
+            "instruction": instruction["user"],
+            "reference": instruction["chosen"],
+        }
+        for instruction in chosen
+    ]
+    taken = {instruction["uid"] for instruction in chosen}
+    return questions, [instruction for instruction in instructions if instruction["uid"] not in taken]
 
 
 def distinct(instructions: list[dict]) -> list[dict]:
@@ -207,54 +117,82 @@ def distinct(instructions: list[dict]) -> list[dict]:
     return list({normalise_text(instruction["user"]): instruction for instruction in by_uid}.values())
 
 
-def finance_pairs(
-    args: argparse.Namespace, record: dict, tokenizer: PreTrainedTokenizerBase, instructions: list[dict], wanted: int
-) -> list[dict[str, str]]:
-    """`wanted` pairs, or as many as there are: the reference answer chosen, the base model's own answer rejected.
+@dataclasses.dataclass(frozen=True)
+class AnswerSettings:
+    """How the base answers Finance-Instruct: the flags of that name."""
 
-    Under several processes the main one generates. A dry run uses the reference instead of the base's answer.
+    instruct_max_tokens: int
+    finance_temperature: float
+    seed: int
+    thinking: bool
+    eval_batch_size: int
+    no_baseline_cache: bool
+    dry_run: bool
+
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(
+            max_new_tokens=self.instruct_max_tokens,
+            temperature=self.finance_temperature,
+            seed=self.seed,
+            thinking=self.thinking,
+            batch_size=self.eval_batch_size,
+        )
+
+
+def finance_pairs(
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    instructions: list[dict],
+    wanted: int,
+    answers: AnswerSettings,
+) -> list[dict[str, str]]:
+    """Pairs of the first `wanted` instructions, or as many as there are, whose answer by the base can be rejected.
+
+    The reference answer is chosen, the base's own answer rejected. An answer that is empty, that the token limit cut,
+    or that equals the reference is not used; at most 2 * `wanted` instructions are answered. Answers are stored as
+    they come in `folder`/finance_answers.jsonl, so that a restart continues; greedy ones are put into the baseline
+    cache, where later runs on this base find them. A dry run uses the reference instead. All processes call this.
     """
-    if args.dry_run:
+    if answers.dry_run:
         log.info("dry run: reference answers stand for the base's own answers, which a run generates first")
         return [{**instruction, "rejected": instruction["chosen"]} for instruction in instructions[:wanted]]
-    with timed(record, "finance answers"):
-        return on_main_process(lambda: answered_by_base(args, tokenizer, instructions, wanted))
+    decoding = answers.decoding
+    model: list[PreTrainedModel] = []
 
+    def get_model() -> PreTrainedModel:
+        if not model:
+            model.append(load_model(base))
+        return model[0]
 
-def answered_by_base(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, instructions: list[dict], wanted: int
-) -> list[dict[str, str]]:
-    """Pairs of the first `wanted` instructions whose answer by the base can be used as rejected.
-
-    An answer that is empty, that the token limit cut, or that equals the reference is not used. At most 2 * `wanted`
-    instructions are answered. Answers are stored one by one in the output folder, so that a restart continues; greedy
-    ones are put into the baseline cache at the end, where later runs on this base find them.
-    """
-    path = Path(args.output_dir) / "finance_answers.jsonl"
-    settings = {"max_new_tokens": args.instruct_max_tokens, "temperature": args.finance_temperature, "seed": args.seed}
-    fingerprint = {**model_fingerprint(args, "none"), "answers": "one user turn", "generation": settings}
-    is_greedy = args.finance_temperature == 0
-    results = ResultFile(path, fingerprint, renew=True, use_cache=is_greedy and not args.no_baseline_cache)
-    candidates = [{**instruction, "question_id": instruction["uid"]} for instruction in instructions[: 2 * wanted]]
-    model, position = None, 0
+    fingerprint = {**base_fingerprint(base, thinking=decoding.thinking), "adapter": "none"}
+    settings = {"answers": "one user turn", "generation": decoding.settings("max_new_tokens", "temperature", "seed")}
+    is_greedy = decoding.temperature == 0
+    cache = baseline_cache({**fingerprint, **settings}) if is_greedy and not answers.no_baseline_cache else None
+    path, position = folder / "finance_answers.jsonl", 0
     pairs: list[dict[str, str]] = []
-    while len(pairs) < wanted and position < len(candidates):
+    while len(pairs) < wanted and position < min(2 * wanted, len(instructions)):
         # Samples depend on the batch. So a batch of samples is small, and a restart generates it again as a whole.
         size = wanted - len(pairs) if is_greedy else SAMPLED_AT_ONCE
-        batch = candidates[position : position + size]
+        batch = instructions[position : min(position + size, 2 * wanted)]
         position += len(batch)
-        missing = results.missing(batch)
-        log.info("the base's answers: %d in %s, %d to generate", len(batch) - len(missing), path, len(missing))
-        if missing:
-            model = model or load_model(args)
-            store_answers(args, model, tokenizer, missing if is_greedy else batch, results, settings)
-        for instruction, row in zip(batch, results.rows_of(batch), strict=True):
+        evaluation = Evaluation(
+            name="finance_answers",
+            items=[{"question_id": instruction["uid"], "prompt": instruction["prompt"]} for instruction in batch],
+            read=functools.partial(answer_instructions, decoding=decoding),
+            settings=settings,
+            order=lambda item: len(item["prompt"]),
+            rows_at_once=lambda model: decoding.batch_size or MAX_BATCH_SIZE[model.device.type],
+        )
+        rows = read_items(evaluation, get_model, tokenizer, path, fingerprint=fingerprint, cache=cache)
+        for instruction, row in zip(batch, rows, strict=True):
             if row["finished"] and row["answer"] not in {"", instruction["chosen"]} and len(pairs) < wanted:
                 kept = {key: instruction[key] for key in ("prompt", "chosen", "uid", "user")}
                 pairs.append({**kept, "rejected": row["answer"]})
-    results.finish()
-    unused = position - len(pairs)
-    log.info("the base's answers: %d pairs; %d answers not used (empty, cut, or equal)", len(pairs), unused)
+    log.info(
+        "the base's answers: %d pairs; %d answers not used (empty, cut, or equal)", len(pairs), position - len(pairs)
+    )
     if len(pairs) < wanted:
         log.warning(
             "%d Finance-Instruct pairs instead of %d: of %d instructions answered, the base's other answers were "
@@ -267,29 +205,16 @@ def answered_by_base(
 SAMPLED_AT_ONCE = 32
 
 
-def store_answers(
-    args: argparse.Namespace,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    instructions: list[dict],
-    results: ResultFile,
-    settings: dict[str, Any],
-) -> None:
-    """Answers instructions and appends a row {"question_id", "prompt", "answer", "answer_tokens", "finished"} each."""
-    stored = {row["question_id"] for row in results.rows}
-    for answer in generate(
-        model,
-        tokenizer,
-        [[{"role": "user", "content": instruction["prompt"]}] for instruction in instructions],
-        batch_size=args.eval_batch_size,
-        thinking=args.thinking,
-        description="the base's answers",
-        **settings,
-    ):
-        kept = {key: instructions[answer.index][key] for key in ("question_id", "prompt")}
-        if kept["question_id"] not in stored:
-            text = strip_thinking(answer.text)
-            results.append({**kept, "answer": text, "answer_tokens": answer.tokens, "finished": answer.finished})
+def answer_instructions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[dict], *, decoding: Decoding
+) -> list[dict]:
+    """The rows {"question_id", "prompt", "answer", "answer_tokens", "finished"} of instructions."""
+    conversations = [[{"role": "user", "content": item["prompt"]}] for item in items]
+    answers = sorted(generate(model, tokenizer, conversations, decoding), key=lambda answer: answer.index)
+    return [
+        {**item, "answer": strip_thinking(a.text), "answer_tokens": a.tokens, "finished": a.finished}
+        for item, a in zip(items, answers, strict=True)
+    ]
 
 
 def mix_counts(available: dict[str, int], shares: dict[str, Fraction], policy: str) -> dict[str, int]:
@@ -358,74 +283,64 @@ class TrainingData:
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def load_data(args: argparse.Namespace, sources: set[str], mtbench_questions: list[dict]) -> TrainingData:
+def load_data(
+    settings: DataSettings, sources: set[str], asked: dict[str, list[str]], passages: dict[str, list[str]]
+) -> TrainingData:
     """Reads the data of `sources` ("reddit", "finance", "general") and of the evaluations that the flags ask for.
 
-    What the evaluations ask, `mtbench_questions` included, is held out and not trained on. Raises InputError when a
-    source or an evaluation has nothing left.
+    What the evaluations ask is held out and not trained on: their own questions, and `asked` and `passages`, which are
+    LeakFinder's. Raises InputError when a source or an evaluation has nothing left.
     """
     data = TrainingData()
-    forbidden = {"MT-Bench question": [question["turns"][0] for question in mtbench_questions]}
-    if args.do_eval:
-        forbidden["TAT-QA question"] = question_texts(tatqa_file(args, args.eval_split))
-    comments = read_comments(args) if args.do_reddit or "reddit" in sources else []
-    instructions = read_instructions(args) if args.do_instruct or "finance" in sources else []
-    if args.do_reddit:
+    forbidden = dict(asked)
+    comments = read_comments(settings.reddit_dataset) if settings.do_reddit or "reddit" in sources else []
+    instructions = read_instructions(settings.finance_dataset) if settings.do_instruct or "finance" in sources else []
+    if settings.do_reddit:
         data.questions["reddit"], comments = hold_out_posts(
             comments,
-            args.reddit_limit,
-            min_chars=args.reddit_min_post_chars,
-            max_chars=args.reddit_max_post_chars,
+            settings.reddit_limit,
+            min_chars=settings.reddit_min_post_chars,
+            max_chars=settings.reddit_max_post_chars,
         )
         forbidden["evaluation post"] = [leak_snippet(question["turns"][0]) for question in data.questions["reddit"]]
-    if args.do_instruct:
-        data.questions["finance_instruct"], instructions = hold_out_instructions(instructions, args.instruct_limit)
-        asked = data.questions["finance_instruct"]
-        forbidden["evaluation instruction"] = [question["instruction"] for question in asked]
-    fill_items(args, data, sources, comments, instructions, leak_finder(forbidden))
-    check_nothing_is_empty(args, data)
-    return data
-
-
-def fill_items(
-    args: argparse.Namespace,
-    data: TrainingData,
-    sources: set[str],
-    comments: list[dict],
-    instructions: list[dict],
-    find_leak: Callable[[str], str | None],
-) -> None:
-    """Puts the items of `sources` that hold no leak into `data`, in an order that the seed gives."""
+    if settings.do_instruct:
+        questions, instructions = hold_out_instructions(instructions, settings.instruct_limit)
+        data.questions["finance_instruct"] = questions
+        forbidden["evaluation instruction"] = [question["instruction"] for question in questions]
+    finder = LeakFinder(forbidden, passages)
     if "reddit" in sources:
         pairs = reddit_pairs(
             comments,
-            min_post_chars=args.reddit_min_post_chars,
-            min_comment_chars=args.reddit_min_comment_chars,
-            max_post_chars=args.reddit_max_post_chars,
-            score_margin=args.reddit_score_margin,
-            length_tol=args.reddit_length_tol,
-            max_pairs_per_post=args.reddit_max_pairs_per_post,
+            min_post_chars=settings.reddit_min_post_chars,
+            min_comment_chars=settings.reddit_min_comment_chars,
+            max_post_chars=settings.reddit_max_post_chars,
+            score_margin=settings.reddit_score_margin,
+            length_tol=settings.reddit_length_tol,
+            max_pairs_per_post=settings.reddit_max_pairs_per_post,
         )
-        pairs = without_leaks(pairs, find_leak, "reddit", data.counts)
-        size = math.floor(Fraction(str(args.reddit_sample_rate)) * len(pairs))
-        data.items["reddit"] = sample(pairs, size, args.seed)
+        pairs = without_leaks(pairs, finder, "reddit", data.counts)
+        size = math.floor(Fraction(str(settings.reddit_sample_rate)) * len(pairs))
+        data.items["reddit"] = sample(pairs, size, settings.seed)
         log.info("reddit: %d pairs, sampled to %d", len(pairs), size)
     if "finance" in sources:
-        clean = distinct(without_leaks(instructions, find_leak, "finance", data.counts))
-        data.items["finance"] = sample(clean, len(clean), args.seed)
+        clean = distinct(without_leaks(instructions, finder, "finance", data.counts))
+        data.items["finance"] = sample(clean, len(clean), settings.seed)
     if "general" in sources:
-        pairs = read_pairs(args.general_dataset, "--general_dataset", thinking=args.thinking)
-        pairs = without_leaks(pairs, find_leak, "general", data.counts)
-        data.items["general"] = sample(pairs, len(pairs), args.seed)
+        pairs = read_pairs(settings.general_dataset, "--general_dataset", thinking=settings.thinking)
+        pairs = without_leaks(pairs, finder, "general", data.counts)
+        data.items["general"] = sample(pairs, len(pairs), settings.seed)
+    check_nothing_is_empty(settings, data)
+    return data
 
 
-def check_nothing_is_empty(args: argparse.Namespace, data: TrainingData) -> None:
+def check_nothing_is_empty(settings: DataSettings, data: TrainingData) -> None:
     """Raises InputError when a source has no item or an evaluation no question."""
+    finance = f"--finance_dataset {settings.finance_dataset}"
     flags = {
-        "reddit": f"--reddit_dataset {args.reddit_dataset}, --reddit_sample_rate {args.reddit_sample_rate}",
-        "finance": f"--finance_dataset {args.finance_dataset}",
-        "finance_instruct": f"--finance_dataset {args.finance_dataset}, --instruct_limit {args.instruct_limit}",
-        "general": f"--general_dataset {args.general_dataset}",
+        "reddit": f"--reddit_dataset {settings.reddit_dataset}, --reddit_sample_rate {settings.reddit_sample_rate}",
+        "finance": finance,
+        "finance_instruct": f"{finance}, --instruct_limit {settings.instruct_limit}",
+        "general": f"--general_dataset {settings.general_dataset}",
     }
     for what, found in (("train on", data.items), ("ask about", data.questions)):
         for name, items in found.items():
@@ -440,9 +355,3 @@ def data_fingerprint(data: TrainingData, pairs: list[dict]) -> dict:
     sources = Counter(pair["uid"].partition(":")[0] for pair in pairs)
     texts = [[pair[key] for key in ("prompt", "chosen", "rejected")] for pair in pairs]
     return {"rows": {**sources, **data.counts}, "sha256": digest(texts)}
-
-
-def finance_questions(args: argparse.Namespace, data: TrainingData) -> dict[str, tuple[list[dict], int]]:
-    """What the reward model scores besides MT-Bench: {name: (questions, tokens of an answer)}."""
-    tokens = {"finance_instruct": args.instruct_max_tokens, "reddit": args.reddit_max_tokens}
-    return {name: (data.questions[name], tokens[name]) for name in tokens if name in data.questions}

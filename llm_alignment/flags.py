@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from llm_alignment.files import InputError
+from llm_alignment.parser import Parser, add_group
+
+T = TypeVar("T")
+
+
+def fill(kind: type[T], args: argparse.Namespace | dict[str, Any], **more: Any) -> T:
+    """The dataclass `kind`, its fields filled by the flags of their names, or by `more`.
+
+    The only bridge from the command line to plain values. A field without a flag needs a value in `more` or a default.
+    """
+    names = {field.name for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    values = args if isinstance(args, dict) else vars(args)
+    return kind(**{name: value for name, value in values.items() if name in names} | more)
 
 
 def ratio(text: str) -> float:
@@ -96,52 +114,46 @@ def tracker(text: str) -> str:
 
 TRACKERS = ("trackio", "tensorboard", "wandb")
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups: one line a flag. Words of `trains`: "measured" is how an answer is made and scored, "asked" is what is asked
+# (some scripts keep it out of the training data); "reddit", "finance" and "general" shape the pairs of one source.
 
-def new_parser(script: str, docstring: str) -> argparse.ArgumentParser:
-    """A parser whose errors stay short and that takes no abbreviated flags, which would hide a misspelt one."""
-    return argparse.ArgumentParser(
-        prog=f"python {script}",
-        usage=f"python {script} [--flag value ...]   (--help lists the flags)",
-        description=docstring,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+ON_OFF = argparse.BooleanOptionalAction
+SPLITS = ("train", "validation", "test")
+# TRL's losses that need the policy and its reference alone, and those that read --label_smoothing.
+LOSS_TYPES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
+
+# fmt: off
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default="Qwen/Qwen3-1.7B", help="hub id or local folder (default: %(default)s)")
-    add("--model_revision", default=None, help="branch, tag or commit on the hub (default: the main branch)")
-    add("--no_4bit", action="store_true", help="load the base in full precision, not in 4 bits")
-    add("--quant_type", choices=["nf4", "fp4"], default="nf4", help="4-bit format (default: %(default)s)")
-    add(
-        "--dtype",
-        choices=["auto", "bf16", "fp16", "fp32"],
-        default="auto",
-        help="type of the weights and of computing; auto: bf16 where the GPU has it, else fp16, fp32 on CPU "
-        "(default: %(default)s)",
-    )
+    add = add_group(parser, "model", trains=True)
+    add("--model", default="Qwen/Qwen3-1.7B", help="hub id or local folder")
+    add("--model_revision", default=None, help="branch, tag or commit on the hub; without it the main branch")
+    add("--no_4bit", action="store_true", help="load the base unquantised: faster, and four times the memory")
+    add("--quant_type", choices=["nf4", "fp4"], default="nf4", help="4-bit format")
+    add("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+        help="of weights and computing; auto: bf16 where the GPU has it, else fp16; fp32 on CPU")
     add("--trust_remote_code", action="store_true", help="run code that a model's repository ships")
-    add(
-        "--thinking",
-        action="store_true",
+    add("--thinking", action="store_true",
         help="Qwen3 may think before it answers: prompts end without the empty <think></think> block, and thoughts in "
-        "the data are trained on (without it every answer follows an empty block, and thoughts are left out)",
-    )
+        "the data are trained on; without it every answer follows an empty block, and thoughts are left out")
 
 
 def add_lora_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
     """The adapter's flags; a script that trains `in_stages` has rank and alpha of its own for each stage."""
-    add = parser.add_argument_group("LoRA").add_argument
+    add = add_group(parser, "LoRA", trains=True)
     if not in_stages:
-        add("--lora_r", type=positive(int), default=8, help="rank (default: %(default)s)")
-        add("--lora_alpha", type=positive(int), default=16, help="scale is alpha / rank (default: %(default)s)")
-    add("--lora_dropout", type=dropout, default=0.05, help="dropout before the adapter (default: %(default)s)")
-    add(
-        "--target_modules",
-        default="q_proj,v_proj",
-        help="comma-separated layers that get an adapter, or all-linear (default: %(default)s)",
-    )
+        add("--lora_r", type=positive(int), default=8,
+            help="size of the adapter: 8-16 for style, 32-64 for new knowledge; more memory")
+        add("--lora_alpha", type=positive(int), default=16, help="strength of the adapter; its scale is alpha / rank")
+    add("--lora_dropout", type=dropout, default=0.05, help="dropout before the adapter; raise it for little data")
+    add("--target_modules", default="q_proj,v_proj",
+        help="layers that get an adapter, separated by commas; all-linear learns more and takes more memory")
 
 
 def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
@@ -150,100 +162,254 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
     A script that trains `in_stages` has epochs and learning rate of its own for each stage, and takes no checkpoint
     by its path: the stages know theirs.
     """
-    add = parser.add_argument_group("training").add_argument
+    add = add_group(parser, "training", trains=True)
     if not in_stages:
-        add(
-            "--epochs",
-            type=positive(float),
-            default=1.0,
-            help="passes over the data, 0.5 is fine (default: %(default)s)",
-        )
-        add("--learning_rate", type=positive(float), help="peak of the cosine (default: %(default)s)")
-    add("--batch", type=positive(int), help="examples per device and forward pass (default: %(default)s)")
-    add("--grad_acc", type=positive(int), default=16, help="passes per optimiser step (default: %(default)s)")
-    add(
-        "--gradient_checkpointing",
-        nargs="?",
-        choices=["auto", "on", "off"],
-        const="on",
-        default="auto",
-        help="recompute activations to save memory; auto: only where the GPU would otherwise have less than a quarter "
-        "of its memory free (default: %(default)s)",
-    )
-    add(
-        "--no-gradient_checkpointing",
-        dest="gradient_checkpointing",
-        action="store_const",
-        const="off",
-        help="the same as --gradient_checkpointing off",
-    )
-    add("--save_steps", type=positive(int), default=50, help="steps between checkpoints (default: %(default)s)")
-    add(
-        "--resume_from_checkpoint",
-        choices=["auto"] if in_stages else None,
+        add("--epochs", type=positive(float), default=1.0, help="passes over the data; 0.5 is fine")
+        add("--learning_rate", type=positive(float),
+            help="peak of the cosine; raise it if the loss hardly falls, lower it if the base is forgotten")
+    add("--batch", type=positive(int), help="examples per device and forward pass; lower it when memory is full")
+    add("--grad_acc", type=positive(int), default=16, help="passes per optimiser step; raise it as --batch is lowered")
+    add("--max_steps", type=not_negative(int), default=0, help="end after N optimiser steps; 0 = after --epochs")
+    add("--system_prompt", default="", metavar="TEXT", help="system turn of conversations that have none")
+    add = add_group(parser, "checkpoints", trains=False)
+    add("--save_steps", type=positive(int), default=50, help="steps between checkpoints")
+    add("--resume_from_checkpoint", choices=["auto"] if in_stages else None, default=None,
         metavar="auto" if in_stages else "auto|PATH",
-        default=None,
-        help="continue from a checkpoint; auto takes the newest complete one of --output_dir (default: start again)",
-    )
+        help="continue a run that was stopped; auto takes the newest complete checkpoint of --output_dir")
 
 
 def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool = True) -> None:
-    """Flags of every run; --report_to is there for a script that trains."""
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", type=seed, default=42, help="seed of everything random (default: %(default)s)")
-    add("--dry_run", action="store_true", help="check data, model files and adapter, print the plan, and exit")
+    """Flags of every run; some are there only for a script that `trains`."""
+    add = add_group(parser, "run", trains=True)
+    add("--seed", type=seed, default=42, help="seed of everything random")
     add("--demo", action="store_true", help="a miniature of the experiment: CPU, minutes, no downloads")
-    if trains:
-        add(
-            "--report_to",
-            type=tracker,
-            choices=["none", *TRACKERS],
-            default="none",
-            help="tracker of the training (default: %(default)s)",
-        )
-    add("--exp_log", default=exp_log, help="JSONL file that gets the run's record (default: %(default)s)")
+    add = add_group(parser, "output", trains=False)
+    add("--output_dir", help="folder of the run")
+    add("--dry_run", action="store_true", help="check data, model files and adapter, print the plan, and exit")
+    add("--table", choices=["headline", "full"], default="headline", help="rows of the table at the end")
+    add("--exp_log", default=exp_log, help="JSONL file that gets the run's record")
     add("--exp_tag", default="", help="a name for the run in that file, for rerun.py and report.py")
-    add = add_scoring_flags(parser)
-    add(
-        "--no_baseline_cache",
-        action="store_true",
-        help="compute the baseline and the reference of DPO again instead of taking them from the cache",
-    )
+    if trains:
+        add("--time", action="store_true", help="with --dry_run: take two steps and one batch, and estimate the run")
+        add("--report_to", type=tracker, choices=["none", *TRACKERS], default="none", help="tracker of the training")
+    add_scoring_flags(parser)
+    add = add_group(parser, "retention", trains="asked")
+    add("--do_retention", action=ON_OFF, default=True, help="what could the base do that the tuned model cannot?")
+    add("--retention_file", default="auto", metavar="auto|PATH",
+        help="questions with checks that a program decides; auto takes the project's own")
+    add = add_group(parser, "how retention is measured", trains="measured")
+    add("--retention_limit", type=not_negative(int), default=0, help="a sample of N questions; 0 = all")
+    add("--retention_max_tokens", type=positive(int), default=64, help="new tokens of an answer")
+    if trains:
+        add = add_group(parser, "gates", trains=False)
+        add("--gates", default="", metavar="METRIC=DIFFERENCE[,...]",
+            help="least acceptable differences, as in mtbench=-0.3,retention=-5; a missed one is exit code 1")
+    add = add_group(parser, "memory and speed", trains=False)
+    add("--gpu_memory_share", type=positive_ratio, default=None,
+        help="part of the GPU's memory that the run may take; without it all, and 0.95 on Windows, where a full GPU "
+        "would spill into host memory and be many times slower")
+    add("--no_baseline_cache", action="store_true",
+        help="compute the baseline and the reference of DPO again instead of taking them from the cache")
+    if trains:
+        add("--gradient_checkpointing", nargs="?", choices=["auto", "on", "off"], const="on", default="auto",
+            help="recompute activations, slower with less memory; auto: only where the GPU would otherwise have less "
+            "than a quarter of its memory free")
+        add("--no-gradient_checkpointing", dest="gradient_checkpointing", action="store_const", const="off",
+            default=argparse.SUPPRESS, help="the same as --gradient_checkpointing off")
 
 
-def add_scoring_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
-    """The reward model and its batches; returns the function that adds more flags to their group."""
-    add = parser.add_argument_group("evaluation").add_argument
-    add(
-        "--eval_batch_size",
-        type=not_negative(int),
-        default=0,
-        help="answers in one batch, and rewards; 0 = by free memory (default: %(default)s)",
-    )
-    add(
-        "--reward_model",
-        default="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
-        help="hub id or folder of a sequence classifier with one label (default: %(default)s)",
-    )
-    return add
+def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
+    """The reward model and its batches."""
+    add = add_group(parser, "scoring", trains="measured")
+    add("--reward_model", default="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
+        help="hub id or folder of a sequence classifier with one label")
+    add = add_group(parser, "batches of the evaluation", trains=False)
+    add("--eval_batch_size", type=not_negative(int), default=0, help="answers, and rewards; 0 = by free memory")
 
 
 def add_mtbench_flags(add: Callable[..., argparse.Action]) -> None:
     """How the questions of MT-Bench are sampled and answered; `add` adds a flag to the script's own group."""
-    add("--mtbench_questions_seed", type=seed, default=42, help="seed of the samples (default: %(default)s)")
-    add(
-        "--mtbench_temperature",
-        type=temperature,
-        default=0.0,
-        help="0 answers greedily (default: %(default)s)",
-    )
-    add("--mtbench_max_tokens", type=positive(int), default=1024, help="new tokens a turn (default: %(default)s)")
-    add(
-        "--mtbench_backend",
-        choices=["simple", "auto"],
-        default="simple",
-        help="auto: continuous batching on a GPU (default: %(default)s)",
-    )
+    add("--mtbench_questions_seed", type=seed, default=42, help="seed of the samples")
+    add("--mtbench_temperature", type=temperature, default=0.0, help="0 answers greedily")
+    add("--mtbench_max_tokens", type=positive(int), default=1024,
+        help="new tokens a turn; raise it if many answers are unfinished")
+    add("--mtbench_backend", choices=["simple", "auto"], default="simple", help="auto: continuous batching on a GPU")
+
+
+def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
+    """What every DPO script takes; a script sets its own defaults with `parser.set_defaults`.
+
+    A script that trains `in_stages` has some of them for each stage, and begins with a fresh adapter.
+    """
+    add_model_flags(parser)
+    add_lora_flags(parser, in_stages=in_stages)
+    add_training_flags(parser, in_stages=in_stages)
+    add_run_flags(parser, exp_log="experiments/dpo_experiments.jsonl")
+    add = add_group(parser, "DPO", trains=True)
+    if not in_stages:
+        add("--beta", type=positive(float), default=0.03,
+            help="small moves further from the base, 0.01-0.1 is usual; 0.3 and more stays near it")
+    add("--loss_type", default="sigmoid", metavar="NAME[,NAME...]",
+        help=f"TRL's losses, their weighted sum if there are several: {', '.join(LOSS_TYPES)}")
+    add("--loss_weights", default="", metavar="W[,W...]",
+        help="a number for each of --loss_type; without it each counts 1")
+    add("--label_smoothing", type=ratio, default=0.0,
+        help=f"share of pairs taken to be labelled the wrong way, for {', '.join(SMOOTHED)}")
+    add("--max_prompt_length", type=positive(int), default=2048, help="tokens that a prompt is cut to")
+    add("--max_length", type=positive(int), default=3072, help="tokens of prompt and answer together")
+    add("--use_chat_template", action="store_true", help="wrap prompts in it (plain text, as published)")
+    add("--no_prefix_sharing", action="store_true", help="read a pair's prompt once for each answer")
+    add("--group_by_table", action=ON_OFF, default=False,
+        help="train on pairs whose prompts begin alike (one table, one system prompt) one after the other and read "
+        "what they share once; it changes which pairs meet in an optimiser step")
+    add("--limit_pairs", type=not_negative(int), default=0, help="a sample of N pairs; 0 = all")
+    if not in_stages:
+        add("--no_train", action="store_true", help="only evaluate")
+        add("--load_adapter", default="", metavar="DIR", help="start from this adapter")
+        add("--adapter_trainable", action="store_true", help="continue its training; it is the reference too")
+    add = add_group(parser, "log", trains=False)
+    add("--logging_steps", type=positive(int), default=5, help="steps between log lines")
+    add = add_group(parser, "what is measured", trains="asked")
+    add("--do_mtbench", action=ON_OFF, default=True, help="MT-Bench")
+    add("--mtbench_file", default="mt_bench_ru.json", help="questions of MT-Bench, fetched when missing")
+    add("--do_instruct", action=ON_OFF, default=True, help="instruction following")
+    add("--instruct_limit", type=not_negative(int), default=25, help="instructions")
+    add("--instruct_max_tokens", type=positive(int), default=512, help="new tokens of an instruction's answer")
+    add = add_group(parser, "how it is measured", trains="measured")
+    add("--eval_baseline", action=ON_OFF, default=True, help="measure before training too")
+    add("--mtbench_limit", type=not_negative(int), default=50, help="a sample of N questions; 0 = all")
+    add("--mtbench_max_tokens", type=positive(int), default=256,
+        help="new tokens a turn; raise it if many answers are unfinished")
+    parser.set_defaults(batch=2, grad_acc=16)
+    if not in_stages:
+        parser.set_defaults(learning_rate=5e-6)
+
+
+def add_tatqa_flags(parser: argparse.ArgumentParser, *, only_measured: bool = False) -> None:
+    """Where TAT-QA is read from, what its prompts look like, and how it is measured; the split that is trained on."""
+    add = add_group(parser, "TAT-QA", trains=True)
+    add("--tatqa_dir", default="", metavar="PATH", help="folder of its JSON files; without it fetched from the hub")
+    if not only_measured:
+        add("--tatqa_split", choices=SPLITS, default="train", help="split to train on")
+    add("--tatqa_table_rows", type=positive(int), default=20, help="rows of a table to show")
+    add("--tatqa_table_cols", type=positive(int), default=8, help="columns of a table to show")
+    add("--tatqa_para_chars", type=not_negative(int), default=1200, help="characters of passages")
+    add("--tatqa_only_rel_paras", action=ON_OFF, default=True, help="only the passages that a question refers to")
+    add = add_group(parser, "what is measured on TAT-QA", trains="asked")
+    add("--do_eval", action=ON_OFF, default=True, help="measure TAT-QA")
+    add("--eval_split", choices=SPLITS, default="validation", help="split to measure on")
+    add = add_group(parser, "how TAT-QA is measured", trains="measured")
+    add("--eval_limit", type=not_negative(int), default=1000, help="questions; 0 = all")
+    add("--eval_max_new_tokens", type=positive(int), default=64, help="longest answer in tokens")
+    add("--eval_temperature", type=temperature, default=0.0, help="0 = greedy")
+    add("--eval_top_p", type=positive_ratio, default=1.0, help="share of probability to sample from")
+    add("--eval_save_json", default="", metavar="X.jsonl",
+        help="also write TAT-QA's rows to X_baseline.jsonl and X_post.jsonl")
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The data sets of finance, how pairs are made of them, and how their evaluations are made."""
+    add = add_group(parser, "Reddit posts", trains=True)
+    add("--reddit_dataset", default="winddude/reddit_finance_43_250k", help="hub id, file or folder")
+    add("--reddit_min_post_chars", type=not_negative(int), default=120, help="shortest post to use")
+    add("--reddit_max_post_chars", type=positive(int), default=2000, help="characters that posts are cut to")
+    add = add_group(parser, "Reddit pairs", trains="reddit")
+    add("--reddit_min_comment_chars", type=not_negative(int), default=40, help="shortest comment to use")
+    add("--reddit_score_margin", type=not_negative(float), default=0.10,
+        help="the rejected comment scores lower than the chosen one by this or more")
+    add("--reddit_length_tol", type=not_negative(float), default=0.6,
+        help="and its length differs by at most this share of the chosen length")
+    add("--reddit_max_pairs_per_post", type=positive(int), default=1, help="pairs of one post")
+    add("--reddit_sample_rate", type=ratio, default=0.3, help="share of the pairs to use")
+    add("--hybrid_ratio", type=ratio, default=0.7, help="share of Reddit in a mix of two")
+    add("--mix_policy", choices=["fill", "exact"], default="fill",
+        help="fill takes what is there when a source has too few, exact keeps the shares and takes less")
+    add = add_group(parser, "Finance-Instruct", trains=True)
+    add("--finance_dataset", default="Josephgflowers/Finance-Instruct-500k", help="hub id, file or folder")
+    add = add_group(parser, "Finance-Instruct pairs", trains="finance")
+    add("--finance_instruct_pairs", type=positive(int), default=2000, help="most pairs of it")
+    add("--finance_temperature", type=temperature, default=0.0,
+        help="temperature of the base's own answers, which are rejected; the published runs used 0.8")
+    add = add_group(parser, "general pairs", trains="general")
+    add("--general_dataset", default="Intel/orca_dpo_pairs",
+        help="hub id, file or folder with question (or prompt), chosen and rejected, and perhaps system; or with "
+        "chosen and rejected dialogues, as Anthropic/hh-rlhf")
+    add = add_group(parser, "what is measured on Reddit", trains="asked")
+    add("--do_reddit", action=ON_OFF, default=True, help="replies to held-out posts")
+    add("--reddit_limit", type=positive(int), default=100, help="posts")
+    add = add_group(parser, "how replies to Reddit are measured", trains="measured")
+    add("--reddit_max_tokens", type=positive(int), default=256, help="new tokens of a reply")
+    parser.set_defaults(max_prompt_length=1536, max_length=2560, mtbench_file="mt_bench_en.json")
+
+
+# fmt: on
+
+
+def losses(
+    loss_type: str, loss_weights: str = "", label_smoothing: float = 0.0
+) -> tuple[list[str], list[float] | None]:
+    """TRL's `loss_type` and `loss_weights`, as the flags ask for them. Raises InputError for those that do not fit."""
+    names = [name.strip() for name in loss_type.split(",")]
+    unknown = [name for name in names if name not in LOSS_TYPES]
+    if unknown:
+        raise InputError(
+            f"--loss_type {loss_type}: {unknown[0] or 'an empty name'} is unknown or needs another model; choose from "
+            f"{', '.join(LOSS_TYPES)}"
+        )
+    try:
+        weights = [float(weight) for weight in loss_weights.split(",")] if loss_weights else None
+    except ValueError as error:
+        raise InputError(f"--loss_weights {loss_weights}: {error}; give numbers, as in 1,0.2") from error
+    if weights and (len(weights) != len(names) or not all(map(math.isfinite, weights)) or not any(weights)):
+        raise InputError(
+            f"--loss_weights {loss_weights}: {len(names)} finite numbers are needed, one for each of --loss_type "
+            f"{loss_type}, and not all of them 0"
+        )
+    if label_smoothing and not set(names) & set(SMOOTHED):
+        raise InputError(
+            f"--label_smoothing {label_smoothing}: --loss_type {loss_type} does not use it; only "
+            f"{', '.join(SMOOTHED)} do"
+        )
+    if "exo_pair" in names and not label_smoothing:
+        raise InputError("--loss_type exo_pair needs --label_smoothing above 0; its paper recommends 0.001")
+    if "robust" in names and label_smoothing >= 0.5:
+        raise InputError(f"--label_smoothing {label_smoothing}: --loss_type robust needs a share below 0.5")
+    return names, weights
+
+
+def check_dpo_flags(args: argparse.Namespace, *, in_stages: bool = False) -> None:
+    """Raises InputError for flags of a DPO script that do not go together."""
+    if args.max_prompt_length >= args.max_length:
+        raise InputError(
+            f"--max_prompt_length {args.max_prompt_length} leaves no room for an answer within --max_length "
+            f"{args.max_length}; raise --max_length"
+        )
+    if args.eval_save_json and not args.do_eval:
+        raise InputError(
+            f"--eval_save_json {args.eval_save_json}: without --do_eval there are no TAT-QA rows to write"
+        )
+    losses(args.loss_type, args.loss_weights, args.label_smoothing)
+    if args.group_by_table and (args.batch == 1 or args.no_prefix_sharing):
+        raise InputError(
+            "--group_by_table shares what the pairs of a micro-batch have in common: give --batch 2 or more, without "
+            "--no_prefix_sharing"
+        )
+    if in_stages:
+        return
+    if args.adapter_trainable and not args.load_adapter:
+        raise InputError("--adapter_trainable needs --load_adapter DIR: which adapter is to be trained on")
+    if args.load_adapter and not args.adapter_trainable and not args.no_train:
+        raise InputError("--load_adapter: add --adapter_trainable to train it on, or --no_train to only measure it")
+    if args.no_train and not args.load_adapter and not args.eval_baseline:
+        raise InputError("--no_train without --load_adapter measures the base alone: leave out --no-eval_baseline")
+    if args.adapter_trainable and Path(args.load_adapter).resolve() == Path(args.output_dir).resolve():
+        raise InputError(
+            f"--load_adapter {args.load_adapter} is --output_dir too, and would be overwritten; name another"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo's defaults, and parsing
 
 
 DEMO_DIR = Path(__file__).resolve().parents[1] / "experiments" / "demo"
@@ -253,6 +419,7 @@ DPO_DEMO = dict(
     reward_model=str(DEMO_DIR / "reward_model"),
     tatqa_dir=str(DEMO_DIR / "tatqa"),
     mtbench_file=str(DEMO_DIR / "mt_bench_en.jsonl"),
+    retention_file=str(DEMO_DIR / "retention.jsonl"),
     output_dir="demo_dpo",
     limit_pairs=480,
     beta=0.5,
@@ -281,16 +448,17 @@ FINANCE_DEMO = {
 }
 
 
-def parse_arguments(
-    parser: argparse.ArgumentParser, argv: list[str] | None, demo: dict[str, Any]
-) -> argparse.Namespace:
+def parse_arguments(parser: Parser, argv: list[str] | None, demo: dict[str, Any]) -> argparse.Namespace:
     """Parses `argv`, or the command line; with --demo flags that the user did not give take their values from `demo`.
 
     A demo's output folder is the first free one of NAME_1, NAME_2, ..., so that the demo can be run again; one that
     goes on, from a checkpoint or a stage, takes the last one. A text that is empty, as of a shell variable that is not
     set, is an error: as a path it would be the working folder.
     """
-    args = parser.parse_args(argv)
+    words = parser.expand(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        sys.argv[1:] = words  # the record gets the flags and not the file, which may change
+    args = parser.parse_args(words)
     for name, value in vars(args).items():
         if value == "" and parser.get_default(name) != "":
             parser.error(f"argument --{name}: it is empty; give a value or leave the flag out")
@@ -302,5 +470,5 @@ def parse_arguments(
         if (args.resume_from_checkpoint or later_stage) and number > 1:
             number -= 1
         parser.set_defaults(**{**demo, "output_dir": f"{demo['output_dir']}_{number}"})
-        args = parser.parse_args(argv)
+        args = parser.parse_args(words)
     return args

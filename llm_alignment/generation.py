@@ -1,40 +1,49 @@
-"""Prompts fitted to a length, and batched answers."""
+"""Answers in batches: to conversations, and to questions that share a beginning."""
 
 from __future__ import annotations
 
-import argparse
 import copy
+import dataclasses
+import functools
 import itertools
 import logging
-import math
 import operator
-import re
 import zlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llm_alignment.files import InputError
-from llm_alignment.models import (
-    all_processes,
-    evaluating,
-    gathered,
-    inner_model,
-    main_process,
-    on_main_process,
-    processes,
-)
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache, GenerationConfig
+from transformers.configuration_utils import get_head_shapes
+
+from llm_alignment.devices import free_memory
+from llm_alignment.models import evaluating, inner_model
 from llm_alignment.prefixes import common_length
+from llm_alignment.processes import halved_when_full, main_process
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
-    from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("llm_alignment")
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How answers are generated."""
+
+    max_new_tokens: int
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    seed: int = 42
+    backend: str = "simple"  # or "auto", see `generate`
+    thinking: bool = False
+    batch_size: int = 0  # 0: by free memory
+
+    def settings(self, *names: str) -> dict[str, Any]:
+        """The fields of these names, for a fingerprint."""
+        return {name: getattr(self, name) for name in names}
 
 
 class Answer(NamedTuple):
@@ -51,64 +60,55 @@ def generate(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     conversations: list[list[dict]],
+    decoding: Decoding,
     *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    batch_size: int = 0,
-    backend: str = "simple",
-    thinking: bool = False,
-    seed: int = 42,
     description: str = "",
-    split: bool = False,
 ) -> Iterator[Answer]:
     """Answers conversations of {role, content} turns that end with the user's; yields each answer when it is ready.
 
-    Temperature 0 is greedy and in float32 does not depend on `batch_size` (0: by free memory); above 0, sampling is
-    seeded. The settings a model ships with, such as Qwen3's temperature of 0.6, are ignored. `backend` "simple" is
-    `model.generate` on batches of similar length that finished rows leave; "auto" is transformers' continuous batching
-    on CUDA, where it can be trusted (see `can_run_continuously`), and simple elsewhere. An answer gets at most half of
-    the model's context, and a prompt that leaves less room than its answer needs loses its beginning. With a
-    `description` a progress bar is shown. After the last answer torch's random state and the model's mode are what
-    they were. `split`: all processes call this with the same conversations, share the batches, and get every answer.
+    Temperature 0 is greedy and in float32 does not depend on the batch size; above 0, sampling is seeded. The settings
+    a model ships with, such as Qwen3's temperature of 0.6, are ignored. The backend "simple" is `model.generate` on
+    batches of similar length that finished rows leave; "auto" is transformers' continuous batching on CUDA, where it
+    can be trusted (see `can_run_continuously`), and simple elsewhere. An answer gets at most half of the model's
+    context, and a prompt that leaves less room than its answer needs loses its beginning. With a `description` a
+    progress bar is shown. After the last answer torch's random state and the model's mode are what they were.
     """
-    import torch
-    from tqdm import tqdm
-
     if not conversations:
         return
     device, context = model.device, model.config.get_text_config().max_position_embeddings
-    if max_new_tokens > context // 2:
+    max_new_tokens = min(decoding.max_new_tokens, context // 2)
+    if max_new_tokens < decoding.max_new_tokens:
         log.warning(
             "answers get %d new tokens, not %d: half of the model's context; lower the limit",
-            context // 2,
-            max_new_tokens,
-        )
-        max_new_tokens = context // 2
+            max_new_tokens, decoding.max_new_tokens,
+        )  # fmt: skip
     prompts = tokenizer.apply_chat_template(
-        conversations, add_generation_prompt=True, return_dict=False, enable_thinking=thinking
+        conversations, add_generation_prompt=True, return_dict=False, enable_thinking=decoding.thinking
     )
     cut = sum(len(prompt) > context - max_new_tokens for prompt in prompts)
     if cut:
         log.warning("%d prompts lost their beginning: the model's context is %d tokens", cut, context)
         prompts = [prompt[-(context - max_new_tokens) :] for prompt in prompts]
-    settings = decoding_settings(model, tokenizer, temperature=temperature, top_p=top_p)
+    settings = generation_config(model, tokenizer, decoding)
 
     def answer_batch(batch: list[int]) -> Iterator[tuple[int, list[int]]]:
         batch_prompts = [prompts[index] for index in batch]
-        torch.manual_seed(seed ^ zlib.crc32(str(batch_prompts).encode()))
+        torch.manual_seed(decoding.seed ^ zlib.crc32(str(batch_prompts).encode()))
         answers = continuous_answers if is_continuous else batched_answers
         return answers(model, batch_prompts, settings, max_new_tokens)
 
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    progress = tqdm(total=len(prompts), desc=description, unit="answer", disable=not (description and main_process()))
+    progress = tqdm(
+        total=len(prompts), desc=description, unit="answer", leave=False,
+        disable=not (description and main_process()),
+    )  # fmt: skip
     with torch.random.fork_rng([device] if device.type == "cuda" else []), progress, evaluating(model):
-        is_continuous = backend == "auto" and can_run_continuously(
-            model, [prompts[index] for index in order[:3]], settings, split=split
+        is_continuous = decoding.backend == "auto" and can_run_continuously(
+            model, [prompts[index] for index in order[:3]], settings
         )
-        size = len(order) if is_continuous else batch_size
+        size = len(order) if is_continuous else decoding.batch_size
         size = size or free_batch_size(model, len(prompts[order[-1]]) + max_new_tokens)
-        for index, tokens in in_batches(order, size, answer_batch, split=split):
+        for index, tokens in halved_when_full(order, size, answer_batch):
             end = next((n for n, token in enumerate(tokens) if token in settings.eos_token_id), None)
             progress.update()
             text = text_of(tokens[:end], tokenizer, prompts[index])
@@ -130,19 +130,18 @@ def text_of(tokens: list[int], tokenizer: PreTrainedTokenizerBase, prompt: list[
     return f"<think>{text}" if is_open else text
 
 
-def decoding_settings(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, *, temperature: float, top_p: float
+def generation_config(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
 ) -> GenerationConfig:
     """Greedy at temperature 0, else sampling; every setting is written out, so none of the model's own is taken."""
-    from transformers import GenerationConfig
-
     own_eos = model.generation_config.eos_token_id
     eos = sorted({*(own_eos if isinstance(own_eos, list) else [own_eos]), tokenizer.eos_token_id} - {None})
+    is_sampled = decoding.temperature > 0
     return GenerationConfig(
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        top_p=top_p if temperature else 1.0,
-        top_k=0 if temperature else 50,  # 50 is transformers' "not set": any other value warns when greedy
+        do_sample=is_sampled,
+        temperature=decoding.temperature or 1.0,
+        top_p=decoding.top_p if is_sampled else 1.0,
+        top_k=0 if is_sampled else 50,  # 50 is transformers' "not set": any other value warns when greedy
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         num_beams=1,
@@ -168,12 +167,11 @@ def batched_answers(
     part of the key-value cache. `cache` may hold the prompts, left-padded, but for their last tokens. With
     `line_break`, a bool for each token id, an answer also ends with its first line that is not empty.
     """
-    import torch
-
     device, width = model.device, max(map(len, prompts))
     ids = torch.tensor([[settings.pad_token_id] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     eos = torch.tensor(settings.eos_token_id, device=device)
+    line_break = None if line_break is None else line_break.to(device)
     rows = list(range(len(prompts)))
     while rows:
         ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
@@ -209,12 +207,11 @@ def batched_answers(
             cache.batch_select_indices(going)
 
 
-def line_break_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """A bool for every token id of the model: whether its text holds a line break."""
-    import torch
-
+@functools.lru_cache(maxsize=1)
+def line_break_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> torch.Tensor:
+    """A bool for every token id of a model with a `vocabulary` of that size: whether its text holds a line break."""
     pieces = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    line_break = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool, device=model.device)
+    line_break = torch.zeros(vocabulary, dtype=torch.bool)
     line_break[[token for token, piece in enumerate(pieces) if "\n" in piece]] = True
     return line_break
 
@@ -262,8 +259,6 @@ def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad
 
     A rest is padded on the right, where causal attention needs no mask.
     """
-    import torch
-    from transformers import DynamicCache
 
     def read(tokens: list[list[int]], cache: DynamicCache) -> None:
         ids = torch.tensor(tokens, dtype=torch.long, device=model.device)
@@ -292,9 +287,6 @@ def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad
 
 def stack_left_padded(rows: list[CachedPrompt]) -> DynamicCache:
     """One cache of all rows, padded on the left to the longest; by layer two (rows, heads, tokens, head size)."""
-    import torch
-    from transformers import DynamicCache
-
     width = max(row[0][0].shape[1] for row in rows)
 
     def stacked(states: list[torch.Tensor]) -> torch.Tensor:
@@ -319,7 +311,7 @@ def continuous_answers(
 
 
 def can_run_continuously(
-    model: PreTrainedModel | PeftModel, prompts: list[list[int]], settings: GenerationConfig, *, split: bool
+    model: PreTrainedModel | PeftModel, prompts: list[list[int]], settings: GenerationConfig
 ) -> bool:
     """Whether continuous batching can be trusted: on CUDA, with a 4-bit base after a check on a few prompts.
 
@@ -335,145 +327,31 @@ def can_run_continuously(
 
     if model.device.type != "cuda" or not getattr(model, "is_loaded_in_4bit", False):
         return model.device.type == "cuda"
-    is_same = on_main_process(agrees) if split else agrees()
+    is_same = agrees()
     if not is_same:
         log.warning("continuous batching gives other answers with this 4-bit base: answering in simple batches")
     return is_same
 
 
-def in_batches(
-    items: list[Item], size: int, run: Callable[[list[Item]], Iterator[tuple[int, Result]]], *, split: bool = False
-) -> Iterator[tuple[Item, Result]]:
-    """Yields (item, result) for all `items`; `run(batch)` yields (place in the batch, result) for `size` of them.
-
-    With `split` all processes call this with the same items, take the batches in turn, and each gets every result,
-    round by round. The smallest of their sizes counts, and no process stays without a batch where it can have one.
-    """
-    n_processes = processes() if split else 1
-    if n_processes == 1:
-        yield from halved_when_full(items, size, run)
-        return
-    size = min(*gathered([size]), math.ceil(len(items) / n_processes))
-    for start in range(0, len(items), size * n_processes):
-        first = start + size * all_processes().process_index
-        yield from gathered(list(halved_when_full(items[first : first + size], size, run)))
-
-
-def halved_when_full(
-    items: list[Item], size: int, run: Callable[[list[Item]], Iterator[tuple[int, Result]]]
-) -> Iterator[tuple[Item, Result]]:
-    """`in_batches` in one process. When the GPU runs out of memory, batches of half the size follow.
-
-    They begin with the items of the batch that have no result yet.
-    """
-    import torch
-
-    waiting = list(items)
-    while waiting:
-        batch, done, is_full = waiting[:size], set(), False
-        try:
-            for place, result in run(batch):
-                done.add(place)
-                yield batch[place], result
-        except torch.cuda.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-            is_full = True
-        waiting = [item for place, item in enumerate(batch) if place not in done] + waiting[size:]
-        if is_full:
-            size = max(1, len(batch) // 2)
-            torch.cuda.empty_cache()  # only here, where the error no longer holds on to the tensors
-            log.warning("out of memory: going on with batches of %d", size)
-
-
 # Rows answered together when nobody says how many. On CPU more rows save no time, they only pad each other.
-MAX_BATCH_SIZE = {"cuda": 64, "cpu": 32}
+MAX_BATCH_SIZE = {"cuda": 128, "cpu": 32}
 
 
 def free_batch_size(model: PreTrainedModel | PeftModel, tokens: int) -> int:
-    """How many rows of `tokens` fit into the GPU's free memory, a power of two up to 64; on CPU 32.
+    """How many rows of `tokens` fit into the GPU's free memory, a power of two up to 128; on CPU 32.
 
     A power of two, so that the baseline and the final answers, with a little more or less memory free, mostly get
     batches of one size.
     """
-    import torch
-    from transformers.configuration_utils import get_head_shapes
-
     most = MAX_BATCH_SIZE[model.device.type]
     if model.device.type == "cpu":
         return most
     config = model.config.get_text_config()
     heads, head_size = get_head_shapes(config)
     row = 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize * tokens + 12 * config.vocab_size
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    rows = max(1, min(most, int(free / 2 / row)))  # half stays free for activations and for copying the cache
+    rows = max(
+        1, min(most, int(free_memory()[0] / 2 / row))
+    )  # half stays free for activations and for copying the cache
     size = 1 << (rows.bit_length() - 1)
     log.info("batches of %d rows of up to %d tokens, by free memory", size, tokens)
     return size
-
-
-def strip_thinking(text: str) -> str:
-    """The answer without its <think>...</think> block; empty when a block never closes."""
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-    return "" if "<think>" in text else text.strip()
-
-
-def render(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> str:
-    """The prompt as the model reads it: as it is, or as the user's turn of the chat template; turns as they are."""
-    if isinstance(prompt, str) and not args.use_chat_template:
-        return prompt
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True, enable_thinking=args.thinking
-    )
-    if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        text = text.removeprefix(tokenizer.bos_token)  # the tokenizer writes it too
-    return text
-
-
-class FittedPrompt(NamedTuple):
-    """A rendered prompt, its token ids, and whether it was cut."""
-
-    text: str
-    tokens: list[int]
-    is_cut: bool
-
-
-def fit_prompt(
-    prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, mark: str
-) -> FittedPrompt:
-    """The prompt as the model reads it, cut to --max_prompt_length tokens.
-
-    What stands before the last `mark` loses its end, so the question stays; a prompt without a mark loses its
-    beginning, and a list of turns its oldest ones. Raises InputError when the question alone is too long.
-    """
-    if isinstance(prompt, list):
-        for first in range(0, len(prompt), 2):  # what is left begins with a user's turn
-            text = render(prompt[first:], tokenizer, args)
-            tokens = tokenizer(text)["input_ids"]
-            if len(tokens) <= args.max_prompt_length:
-                return FittedPrompt(text, tokens, is_cut=first > 0)
-        chat = argparse.Namespace(**{**vars(args), "use_chat_template": True})
-        return fit_prompt(prompt[-1]["content"], tokenizer, chat, mark)._replace(is_cut=True)
-    head, found, question = prompt.rpartition(mark)
-    kept, tail = (head, found + question) if found else (prompt, "")
-    while True:
-        text = render(kept + tail, tokenizer, args)
-        tokens = tokenizer(text)["input_ids"]
-        excess = len(tokens) - args.max_prompt_length
-        if excess <= 0:
-            return FittedPrompt(text, tokens, is_cut=kept + tail != prompt)
-        if not kept:
-            raise InputError(
-                f"--max_prompt_length {args.max_prompt_length} is {excess} tokens short of the question "
-                f"{tail.strip()[:60]!r} alone; raise it"
-            )
-        kept = without_tokens(kept, excess, tokenizer, at_end=bool(found))
-
-
-def without_tokens(text: str, count: int, tokenizer: PreTrainedTokenizerBase, *, at_end: bool) -> str:
-    """The text without `count` > 0 of its tokens, at its end or at its beginning; "" when it has no more."""
-    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    if count >= len(places):
-        return ""
-    return text[: places[-count][0]] if at_end else text[places[count - 1][1] :]

@@ -8,15 +8,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from llm_alignment.files import (
     DATA_SUFFIXES,
-    EVERY_ROW,
     InputError,
     SkippedRows,
     causes,
-    data_files,
     data_suffix,
     digest,
     read_rows,
@@ -47,35 +45,29 @@ def hub_files(
     return folder
 
 
-class Rows(Protocol):
-    """What a data set is read by, any number of times: `rows(skipped)` yields (place, row).
-
-    Rows that cannot be read go to `skipped`. `wanted` says for every row in turn, those included, whether it is read.
-    """
-
-    def __call__(self, skipped: SkippedRows, wanted: Iterator[bool] = EVERY_ROW) -> Iterator[tuple[str, dict]]: ...
+def commit_of(folder: Path | None) -> str | None:
+    """The commit of a folder that `hub_files` gave; None for any other."""
+    return folder.name if folder is not None and folder.parent.name == "snapshots" else None
 
 
-def open_dataset(source: str, flag: str) -> Rows:
-    """The rows of a local path or a hub data set.
+def open_dataset(source: str, flag: str, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
+    """(place, row) of a local path or of the training split of a hub data set; rows that cannot be read go to
+    `skipped`.
 
     Columns that are null are left out of a row. Raises InputError, within 30 s, when `source` is neither a local path
     nor on the hub; it names `flag`.
     """
-    path = Path(source)
-    if path.exists():
-        files = data_files(path)
-
-        def rows(skipped: SkippedRows, wanted: Iterator[bool] = EVERY_ROW) -> Iterator[tuple[str, dict]]:
-            for file in files:
-                yield from read_rows(file, skipped, wanted)
-
-        return rows
-    return hub_rows(source, flag, hub_dataset(source, flag))
+    if Path(source).exists():
+        yield from read_rows(Path(source), skipped)
+        return
+    dataset = hub_dataset(source, flag)
+    with hub_errors(source, flag, "dataset"):
+        for number, row in enumerate(dataset, 1):
+            yield f"{source}: row {number}", without_nulls(row)
 
 
-def hub_dataset(source: str, flag: str, *, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
-    """The training split of a hub data set, on the disk, or with `streaming` read as it is needed.
+def hub_dataset(source: str, flag: str) -> datasets.Dataset:
+    """The training split of a hub data set, on the disk.
 
     Raises InputError, within 30 s, when `source` is not on the hub; it names `flag`.
     """
@@ -92,23 +84,11 @@ def hub_dataset(source: str, flag: str, *, streaming: bool = False) -> datasets.
             if not huggingface_hub.constants.HF_HUB_OFFLINE:
                 # asked once and briefly: load_dataset itself would retry an unreachable hub for half a minute
                 revision = huggingface_hub.HfApi().dataset_info(source, timeout=10).sha
-            rows = datasets.load_dataset(source, split="train", revision=revision, streaming=streaming)
+            rows = datasets.load_dataset(source, split="train", revision=revision)
     except InputError:
-        for file in rows.cache_files if isinstance(rows, datasets.Dataset) else []:  # made of a damaged download
+        for file in rows.cache_files if rows else []:  # made of a damaged download
             shutil.rmtree(Path(file["filename"]).parent, ignore_errors=True)
         raise
-    return rows
-
-
-def hub_rows(source: str, flag: str, dataset: datasets.Dataset | datasets.IterableDataset) -> Rows:
-    """The rows of a hub data set as `open_dataset` gives them; one that is streamed is read from the hub meanwhile."""
-
-    def rows(skipped: SkippedRows, wanted: Iterator[bool] = EVERY_ROW) -> Iterator[tuple[str, dict]]:
-        with hub_errors(source, flag, "dataset"):
-            for number, (row, is_wanted) in enumerate(zip(dataset, wanted, strict=False), 1):
-                if is_wanted:
-                    yield f"{source}: row {number}", without_nulls(row)
-
     return rows
 
 
@@ -118,7 +98,7 @@ def read_usable(source: str, flag: str, problem: Callable[[dict], str | None], n
     Raises InputError naming the flag, and what the rows need, when no row is left.
     """
     skipped, usable, seen = SkippedRows(), [], set()
-    for place, row in open_dataset(source, flag)(skipped):
+    for place, row in open_dataset(source, flag, skipped):
         reason = problem(row)
         key = None if reason else digest(row)
         if key in seen:

@@ -1,115 +1,207 @@
-"""What is held out for the evaluations, and the search for training items that contain it."""
+"""The search for training items that contain what an evaluation asks."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
-import re
+import sys
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from llm_alignment.files import digest
-from llm_alignment.preferences import post_text, transcript
+from llm_alignment.texts import WITHIN_WORDS, WORD, fold, normalise_text
+
+if TYPE_CHECKING:
+    import numpy as np
 
 log = logging.getLogger("llm_alignment")
 
+IN_A_ROW = 13  # words, as GPT-3's authors searched (Brown et al. 2020, arXiv 2005.14165, appendix C)
+SHORT, LONG = 3, 5  # least and most words of an anchor
+EDGE = "\uffff"  # a word; stands before, between and after texts
+ITEMS_AT_ONCE = 100  # more would not fit into the processor's cache
 
-def normalise_text(text: str) -> str:
-    """The words of a text in lower case with single spaces: two copies that differ only in form become equal."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
+class LeakFinder:
+    """Finds the evaluations' texts in others, whatever their form (see `normalise_text`).
 
-def leak_finder(forbidden: dict[str, list[str]]) -> Callable[[str], str | None]:
-    """Returns `find(text)`: the kind of the forbidden text whose words follow each other in `text`, or None.
+    `whole`: texts by kind ("MT-Bench question") that count where all their words follow each other; a text of one or
+    two words only where it is a whole turn. `passages`: texts by kind that count where 13 words in a row of them do;
+    shorter ones never. Most of the 13 have three letters or more: what many programs share (for i in range(1, m + 1):
+    for j in range(1, n)) is no passage.
 
-    `forbidden`: texts by kind. A forbidden text is searched only where its rarest word occurs, so half a million rows
-    take about a minute.
+    Every run of words that counts has an anchor, a few words in a row. numpy hashes all words in a row of many items
+    at once, in a quarter of the time that it takes to read and hash them (experiments/benchmarks/bench_leaks.py), and
+    only items that seem to hold an anchor are compared word by word.
     """
-    kinds = {normalise_text(text): kind for kind, texts in forbidden.items() for text in texts}
-    kinds.pop("", None)
-    frequency = Counter(word for text in kinds for word in set(text.split()))
-    by_word: dict[str, list[str]] = defaultdict(list)
-    for text in kinds:
-        by_word[min(text.split(), key=lambda word: (frequency[word], word))].append(text)
 
-    def find(text: str) -> str | None:
-        text = normalise_text(text)
-        for word in sorted(by_word.keys() & set(text.split())):
-            for known in by_word[word]:
-                if f" {known} " in f" {text} ":
-                    return kinds[known]
+    def __init__(self, whole: dict[str, list[str]], passages: dict[str, list[str]] | None = None) -> None:
+        import numpy as np
+
+        known: dict[tuple[tuple[str, ...], int], str] = {}  # (words, how many in a row count) -> kind
+        for texts, is_passage in ((whole, False), (passages or {}, True)):
+            for kind, text in [(kind, text) for kind, its_texts in texts.items() for text in its_texts]:
+                words = tuple(normalise_text(text).split())
+                if 0 < len(words) < SHORT:
+                    words = (EDGE, *words, EDGE)
+                need = IN_A_ROW if is_passage else len(words)
+                if 0 < need <= len(words):
+                    known.setdefault((words, need), kind)
+        self.known = [(words, need, kind) for (words, need), kind in known.items()]
+        self.anchors = self._anchors()
+        self.keys: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by words of an anchor: sorted; what may be one
+        for size in {len(anchor) for anchor in self.anchors}:
+            anchors = itertools.chain.from_iterable(anchor for anchor in self.anchors if len(anchor) == size)
+            keys = np.unique(in_a_row_keys(word_keys(f" {' '.join(anchors)} ")[0], size)[::size])
+            may_be_key = np.zeros(2**17, bool)
+            may_be_key[keys >> 15] = True
+            self.keys[size] = keys, may_be_key
+
+    def _anchors(self) -> dict[tuple[str, ...], set[tuple[int, int]]]:
+        """{words: {(number in `known`, place in its words), ...}}, the rarest words of every run that counts."""
+        sizes = [min(need, LONG) for _, need, _ in self.known]
+        found = [list(in_a_row(words, size)) for (words, _, _), size in zip(self.known, sizes, strict=True)]
+        frequency = Counter(itertools.chain.from_iterable(map(set, found)))
+        anchors: dict[tuple[str, ...], set[tuple[int, int]]] = defaultdict(set)
+        for number, ((words, need, _), groups) in enumerate(zip(self.known, found, strict=True)):
+            ranks = [(frequency[group], -sum(map(len, group)), group) for group in groups]
+            for start in range(len(words) - need + 1):
+                long_words = sum(len(word) >= 3 for word in words[start : start + need])
+                if need != IN_A_ROW or long_words > need / 2:
+                    place = min(range(start, start + need - sizes[number] + 1), key=ranks.__getitem__)
+                    anchors[groups[place]].add((number, place))
+        return dict(anchors)
+
+    def find(self, *texts: str) -> str | None:
+        """The kind of a known text that stands in one of `texts`, as the turns of a dialogue are; or None."""
+        words = [EDGE]
+        for text in texts:
+            words += [*normalise_text(text).split(), EDGE]
+        for place, group in itertools.chain(*(enumerate(in_a_row(words, size)) for size in self.keys)):
+            for number, its_place in self.anchors.get(group, ()):
+                known, need, kind = self.known[number]
+                before = equal_words(reversed(words[:place]), reversed(known[:its_place]))
+                if before + equal_words(words[place:], known[its_place:]) >= need:
+                    return kind
         return None
 
-    return find
+    def find_all(self, items: Iterable[list[str]]) -> Iterator[str | None]:
+        """`find` of every item, which is a list of texts; many at once, which is much faster."""
+        import numpy as np
+
+        items = iter(items)
+        while batch := list(itertools.islice(items, ITEMS_AT_ONCE)):
+            joined = [f" {EDGE} ".join(["", *(text.replace(EDGE, " ") for text in texts), ""]) for texts in batch]
+            words, starts, odd = word_keys("".join(joined))
+            places = [odd]
+            for size, (known, may_be_key) in self.keys.items():
+                keys = in_a_row_keys(words, size)
+                found = np.flatnonzero(may_be_key.take((keys >> 15).astype(np.intp), mode="clip"))
+                is_known = known.take(np.searchsorted(known, keys[found]), mode="clip") == keys[found]
+                places.append(starts[found[is_known]])
+            ends = np.cumsum([len(text) for text in joined])
+            near = set(np.searchsorted(ends, np.concatenate(places), side="right").tolist())
+            yield from (self.find(*texts) if number in near else None for number, texts in enumerate(batch))
 
 
-def hold_out_posts(rows: list[dict], limit: int, *, min_chars: int, max_chars: int) -> tuple[list[dict], list[dict]]:
-    """`limit` posts as evaluation questions, chosen by a hash of their id, and the rows of all other posts.
+def in_a_row(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
+    """Every `size` words in a row."""
+    return zip(*(words[start:] for start in range(size)), strict=False)
 
-    The choice depends on nothing else, so runs with other seeds ask the same. A question keeps the subreddit, the
-    title and, as `reference`, the comment with the best score.
+
+def equal_words(some: Iterable[str], others: Iterable[str]) -> int:
+    """How many words are equal from the beginning on."""
+    return sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(some, others, strict=False)))
+
+
+def word_keys(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A hash, uint32, of every word; where the words begin; where characters are ODD.
+
+    `text` begins and ends with a blank. A word is known by its first and last two letters and its length.
     """
-    posts: dict[str, dict] = {}
-    for row in sorted(rows, key=lambda row: (-row["comment_normalized_score"], row["title"], row["body"])):
-        text = post_text(row, max_chars)
-        if len(text) >= min_chars:
-            subreddit = str(row.get("subreddit", ""))
-            question = {"question_id": row["id"], "category": subreddit, "turns": [text]}
-            kept = {"title": row["title"], "subreddit": subreddit, "reference": row["body"].strip()}
-            posts.setdefault(row["id"], question | kept)
-    chosen = sorted(posts, key=lambda post_id: digest("evaluation", post_id))[:limit]
-    return [posts[post_id] for post_id in chosen], [row for row in rows if row["id"] not in set(chosen)]
+    import numpy as np
+
+    numbers = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    codes = letter_codes().take(numbers.astype(np.intp), mode="clip")  # faster by far than letter_codes()[numbers]
+    is_letter = codes != 0
+    edges = np.flatnonzero(is_letter[1:] != is_letter[:-1]) + 1
+    first, end = edges[::2], edges[1::2]
+    letters = codes[first], codes[first + 1], codes[end - 2], codes[end - 1]
+    return mixed([*letters, (end - first).astype(np.uint32)]), first, np.flatnonzero(codes == ODD)
 
 
-def leak_snippet(post: str) -> str:
-    """The part of a post to search for: its first forty words without the title, or all of a short post.
+def in_a_row_keys(words: np.ndarray, size: int) -> np.ndarray:
+    """A hash, uint32, of every `size` words in a row, from the hashes of the words."""
+    return mixed([words[start : max(0, len(words) - size + 1 + start)] for start in range(size)])
 
-    It is found under another title or with another end.
+
+def mixed(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """One hash of several."""
+    import numpy as np
+
+    return functools.reduce(np.add, (part * np.uint32(factor) for part, factor in zip(parts, FACTORS, strict=False)))
+
+
+ODD = 1
+FACTORS = (0x85EBCA6B, 0x27D4EB2F, 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)  # odd numbers of 32 bits
+
+
+@functools.cache
+def letter_codes() -> np.ndarray:
+    """A code, uint8, for every character by its number in Unicode; characters of one normal form have the same.
+
+    0 is for what ends a word, ODD for what changes the letters beside it or stands for several (combining marks,
+    ligatures): `find` must see it.
     """
-    words = post.partition("\n\n")[2].split()[:40]
-    return " ".join(words) if len(words) >= 20 else post
+    import numpy as np
 
-
-def hold_out_instructions(instructions: list[dict], limit: int) -> tuple[list[dict], list[dict]]:
-    """`limit` instructions as evaluation questions, chosen by a hash of their text, and the other instructions.
-
-    A question keeps the user's text as `instruction` and the answer as `reference`. Instructions of less than four
-    words are not chosen: too many texts would contain them.
-    """
-    by_text: dict[str, dict] = {}
-    for instruction in sorted(instructions, key=lambda instruction: instruction["uid"]):
-        text = normalise_text(instruction["user"])
-        if text.count(" ") >= 3:
-            by_text.setdefault(text, instruction)
-    chosen = [by_text[text] for text in sorted(by_text, key=lambda text: digest("evaluation", text))[:limit]]
-    questions = [
-        {
-            "question_id": instruction["uid"],
-            "category": "finance",
-            "turns": [instruction["prompt"]],
-            "instruction": instruction["user"],
-            "reference": instruction["chosen"],
-        }
-        for instruction in chosen
-    ]
-    taken = {instruction["uid"] for instruction in chosen}
-    return questions, [instruction for instruction in instructions if instruction["uid"] not in taken]
-
-
-def without_leaks(items: list[dict], find_leak: Callable[[str], str | None], source: str, counts: dict) -> list[dict]:
-    """The items that contain no text of an evaluation; the others are counted in `counts` and reported by kind."""
-    leaks: Counter[str] = Counter()
-    clean = []
-    for item in items:
-        answers = [item[side] for side in ("chosen", "rejected") if side in item]
-        leak = find_leak("\n".join([transcript(item["prompt"]), *answers]))
-        if leak:
-            leaks[leak] += 1
+    random = np.random.default_rng(0).integers(2, 256, sys.maxunicode + 1, np.uint8)
+    codes = random.copy()  # behind the first 2**17 there are ideographs alone
+    chars = [chr(number) for number in range(2**17)]
+    chars[ord("\n")] = " "
+    for number, (char, form) in enumerate(zip(chars, fold("\n".join(chars)).split("\n"), strict=True)):
+        if unicodedata.combining(char) or WITHIN_WORDS.match(char) or (len(form) > 1 and WORD.search(form)):
+            codes[number] = ODD
         else:
-            clean.append(item)
-    counts[f"{source}_leaks"] = leaks.total()
-    kinds = "".join(f", {count} {kind}s" for kind, count in sorted(leaks.items()))
+            codes[number] = random[ord(form)] if WORD.match(form) else 0
+    codes[ord(EDGE)] = random[ord(EDGE)]
+    return codes
+
+
+def item_texts(item: dict) -> list[str]:
+    """The texts of a row of messages, or of a pair: its prompt's turns and its answers."""
+    if "messages" in item:
+        return [message["content"] for message in item["messages"]]
+    prompt = item["prompt"]
+    turns = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+    return [*turns, *(item[side] for side in ("chosen", "rejected") if side in item)]
+
+
+def asked_passages(questions: list[dict]) -> list[str]:
+    """The texts of questions of which no passage may be trained on: every turn, and the reference answers."""
+    texts = []
+    for question in questions:
+        references = question.get("reference", [])
+        references = references if isinstance(references, list) else [references]
+        texts += [*question["turns"], *(text for text in references if isinstance(text, str))]
+    return texts
+
+
+def report_leaks(source: str, leaks: list[str | None], counts: dict[str, int]) -> None:
+    """Counts the kinds that were found, one for each item or None, in `counts` and in a line of the log."""
+    kinds = Counter(leak for leak in leaks if leak)
+    counts[f"{source}_leaks"] = kinds.total()
+    named = "".join(f", {count} {kind}s" for kind, count in sorted(kinds.items()))
     log.info(
-        "%s: %d of %d left out because they contain an evaluation question%s", source, leaks.total(), len(items), kinds
-    )
-    return clean
+        "%s: %d of %d left out because they contain an evaluation question%s",
+        source, kinds.total(), len(leaks), named,
+    )  # fmt: skip
+
+
+def without_leaks(items: list[dict], finder: LeakFinder, source: str, counts: dict[str, int]) -> list[dict]:
+    """The items that contain no text of an evaluation; the others are counted in `counts` and reported by kind."""
+    leaks = list(finder.find_all(map(item_texts, items)))
+    report_leaks(source, leaks, counts)
+    return [item for item, leak in zip(items, leaks, strict=True) if not leak]

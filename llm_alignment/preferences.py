@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from typing import Any
 
 from llm_alignment.files import digest
 from llm_alignment.hub import read_usable
+from llm_alignment.messages import (
+    is_trained,
+    message_list,
+    message_text,
+    refuse_needed,
+    unread_fields,
+    without_thought,
+)
+from llm_alignment.texts import normalise_text
+
+log = logging.getLogger("llm_alignment")
 
 GENERAL_COLUMNS = (
     "question, chosen, rejected and perhaps system (as Intel/orca_dpo_pairs); prompt, chosen, rejected; or chosen and "
     "rejected, two dialogues that differ in their last answer (as Anthropic/hh-rlhf)"
 )
+COLUMNS = ("system", "question", "prompt", "chosen", "rejected")
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 ROLES = {
     "system": "system",
     "user": "user",
@@ -29,23 +43,35 @@ def read_pairs(source: str, flag: str, *, thinking: bool = False) -> list[dict]:
     cannot be read or no row is left.
     """
     problem = functools.partial(general_problem, thinking=thinking)
-    return general_pairs(read_usable(source, flag, problem, GENERAL_COLUMNS), thinking=thinking)
+    rows = read_usable(source, flag, problem, GENERAL_COLUMNS)
+    unread = unread_fields(rows, COLUMNS)
+    if unread:
+        named = ", ".join(f"{field} ({count} rows)" for field, count in sorted(unread.items()))
+        log.info("%s: not read: %s", source, named)
+    pairs = general_pairs(rows, thinking=thinking)
+    if len(pairs) < len(rows):
+        log.info("%s: %d pairs stand there again in another form; each is used once", source, len(rows) - len(pairs))
+    return pairs
 
 
 def general_pairs(rows: list[dict], *, thinking: bool = False) -> list[dict]:
-    """Preference pairs {"prompt", "chosen", "rejected", "uid"} of usable rows, each once, sorted by uid.
+    """Preference pairs {"prompt", "chosen", "rejected", "uid"} of usable rows, sorted by uid; each once, whatever the
+    form of its prompt (see `normalise_text`).
 
     The prompt of a single question is its text. That of a longer dialogue is a list of {role, content} turns, from a
     user's turn to a user's turn, which goes through the chat template as such. Without `thinking` the answers lose
     their thoughts, as the prompt ends after an empty <think></think> block then.
     """
-    pairs = {}
+    pairs: dict[str, dict] = {}
     for row in rows:
         turns, chosen, rejected = general_turns(row, thinking=thinking)
         uid = f"general:{digest(transcript(turns), chosen, rejected)[:16]}"
         prompt = turns if len(turns) > 1 else turns[0]["content"]
         pairs[uid] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "uid": uid}
-    return [pairs[uid] for uid in sorted(pairs)]
+    once: dict[tuple[str, str, str], dict] = {}
+    for _, pair in sorted(pairs.items()):
+        once.setdefault((normalise_text(transcript(pair["prompt"])), pair["chosen"], pair["rejected"]), pair)
+    return list(once.values())
 
 
 def general_problem(row: dict, *, thinking: bool = False) -> str | None:
@@ -66,6 +92,11 @@ def general_turns(row: dict, *, thinking: bool = False) -> tuple[list[dict[str, 
     for side in ("chosen", "rejected"):
         if row.get(side) in (None, "", []):
             raise ValueError(f"{side} is empty" if side in row else f"columns {', '.join(row)}")
+    refuse_needed(row, "the row", COLUMNS)
+    for better, worse in SCORES:
+        high, low = row.get(better), row.get(worse)
+        if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
+            raise ValueError(f"{better} is lower than {worse}")
     prompt = read_turns(row.get("question") or row.get("prompt"), "user", "the prompt")
     if prompt and prompt[-1] == {"role": "assistant", "content": ""}:  # hh-rlhf's way to end a prompt
         prompt.pop()
@@ -75,16 +106,23 @@ def general_turns(row: dict, *, thinking: bool = False) -> tuple[list[dict[str, 
     chosen, rejected = (
         join_turns(prompt, read_turns(row[side], "assistant", side)) for side in ("chosen", "rejected")
     )
+    if not thinking:
+        chosen, rejected = ([lose_thought(turn) for turn in turns] for turns in (chosen, rejected))
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected differ before the last turn")
-    answers = [turns[-1]["content"] for turns in (chosen, rejected)]
-    if not thinking:
-        answers = [without_thought(answer) for answer in answers]
-        if any(not answer or answer.startswith("<think>") for answer in answers):
-            raise ValueError("an answer has no text outside its <think> block")
-    if answers[0] == answers[1]:
+    if chosen == rejected:
         raise ValueError("equal answers")
-    return chosen[:-1], answers[0], answers[1]
+    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+
+
+def lose_thought(turn: dict[str, str]) -> dict[str, str]:
+    """A turn without the thought that an answer begins with. Raises ValueError when nothing is left of it."""
+    if turn["role"] != "assistant":
+        return turn
+    answer = without_thought(turn["content"])
+    if not answer or answer.startswith("<think>"):
+        raise ValueError("an answer has no text outside its <think> block")
+    return {**turn, "content": answer}
 
 
 def read_turns(value: Any, role: str, name: str) -> list[dict[str, str]]:
@@ -94,37 +132,24 @@ def read_turns(value: Any, role: str, name: str) -> list[dict[str, str]]:
     """
     if value is None:
         return []
-    if isinstance(value, str):
+    if isinstance(value, str) and message_list(value) is None:
         has_answer = role == "user" or "\n\nAssistant:" in value
         if not re.match(r"\s*Human:", value) or not has_answer:
             return [{"role": role, "content": value.strip()}]
         _, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", value.strip())
         value = [{"role": who, "content": text} for who, text in zip(parts[::2], parts[1::2], strict=True)]
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+    messages = message_list(value)
+    if messages is None:
         raise ValueError(f"{name} is neither a text nor a list of turns")
     turns = []
-    for turn in value:
-        who, content = turn.get("role"), content_text(turn.get("content"))
-        if not isinstance(who, str) or who.lower() not in ROLES:
-            raise ValueError(f"{name} has a turn of unknown role {who!r}")
-        if content is None:
-            raise ValueError(f"{name} has a turn whose content is no text")
-        turns.append({"role": ROLES[who.lower()], "content": content.strip()})
+    for message in messages:
+        if not isinstance(message["role"], str) or message["role"].lower() not in ROLES:
+            raise ValueError(f"{name} has a turn of unknown role {message['role']!r}")
+        message["role"] = ROLES[message["role"].lower()]
+        turns.append({"role": message["role"], "content": message_text(message).strip()})
+    if role == "assistant" and not is_trained(messages[-1]):
+        raise ValueError(f"{name} has a weight of 0")
     return turns
-
-
-def content_text(content: Any) -> str | None:
-    """The text of a turn: a text, or parts [{"type": "text", "text": ...}] joined; None when it is neither."""
-    if isinstance(content, list) and content:
-        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        is_text = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
-        return "".join(map(str, texts)) if is_text else None
-    return content if isinstance(content, str) else None
-
-
-def without_thought(answer: str) -> str:
-    """An answer without the <think></think> block that it begins with, for training after an empty block."""
-    return re.sub(r"\A<think>.*?</think>\s*", "", answer, flags=re.DOTALL)
 
 
 def join_turns(prompt: list[dict[str, str]], side: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -172,16 +197,3 @@ def transcript(prompt: str | list[dict[str, str]]) -> str:
 def merge_system_prompt(system: str | None, user: str) -> str:
     """One user turn with the system turn's text before it: the evaluations have no system turn either."""
     return f"{system.strip()}\n\n{user.strip()}" if system and system.strip() else user.strip()
-
-
-def post_text(row: dict, max_chars: int) -> str:
-    """Title and text of a post, cut at a word to `max_chars` characters."""
-    return cut_at_word(f"{row['title'].strip()}\n\n{row.get('selftext', '').strip()}".strip(), max_chars)
-
-
-def cut_at_word(text: str, max_chars: int) -> str:
-    """The first words of a text, at most `max_chars` characters; a first word that is longer is cut within."""
-    if len(text) <= max_chars:
-        return text
-    words = text[: max_chars + 1].rsplit(None, 1)[0]
-    return words if len(words) <= max_chars else text[:max_chars]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import random
 import types
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+log = logging.getLogger("llm_alignment")
+
+HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what TRL's DPO loss and metrics read
 
 
 class Block(NamedTuple):
@@ -45,12 +51,17 @@ class Fold(NamedTuple):
     position_ids: torch.Tensor  # (1, T)
     segments: list[int]
     blocks: list[Block]
+    mask: torch.Tensor | None  # (1, 1, T, T), all blocks in one call where that is little more arithmetic
     predictors: torch.Tensor  # (labels,)
 
 
 # A shared beginning that is shorter than this part of the prompt is read again: the mask of the rest would take as
 # much memory as it saves.
 SHARED_PART = 1 / 8
+
+# Pairs that share something are read in one call where all scores of the row are at most this many times those of the
+# blocks: a block costs some twenty operators a layer, and the arithmetic of attention is a small part of a layer's.
+MOST_UNSEEN = 3
 
 
 def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
@@ -66,7 +77,8 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
     from transformers.masking_utils import sdpa_mask
     from trl.trainer.utils import add_fused_lm_head
 
-    add_fused_lm_head(model, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    settle_head(model.device)
+    add_fused_lm_head(model, cast_lm_head_to_fp32=True, outputs=HEAD_OUTPUTS)
     fused_forward = model.forward
     if sharing:
         AttentionInterface.register("prefix_sdpa", prefix_attention)
@@ -85,10 +97,10 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
             dtype = torch.get_autocast_dtype(device.type) if autocast else self.dtype
             fold = fold_pairs(input_ids, attention_mask, labels, dtype)
             rows = fold.predictors
-            # a mask of four dimensions is taken as it is, so that none of (T, T) is made
-            unused = torch.empty(1, 1, 1, 1, device=device)
-            batch = {"input_ids": fold.input_ids, "position_ids": fold.position_ids, "attention_mask": unused}
-            batch["fold"] = fold
+            # a mask of four dimensions is taken as it is; with blocks it is not read, so that none of (T, T) is made
+            mask = torch.empty(1, 1, 1, 1, device=device) if fold.mask is None else fold.mask
+            batch = {"input_ids": fold.input_ids, "position_ids": fold.position_ids, "attention_mask": mask}
+            batch["fold"] = fold if fold.mask is None else None
         else:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask}
             columns = torch.arange(labels.shape[1] - 1, device=device)
@@ -99,11 +111,44 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
 
         with self.base_model.register_forward_hook(keep_rows):
             output = fused_forward(fused_lm_head=True, shift_labels=labels[:, 1:][is_target][None], **batch, **kwargs)
-        for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
+        for name in HEAD_OUTPUTS:
             output[name] = output[name].new_zeros(is_target.shape).masked_scatter(is_target, output[name])
         return output
 
     model.forward = types.MethodType(forward, model)
+
+
+def settle_head(device: torch.device) -> None:
+    """Tries TRL's Triton kernel of the LM head, four rows forward and backward, and leaves it where it does not work.
+
+    It is compiled at its first use, which needs a C compiler and Python's headers. Without it, or where its numbers
+    are not those of TRL's tiles, the tiles are taken for the rest of the process, with one line.
+    """
+    import torch
+    from trl.kernels import chunked_logprob
+
+    if not chunked_logprob._use_triton(device):
+        return
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 64, generator=generator).to(device) for rows in (4, 1500))
+
+    def run() -> torch.Tensor:
+        states = hidden.clone().requires_grad_()
+        log_probs, *others = chunked_logprob.ChunkedLogProbFunction.apply(
+            states, weight, None, torch.arange(4, device=device), 1.0, 1024, None, 1.0, HEAD_OUTPUTS
+        )
+        (gradient,) = torch.autograd.grad(log_probs.sum(), states)
+        return torch.cat([log_probs.detach(), gradient.flatten(), *(part for part in others if part is not None)])
+
+    try:
+        by_kernel, problem = run(), "it computes something else"
+    except Exception as error:  # Triton and the compiler behind it raise anything
+        by_kernel, problem = None, str(error).strip().partition("\n")[0] or type(error).__name__
+    chunked_logprob._TRITON_AVAILABLE = False
+    if by_kernel is not None and torch.allclose(by_kernel, run(), rtol=1e-4, atol=1e-4):
+        chunked_logprob._TRITON_AVAILABLE = True
+    else:
+        log.warning("TRL's Triton kernel of the LM head does not work here (%s); its tiles are taken", problem)
 
 
 def fold_pairs(
@@ -122,10 +167,12 @@ def fold_pairs(
     paths: list[list[tuple[int, int]]] = []
     masks: list[torch.Tensor | None] = []
     predictors: list[list[int]] = [[]] * len(rows)
+    is_shared = False
     path: list[tuple[int, int]] = []  # where in the row the tokens of the prompt before are, as (start, end) ranges
     for pair, shared in shared_lengths(prompts):
         prompt, answers = prompts[pair], [rows[side][starts[pair] :] for side in (pair, n_pairs + pair)]
         begin = len(tokens)
+        is_shared |= shared > 0
         path = beginning(path, shared)
         if shared < len(prompt):
             path.append((begin, begin + len(prompt) - shared))
@@ -149,11 +196,16 @@ def fold_pairs(
     cuts = sorted({place for path in paths for range_ in path for place in range_})
     number = {cut: index for index, cut in enumerate(cuts)}
     keys = [[segment for a, b in path for segment in range(number[a], number[b])] for path in paths]
+    segments = [b - a for a, b in itertools.pairwise(cuts)]
+    blocks = [Block(*block) for block in zip(queries, keys, masks, strict=True)]
+    seen = sum(block.queries * segments[segment] for block in blocks for segment in block.keys)
+    in_one_call = is_shared and len(tokens) ** 2 <= MOST_UNSEEN * seen
     return Fold(
         torch.tensor([tokens], device=device),
         torch.tensor([positions], device=device),
-        [b - a for a, b in itertools.pairwise(cuts)],
-        [Block(*block) for block in zip(queries, keys, masks, strict=True)],
+        segments,
+        blocks,
+        whole_mask(blocks, segments, dtype, device) if in_one_call else None,
         torch.tensor(sum(predictors, []), device=device),
     )
 
@@ -199,6 +251,19 @@ def answers_mask(
     hidden = torch.ones(queries, length, dtype=torch.bool, device=device).triu(length - queries + 1)
     hidden[queries - rejected :, prompt : prompt + chosen] = True
     return torch.zeros(1, 1, queries, length, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+
+
+def whole_mask(blocks: list[Block], segments: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The masks of all blocks as one for the whole row, (1, 1, T, T): 0, else -inf."""
+    import torch
+
+    mask = torch.full((sum(segments),) * 2, float("-inf"), dtype=dtype, device=device)
+    columns = torch.arange(sum(segments), device=device).split(segments)
+    rows = mask.split([block.queries for block in blocks])
+    for block, row in zip(blocks, rows, strict=True):
+        causal = torch.full((block.queries,) * 2, float("-inf"), dtype=dtype, device=device).triu(1)
+        row[:, torch.cat([columns[segment] for segment in block.keys])] = causal if block.mask is None else block.mask
+    return mask[None, None]
 
 
 def prefix_attention(

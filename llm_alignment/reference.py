@@ -2,61 +2,65 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llm_alignment.files import ResultFile, digest
-from llm_alignment.generation import in_batches
-from llm_alignment.models import adapter_sha256, main_process, model_fingerprint, on_main_process
+from llm_alignment.adapters import adapter_sha256
+from llm_alignment.evaluation import Evaluation, read_items
+from llm_alignment.files import digest
+from llm_alignment.results import baseline_cache
 
 if TYPE_CHECKING:
-    from trl import DPOTrainer
+    from llm_alignment.dpo import SharedPromptTrainer
 
 # Fixed, so that the numbers do not depend on --batch: another run finds the same ones.
 PAIRS_AT_ONCE = 8
 
 
-def add_reference(args: argparse.Namespace, trainer: DPOTrainer, folder: Path) -> None:
+def add_reference(trainer: SharedPromptTrainer, folder: Path, *, fingerprint: dict, use_cache: bool) -> None:
     """Gives every pair of the trainer the log-probabilities of both answers under the reference policy.
 
     To be called before the first step. They become TRL's columns "ref_chosen_logps" and "ref_rejected_logps", so that
     no step runs the reference. The reference is the base, or, for an adapter that is trained on, that adapter as it is
-    now, TRL's copy "ref". The values are kept in `folder`/reference.jsonl and in the baseline cache, by base, adapter
-    and the pairs' tokens. All processes share the work; the main one writes.
+    now, TRL's copy "ref". The values are kept in `folder`/reference.jsonl and in the baseline cache, by the base's
+    `fingerprint`, the adapter and the pairs' tokens. All processes share the work; the main one writes.
     """
     trainer.train_dataset = trainer.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-    rows = trainer.train_dataset.to_list()
-    questions = [{"question_id": digest(row)[:32]} for row in rows]
-    goes_on = "ref" in trainer.model.peft_config
-    fingerprint = {
-        **model_fingerprint(args, adapter_sha256(trainer.model) if goes_on else "none"),
-        "reference_of": digest(questions),
-        "max_length": args.max_length,
-        "prefix_sharing": not args.no_prefix_sharing,
+    items = [{"question_id": digest(row)[:32], "row": row} for row in trainer.train_dataset.to_list()]
+    is_continued = "ref" in trainer.model.peft_config
+    settings: dict[str, Any] = {
+        "reference_of": digest([{"question_id": item["question_id"]} for item in items]),
+        "max_length": trainer.args.max_length,
+        "prefix_sharing": trainer.is_shared,
     }
-    if goes_on:
-        fingerprint["scaling"] = digest({name: trainer.model.peft_config["ref"].to_dict()[name] for name in SCALING})
-
-    path, use_cache = folder / "reference.jsonl", not args.no_baseline_cache
-    results = ResultFile(path, fingerprint, renew=True, use_cache=use_cache) if main_process() else None
-    unread = on_main_process(lambda: results.missing(questions) if results else [])
-    missing = {question["question_id"] for question in unread}
-    for index, log_probs in in_batches_of_like_prompts(trainer, rows, questions, missing):
-        question = questions[index]
-        if question["question_id"] in missing:
-            missing.remove(question["question_id"])
-            if results:
-                results.append({**question, "chosen": log_probs[0], "rejected": log_probs[1]})
-    if results:
-        results.finish()
-    references = on_main_process(lambda: results.rows_of(questions) if results else [])
+    if is_continued:
+        config = trainer.model.peft_config["ref"].to_dict()
+        settings["scaling"] = digest({name: config[name] for name in SCALING})
+    evaluation = Evaluation(
+        name="reference",
+        items=items,
+        read=functools.partial(read_reference, trainer),
+        settings=settings,
+        order=lambda item: item["row"]["prompt_ids"],  # prompts that begin alike are read together
+        rows_at_once=lambda model: PAIRS_AT_ONCE,
+    )
+    fingerprint = {**fingerprint, "adapter": adapter_sha256(trainer.model) if is_continued else "none"}
+    cache = baseline_cache({**fingerprint, **settings}) if use_cache else None
+    rows = read_items(
+        evaluation,
+        lambda: trainer.model,
+        trainer.processing_class,
+        folder / "reference.jsonl",
+        fingerprint=fingerprint,
+        cache=cache,
+    )
     for side in ("chosen", "rejected"):
-        values = [row[side] for row in references]
+        values = [row[side] for row in rows]
         trainer.train_dataset = trainer.train_dataset.add_column(f"ref_{side}_logps", values)
     trainer.precompute_ref_logps = True
-    if goes_on:
+    if is_continued:
         trainer.model.delete_adapter("ref")
 
 
@@ -64,28 +68,10 @@ def add_reference(args: argparse.Namespace, trainer: DPOTrainer, folder: Path) -
 SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
-def in_batches_of_like_prompts(
-    trainer: DPOTrainer, rows: list[dict], questions: list[dict], missing: set[str]
-) -> Iterator[tuple[int, tuple[float, float]]]:
-    """Yields (index of a row, reference log-probabilities in nats of its chosen and rejected answer).
-
-    Prompts that begin alike are read together. A batch without a `missing` question is left out; the others are the
-    same ones in every run, so that a restart finds the same numbers to the bit. All processes take them in turn.
-    """
-    from tqdm import tqdm
-
-    progress = tqdm(total=len(rows), desc="reference", unit="pair", disable=not (missing and main_process()))
-
-    def run(batch: list[int]) -> Iterator[tuple[int, tuple[float, float]]]:
-        progress.update(len(batch))
-        if not missing.intersection(questions[index]["question_id"] for index in batch):
-            yield from enumerate([(0.0, 0.0)] * len(batch))
-            return
-        inputs = trainer.data_collator([rows[index] for index in batch])
-        inputs = {name: tensor.to(trainer.model.device) for name, tensor in inputs.items()}
-        chosen, rejected = trainer.compute_ref_log_probs(trainer.model, inputs)
-        yield from enumerate(zip(chosen.tolist(), rejected.tolist(), strict=True))
-
-    order = sorted(range(len(rows)), key=lambda index: rows[index]["prompt_ids"])
-    with progress:
-        yield from in_batches(order, PAIRS_AT_ONCE, run, split=True)
+def read_reference(trainer: SharedPromptTrainer, model: Any, tokenizer: Any, items: list[dict]) -> Iterator[dict]:
+    """Yields {"question_id", "chosen", "rejected"}: log-probabilities of both answers, in nats."""
+    inputs = trainer.data_collator([item["row"] for item in items])
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    sides = (side.tolist() for side in trainer.compute_ref_log_probs(model, inputs))
+    for item, chosen, rejected in zip(items, *sides, strict=True):
+        yield {"question_id": item["question_id"], "chosen": chosen, "rejected": rejected}

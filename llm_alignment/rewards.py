@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from llm_alignment.devices import tf32
 from llm_alignment.files import InputError, file_sha256
-from llm_alignment.generation import in_batches, without_tokens
+from llm_alignment.hub import commit_of
 from llm_alignment.model_files import check_files, fetch_model
-from llm_alignment.models import (
-    check_vocabulary,
-    device_and_dtype,
-    end_of_turn,
-    from_pretrained,
-    main_process,
-    read_tokenizer,
-)
+from llm_alignment.processes import device_and_dtype, halved_when_full, main_process
+from llm_alignment.prompts import without_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +23,9 @@ class RewardModel:
     """A sequence classifier with one label that scores conversations ending with the assistant's answer.
 
     Follows the cards of Skywork-Reward-V2: the reward model's own chat template, one BOS, the raw logit. Always in
-    float32: bf16 moves scores by up to 0.1 and makes ties. `device` None takes the GPU when there is one. Code of its
-    repository runs only with `trust_remote_code`. Raises InputError when `name` is no such model.
+    float32: bf16 moves scores by up to 0.1 and makes ties. `device` None takes the GPU when there is one; the model is
+    on it while it scores, and in host memory else. Code of its repository runs only with `trust_remote_code`. Raises
+    InputError when `name` is no such model.
     """
 
     def __init__(
@@ -43,7 +39,10 @@ class RewardModel:
         import torch
         from transformers import AutoModelForSequenceClassification
 
+        from llm_alignment.models import check_vocabulary, end_of_turn, from_pretrained, read_tokenizer
+
         what = f"--reward_model {name}"
+        self.device = torch.device(device) if device else device_and_dtype()[0]
         folder = fetch_model(name, None, "--reward_model")
         check_files(folder, what)
         self.tokenizer = read_tokenizer(folder, what, trust_remote_code=trust_remote_code)
@@ -54,7 +53,7 @@ class RewardModel:
             what,
             advice="name a chat sequence classifier with one label",
             dtype=torch.float32,
-            device_map={"": torch.device(device) if device else device_and_dtype()[0]},
+            device_map="meta" if self.device.type == "meta" else "cpu",
             trust_remote_code=trust_remote_code,
         )
         if self.model.config.num_labels != 1:
@@ -65,6 +64,9 @@ class RewardModel:
         config = self.model.config.get_text_config()
         self.max_length = min(config.max_position_embeddings, self.tokenizer.model_max_length)
         self.default_system = default_system_turn(self.tokenizer)
+        self.commit = commit_of(folder)
+        # What the tokenizer appends, an end of text, is left out: the reward is read where the conversation ends.
+        self.begins_with_bos = self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
         self.fingerprint = {
             "name": name,
             "weights": [file_sha256(path)[:16] for path in sorted(folder.glob("*.safetensors"))],
@@ -76,36 +78,47 @@ class RewardModel:
         import torch
 
         inputs = [self.encode(conversation) for conversation in conversations]
-        # Padding goes by this id alone, so a tokenizer without a pad token gets one that no conversation holds.
+        # The model reads the last token that is not this one, so it must stand in no conversation: a tokenizer may pad
+        # with the token that ends a turn.
         used = {token for ids in inputs for token in ids}
-        pad = self.tokenizer.pad_token_id
-        if pad is None:
-            pad = next(token for token in range(self.model.config.get_text_config().vocab_size) if token not in used)
-        self.model.config.get_text_config().pad_token_id = pad
+        config = self.model.config.get_text_config()
+        pad = config.pad_token_id = next(token for token in range(config.vocab_size) if token not in used)
 
         def score_batch(batch: list[int]) -> Iterator[tuple[int, float]]:
             width = max(len(inputs[index]) for index in batch)
             ids = [inputs[index] + [pad] * (width - len(inputs[index])) for index in batch]
             mask = [[1] * len(inputs[index]) + [0] * (width - len(inputs[index])) for index in batch]
             tensors = torch.tensor([ids, mask], device=self.model.device)
-            with torch.no_grad():
-                logits = self.model(input_ids=tensors[0], attention_mask=tensors[1], use_cache=False).logits
+            logits = self.model(input_ids=tensors[0], attention_mask=tensors[1], use_cache=False).logits
             return enumerate(logits[:, 0].tolist())
 
         order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]))
-        rewards = dict(in_batches(order, self.batch_size, score_batch))
+        with torch.no_grad(), tf32(False), self.on_device():
+            rewards = dict(halved_when_full(order, self.batch_size, score_batch))
         if not all(map(math.isfinite, rewards.values())):
             raise InputError(f"--reward_model {self.fingerprint['name']}: a reward is not finite; name another model")
         return [rewards[index] for index in range(len(inputs))]
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Inside, the weights are on the device that scores; then in host memory again, and the device's is free."""
+        import torch
+
+        try:
+            self.model.to(self.device)
+            yield
+        finally:
+            self.model.to("cpu")
+            torch.cuda.empty_cache()
 
     def encode(self, conversation: list[dict]) -> list[int]:
         """Token ids of a conversation, no longer than the model's context."""
         turns = [dict(turn) for turn in conversation]
         while True:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-            ids = self.tokenizer(text.replace(self.default_system, "", 1)).input_ids
-            while ids[:2] == [self.tokenizer.bos_token_id] * 2:  # one from the template, one from the tokenizer
-                ids = ids[1:]
+            ids = self.tokenizer(text.replace(self.default_system, "", 1), add_special_tokens=False).input_ids
+            if self.begins_with_bos and ids[:1] != [self.tokenizer.bos_token_id]:  # else the template wrote it
+                ids = [self.tokenizer.bos_token_id, *ids]
             excess = len(ids) - self.max_length
             if excess <= 0:
                 return ids
@@ -118,17 +131,12 @@ class RewardModel:
             oldest["content"] = without_tokens(oldest["content"], excess, self.tokenizer, at_end=False)
 
 
-def load_reward_model(args: argparse.Namespace) -> RewardModel:
-    """The reward model that the flags ask for; without weights, on torch's meta device, where nothing is scored.
-
-    That is in a dry run, and in all processes but the main one.
-    """
-    return RewardModel(
-        args.reward_model,
-        device=None if main_process() and not args.dry_run else "meta",
-        batch_size=args.eval_batch_size,
-        trust_remote_code=args.trust_remote_code,
-    )
+def load_reward_model(
+    name: str, batch_size: int = 0, *, trust_remote_code: bool = False, on_meta: bool = False
+) -> RewardModel:
+    """The reward model; without weights, on torch's meta device, in all processes but the main one and `on_meta`."""
+    device = None if main_process() and not on_meta else "meta"
+    return RewardModel(name, device=device, batch_size=batch_size, trust_remote_code=trust_remote_code)
 
 
 def default_system_turn(tokenizer: PreTrainedTokenizerBase) -> str:

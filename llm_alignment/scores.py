@@ -1,13 +1,110 @@
-"""What answers that the reward model scored add up to: a summary, and the differences between two measurements."""
+"""Questions that a chat model answers and the reward model scores: answer, score, summarise, compare."""
 
 from __future__ import annotations
 
+import functools
 import statistics
+from typing import TYPE_CHECKING
 
-from llm_alignment.evaluation import pair_rows
-from llm_alignment.files import InputError
+from llm_alignment.evaluation import Evaluation, pair_rows
+from llm_alignment.files import InputError, digest
 from llm_alignment.instructions import check_rate, checks_passed
+from llm_alignment.prompts import strip_thinking
+from llm_alignment.rewards import to_logged_scale, to_score
 from llm_alignment.stats import equal_length_delta, in_per_cent, mcnemar, paired_delta
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llm_alignment.generation import Decoding
+    from llm_alignment.rewards import RewardModel
+
+
+def answer_questions(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, items: list[dict], *, decoding: Decoding
+) -> list[dict]:
+    """The rows of a batch of questions: turn after turn, each with the whole conversation so far.
+
+    A row: the question with "answers", "answer_tokens", "finished" and "batch_sizes", one entry per turn.
+    """
+    from llm_alignment.generation import generate
+
+    rows = [{**item, "answers": [], "answer_tokens": [], "finished": [], "batch_sizes": []} for item in items]
+    for turn in range(max(len(row["turns"]) for row in rows)):
+        asked = [row for row in rows if turn < len(row["turns"])]
+        conversations = [conversation(row, turn) for row in asked]
+        for answer in generate(model, tokenizer, conversations, decoding, description=f"turn {turn + 1}"):
+            row = asked[answer.index]
+            row["answers"].append(strip_thinking(answer.text))
+            row["answer_tokens"].append(answer.tokens)
+            row["finished"].append(answer.finished)
+            row["batch_sizes"].append(answer.batch_size)
+    return rows
+
+
+def conversation(row: dict, turn: int) -> list[dict]:
+    """The turns that the model reads before its answer of number `turn`, from 0: questions, and the answers so far."""
+    messages = [{"role": "user", "content": row["turns"][0]}]
+    for answer, question in zip(row["answers"], row["turns"][1 : turn + 1], strict=False):
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+    return messages
+
+
+def score_answers(rows: list[dict], *, reward_model: RewardModel) -> list[dict]:
+    """The rows with "rewards", "scores" and "scores_logged", one entry per turn, each scored with its history."""
+    rows = [{**row, "rewards": [], "scores": [], "scores_logged": []} for row in rows]
+    for turn in range(max(len(row["turns"]) for row in rows)):
+        asked = [row for row in rows if turn < len(row["turns"])]
+        rewards = reward_model.score([
+            [*conversation(row, turn), {"role": "assistant", "content": row["answers"][turn]}] for row in asked
+        ])
+        for row, reward in zip(asked, rewards, strict=True):
+            row["rewards"].append(reward)
+            row["scores"].append(to_score(reward))
+            row["scores_logged"].append(to_logged_scale(reward))
+    return rows
+
+
+def scored_evaluation(name: str, questions: list[dict], decoding: Decoding, reward_model: RewardModel) -> Evaluation:
+    """Questions answered by the chat template and, in the main process, scored by the reward model."""
+    from llm_alignment.generation import MAX_BATCH_SIZE
+
+    seed = ["seed"] if decoding.temperature else []  # without it runs of other seeds reuse greedy baselines
+    settings = {
+        "questions": digest(questions),
+        "reward_model": reward_model.fingerprint,
+        "generation": decoding.settings("max_new_tokens", "temperature", "backend", "thinking", *seed),
+    }
+    return Evaluation(
+        name=name,
+        items=questions,
+        read=functools.partial(answer_questions, decoding=decoding),
+        grade=functools.partial(score_answers, reward_model=reward_model),
+        settings=settings,
+        order=lambda question: sum(map(len, question["turns"])),
+        rows_at_once=lambda model: decoding.batch_size or MAX_BATCH_SIZE[model.device.type],
+        is_cached=decoding.temperature == 0,
+        summarise=functools.partial(summarise_scored, name),
+        compare=functools.partial(compare_scored, name),
+        references=[
+            (row["question_id"], [{"role": "user", "content": row["turns"][0]}], row["reference"], row["question_id"])
+            for row in questions
+            if "reference" in row
+        ],
+        tokens=functools.partial(conversation_tokens, questions, decoding.max_new_tokens),
+    )
+
+
+def conversation_tokens(questions: list[dict], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that go through the model at most: a turn reads all before it once more. Without the template's own."""
+    total = 0
+    for question in questions:
+        conversation = 0
+        for ids in tokenizer(question["turns"])["input_ids"]:
+            conversation += len(ids) + max_new_tokens
+            total += conversation
+    return total
 
 
 def summarise(rows: list[dict]) -> dict:

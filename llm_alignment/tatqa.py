@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import functools
 import itertools
 import logging
@@ -17,70 +17,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.evaluation import Evaluation, pair_rows
-from llm_alignment.files import InputError, ResultFile, SkippedRows, digest, object_problem, open_data, parse_json
-from llm_alignment.flags import not_negative, positive, positive_ratio, temperature
-from llm_alignment.generation import (
-    decoding_settings,
-    fit_prompt,
-    free_batch_size,
-    generate_grouped,
-    in_batches,
-    line_break_tokens,
-    strip_thinking,
-    text_of,
-)
+from llm_alignment.files import InputError, SkippedRows, digest, object_problem, open_data, parse_json
 from llm_alignment.hub import hub_files
-from llm_alignment.models import evaluating, main_process, on_main_process
-from llm_alignment.preferences import cut_at_word
 from llm_alignment.prefixes import shared_lengths
+from llm_alignment.prompts import PromptStyle, fit_prompt, strip_thinking
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
+from llm_alignment.texts import cut_at_word
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from llm_alignment.generation import Decoding
+
 
 log = logging.getLogger("llm_alignment")
-
-
-def add_tatqa_flags(parser: argparse.ArgumentParser, *, only_measured: bool = False) -> None:
-    """Where TAT-QA is read from, what its prompts look like, and how it is measured; the split that is trained on."""
-    on_off = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("TAT-QA").add_argument
-    add("--tatqa_dir", default="", metavar="PATH", help="folder of its JSON files (default: fetched from the hub)")
-    if not only_measured:
-        add("--tatqa_split", choices=list(TATQA_FILES), default="train", help="split to train on (%(default)s)")
-    add("--tatqa_table_rows", type=positive(int), default=20, help="rows of a table to show (%(default)s)")
-    add("--tatqa_table_cols", type=positive(int), default=8, help="columns of a table to show (%(default)s)")
-    add("--tatqa_para_chars", type=not_negative(int), default=1200, help="characters of passages (%(default)s)")
-    add(
-        "--tatqa_only_rel_paras",
-        action=on_off,
-        default=True,
-        help="only the passages that a question refers to (%(default)s)",
-    )
-    add("--do_eval", action=on_off, default=True, help="measure TAT-QA (%(default)s)")
-    add("--eval_split", choices=list(TATQA_FILES), default="validation", help="split to measure on (%(default)s)")
-    add("--eval_limit", type=not_negative(int), default=1000, help="questions; 0 = all (%(default)s)")
-    add("--eval_max_new_tokens", type=positive(int), default=64, help="longest answer in tokens (%(default)s)")
-    add("--eval_temperature", type=temperature, default=0.0, help="0 = greedy (%(default)s)")
-    add("--eval_top_p", type=positive_ratio, default=1.0, help="share of probability to sample from (%(default)s)")
-    add(
-        "--eval_save_json",
-        default="",
-        metavar="X.jsonl",
-        help="also write TAT-QA's rows to X_baseline.jsonl and X_post.jsonl",
-    )
-
-
-def prompt_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that shape a TAT-QA prompt, as `tatqa_prompt` takes them."""
-    return {
-        "table_rows": args.tatqa_table_rows,
-        "table_cols": args.tatqa_table_cols,
-        "para_chars": args.tatqa_para_chars,
-        "only_rel_paras": args.tatqa_only_rel_paras,
-    }
 
 
 TATQA_FILES = {
@@ -96,12 +47,10 @@ ANSWER_TYPES = ("span", "multi-span", "arithmetic", "count")
 SCALES = {"": 1, "thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000, "percent": 0.01}
 
 
-def tatqa_file(args: argparse.Namespace, split: str) -> Path:
-    """The JSON file of a split: in --tatqa_dir, else fetched from the hub."""
-    if args.tatqa_dir:
-        return Path(args.tatqa_dir) / TATQA_FILES[split]
+def tatqa_file(folder: str, split: str) -> Path:
+    """The JSON file of a split: in `folder` (--tatqa_dir), or with "" fetched from the hub."""
     name = TATQA_FILES[split]
-    return hub_files("next-tat/TAT-QA", "--tatqa_dir", [name], kind="dataset") / name
+    return (Path(folder) if folder else hub_files("next-tat/TAT-QA", "--tatqa_dir", [name], kind="dataset")) / name
 
 
 def read_tatqa(path: Path, skipped: SkippedRows) -> list[dict]:
@@ -188,33 +137,39 @@ def question_problem(context: dict, question: dict) -> str | None:
     return None
 
 
-def tatqa_prompt(
-    context: dict,
-    question: dict,
-    *,
-    table_rows: int = 20,
-    table_cols: int = 8,
-    para_chars: int = 1200,
-    only_rel_paras: bool = True,
-) -> str:
+@dataclasses.dataclass(frozen=True)
+class PromptContent:
+    """How much of a context a prompt shows: the flags of that name."""
+
+    tatqa_table_rows: int = 20
+    tatqa_table_cols: int = 8
+    tatqa_para_chars: int = 1200
+    tatqa_only_rel_paras: bool = True
+
+
+DEFAULT_CONTENT = PromptContent()
+
+
+def tatqa_prompt(context: dict, question: dict, content: PromptContent = DEFAULT_CONTENT) -> str:
     """The prompt: role, the table in Markdown, passages, the question, "Answer:".
 
     What the questions of one context share comes first, so that an evaluation can read it once. Of the passages, in
-    their order, the first `para_chars` characters are kept, cut at a word; with `only_rel_paras` only of those that
-    the question refers to.
+    their order, the first `tatqa_para_chars` characters are kept, cut at a word; with `tatqa_only_rel_paras` only of
+    those that the question refers to.
     """
+    columns = content.tatqa_table_cols
     rows = [
-        "| " + " | ".join(cell.replace("|", "/").strip() for cell in row[:table_cols]) + " |"
-        for row in context["table"]["table"][:table_rows]
+        "| " + " | ".join(cell.replace("|", "/").strip() for cell in row[:columns]) + " |"
+        for row in context["table"]["table"][: content.tatqa_table_rows]
     ]
-    rows.insert(1, "|" + " --- |" * min(len(context["table"]["table"][0]), table_cols))
+    rows.insert(1, "|" + " --- |" * min(len(context["table"]["table"][0]), columns))
     relevant = list(map(str, question.get("rel_paragraphs") or []))
     passages = "\n".join(
         passage["text"].strip()
         for passage in sorted(context["paragraphs"], key=lambda passage: int(passage["order"]))
-        if not only_rel_paras or str(passage["order"]) in relevant
+        if not content.tatqa_only_rel_paras or str(passage["order"]) in relevant
     )
-    passages = cut_at_word(passages, para_chars)
+    passages = cut_at_word(passages, content.tatqa_para_chars)
     text = f"\n\nText:\n{passages}" if passages else ""
     return (
         "You are a financial analyst. Answer the question from the table and the text with the answer alone, followed "
@@ -360,7 +315,9 @@ def tatqa_parse(text: str) -> tuple[list[str], str]:
     return [*parts[:-1], scale_at_end.sub("", parts[-1])], scales[0].lower()
 
 
-def tatqa_questions(contexts: list[dict], *, limit: int, seed: int, **prompt_options) -> list[dict]:
+def tatqa_questions(
+    contexts: list[dict], *, limit: int, seed: int, content: PromptContent = DEFAULT_CONTENT
+) -> list[dict]:
     """The evaluation questions {"question_id", "question", "answer_type", "scale", "answer", "context", "prompt"}.
 
     `answer` is gold as the file has it, `context` names the table. With `limit` > 0 the questions come from whole
@@ -374,7 +331,7 @@ def tatqa_questions(contexts: list[dict], *, limit: int, seed: int, **prompt_opt
             "question_id": question["uid"],
             **{key: question[key] for key in ("question", "answer_type", "scale", "answer")},
             "context": context["questions"][0]["uid"],
-            "prompt": tatqa_prompt(context, question, **prompt_options),
+            "prompt": tatqa_prompt(context, question, content),
         }
         for context in random.Random(seed).sample(contexts, len(contexts))
         for question in context["questions"]
@@ -382,78 +339,41 @@ def tatqa_questions(contexts: list[dict], *, limit: int, seed: int, **prompt_opt
     return questions[: limit or None]
 
 
-def fit_questions(questions: list[dict], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[dict]:
+def fit_questions(questions: list[dict], tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> list[dict]:
     """The questions with their prompts as the model reads them, and the `tokens` of these prompts."""
-    fitted = [fit_prompt(question["prompt"], tokenizer, args, QUESTION_PREFIX) for question in questions]
+    fitted = [fit_prompt(question["prompt"], tokenizer, style, QUESTION_PREFIX) for question in questions]
     return [
         {**question, "prompt": prompt.text, "tokens": prompt.tokens}
         for question, prompt in zip(questions, fitted, strict=True)
     ]
 
 
-def answer_tatqa(
+def answer_questions(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: list[dict],
+    items: list[dict],
     *,
-    path: Path,
-    fingerprint: dict,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    batch_size: int = 0,
-    seed: int = 42,
-    one_line: bool = True,
-    use_cache: bool = False,
-    renew: bool = False,
-) -> list[dict]:
-    """Answers and grades TAT-QA questions, reading what those on one context share once; returns a row per question.
-
-    `questions` are those of `fit_questions`; a row is that of `graded_row`, written to `path` (a ResultFile) as soon
-    as it exists, so that a restart continues with the questions that are missing. With `one_line` an answer ends with
-    its first line. `use_cache` and `renew`: see ResultFile; only greedy answers are cached. All processes call this:
-    they share the groups, the main one writes, and each gets the rows.
-    """
+    decoding: Decoding,
+    one_line: bool,
+) -> Iterator[dict]:
+    """Yields the rows (see `graded_row`) of questions as `fit_questions` gives them; what those on one context share
+    is read once. With `one_line` an answer ends with its first line."""
     import torch
-    from tqdm import tqdm
 
-    settings = decoding_settings(model, tokenizer, temperature=temperature, top_p=top_p)
-    generation = dict(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, one_line=one_line
+    from llm_alignment import generation
+
+    settings = generation.generation_config(model, tokenizer, decoding)
+    line_break = (
+        generation.line_break_tokens(tokenizer, model.get_output_embeddings().weight.shape[0]) if one_line else None
     )
-    fingerprint = {**fingerprint, "questions": digest(questions), "generation": generation}
-    use_cache = use_cache and temperature == 0
-    results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache) if main_process() else None
-    missing = on_main_process(lambda: results.missing(questions) if results else [])
-    line_break = line_break_tokens(model, tokenizer) if one_line and missing else None
-    by_context = itertools.groupby(missing, key=lambda question: question["context"])
-    groups: list[list[dict]] = sorted(([*group] for _, group in by_context), key=lambda group: len(group[0]["tokens"]))
-
-    def answer_batch(batch: list[list[dict]]) -> Iterator[tuple[int, list[list[int]]]]:
-        """(place, new tokens of each question) of every group of a batch."""
-        torch.manual_seed(seed ^ zlib.crc32(batch[0][0]["question_id"].encode()))
-        prompts = [[question["tokens"] for question in group] for group in batch]
-        yield from enumerate(generate_grouped(model, prompts, settings, max_new_tokens, line_break))
-
-    progress = tqdm(
-        total=len(questions),
-        initial=len(questions) - len(missing),
-        desc=path.stem,
-        unit="answer",
-        disable=not (missing and results),
-    )
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), progress, evaluating(model):
-        size, rows_at_once = groups_at_once(model, groups, max_new_tokens, batch_size)
-        for group, answers in in_batches(groups, size, answer_batch, split=True):
-            for question, answer in zip(group, answers, strict=True):
-                if results:
-                    until_end = itertools.takewhile(lambda token: token not in settings.eos_token_id, answer)
-                    text = strip_thinking(text_of([*until_end], tokenizer, question["tokens"]))
-                    results.append({**graded_row(question, text), "batch_size": rows_at_once})
-                progress.update()
-    if results:
-        results.finish()
-    return on_main_process(lambda: results.rows_of(questions) if results else [])
+    groups = [[*group] for _, group in itertools.groupby(items, key=lambda question: question["context"])]
+    torch.manual_seed(decoding.seed ^ zlib.crc32(items[0]["question_id"].encode()))
+    prompts = [[question["tokens"] for question in group] for group in groups]
+    answers = generation.generate_grouped(model, prompts, settings, decoding.max_new_tokens, line_break)
+    for question, answer in zip(items, itertools.chain(*answers), strict=True):
+        until_end = itertools.takewhile(lambda token: token not in settings.eos_token_id, answer)
+        text = strip_thinking(generation.text_of([*until_end], tokenizer, question["tokens"]))
+        yield {**graded_row(question, text), "batch_size": len(items)}
 
 
 def graded_row(question: dict, text: str) -> dict:
@@ -463,16 +383,6 @@ def graded_row(question: dict, text: str) -> dict:
     kept = {key: question[key] for key in ("question_id", "context", "question", "answer_type", "scale")}
     graded = {"em_like": tatqa_em_like(question, text), "em": em, "f1": f1}
     return {**kept, "gold": question["answer"], "answer": text, **graded}
-
-
-def groups_at_once(
-    model: PreTrainedModel | PeftModel, groups: list[list[dict]], max_new_tokens: int, batch_size: int = 0
-) -> tuple[int, int]:
-    """How many groups of questions are answered at once, and the rows that this is to be: `batch_size`, or with 0 what
-    the free memory holds."""
-    longest = max((len(question["tokens"]) for group in groups for question in group), default=0) + max_new_tokens
-    rows = batch_size or free_batch_size(model, longest)
-    return math.ceil(rows / max(map(len, groups), default=1)), rows
 
 
 def summarise_tatqa(rows: list[dict]) -> dict:
@@ -512,39 +422,51 @@ def compare_tatqa(before: list[dict], after: list[dict]) -> dict[str, dict]:
     }
 
 
-def tatqa_evaluation(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
-    """TAT-QA by both metrics, as the flags ask for it."""
-    skipped = SkippedRows()
-    contexts = read_tatqa(tatqa_file(args, args.eval_split), skipped)
-    skipped.report("TAT-QA evaluation questions")
-    questions = tatqa_questions(contexts, limit=args.eval_limit, seed=args.seed, **prompt_options(args))
-    questions = fit_questions(questions, tokenizer, args)
-    answer = functools.partial(
-        answer_tatqa,
-        questions=questions,
-        max_new_tokens=args.eval_max_new_tokens,
-        temperature=args.eval_temperature,
-        top_p=args.eval_top_p,
-        batch_size=args.eval_batch_size,
-        seed=args.seed,
-        one_line=not args.use_chat_template,
-    )
-    gap = "" if args.use_chat_template else " "
-    golds = [gap + answer_text(gold_parts(question), question["scale"]) for question in questions]
-    references = [
-        (question["question_id"], question["prompt"], gold, question["context"])
-        for question, gold in zip(questions, golds, strict=True)
-    ]
+def tatqa_evaluation(questions: list[dict], decoding: Decoding, style: PromptStyle) -> Evaluation:
+    """TAT-QA by both metrics; `questions` are those of `fit_questions`."""
+
+    def rows_at_once(model: PreTrainedModel) -> int:
+        from llm_alignment.generation import free_batch_size
+
+        longest = max(len(question["tokens"]) for question in questions) + decoding.max_new_tokens
+        return decoding.batch_size or free_batch_size(model, longest)
+
+    one_line = not style.use_chat_template
+    generation = decoding.settings("max_new_tokens", "temperature", "top_p", "seed")
+    golds = [style.gap + answer_text(gold_parts(question), question["scale"]) for question in questions]
     return Evaluation(
-        "tatqa",
-        len(questions),
-        answer,
-        lambda rows: {"tatqa": summarise_tatqa(rows)},
-        compare_tatqa,
-        references,
-        split=True,
-        tokens=functools.partial(table_tokens, questions, args.eval_max_new_tokens),
+        name="tatqa",
+        items=questions,
+        read=functools.partial(answer_questions, decoding=decoding, one_line=one_line),
+        settings={"questions": digest(questions), "generation": {**generation, "one_line": one_line}},
+        unit="context",
+        order=lambda question: len(question["tokens"]),
+        rows_at_once=rows_at_once,
+        is_cached=decoding.temperature == 0,
+        summarise=lambda rows: {"tatqa": summarise_tatqa(rows)},
+        compare=compare_tatqa,
+        references=[
+            (question["question_id"], question["prompt"], gold, question["context"])
+            for question, gold in zip(questions, golds, strict=True)
+        ],
+        tokens=functools.partial(table_tokens, questions, decoding.max_new_tokens),
     )
+
+
+def evaluation_questions(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    style: PromptStyle,
+    content: PromptContent,
+    *,
+    limit: int,
+    seed: int,
+) -> list[dict]:
+    """The questions of a TAT-QA file that an evaluation asks, as `fit_questions` gives them."""
+    skipped = SkippedRows()
+    contexts = read_tatqa(path, skipped)
+    skipped.report("TAT-QA evaluation questions")
+    return fit_questions(tatqa_questions(contexts, limit=limit, seed=seed, content=content), tokenizer, style)
 
 
 def table_tokens(questions: list[dict], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -11,6 +12,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState
+
+from llm_alignment.adapters import LoraSettings, check_model, new_adapter, saved_settings
+from llm_alignment.anchored_loss import rows_at_once
+from llm_alignment.devices import free_memory, tf32
+from llm_alignment.endings import Interrupted, NotFiniteError, signal_name, signals_go_to
 from llm_alignment.files import (
     InputError,
     differing,
@@ -21,55 +30,72 @@ from llm_alignment.files import (
     write_atomic,
     write_json,
 )
-from llm_alignment.model_files import fetch_model
-from llm_alignment.models import (
-    DDP_TIMEOUT,
-    device_and_dtype,
-    main_process,
-    named_device,
-    new_adapter,
-    processes,
-)
-from llm_alignment.runs import Interrupted, NotFiniteError, damaged_run, signal_name, signals_go_to
+from llm_alignment.flags import fill
+from llm_alignment.memory import GIB, fits_without_checkpointing, memory_estimate
+from llm_alignment.models import Base, BaseFlags, load_tokenizer, resolve_base
+from llm_alignment.processes import DDP_TIMEOUT, gathered, main_process, named_device, processes
+from llm_alignment.runs import damaged_run
 
 if TYPE_CHECKING:
-    from transformers import Trainer
-
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("llm_alignment")
 
 
-def training_arguments(
-    args: argparse.Namespace, *, weight_decay: float, warmup_ratio: float, logging_steps: int, longest: int
-) -> dict:
-    """The keyword arguments that SFTConfig and DPOConfig share here; `longest`: the tokens of the longest example."""
-    device, dtype = device_and_dtype(args.dtype)
-    import torch
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What a trainer is told; most fields are flags of that name."""
 
-    if dtype == torch.float16 and device.type == "cpu":
+    output_dir: str
+    epochs: float
+    batch: int  # examples per device and forward pass
+    grad_acc: int
+    learning_rate: float
+    save_steps: int
+    seed: int
+    report_to: str
+    exp_tag: str
+    gradient_checkpointing: str
+    longest: int  # tokens of the longest example
+    longest_answer: int = 0  # of DPO: tokens of the longest answer, which go through the head
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.05
+    logging_steps: int = 5
+
+    @property
+    def step(self) -> int:
+        """Examples of an optimiser step, in all processes."""
+        return self.batch * self.grad_acc * processes()
+
+
+def training_arguments(settings: TrainingSettings, base: Base, lora: LoraSettings) -> dict:
+    """The keyword arguments that SFTConfig and DPOConfig share here."""
+    is_cpu = base.device.type == "cpu"
+    if base.dtype == torch.float16 and is_cpu:
         log.warning("--dtype fp16 on CPU: gradients are not scaled there, and small ones become 0; use it for tests")
     return dict(
-        output_dir=args.output_dir,
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.batch,
-        gradient_accumulation_steps=args.grad_acc,
-        learning_rate=args.learning_rate,
+        output_dir=settings.output_dir,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.grad_acc,
+        learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=min(warmup_ratio, math.nextafter(1, 0)),  # below 1 a share of the steps; 1 would be one step
-        weight_decay=weight_decay,
+        # below 1 a share of the steps; 1 would be one step
+        warmup_steps=min(settings.warmup_ratio, math.nextafter(1, 0)),
+        weight_decay=settings.weight_decay,
         max_grad_norm=1.0,
-        optim="paged_adamw_32bit" if device.type == "cuda" else "adamw_torch",
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16 and device.type == "cuda",
-        use_cpu=device.type == "cpu",
-        gradient_checkpointing=uses_checkpointing(args, longest),
-        logging_steps=logging_steps,
+        optim="adamw_torch" if is_cpu else "paged_adamw_32bit",
+        bf16=base.dtype == torch.bfloat16,
+        fp16=base.dtype == torch.float16 and not is_cpu,
+        use_cpu=is_cpu,
+        gradient_checkpointing=uses_checkpointing(settings, base, lora),
+        logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
-        save_steps=args.save_steps,
+        save_steps=settings.save_steps,
         save_total_limit=2,
-        seed=args.seed,
-        report_to=args.report_to,
-        run_name=args.exp_tag or Path(args.output_dir).name,
+        seed=settings.seed,
+        report_to=settings.report_to,
+        run_name=settings.exp_tag or Path(settings.output_dir).name,
         disable_tqdm=not main_process(),
         ddp_timeout=int(DDP_TIMEOUT.total_seconds()),
         ddp_find_unused_parameters=False,
@@ -77,83 +103,55 @@ def training_arguments(
     )
 
 
-def optimiser_steps(args: argparse.Namespace, rows: int) -> int:
+def optimiser_steps(settings: TrainingSettings, rows: int) -> int:
     """Optimiser steps over `rows` examples, as the Trainer counts them."""
-    return math.ceil(args.epochs * math.ceil(math.ceil(rows / (args.batch * processes())) / args.grad_acc))
+    passes = math.ceil(rows / (settings.batch * processes()))
+    return math.ceil(settings.epochs * math.ceil(passes / settings.grad_acc))
 
 
-def memory_estimate(args: argparse.Namespace, tokens: int) -> dict[str, int]:
-    """Bytes that training takes on a device, by part, for examples of `tokens` tokens; a factor of 1.5 off at most.
+def memory_of(settings: TrainingSettings, base: Base, lora: LoraSettings) -> dict[str, int]:
+    """`memory_estimate` for micro-batches of the longest examples; no weights are loaded.
 
-    "weights"; "adapter" with its gradient and Adam's two moments; "activations", what the layers keep for the backward
-    pass; "checkpointed", the same with gradient checkpointing; "logits" of the LM head's chunks. The weights are not
-    loaded. For DPO an example is a prompt and both answers.
+    For DPO an example is a prompt and both answers.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = fetch_model(args.model, args.model_revision, "--model")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-        width = device_and_dtype(args.dtype)[1].itemsize
-        embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-        embedding_size = sum(parameter.numel() for parameter in embeddings)
-        rest = model.num_parameters() - embedding_size
-        model = new_adapter(model, args)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    config = config.get_text_config()
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    query, key = config.num_attention_heads * head, config.num_key_value_heads * head
-    # Per token and layer. The base is frozen, so its linear layers keep nothing; norms keep their input in float32.
-    layer = 4 * (2 * hidden + query + key)
-    layer += width * (2 * query + 2 * query + 3 * config.intermediate_size)  # attention with its output; gated MLP
-    # An adapter keeps its input in float32, with dropout the mask too.
-    inputs = sum(p.shape[1] for name, p in trained if "lora_A" in name) / layers
-    layer += inputs * (5 if args.lora_dropout else 4 * (width != 4))
-    rows = args.batch * tokens
-    return {
-        "weights": round(embedding_size * width + rest * (width if args.no_4bit else 0.53)),  # 4 bits and their scales
-        "adapter": 16 * sum(p.numel() for _, p in trained),
-        "activations": round(rows * layers * layer),
-        "checkpointed": round(rows * (layers * hidden * width + layer)),
-        "logits": 2 * 256 * config.vocab_size * 4 + rows * hidden * (width + 4),
-    }
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+        model = new_adapter(model, lora)
+    return memory_estimate(
+        model,
+        tokens=settings.batch * settings.longest,
+        width=base.dtype.itemsize,
+        in_4bit=base.quantization != "none",
+        dropout=bool(lora.lora_dropout),
+        scored=2 * settings.batch * settings.longest_answer,
+        chunk=rows_at_once(config.get_text_config().vocab_size, base.device),
+    )
 
 
-def uses_checkpointing(args: argparse.Namespace, tokens: int) -> bool:
-    """--gradient_checkpointing; auto: off on CPU, and where the estimate leaves a quarter of the GPU's memory free.
-
-    The weights are loaded already and count as what they take.
-    """
-    import torch
-
-    if args.gradient_checkpointing != "auto":
-        return args.gradient_checkpointing == "on"
+def uses_checkpointing(settings: TrainingSettings, base: Base, lora: LoraSettings) -> bool:
+    """--gradient_checkpointing; auto: off on CPU, and where training fits without it in every process."""
+    if settings.gradient_checkpointing != "auto":
+        return settings.gradient_checkpointing == "on"
     if not torch.cuda.is_available():
         return False
-    free, total = torch.cuda.mem_get_info()
-    needed = memory_estimate(args, tokens)
-    left = free - needed["adapter"] - needed["activations"] - needed["logits"]
-    is_on = left < total / 4
-    log.info(
-        "gradient checkpointing %s: without it, training would leave %.1f of %.1f GiB free",
-        "on" if is_on else "off", left / 2**30, total / 2**30,
-    )  # fmt: skip
+    free = min(gathered([free_memory()[0]]))  # ranks that decide differently wait for each other for ever
+    is_on = not fits_without_checkpointing(memory_of(settings, base, lora), free)
+    log.info("gradient checkpointing %s: %.1f GiB are free", "on" if is_on else "off", free / GIB)
     return is_on
 
 
-def log_memory_plan(args: argparse.Namespace, tokens: int) -> None:
-    """Logs the `memory_estimate` of examples of `tokens` tokens."""
-    needed = {part: size / 2**30 for part, size in memory_estimate(args, tokens).items()}
-    common = needed["weights"] + needed["adapter"] + needed["logits"]
-    named_device(args.dtype)
+def log_memory_plan(settings: TrainingSettings, base: Base, lora: LoraSettings) -> None:
+    """Logs the `memory_estimate` of a micro-batch of the longest examples."""
+    needed = {part: size / GIB for part, size in memory_of(settings, base, lora).items()}
+    common = needed["weights"] + needed["adapter"] + needed["logits"] + needed["context"]
+    named_device(base.device, base.dtype)
     log.info(
         "memory: about %.2f GiB with gradient checkpointing, %.2f GiB without (weights %.2f, adapter, optimizer %.2f, "
-        "activations %.2f or %.2f, logits %.2f); --gradient_checkpointing %s",
+        "activations %.2f or %.2f, logits %.2f, CUDA %.2f); --gradient_checkpointing %s",
         common + needed["checkpointed"], common + needed["activations"], needed["weights"], needed["adapter"],
-        needed["checkpointed"], needed["activations"], needed["logits"], args.gradient_checkpointing,
+        needed["checkpointed"], needed["activations"], needed["logits"], needed["context"],
+        settings.gradient_checkpointing,
     )  # fmt: skip
 
 
@@ -180,8 +178,6 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
     a second or more later, stops at once. A loss or gradient that is not finite in any process raises NotFiniteError
     in all of them at the same step.
     """
-    from transformers import TrainerCallback, TrainerState
-
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:  # the Trainer itself would take one more step
@@ -193,19 +189,17 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
             trainer._load_from_checkpoint(str(checkpoint))
             return
 
-    class Keeper(RunKeeper, TrainerCallback):
-        """A module that imports no transformers cannot name the base class before."""
-
-    keeper = Keeper(trainer, checkpoint)
+    keeper = RunKeeper(trainer, checkpoint)
     trainer.add_callback(keeper)
-    with signals_go_to(keeper.on_signal):
+    half = trainer.args.bf16 or trainer.args.fp16
+    with signals_go_to(keeper.on_signal), tf32(half):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if keeper.signal:  # it came after the last micro-batch
         raise Interrupted(keeper.signal)
 
 
-class RunKeeper:
-    """What `run_training` adds to a Trainer, as the methods of a TrainerCallback.
+class RunKeeper(TrainerCallback):
+    """What `run_training` adds to a Trainer.
 
     It ends micro-batches in all processes together, saves when a signal came, marks checkpoints, writes the log.
     """
@@ -247,8 +241,6 @@ class RunKeeper:
 
     def on_substep_end(self, args, state, control, **kwargs):
         """After every micro-batch but a step's last one. All processes meet here, so that they stop together."""
-        import torch
-
         mine = torch.stack([self.trainer._tr_loss.float(), torch.tensor(float(self.signal), device=args.device)])
         losses, signals = self.trainer.accelerator.gather(mine[None]).T.tolist()
         for rank, loss in enumerate(losses):
@@ -264,8 +256,6 @@ class RunKeeper:
             raise Interrupted(int(max(signals)))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        import torch
-
         self.on_substep_end(args, state, control)
         if not args.fp16:  # with fp16 the gradient scaler skips such steps and lowers its scale
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -299,17 +289,11 @@ class RunKeeper:
 
 def random_state() -> tuple:
     """The state of every random generator that training uses; `set_random_state` takes it back."""
-    import numpy
-    import torch
-
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda
 
 
 def set_random_state(state: tuple) -> None:
-    import numpy
-    import torch
-
     random.setstate(state[0])
     numpy.random.set_state(state[1])
     torch.set_rng_state(state[2])
@@ -345,70 +329,97 @@ def checkpoint_problem(folder: Path) -> str | None:
     return None
 
 
-# Flags that never change what is trained; a script adds its own evaluation flags where they do not either.
-FLAGS_THAT_DO_NOT_AFFECT_TRAINING = {
-    "output_dir", "resume_from_checkpoint", "exp_log", "exp_tag", "report_to", "dry_run", "save_steps",
-    "eval_batch_size", "no_baseline_cache", "num_proc", "gradient_checkpointing",
-}  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run stands on: base, tokenizer, the adapter's settings, and its folder, with the run to be resumed."""
+
+    base: Base
+    tokenizer: PreTrainedTokenizerBase
+    lora: LoraSettings
+    folder: Path
+    resume: str | None  # --resume_from_checkpoint
+    flags: dict[str, Any]  # the values of those that change what is trained
+
+    def check_folder(self, data: dict | None = None) -> None:
+        """Raises InputError, before anything is written, when the folder holds another run; `data`: its fingerprint.
+
+        Without `resume` that is any run; with it, one that `check_same_run` finds to be another. To be called first of
+        all, and again when the data is known.
+        """
+        check_output_folder(self.folder, self.resume, self.flags, self.base.dtype_name, data)
 
 
-def check_output_folder(args: argparse.Namespace, ignored: set[str], data: dict | None = None) -> None:
-    """Raises InputError, before anything is written, when --output_dir holds another run.
+def set_up(
+    args: argparse.Namespace, record: dict, neutral: set[str], *, longest: int, lora: LoraSettings | None = None
+) -> Setup:
+    """Looks up the base, and checks model files and adapter, for the flags of a training script.
 
-    Without --resume_from_checkpoint that is any run; with it, one that `check_same_run` finds to be another. Call it
-    first of all, and again with the fingerprint of the data when that is known.
+    `neutral` are the flags that do not change what is trained; `longest`: tokens of the longest example. `lora`: of a
+    script that has no such flags. The settings of an adapter that --load_adapter names go into the record.
     """
-    folder = Path(args.output_dir)
-    if args.resume_from_checkpoint is None:
+    base = resolve_base(fill(BaseFlags, args))
+    adapter = getattr(args, "load_adapter", "")
+    lora = lora or fill(LoraSettings, args)
+    if adapter:
+        lora = saved_settings(adapter, lora)
+        record["args"] = {**record["args"], **dataclasses.asdict(lora)}
+    flags = {name: value for name, value in record["args"].items() if name not in neutral}
+    tokenizer = load_tokenizer(base)
+    check_model(base, tokenizer, lora=lora, adapter=adapter, longest=longest)
+    return Setup(base, tokenizer, lora, Path(args.output_dir), args.resume_from_checkpoint, flags)
+
+
+def check_output_folder(
+    folder: Path, resume: str | None, flags: dict[str, Any], dtype: str, data: dict | None = None
+) -> None:
+    """See `Setup.check_folder`."""
+    if resume is None:
         if (folder / "run.json").exists() or any(folder.glob("checkpoint-*")):
             raise InputError(
                 f"--output_dir {folder} holds another run; name another folder, or resume that run by "
                 "--resume_from_checkpoint auto"
             )
         return
-    folders = {folder}
-    if args.resume_from_checkpoint != "auto":
-        folders.add(Path(args.resume_from_checkpoint).parent)
-    for folder in sorted(folders):
-        if (folder / "run.json").exists():
-            check_same_run(folder, args, ignored, data)
-        elif any(folder.glob("checkpoint-*")):
-            log.warning("no run.json in %s: the flags and data of its checkpoints cannot be checked", folder)
+    for each in sorted({folder} | ({Path(resume).parent} if resume != "auto" else set())):
+        if (each / "run.json").exists():
+            check_same_run(each, flags, dtype, data)
+        elif any(each.glob("checkpoint-*")):
+            log.warning("no run.json in %s: the flags and data of its checkpoints cannot be checked", each)
 
 
-def check_same_run(folder: Path, args: argparse.Namespace, ignored: set[str], data: dict | None = None) -> None:
+def check_same_run(folder: Path, flags: dict[str, Any], dtype: str, data: dict | None = None) -> None:
     """Raises InputError that lists the differences between the run in `folder` (its run.json) and this one.
 
-    Compared are the flags except those in `ignored`, the number of processes, the type of the weights, and with `data`
-    the fingerprint of the data.
+    Compared are `flags`, the values of those that change what is trained, the number of processes, the type of the
+    weights, and with `data` the fingerprint of the data.
     """
     path = folder / "run.json"
-    device, dtype = device_and_dtype(args.dtype)
-    now = {"args": vars(args), "device": {"processes": processes(), "dtype": str(dtype).removeprefix("torch.")}}
+    now = {"args": flags, "device": {"processes": processes(), "dtype": dtype}, "data": data}
     try:
         stored = parse_json(path.read_bytes())
         before, after = (
-            {f"--{name}": value for name, value in run["args"].items() if name not in ignored}
+            {f"--{name}": value for name, value in run["args"].items() if name in flags}
             | {name: run["device"][name] for name in ("processes", "dtype")}
             | ({f"data {name}": value for name, value in run["data"].items()} if data is not None else {})
-            for run in (stored, json.loads(json.dumps({**now, "data": data})))
+            for run in (stored, json.loads(json.dumps(now)))
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged_run(path) from error
+    # a flag that is newer than the stored run was at its default there
+    after = {name: value for name, value in after.items() if name in before or not name.startswith("--")}
     if before != after:
         raise InputError(f"{folder}: the run to resume had other flags or data ({differing(before, after)})")
 
 
-def newest_complete(args: argparse.Namespace) -> Path | None:
+def newest_complete(folder: Path, resume: str | None) -> Path | None:
     """The checkpoint to resume from, None to start from the first step; says which, and names the ones skipped.
 
-    Raises InputError when the checkpoint that --resume_from_checkpoint names is not complete.
+    Raises InputError when the checkpoint that `resume` (--resume_from_checkpoint) names is not complete.
     """
-    folder = Path(args.output_dir)
-    if args.resume_from_checkpoint is None:
+    if resume is None:
         return None
-    if args.resume_from_checkpoint != "auto":
-        named = Path(args.resume_from_checkpoint)
+    if resume != "auto":
+        named = Path(resume)
         problem = checkpoint_problem(named) if named.is_dir() else "no such folder"
         if problem:
             raise InputError(f"--resume_from_checkpoint {named}: {problem}; use auto to take the newest complete one")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
 import logging
 import re
+import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
@@ -18,22 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from llm_alignment.batches import sorted_within_steps
+from llm_alignment.batches import token_counts
 from llm_alignment.files import InputError, SkippedRows
-from llm_alignment.generation import strip_thinking
-from llm_alignment.hub import Rows, hub_dataset, hub_rows, open_dataset
-from llm_alignment.models import all_processes
-from llm_alignment.preferences import content_text, without_thought
+from llm_alignment.hub import open_dataset
+from llm_alignment.messages import content_text, without_thought
+from llm_alignment.prompts import strip_thinking
 
 if TYPE_CHECKING:
     import datasets
     import numpy as np
-    import torch
+    import pyarrow
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("llm_alignment")
 
 Turns = list[tuple[str, str]]  # (role, content)
+SIDES = ("train", "validation")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,36 +41,36 @@ Turns = list[tuple[str, str]]  # (role, content)
 
 
 def turns_of(row: dict) -> Turns:
-    """The turns of a row in which `row_problem` finds nothing."""
-    return [(message["role"], content_text(message["content"]) or "") for message in row["messages"]]
+    """The turns of a row of {messages: [{role, content}], subset}.
 
-
-def row_problem(row: dict) -> str | None:
-    """Why a row of {messages: [{role, content}], subset} cannot be trained on; None when it can."""
-    messages = row.get("messages")
+    Raises ValueError with the reason when it cannot be trained on.
+    """
+    messages, turns = row.get("messages"), []
     if not isinstance(messages, list) or not messages:
-        return "no messages"
+        raise ValueError("no messages")
     for message in messages:
         if not isinstance(message, dict):
-            return "a message is no object"
-        role = message.get("role")
+            raise ValueError("a message is no object")
+        role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant"):
-            return f"unknown role {role!r}"
-        text = content_text(message.get("content"))
-        if text is None and message.get("content"):
-            return f"the content of the {role} turn is {type(message['content']).__name__}, not text or text parts"
+            raise ValueError(f"unknown role {role!r}")
+        text = content_text(content)
+        if text is None and content:
+            raise ValueError(f"the content of the {role} turn is {type(content).__name__}, not text or text parts")
         if not text or not text.strip():
-            return f"empty {role} turn"
-    if messages[-1]["role"] != "assistant":
-        return "no answer at the end"
-    if not isinstance(subset_of(row), str):
-        return "the subset is no text"
-    return None
+            raise ValueError(f"empty {role} turn")
+        turns.append((role, text))
+    if turns[-1][0] != "assistant":
+        raise ValueError("no answer at the end")
+    return turns
 
 
-def subset_of(row: dict) -> Any:
-    """The row's subset; absent or null counts as general."""
-    return "general" if row.get("subset") is None else row["subset"]
+def subset_of(row: dict) -> str:
+    """The row's subset; absent or null counts as general. Raises ValueError when it is not text."""
+    subset = "general" if row.get("subset") is None else row["subset"]
+    if not isinstance(subset, str):
+        raise ValueError("the subset is no text")
+    return subset
 
 
 def prompt_of(turns: Turns) -> Turns:
@@ -96,88 +96,80 @@ def unit_hash(*parts: object) -> float:
 # Which rows
 
 
-@dataclass
-class Selection:
-    """The rows that are used, by their number in the order of reading, from 0; rows that cannot be read count too."""
+@dataclass(frozen=True)
+class RowChoice:
+    """Which rows of a data set are used; the fields are the flags of these names."""
 
-    used: dict[int, tuple[str, str]]  # row number -> (subset, "train" | "validation")
+    dataset: str  # hub id, file or folder
+    subset: str = "general"
+    sample_ratio: float = 1.0
+    sample_seed: int = 42
+    mix_reasoning_ratio: float | None = None
+    val_split: float = 0.01
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows that are used, by their number among the usable rows in the order of reading, from 0."""
+
+    numbers: dict[tuple[str, str], np.ndarray]  # (subset, "train" | "validation") -> numbers
     sha256: str  # of the rows' hashes, sorted: the fingerprint of the data
 
     @property
     def counts(self) -> Counter:
         """(subset, side) -> rows."""
-        return Counter(self.used.values())
+        return Counter({key: len(numbers) for key, numbers in self.numbers.items() if len(numbers)})
 
     def rows(self, side: str) -> int:
         return sum(count for (_, its_side), count in self.counts.items() if its_side == side)
 
+    def of(self, side: str) -> np.ndarray:
+        """The numbers of a side's rows, in the order of reading."""
+        import numpy as np
 
-def select_rows(
-    rows: Rows,
-    args: argparse.Namespace,
-    refusal: Callable[[Turns], str | None] = lambda turns: None,
-) -> Selection:
-    """Reads every row once and decides the sample, the reasoning mix and the validation split.
+        return np.sort(np.concatenate([numbers for key, numbers in self.numbers.items() if key[1] == side]))
+
+
+@dataclass(frozen=True)
+class RowHashes:
+    """What the rows of one subset are chosen by; as Python objects these would take 8 times the memory."""
+
+    rows: array
+    prompts: array
+    numbers: array  # of the rows, as in Selection
+
+    @classmethod
+    def none(cls) -> RowHashes:
+        return cls(array("d"), array("d"), array("q"))
+
+
+def select_rows(found: dict[str, RowHashes], choice: RowChoice) -> Selection:
+    """The sample, the reasoning mix and the validation split of the rows found of each subset.
 
     A row is drawn when its hash is among the lowest of its subset, and validates when its prompt's hash is among the
     lowest. So a sample of 0.10 is a part of the sample of 0.25, the order of the file does not matter, and a prompt is
-    on one side with all of its answers. `refusal(turns)` says why the chat template cannot render a row.
-
-    Raises InputError when the data holds no usable row, none of the subset, or none to train on after the split.
+    on one side with all of its answers. Raises InputError when fewer than two prompts are left.
     """
     import numpy as np
 
-    if args.mix_reasoning_ratio is not None and args.subset != "both":
-        raise InputError(f"--mix_reasoning_ratio mixes two subsets and --subset is {args.subset}; add --subset both")
-    wanted = {"general", "reasoning"} if args.subset == "both" else {args.subset}
-    # by subset: the rows' hashes, their prompts' hashes, their numbers; as Python objects they take 8 times the memory
-    found = {subset: (array("d"), array("d"), array("q")) for subset in sorted(wanted)}
-    others: Counter = Counter()
-    skipped, refused = SkippedRows(), 0
-    for read, (place, row) in enumerate(rows(skipped)):
-        number = read + skipped.count - refused  # the rows that cannot be read count too
-        problem = row_problem(row)
-        if problem is None and subset_of(row) not in wanted:
-            others[subset_of(row)] += 1
-            continue
-        turns = [] if problem else turns_of(row)
-        problem = problem or refusal(turns)
-        if problem:
-            skipped.add(place, problem)
-            refused += 1
-        else:
-            prompt = unit_hash(args.sample_seed, "prompt", prompt_of(turns))
-            columns = found[subset_of(row)]
-            columns[0].append(unit_hash(args.sample_seed, turns))
-            columns[1].append(prompt)
-            columns[2].append(number)
-    skipped.report("rows")
-    if others:
-        log.info("rows of other subsets, not used: %s", ", ".join(f"{n} {subset}" for subset, n in others.items()))
-    if not any(numbers for _, _, numbers in found.values()):
-        seen = f"; it has {dict(others)}" if others else ""
-        places = f" ({'; '.join(skipped.places)})" if skipped.places else ""
-        raise InputError(
-            f"--dataset {args.dataset}: no usable row of subset {args.subset}{seen}{places}; choose others"
-        )
-    take = rows_to_take(args, {subset: len(numbers) for subset, (_, _, numbers) in found.items()})
+    take = rows_to_take(choice, {subset: len(hashes.rows) for subset, hashes in found.items()})
     drawn = {}
-    for subset, found_columns in found.items():
-        order = np.lexsort(found_columns[::-1])[: take[subset]]  # by hash, then by the prompt's, then by number
-        drawn[subset] = [np.asarray(column)[order] for column in found_columns]
+    for subset, hashes in found.items():
+        columns = [np.asarray(column) for column in (hashes.rows, hashes.prompts, hashes.numbers)]
+        order = np.lexsort(columns[::-1])[: take[subset]]  # by hash, then by the prompt's, then by number
+        drawn[subset] = [column[order] for column in columns]
     prompts = np.unique(np.concatenate([prompts for _, prompts, _ in drawn.values()])).tolist()
     if len(prompts) < 2:
-        mix = "" if args.mix_reasoning_ratio is None else f" --mix_reasoning_ratio {args.mix_reasoning_ratio}"
+        mix = "" if choice.mix_reasoning_ratio is None else f" --mix_reasoning_ratio {choice.mix_reasoning_ratio}"
         raise InputError(
-            f"--sample_ratio {args.sample_ratio}{mix}: {len(prompts)} prompts left; at least 2 are needed"
+            f"--sample_ratio {choice.sample_ratio}{mix}: {len(prompts)} prompts left; at least 2 are needed"
         )
-    last_held_out = prompts[min(max(1, round(args.val_split * len(prompts))), len(prompts) - 1) - 1]
-    used: dict[int, tuple[str, str]] = {}
-    for subset, (_, hashes, numbers) in drawn.items():
-        sides = (subset, "train"), (subset, "validation")
-        held_out = (hashes <= last_held_out).tolist()
-        used |= {number: sides[side] for number, side in zip(numbers.tolist(), held_out, strict=True)}
-    return Selection(used, data_sha256({subset: columns[:2] for subset, columns in drawn.items()}))
+    last_held_out = prompts[min(max(1, round(choice.val_split * len(prompts))), len(prompts) - 1) - 1]
+    numbers: dict[tuple[str, str], np.ndarray] = {}
+    for subset, (_, prompt_hashes, rows) in drawn.items():
+        held_out = prompt_hashes <= last_held_out
+        numbers |= {(subset, "train"): rows[~held_out], (subset, "validation"): rows[held_out]}
+    return Selection(numbers, data_sha256({subset: columns[:2] for subset, columns in drawn.items()}))
 
 
 def data_sha256(hashes: dict[str, list[np.ndarray]]) -> str:
@@ -192,12 +184,12 @@ def data_sha256(hashes: dict[str, list[np.ndarray]]) -> str:
     return digest.hexdigest()
 
 
-def rows_to_take(args: argparse.Namespace, found: dict[str, int]) -> dict[str, int]:
+def rows_to_take(choice: RowChoice, found: dict[str, int]) -> dict[str, int]:
     """How many rows of each subset --sample_ratio and --mix_reasoning_ratio ask for; says the share reached."""
-    take = {subset: round(args.sample_ratio * count) for subset, count in found.items()}
-    if args.mix_reasoning_ratio is not None:
-        total = round(args.sample_ratio * sum(found.values()))
-        asked = {"reasoning": round(args.mix_reasoning_ratio * total)}
+    take = {subset: round(choice.sample_ratio * count) for subset, count in found.items()}
+    if choice.mix_reasoning_ratio is not None:
+        total = round(choice.sample_ratio * sum(found.values()))
+        asked = {"reasoning": round(choice.mix_reasoning_ratio * total)}
         take["reasoning"] = min(asked["reasoning"], found["reasoning"])
         asked["general"] = total - take["reasoning"]
         take["general"] = min(asked["general"], found["general"])
@@ -205,9 +197,9 @@ def rows_to_take(args: argparse.Namespace, found: dict[str, int]) -> dict[str, i
             log.warning("too few reasoning rows (%d): general rows fill the rest", found["reasoning"])
         if take["general"] < asked["general"]:
             log.warning("too few general rows (%d): fewer reasoning rows are used too", found["general"])
-            take["reasoning"] = round(take["general"] * args.mix_reasoning_ratio / (1 - args.mix_reasoning_ratio))
+            take["reasoning"] = round(take["general"] * choice.mix_reasoning_ratio / (1 - choice.mix_reasoning_ratio))
         reached = take["reasoning"] / max(1, sum(take.values()))
-        log.info("reasoning rows: asked for %.1f %%, reached %.1f %%", 100 * args.mix_reasoning_ratio, 100 * reached)
+        log.info("reasoning rows: asked for %.1f %%, reached %.1f %%", 100 * choice.mix_reasoning_ratio, 100 * reached)
     return take
 
 
@@ -324,146 +316,156 @@ class ChatEncoder:
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
-ROWS_AT_ONCE = 1000
+ROWS_AT_ONCE = 1000  # as Python objects rows take several times the memory
 LARGE_DATA = 20_000  # rows from which several processes tokenise: each takes 10 s to start
 
 
-class Examples:
-    """The rows of a selection: `examples("train")` reads them, {"messages": [...]} each, and can be called again."""
+def load_data(
+    choice: RowChoice, encoder: ChatEncoder | None = None
+) -> tuple[Selection, Callable[[str], datasets.Dataset]]:
+    """Reads the data set once and chooses; `rows("train")` and `rows("validation")` are then the rows of a side.
 
-    def __init__(
-        self,
-        rows: Rows,
-        selection: Selection,
-        hub: datasets.Dataset | datasets.IterableDataset | None,
-    ) -> None:
-        self.rows, self.selection, self.hub = rows, selection, hub
+    They have the columns "messages" and "length", in characters, and lie in files that are removed when the process
+    ends. Rows that `encoder` refuses are skipped, counted and named. Raises InputError when no row of the subset can
+    be used.
+    """
+    import datasets
+    from datasets.fingerprint import get_temporary_cache_files_directory
 
-    def __call__(self, side: str, subset: str | None = None) -> Iterator[dict]:
-        for _, example in self._read({side}, subset):
-            yield example
-
-    def _read(self, sides: Collection[str], subset: str | None = None) -> Iterator[tuple[str, dict]]:
-        """(side, example) of the rows on these sides, in the order of reading; the others are not parsed."""
-        used = self.selection.used
-        numbers = {number for number, key in used.items() if key[1] in sides and subset in {None, key[0]}}
-        wanted = (number in numbers for number in itertools.count())
-        for number, placed in itertools.zip_longest(sorted(numbers), self.rows(SkippedRows(), wanted)):
-            if number is None or placed is None or row_problem(placed[1]):
-                raise InputError("--dataset: its rows changed while they were read; start the run again")
-            messages = [{"role": role, "content": content} for role, content in turns_of(placed[1])]
-            yield used[number][1], {"messages": messages}
-
-    def stored(self, *sides: str) -> dict[str, datasets.Dataset]:
-        """The rows by side, read once: those of a hub data set stay on the disk, those of a file go into memory."""
-        import datasets
-        import pyarrow
-
-        if isinstance(self.hub, datasets.Dataset):
-            used = self.selection.used
-            return {side: self.hub.select(sorted(n for n in used if used[n][1] == side)) for side in sides}
-        message = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.large_string()})
-        schema = pyarrow.schema({"messages": pyarrow.list_(message)})
-
-        def table_of(examples: list[dict]) -> pyarrow.Table:
-            # Arrow's own pool keeps what a growing column had reserved: half of the rows' size
-            pool = pyarrow.system_memory_pool()
-            messages = [example["messages"] for example in examples]
-            return pyarrow.Table.from_arrays(
-                [pyarrow.array(messages, schema.field("messages").type, memory_pool=pool)], schema=schema
-            )
-
-        waiting: dict[str, list[dict]] = {side: [] for side in sides}
-        tables: dict[str, list[pyarrow.Table]] = {side: [schema.empty_table()] for side in sides}
-        for side, example in self._read(sides):
-            waiting[side].append(example)
-            if len(waiting[side]) == ROWS_AT_ONCE:  # as Python objects rows take several times the memory
-                tables[side].append(table_of(waiting.pop(side)))
-                waiting[side] = []
-        result = {}
-        for side in sides:
-            table = pyarrow.concat_tables([*tables[side], table_of(waiting[side])])
-            # with a fingerprint, else datasets hashes the whole table for one
-            result[side] = datasets.Dataset(
-                datasets.table.InMemoryTable(table), fingerprint=f"{self.selection.sha256[:16]}-{side}"
-            )
-        return result
+    if choice.mix_reasoning_ratio is not None and choice.subset != "both":
+        raise InputError(f"--mix_reasoning_ratio mixes two subsets and --subset is {choice.subset}; add --subset both")
+    folder = Path(tempfile.mkdtemp(dir=get_temporary_cache_files_directory()))
+    every = folder / "rows.arrow"
+    selection = select_rows(store_rows(choice, encoder, every), choice)
+    for side in SIDES:
+        copy_rows(every, selection.of(side), folder / f"{side}.arrow")
+    every.unlink()
+    return selection, lambda side: datasets.Dataset.from_file(str(folder / f"{side}.arrow"))
 
 
-def load_data(args: argparse.Namespace, encoder: ChatEncoder | None = None) -> tuple[Selection, Examples]:
-    """Reads --dataset once and selects its rows; those that `encoder` refuses are skipped, counted and named."""
-    if Path(args.dataset).exists():
-        hub, rows = None, open_dataset(args.dataset, "--dataset")
-    else:
-        hub = hub_dataset(args.dataset, "--dataset", streaming=args.streaming)
-        rows = hub_rows(args.dataset, "--dataset", hub)
-    selection = select_rows(rows, args, encoder.refusal if encoder else lambda turns: None)
-    return selection, Examples(rows, selection, hub)
+def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> dict[str, RowHashes]:
+    """Reads every row, writes the usable ones of the wanted subsets to an Arrow file, and returns their hashes."""
+    import pyarrow
+
+    wanted = {"general", "reasoning"} if choice.subset == "both" else {choice.subset}
+    found = {subset: RowHashes.none() for subset in sorted(wanted)}
+    others: Counter = Counter()
+    skipped, waiting, count = SkippedRows(), [], 0
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema()) as stream:
+        for place, row in open_dataset(choice.dataset, "--dataset", skipped):
+            try:
+                turns, subset = turns_of(row), subset_of(row)
+                if subset not in wanted:
+                    others[subset] += 1
+                    continue
+                if encoder and (refusal := encoder.refusal(turns)):
+                    raise ValueError(refusal)
+            except ValueError as error:
+                skipped.add(place, str(error))
+                continue
+            hashes = found[subset]
+            hashes.rows.append(unit_hash(choice.sample_seed, turns))
+            hashes.prompts.append(unit_hash(choice.sample_seed, "prompt", prompt_of(turns)))
+            hashes.numbers.append(count)
+            count += 1
+            waiting.append(turns)
+            if len(waiting) == ROWS_AT_ONCE:
+                stream.write_batch(record_batch(waiting))
+                waiting.clear()
+        stream.write_batch(record_batch(waiting))
+    skipped.report("rows")
+    if others:
+        log.info("rows of other subsets, not used: %s", ", ".join(f"{n} {subset}" for subset, n in others.items()))
+    if not count:
+        seen = f"; it has {dict(others)}" if others else ""
+        places = f" ({'; '.join(skipped.places)})" if skipped.places else ""
+        raise InputError(
+            f"--dataset {choice.dataset}: no usable row of subset {choice.subset}{seen}{places}; choose others"
+        )
+    return found
+
+
+def schema() -> pyarrow.Schema:
+    """Of the rows on the disk."""
+    import pyarrow
+
+    message = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.large_string()})
+    return pyarrow.schema({"messages": pyarrow.list_(message), "length": pyarrow.int64()})
+
+
+def record_batch(conversations: list[Turns]) -> pyarrow.RecordBatch:
+    """Conversations as they lie on the disk, with their lengths in characters."""
+    import pyarrow
+
+    turns = [turn for conversation in conversations for turn in conversation]
+    message = schema().field("messages").type.value_type
+    messages = pyarrow.StructArray.from_arrays(
+        [pyarrow.array([turn[place] for turn in turns], message.field(place).type) for place in range(2)],
+        fields=list(message),
+    )
+    ends = list(itertools.accumulate(map(len, conversations), initial=0))
+    lengths = [sum(len(content) for _, content in conversation) for conversation in conversations]
+    return pyarrow.record_batch(
+        [pyarrow.ListArray.from_arrays(pyarrow.array(ends, pyarrow.int32()), messages), pyarrow.array(lengths)],
+        schema=schema(),
+    )
+
+
+def copy_rows(source: Path, numbers: np.ndarray, target: Path) -> None:
+    """Copies the rows of these numbers, sorted, to a file of their own, so that no other stays in memory or on the
+    disk."""
+    import pyarrow
+
+    with pyarrow.OSFile(str(source)) as file, pyarrow.OSFile(str(target), "wb") as copy:
+        batches, start = pyarrow.ipc.open_stream(file), 0
+        with pyarrow.ipc.new_stream(copy, batches.schema) as stream:
+            for batch in batches:
+                first, last = numbers.searchsorted([start, start + len(batch)])
+                stream.write_batch(batch.take(pyarrow.array(numbers[first:last] - start)))
+                start += len(batch)
 
 
 def tokenise(
-    rows: datasets.Dataset | datasets.IterableDataset, encoder: ChatEncoder, num_proc: int
-) -> datasets.Dataset | datasets.IterableDataset:
-    """`rows` with the columns "input_ids" and "labels" alone; large data in `num_proc` processes."""
-    import datasets
+    rows: datasets.Dataset, encoder: ChatEncoder, num_proc: int, *, longest: int | None = None, lazily: bool = False
+) -> datasets.Dataset:
+    """`rows` as "input_ids" and "labels", cut to `longest` tokens; large data in `num_proc` processes.
 
-    if isinstance(rows, datasets.IterableDataset):
-        return rows.map(encoder, remove_columns=["messages"])
-    tokens = datasets.List(datasets.Value("int32"))
-    with all_processes().main_process_first():
-        return rows.map(
-            encoder,
-            remove_columns=rows.column_names,
-            features=datasets.Features({"input_ids": tokens, "labels": tokens}),
-            num_proc=num_proc if len(rows) > LARGE_DATA else None,
-            desc="tokenising",
-        )
-
-
-def training_stream(args: argparse.Namespace, selection: Selection, examples: Examples) -> datasets.IterableDataset:
-    """The training rows of --streaming, shuffled again for every epoch, each subset in its share."""
-    import datasets
-
-    counts = {subset: count for (subset, side), count in sorted(selection.counts.items()) if side == "train"}
-
-    def read(subset: str) -> Iterator[dict]:
-        return examples("train", subset)
-
-    streams = [datasets.IterableDataset.from_generator(read, gen_kwargs={"subset": subset}) for subset in counts]
-    # a file may hold one subset after the other: draw from both in their shares
-    stream = datasets.interleave_datasets(
-        streams,
-        probabilities=[count / sum(counts.values()) for count in counts.values()],
-        seed=args.seed,
-        stopping_strategy="all_exhausted_without_replacement",
-    )
-    return stream.shuffle(seed=args.seed, buffer_size=10_000)
-
-
-def sized_stream(
-    stream: datasets.IterableDataset, rows: int, *, batch: int, step: int
-) -> torch.utils.data.IterableDataset:
-    """A stream whose every pass has exactly `rows` examples and says so, as the Trainer needs to end an epoch's last,
-    partial step in time.
-
-    Examples without a target, which TRL leaves out, are replaced by the first of another pass. The `step` examples of
-    an optimiser step are sorted by length before they are cut into micro-batches of `batch`, as loaded rows are.
+    `lazily`: they are tokenised whenever they are read, and no tokens are kept.
     """
-    import torch
+    import datasets
 
-    class SizedStream(torch.utils.data.IterableDataset):
-        def __len__(self) -> int:
-            return rows
+    def encode(batch: dict[str, list]) -> dict[str, list[list[int]]]:
+        encoded = [encoder({"messages": messages}) for messages in batch["messages"]]
+        return {name: [row[name][:longest] for row in encoded] for name in ("input_ids", "labels")}
 
-        def set_epoch(self, epoch: int) -> None:
-            stream.set_epoch(epoch)
+    if lazily:
+        return rows.with_transform(encode)
+    tokens = datasets.List(datasets.Value("int32"))
+    return rows.map(
+        encode,
+        batched=True,
+        remove_columns=rows.column_names,
+        features=datasets.Features({"input_ids": tokens, "labels": tokens}),
+        num_proc=num_proc if len(rows) > LARGE_DATA else None,
+        desc="tokenising",
+    )
 
-        def __iter__(self) -> Iterator[dict]:
-            endless = itertools.chain.from_iterable(itertools.repeat(stream))
-            for start in range(0, rows, step):
-                group = list(itertools.islice(endless, min(step, rows - start)))
-                lengths = [len(example["input_ids"]) for example in group]
-                order = sorted_within_steps(list(range(len(group))), lengths, batch=batch, step=step)
-                yield from (group[index] for index in order)
 
-    return SizedStream()
+def with_answers(rows: datasets.Dataset, side: str, longest: int) -> datasets.Dataset:
+    """The tokenised rows with a target within `longest` tokens; the log says how many have none.
+
+    Raises InputError when all have none. A row's first token is never a target.
+    """
+    kept = rows.filter(lambda row: any(label != -100 for label in row["labels"][1:longest]))
+    if not len(kept):
+        raise InputError(f"no {side} row has an answer within --max_seq_length {longest}; raise it")
+    if left_out := len(rows) - len(kept):
+        log.warning("%d of %d %s rows have no answer within --max_seq_length: left out", left_out, len(rows), side)
+    return kept
+
+
+def row_lengths(rows: datasets.Dataset) -> list[int]:
+    """What rows are sorted by within a step: their tokens, or their characters where no tokens are kept."""
+    if "input_ids" in rows.column_names:
+        return token_counts(rows, "input_ids")
+    return rows.with_format("arrow")["length"][:].to_pylist()

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from llm_alignment.anchored_loss import fused_nll_kl
-from llm_alignment.batches import token_counts
 from llm_alignment.evaluation import Evaluation, pair_rows
-from llm_alignment.files import ResultFile, digest
-from llm_alignment.models import evaluating, inner_model
+from llm_alignment.files import digest
+from llm_alignment.models import inner_model
 from llm_alignment.stats import paired_delta
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 
 @contextlib.contextmanager
 def without_head(model: PeftModel) -> Iterator[None]:
     """Inside, the model returns its last hidden states, (batch, positions, H), instead of logits."""
-    import torch
-
     base = model.get_base_model()
     head = base.get_output_embeddings()
     base.set_output_embeddings(torch.nn.Identity())
@@ -34,53 +34,35 @@ def without_head(model: PeftModel) -> Iterator[None]:
         base.set_output_embeddings(head)
 
 
-def validation_nll(
-    model: PeftModel, rows: Dataset, collator: Callable, batch_size: int
-) -> tuple[list[float], list[int]]:
-    """NLL summed over each row's targets, in nats, and their number. `rows`: a prepared `datasets.Dataset`."""
-    import torch
-
+def read_validation(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, items: list[dict], *, collator: Callable
+) -> Iterator[dict]:
+    """Yields {"question_id", "nll": summed over the row's targets, in nats, "tokens": their number}."""
     inner = inner_model(model)
     weight = inner.get_output_embeddings().weight
-    lengths = token_counts(rows, "input_ids")
-    order = sorted(range(len(rows)), key=lambda row: -lengths[row])  # little padding
-    sums, tokens = [0.0] * len(rows), [0] * len(rows)
-    place = iter(order)
-    for batch in torch.utils.data.DataLoader(rows.select(order), batch_size=batch_size, collate_fn=collator):
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        labels = batch.pop("labels")[:, 1:]
-        with (
-            torch.no_grad(),
-            evaluating(model),
-            without_head(model),
-            torch.autocast(model.device.type, model.dtype, enabled=model.device.type == "cuda"),
-        ):
-            hidden = inner(**batch, use_cache=False).logits[:, :-1]
-        for row_hidden, row_labels in zip(hidden, labels, strict=True):
-            row = next(place)
-            sums[row] = fused_nll_kl(row_hidden, weight, row_labels, num_items=1)[1].item()
-            tokens[row] = int((row_labels != -100).sum())
-    return sums, tokens
+    batch = {name: tensor.to(model.device) for name, tensor in collator([item["row"] for item in items]).items()}
+    labels = batch.pop("labels")[:, 1:]
+    is_cuda = model.device.type == "cuda"
+    with torch.no_grad(), without_head(model), torch.autocast(model.device.type, model.dtype, enabled=is_cuda):
+        hidden = inner(**batch, use_cache=False).logits[:, :-1]
+    for item, row_hidden, row_labels in zip(items, hidden, labels, strict=True):
+        nll = fused_nll_kl(row_hidden, weight, row_labels, num_items=1)[1].item()
+        yield {"question_id": item["question_id"], "nll": nll, "tokens": int((row_labels != -100).sum())}
 
 
 def validation_evaluation(name: str, rows: Dataset, collator: Callable, batch_size: int) -> Evaluation:
     """The validation loss of prepared rows (a `datasets.Dataset`): "validation" = those that are compared,
     "validation_full" = all of them, measured after training alone."""
-    questions = [{"question_id": number} for number in range(len(rows))]
-
-    def answer(model, tokenizer, *, path: Path, fingerprint: dict, use_cache: bool, renew: bool) -> list[dict]:
-        fingerprint = {**fingerprint, "rows": digest(rows[:]), "batch": batch_size}
-        results = ResultFile(path, fingerprint, renew=renew, use_cache=use_cache)
-        missing = results.missing(questions)
-        if missing:  # all rows again, so that a restart has the batches, and the bits, of the first try
-            sums, tokens = validation_nll(model, rows, collator, batch_size)
-            numbers = [question["question_id"] for question in missing]
-            results.append(*({"question_id": n, "nll": sums[n], "tokens": tokens[n]} for n in numbers))
-        results.finish()
-        return results.rows_of(questions)
-
-    summarise_rows = summarise_full_validation if name == "validation_full" else summarise_validation
-    return Evaluation(name, len(rows), answer, summarise_rows, compare_validation)
+    return Evaluation(
+        name=name,
+        items=[{"question_id": number, "row": row} for number, row in enumerate(rows)],
+        read=functools.partial(read_validation, collator=collator),
+        settings={"rows": digest(rows[:]), "batch": batch_size},
+        order=lambda item: -len(item["row"]["input_ids"]),  # little padding
+        rows_at_once=lambda model: batch_size,
+        summarise=summarise_full_validation if name == "validation_full" else summarise_validation,
+        compare=compare_validation,
+    )
 
 
 MOST = 700.0  # nats: the perplexity of a run that diverged is beyond a float
@@ -103,9 +85,31 @@ def compare_validation(before: list[dict], after: list[dict]) -> dict[str, dict]
     mean_tokens = sum(row["tokens"] for _, row in pairs) / len(pairs)
     sides = [[row["nll"] / mean_tokens for row in side] for side in zip(*pairs, strict=True)]
     row_means = [[row["nll"] / row["tokens"] for row in side] for side in zip(*pairs, strict=True)]
-    delta, perplexity = paired_delta(*sides), math.exp(min(sum(sides[0]) / len(pairs), MOST))
-    ends = {
-        key: None if delta[key] is None else perplexity * math.expm1(min(delta[key], MOST - math.log(perplexity)))
-        for key in ("mean", "low", "high")
-    }
-    return {"val_loss": delta, "val_loss_row_mean": paired_delta(*row_means), "ppl": {**delta, **ends}}
+    delta = paired_delta(*sides)
+    return {"val_loss": delta, "val_loss_row_mean": paired_delta(*row_means), "ppl": perplexity_delta(pairs, delta)}
+
+
+def perplexity_delta(pairs: list[tuple[dict, dict]], delta: dict) -> dict:
+    """The difference of the perplexities of (before, after) rows; `delta` is that of the validation loss.
+
+    The perplexity before is itself an estimate, which moves the difference. So the interval is that of the jackknife's
+    pseudo-values, one a row (Tukey 1958, Bias and confidence in not quite large samples, Ann. Math. Stat. 29, 614). p
+    is the loss's: both differences have one sign. So an end stays on the side of 0 on which the loss has it.
+    """
+    import numpy as np
+
+    tokens = np.array([row["tokens"] for _, row in pairs], np.float64)
+    nll = np.array([[row["nll"] for row in side] for side in zip(*pairs, strict=True)])
+    losses = nll.sum(1) / tokens.sum()
+    scale = min(losses.max(), MOST)
+    left_out = (nll.sum(1, keepdims=True) - nll) / np.maximum(tokens.sum() - tokens, 1)
+    mean, others = (np.diff(np.exp(np.minimum(part, MOST) - scale), axis=0)[0] for part in (losses, left_out))
+    own = paired_delta([0.0] * len(pairs), (len(pairs) * mean - (len(pairs) - 1) * others).tolist())
+    first, ends = min(losses[0], MOST), {"mean": float(mean) * math.exp(scale), "low": None, "high": None}
+    for key, side in (("low", 1), ("high", -1)):
+        if delta[key] is not None:  # as if the perplexity before were known, or further out on the same side of 0
+            known = math.exp(min(losses[0] + delta[key], MOST) - scale) - math.exp(first - scale)
+            found = (known, known if own[key] is None else own[key])
+            furthest = min(side * end for end in found if (side * end > 0) == (side * known > 0))
+            ends[key] = side * furthest * math.exp(scale)
+    return {**delta, **ends}

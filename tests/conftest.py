@@ -174,9 +174,9 @@ def sft_trainer(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
         )
         tokenizer = models.load_tokenizer(args)
         encoder = twix.ChatEncoder(tokenizer, thinking=False, assistant_only=False)
-        selection, examples = twix.load_data(args, encoder)
-        rows = twix.tokenise(examples.stored("train")["train"], encoder, 1)
-        return sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows, len(rows))
+        _, examples = twix.load_data(args, encoder)
+        rows = twix.tokenise(examples("train"), encoder, 1, longest=args.max_seq_length)
+        return sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows)
 
     return build
 

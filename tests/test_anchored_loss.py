@@ -8,7 +8,7 @@ from conftest import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_alignment.anchored_loss import kl_coefficient, tail_mask
+from llm_alignment.anchored_loss import kl_coefficient, rows_at_once, tail_mask
 from sft_train import fused_nll_kl
 
 
@@ -88,10 +88,13 @@ def test_fused_equals_the_plain_formula(
 LOSSES = [(direction, sft_loss) for direction in ("reverse", "forward") for sft_loss in ("nll", "dft")]
 
 
+@pytest.mark.parametrize("anchored", [0.6, 1])
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_gradcheck(direction):
-    """Of NLL and KL. The weights of DFT have no gradient, so that finite differences do not apply to it."""
+def test_gradcheck(direction, anchored):
+    """Of NLL and KL, on a share of the rows and on one. The weights of DFT have no gradient to compare."""
     hidden, weight, labels, ref_hidden, kl_mask = case(0, 7, 4, 11, 0.3, 0.6, torch.float64)
+    if anchored == 1:
+        kl_mask = torch.arange(7) == (labels != -100).int().argmax()
     hidden.requires_grad_()
 
     def loss(h):
@@ -108,7 +111,8 @@ def test_hand_worked():
     hidden, weight = torch.tensor([[log]], dtype=torch.float64), torch.tensor([[1.0], [0.0]], dtype=torch.float64)
     inputs = hidden, weight, torch.tensor([1]), torch.zeros_like(hidden)
     ln2, ln3, ln4 = (torch.log(torch.tensor(float(n))).item() for n in (2, 3, 4))
-    _, nll, kl = fused_nll_kl(*inputs)
+    loss, nll, kl = fused_nll_kl(*inputs)
+    assert loss.item() == nll.item(), "there is no anchor where none is asked for"
     assert nll.item() == pytest.approx(ln4) and kl.item() == pytest.approx(0.75 * ln3 - ln2)
     loss, nll, kl = fused_nll_kl(*inputs, kl_coef=2.0, kl_direction="forward", sft_loss="dft")
     assert nll.item() == pytest.approx(0.25 * ln4) and kl.item() == pytest.approx(ln2 - 0.5 * ln3)
@@ -158,8 +162,8 @@ def test_a_weak_anchor_is_not_rounded_away(half, direction, device):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(64, 64, generator=generator).to(device) / 4
     ref_hidden = hidden + 0.01 * torch.randn(64, 64, generator=generator).to(device)
-    weight = torch.randn(4000, 64, generator=generator).to(device, half)
-    labels = torch.randint(4000, (64,), generator=generator).to(device)
+    weight = torch.randn(9000, 64, generator=generator).to(device, half)  # more than the KL takes at once
+    labels = torch.randint(9000, (64,), generator=generator).to(device)
 
     def gradient(head, kl_coef):
         states = hidden.clone().requires_grad_()
@@ -174,6 +178,14 @@ def test_a_weak_anchor_is_not_rounded_away(half, direction, device):
 def test_a_head_that_wants_a_gradient_is_refused():
     with pytest.raises(ValueError, match="freeze"):
         fused_nll_kl(torch.zeros(1, 2), torch.zeros(3, 2, requires_grad=True), torch.zeros(1, dtype=torch.long))
+
+
+def test_rows_at_once_depend_on_the_card_alone(monkeypatch):
+    device = torch.device("cuda")
+    for gigabytes, rows in ((80, 1024), (24, 1024), (16, 256)):
+        card = argparse.Namespace(total_memory=gigabytes * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        assert rows_at_once(151_936, device) == rows and rows_at_once(151_936, torch.device("cpu")) == 256
 
 
 def test_an_unknown_loss_is_refused():

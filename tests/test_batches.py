@@ -2,6 +2,8 @@
 
 import math
 import random
+import types
+from collections import defaultdict
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 import dpo_train
 import sft_train
 from llm_alignment import dpo, models
-from llm_alignment.batches import LengthSortedSampler, sorted_within_steps
+from llm_alignment.batches import LengthSortedSampler, depends_on_batch, sorted_within_steps
 
 
 def test_sorting_keeps_the_examples_of_each_step():
@@ -21,13 +23,13 @@ def test_sorting_keeps_the_examples_of_each_step():
 
 @pytest.fixture(scope="module")
 def dpo_trainer(tmp_path_factory):
-    """dpo_trainer(): the trainer of dpo_train.py on 17 pairs of different lengths."""
+    """dpo_trainer(*more): the trainer of dpo_train.py on 17 pairs of different lengths."""
 
-    def build():
+    def build(*more):
         args = dpo_train.parse_arguments(
             dpo_train.build_parser(),
             ["--demo", "--output_dir", str(tmp_path_factory.mktemp("trainer")), "--no_4bit", "--batch", "2"]
-            + ["--grad_acc", "3", "--epochs", "9", "--limit_pairs", "17"],
+            + ["--grad_acc", "3", "--epochs", "9", "--limit_pairs", "17", *more],
             dpo_train.DPO_DEMO,
         )
         tokenizer = models.load_tokenizer(args)
@@ -98,15 +100,16 @@ def step_gradient(trainer):
     return {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-@pytest.fixture(params=["sft", "dpo"])
+@pytest.fixture(params=["sft", "dpo", "dpo --loss_type sft,aot"])
 def trainers(request, sft_trainer, dpo_trainer, monkeypatch):
     """A trainer whose steps are sorted by length, then one whose steps are not."""
-    make = {"sft": sft_trainer, "dpo": dpo_trainer}[request.param]
+    method, *more = request.param.split()
+    make = {"sft": sft_trainer, "dpo": dpo_trainer}[method]
 
     def of_both_orders():
-        yield make()
+        yield make(*more)
         unsorted(monkeypatch)
-        yield make()
+        yield make(*more)
 
     return of_both_orders()
 
@@ -121,6 +124,46 @@ def test_a_sorted_step_has_the_same_gradient(trainers):
         gradients.append(step_gradient(trainer))
     for name, gradient in gradients[0].items():
         assert (gradient - gradients[1][name]).norm() <= 1e-6 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("names", [*([name] for name in dpo.LOSS_TYPES), ["sigmoid", "sft"], ["ipo", "aot"]], ids=str)
+def test_losses_that_depend_on_the_micro_batch(names):
+    """TRL's own loss of six pairs of unequal lengths as three micro-batches, cut in two ways."""
+    from trl import DPOTrainer
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([2, 9, 4, 3, 9, 7]).repeat(2)
+    log_probs = -torch.rand(12, 10, generator=generator) * (torch.arange(10) < lengths[:, None])
+    references = log_probs.sum(1) + torch.randn(12, generator=generator)
+
+    def step(cuts):
+        """Loss of the micro-batches and its gradient to the log-probabilities."""
+        states = log_probs.clone().requires_grad_()
+        for cut in cuts:
+            rows = torch.tensor([*cut, *(6 + pair for pair in cut)])
+            mask = torch.nn.functional.pad((torch.arange(10) < lengths[rows, None]).long(), (1, 0))
+            zeros = torch.zeros(len(rows), 10)
+            output = types.SimpleNamespace(
+                log_probs=states[rows], entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), aux_loss=None
+            )
+            inputs = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask}
+            inputs |= dict(zip(("ref_chosen_logps", "ref_rejected_logps"), references[rows].chunk(2), strict=True))
+            trainer.model = lambda output=output, **_: output
+            trainer.model.training = True
+            DPOTrainer._compute_loss(trainer, trainer.model, inputs, False).backward()
+        return states.grad
+
+    same = types.SimpleNamespace(device="cpu", gather=lambda value: value, gather_for_metrics=lambda value: value)
+    trainer = types.SimpleNamespace(
+        accelerator=same, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, use_weighting=False,
+        f_divergence_type="reverse_kl", loss_types=names, loss_weights=[1.0] * len(names), beta=0.3, _tp_size=1,
+        label_smoothing=0.1, args=types.SimpleNamespace(discopop_tau=0.05), _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+    )  # fmt: skip
+    one, other = step([(0, 1), (2, 3), (4, 5)]), step([(0, 2), (1, 5), (3, 4)])
+    assert one.norm() > 0.1
+    distance = ((one - other).norm() / one.norm()).item()
+    assert (distance > 1e-3) if depends_on_batch(names) else (distance < 1e-6)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import dpo_train_mt
 import dpo_train_mt_v2
 from dpo_train_mt_v2 import build_parser, grown_adapter, main, stage_arguments
 from llm_alignment import dpo, files, flags, models, preferences, training
+from llm_alignment.endings import MissedGateError
 
 SMALL = [
     "--demo", "--no_4bit", "--eval_limit", "8", "--mtbench_limit", "3", "--instruct_limit", "4", "--reddit_limit", "4",
@@ -337,17 +338,15 @@ def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_missed_gate_says_what_to_do(stage, capsys):
+def test_a_missed_gate_says_what_to_do(stage):
     args = build_parser().parse_args([])
-    record, entry = {}, {"stage": stage, "gate": "MT-Bench -1"}
-    with pytest.raises(SystemExit) as stop:
-        dpo_train_mt_v2.check_gate(args, record, entry)
-    assert stop.value.code == 1 and record["reason"] == f"stage {stage} missed its gate: MT-Bench -1"
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and ("--resume_from_stage 3 --force_continue" in error) is (stage == 2)
+    with pytest.raises(MissedGateError) as stop:
+        dpo_train_mt_v2.check_gate(args, {"stage": stage, "gate": "MT-Bench -1"})
+    assert "MT-Bench -1" in str(stop.value)
+    assert ("--resume_from_stage 3 --force_continue" in str(stop.value)) is (stage == 2)
     args.force_continue = True
-    dpo_train_mt_v2.check_gate(args, record, entry)
-    dpo_train_mt_v2.check_gate(args, record, {"stage": stage, "gate": ""})
+    dpo_train_mt_v2.check_gate(args, {"stage": stage, "gate": "MT-Bench -1"})
+    dpo_train_mt_v2.check_gate(args, {"stage": stage, "gate": ""})
 
 
 def test_a_dry_run_prints_every_stage(tmp_path, capsys):

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_train_mt import main, parse
-from llm_alignment import finance, generation, hub, models
+from llm_alignment import finance, generation, hub, models, reddit
 from llm_alignment.files import InputError
-from llm_alignment.finance import mix_counts, reddit_pairs
+from llm_alignment.finance import mix_counts
+from llm_alignment.reddit import reddit_pairs
 
 
 def comment(post: str, body: str, score: object, **others) -> dict:
@@ -97,7 +98,7 @@ def test_reddit_rows_that_cannot_be_used(tmp_path, capsys, logged):
         comment("q", None, 0.5), comment("", "x" * 50, 0.5), {"id": "r", "title": "t"}, usable[0],
     ]  # fmt: skip
     path = str_rows(tmp_path / "reddit.jsonl", usable + broken)
-    rows = hub.read_usable(path, "--reddit_dataset", finance.reddit_problem, "columns")
+    rows = hub.read_usable(path, "--reddit_dataset", reddit.reddit_problem, "columns")
     assert rows == usable
     assert (
         "skipped 7 rows" in logged.text and "reddit.jsonl:3 (missing columns: comment_normalized_score" in logged.text
@@ -192,8 +193,8 @@ def test_an_empty_mix_is_an_error():
 def test_reddit_ids_that_are_numbers(tmp_path):
     rows = [comment(7, "good " * 20, 0.9), comment(7, "bad " * 20, 0.1), comment(True, "x" * 50, 0.5)]
     args = finance_args(tmp_path, "--reddit_dataset", str_rows(tmp_path / "reddit.jsonl", rows))
-    assert [row["id"] for row in finance.read_comments(args)] == ["7", "7"]
-    assert "neither a text nor a whole number" in finance.reddit_problem(rows[2])
+    assert [row["id"] for row in reddit.read_comments(args.reddit_dataset)] == ["7", "7"]
+    assert "neither a text nor a whole number" in reddit.reddit_problem(rows[2])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -12,23 +14,49 @@ import pytest
 from conftest import ROOT
 
 from llm_alignment import flags
+from llm_alignment.parser import neutral_flags
 
 SCRIPTS = ("sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2", "mtbench_eval")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_states_every_default_as_it_is(script):
+def test_help_states_the_defaults_that_there_are(script):
+    """Those of the script, which are set after the shared groups were added."""
     parser = importlib.import_module(script).build_parser()
-    stated = 0
+    text = " ".join(parser.format_help().split())
     for action in parser._actions:
-        if action.dest == "help" or not action.help:
-            continue
-        text = action.help % {**vars(action), "prog": parser.prog}
-        for value in re.findall(r"\(default: ([^)]*)\)", text):
-            stated += 1
-            # words where there is no value: "default: the hub", "default: none, the base model"
-            assert action.default in (None, "") or value == str(action.default), f"--{action.dest}: {text}"
-    assert stated > 10
+        assert action.help and "%(default)" not in action.help.replace(" (default: %(default)s)", ""), action.dest
+    assert f"folder of the run (default: {parser.get_default('output_dir')})" in text
+    assert "seed of everything random (default: 42)" in text and "(default: None)" not in text
+
+
+# what a resumed run may change (neutral) and may not (counted), where the words of `counted_by` count
+NEUTRAL = [
+    ("sft_train", (), "exp_tag num_proc kl_log_interval mtbench_ru reward_model eval_steps", "seed kl_coef dataset"),
+    ("sft_train", ("measured",), "exp_tag baseline_eval_samples", "mtbench_ru mtbench_max_tokens reward_model"),
+    ("dpo_train", (), "do_eval eval_split mtbench_file instruct_limit eval_pairs reward_model", "beta pairs seed"),
+    ("dpo_train_mt", ("asked", "reddit", "finance", "general"), "eval_limit mtbench_limit reddit_max_tokens dry_run",
+     "do_eval eval_split mtbench_file instruct_limit instruct_max_tokens do_reddit reddit_limit reddit_score_margin"),
+    ("dpo_train_mt_v2", ("asked", "general"), "stage force_continue stage1_beta reddit_score_margin hybrid_ratio",
+     "general_dataset reddit_dataset reddit_min_post_chars do_reddit lora_dropout"),
+    ("dpo_train_mt_v2", ("asked", "finance", "measured"), "general_dataset mix_policy eval_batch_size",
+     "finance_temperature finance_dataset eval_limit mtbench_max_tokens"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "counted_by", "neutral", "counted"), NEUTRAL)
+def test_the_group_of_a_flag_says_whether_it_changes_what_is_trained(script, counted_by, neutral, counted):
+    parser = importlib.import_module(script).build_parser()
+    found = neutral_flags(parser, *counted_by)
+    assert found >= set(neutral.split()) and not found & set(counted.split())
+    assert set(counted.split()) <= vars(parser.parse_args([])).keys()
+
+
+def test_every_flag_says_whether_it_changes_what_is_trained():
+    words = {True, False, "measured", "asked", "reddit", "finance", "general"}
+    for script in SCRIPTS:
+        for action in importlib.import_module(script).build_parser()._actions:
+            assert action.dest == "help" or action.trains in words, f"{script}: --{action.dest}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -43,12 +71,104 @@ for argument, code in (("--help", 0), ("--modle", 2), ("--quant", 2)):
         assert stop.code == code
     else:
         raise AssertionError(argument)
-slow = {{"torch", "transformers", "numpy", "scipy", "rich", "matplotlib", "huggingface_hub"}} & set(sys.modules)
+slow = {{"torch", "transformers", "numpy", "scipy", "rich", "matplotlib", "datasets", "yaml"}} & set(sys.modules)
 sys.exit("imports " + ", ".join(slow) if slow else 0)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert "--model_revision" in done.stdout and "--modle" in done.stderr and "--quant" in done.stderr
+    assert "--output_dir" in done.stdout and "--modle" in done.stderr and "--quant" in done.stderr
+    assert "did you mean --model?" in done.stderr and done.stderr.count("\n") == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_a_dozen_flags_and_help_all_every_one(script, capsys):
+    build_parser = importlib.import_module(script).build_parser
+    shown = {}
+    for flag in ("--help", "--help_all", "--help-all", "--version"):
+        with pytest.raises(SystemExit) as stop:
+            build_parser().parse_args([flag])
+        assert stop.value.code == 0
+        shown[flag] = capsys.readouterr().out
+    named = {flag: set(re.findall(r"^  (--[\w-]+)", text, re.M)) for flag, text in shown.items()}
+    assert {action.option_strings[0] for action in build_parser()._actions} == named["--help_all"] | {"-h"}
+    assert named["--help_all"] == named["--help-all"] and 12 <= len(named["--help"]) <= 16
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", shown["--version"])
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "expected"),
+    [
+        (
+            "sft_train",
+            "--learning-rate 1e-3 --no-4bit --kl_coef=0",
+            {"learning_rate": 1e-3, "no_4bit": True, "kl_coef": 0},
+        ),
+        ("dpo_train", "--no-do-eval --no_do_mtbench", {"do_eval": False, "do_mtbench": False}),
+        ("dpo_train", "--no-gradient-checkpointing", {"gradient_checkpointing": "off"}),
+        ("sft_train", "--mtbench_ru a --mtbench_questions_limit 3", {"mtbench_ru": "a", "mtbench_questions_limit": 3}),
+        ("sft_train", "--mtbench_file a --mtbench_limit 3", {"mtbench_ru": "a", "mtbench_questions_limit": 3}),
+        ("sft_train", "--logging_steps 7", {"kl_log_interval": 7}),
+        ("dpo_train", "--logging_steps 7", {"logging_steps": 7}),
+        ("sft_train", "--skip_baseline_eval", {"skip_baseline_eval": True}),
+        ("sft_train", "--no-eval_baseline", {"skip_baseline_eval": True}),
+        ("sft_train", "--no-eval_baseline --eval_baseline", {"skip_baseline_eval": False}),
+        ("mtbench_eval", "--mtbench_file a --mtbench_limit 3", {"questions": "a", "mtbench_questions_limit": 3}),
+        ("mtbench_eval", "--questions a --limit 3", {"questions": "a", "mtbench_questions_limit": 3}),
+    ],
+)
+def test_one_flag_has_several_spellings(script, words, expected):
+    args = importlib.import_module(script).build_parser().parse_args(words.split())
+    assert vars(args).items() >= expected.items()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_config_can_say_what_every_flag_says(script, tmp_path):
+    """Of each flag its default, and for those that are on or off the other one, in YAML and in JSON."""
+    parser = importlib.import_module(script).build_parser()
+    known = parser.format_help()
+    defaults = {name: value for name, value in vars(parser.parse_args([])).items() if f"--{name}" in known}
+    values = {name: not value if isinstance(value, bool) else value for name, value in defaults.items()}
+    yaml = "".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items())
+    for name, text in (("a.yaml", yaml), ("a.json", json.dumps(values))):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert vars(parser.parse_args(["--config", str(tmp_path / name)])).items() >= values.items()
+
+
+def test_the_command_line_wins_over_a_config_and_the_record_gets_its_flags(tmp_path, monkeypatch):
+    config, run = tmp_path / "a.yaml", tmp_path / "run.json"
+    config.write_text("learning-rate: 1e-3\nseed: 7  # comment\ndo_eval: false\n", encoding="utf-8")
+    run.write_text(
+        json.dumps({"script": "dpo_train.py", "argv": ["--seed", "3"], "args": {"seed": 3}}), encoding="utf-8"
+    )
+    words = ["--seed", "8", "--config", str(config), f"--config={run}"]
+    monkeypatch.setattr(sys, "argv", ["dpo_train.py", *words])
+    args = flags.parse_arguments(importlib.import_module("dpo_train").build_parser(), None, {})
+    assert (args.learning_rate, args.seed, args.do_eval) == (1e-3, 8, False) and "config" not in args
+    assert sys.argv[1:] == ["--learning_rate=1e-3", "--seed=7", "--no-do_eval", "--seed", "3", "--seed", "8"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("learnin_rate: 1", "did you mean --learning_rate?"),
+        ("target_modules: [q_proj, v_proj]", "target_modules"),
+        ("lora: {r: 8}", "lora"),
+        ("do_eval: maybe", "do_eval: maybe"),
+        ("seed: -1", "--seed"),
+        ("- seed", "flag: value"),
+        ("a: b: c", "line 1"),
+        (b"\xff\xfe", "utf-8"),
+        (None, "No such file"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_one_line(text, named, tmp_path, capsys):
+    path = tmp_path / "a.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("dpo_train").build_parser().parse_args(["--config", str(path)])
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and named in shown and shown.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -58,6 +178,21 @@ def test_the_type_of_the_weights_is_a_flag_of_every_script(script):
     assert parser.parse_args(["--dtype", "bf16"]).dtype == "bf16"
     with pytest.raises(SystemExit):
         parser.parse_args(["--dtype", "int8"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    temperature: float
+    seed: int
+    top_p: float = 1.0
+
+
+def test_fill_takes_fields_from_flags_and_from_more():
+    args = argparse.Namespace(temperature=0.5, top_p=0.9, batch=8)
+    assert flags.fill(Sampling, args, seed=3) == Sampling(0.5, 3, 0.9)
+    assert flags.fill(Sampling, argparse.Namespace(seed=1), temperature=0.0) == Sampling(0.0, 1)
+    with pytest.raises(TypeError, match="seed"):
+        flags.fill(Sampling, args)
 
 
 def test_types_of_numbers():

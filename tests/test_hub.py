@@ -82,7 +82,7 @@ def ask(what: str) -> object:
         return hub_files("Qwen/Qwen3-1.7B", "--model", ["*.json", "*.safetensors"])
     if what == "file":
         return hub_files("t-tech/ru-mt-bench", "--questions", ["raw/question.jsonl"], kind="dataset")
-    return list(open_dataset("Intel/orca_dpo_pairs", "--general_dataset")(SkippedRows()))
+    return list(open_dataset("Intel/orca_dpo_pairs", "--general_dataset", SkippedRows()))
 
 
 @pytest.mark.parametrize("what, flag", [("model", "--model"), ("file", "--questions"), ("data", "--general_dataset")])
@@ -139,11 +139,11 @@ def test_names_that_the_hub_does_not_have(hub):
     with pytest.raises(InputError, match="--model nobody/nothing: the hub answers 401"):
         hub_files("nobody/nothing", "--model", ["*.json"])
     with pytest.raises(InputError, match="--dataset nobody/nothing: the hub answers 401"):
-        open_dataset("nobody/nothing", "--dataset")
+        next(open_dataset("nobody/nothing", "--dataset", SkippedRows()))
     with pytest.raises(InputError, match="--questions t-tech/ru-mt-bench: the repository has no missing.json"):
         hub_files("t-tech/ru-mt-bench", "--questions", ["missing.json"], kind="dataset")
     with pytest.raises(InputError, match="no such file or folder, and not a hub id"):
-        open_dataset("rows.jsonl", "--dataset")
+        next(open_dataset("rows.jsonl", "--dataset", SkippedRows()))
 
 
 def test_a_data_set_of_another_shape(hub):
@@ -155,9 +155,9 @@ def test_a_data_set_of_another_shape(hub):
         for data in hub.repositories["datasets", f"some/{name}"].values()
     }
     with pytest.raises(InputError, match="--dataset some/lines: cannot be used"):
-        open_dataset("some/lines", "--dataset")
+        next(open_dataset("some/lines", "--dataset", SkippedRows()))
     with pytest.raises(InputError, match="--dataset some/tests: cannot be used .*train"):
-        open_dataset("some/tests", "--dataset")
+        next(open_dataset("some/tests", "--dataset", SkippedRows()))
 
 
 def test_a_hub_that_cannot_be_reached(hub, monkeypatch):

@@ -1,40 +1,24 @@
-"""The instructions and the checks of their answers."""
+"""The 25 instructions and the share of their checks."""
+
+import pytest
 
 from llm_alignment import instructions
 
-GOOD_ANSWERS = [
-    "1. Cook at home\n2. Cancel subscriptions\n3. Walk\n4. Insulate\n5. Compare prices",
-    "Wednesday\nThursday\nFriday\nSaturday\nSunday\nMonday\nTuesday",
-    "red, yellow, blue",
-    "Advantages\n- time\n- quiet\n- comfort\n\nDisadvantages\n- isolation\n- cost\n- distraction",
-    '```json\n{"name": "Ada", "age": 36, "city": "London"}\n```',
-    '["Paris", "Rome", "Oslo", "Bern"]',
-    "| Asset | Risk |\n| --- | --- |\n| Cash | low |\n| Bonds | medium |\n| Shares | high |",
-    "[gain; earnings]",
-    "Japan: yen\nPoland: zloty\nBrazil: real",
-    "Inflation is a rise in the general level of prices. It lowers what money buys.",
-    "Compound interest is interest that is paid on earlier interest too, so that savings grow faster and faster.",
-    " ".join(["Autumn"] + ["leaf"] * 69),
-    "Waves fold into foam\na gull writes upon the wind\nsalt on every stone",
-    "Yes.",
-    "After the storm the ship reached the harbour.",
-    "A bank keeps savings and grants credit.",
-    "A share is ownership of a company, a bond is a loan to it. Which would you choose?",
-    "In short, losses of one holding are offset by gains of another.",
-    "Dear Sir or Madam,\nplease send me a new card.\nKind regards",
-    "Cash is king. Cash is king. Cash is king.",
-    "3, 7, 19, 42, 88",
-    "apple, cherry, mango, pear",
-    "10 9 8 7 6 5 4 3 2 1",
-    "36",
-    "$55",
-]
+POOR = ["", "I am not sure. It depends, doesn't it? Money comes and goes! See 1 or 2."]
 
 
-def test_every_check_tells_a_good_answer_from_a_poor_one():
-    assert len(instructions.INSTRUCTIONS) == len(GOOD_ANSWERS) == 25
-    poor = "I am not sure. It depends, doesn't it? Money comes and goes! See 1 or 2."
-    for (_, instruction, checks), good in zip(instructions.INSTRUCTIONS, GOOD_ANSWERS, strict=True):
-        assert all(check(good) for check in checks), instruction
-        assert not all(check(poor) for check in checks), instruction
-        assert not all(check("") for check in checks), instruction
+def test_every_instruction_tells_its_reference_from_a_poor_answer():
+    rows = instructions.instructions()
+    assert sorted(rows) == list(range(1, 26))
+    for number, row in rows.items():
+        for answer, right in [(row["reference"], True), *((poor, False) for poor in POOR)]:
+            assert all(instructions.checks_passed({"question_id": number, "answers": [answer]})) is right
+
+
+def test_a_limit_takes_a_sample_by_seed_and_the_rate_counts_checks():
+    sample = instructions.instruct_questions(5, 3)
+    assert sample == instructions.instruct_questions(5, 3) != instructions.instruct_questions(5, 4)
+    assert all(row.keys() == {"question_id", "category", "turns"} for row in sample)
+    assert len(instructions.instruct_questions(0, 3)) == len(instructions.instruct_questions(99, 3)) == 25
+    rows = [{"question_id": 1, "answers": ["1. a\n2. b\n3. c\n4. d"]}, {"question_id": 14, "answers": ["Yes."]}]
+    assert instructions.check_rate(rows) == pytest.approx(100 / 3)  # of five items in order and yes, only yes

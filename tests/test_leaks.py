@@ -4,20 +4,88 @@ from __future__ import annotations
 
 import argparse
 import json
+import unicodedata
 from pathlib import Path
 
+import pytest
 from conftest import DEMO, finance_args, finance_data, read_rows, write_rows
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from llm_alignment import finance, tatqa
-from llm_alignment.leaks import leak_finder, normalise_text
+from experiments.benchmarks import bench_leaks
+from llm_alignment import finance, reddit, tatqa
+from llm_alignment.leaks import LeakFinder, asked_passages
+from llm_alignment.texts import normalise_text
 
 
 def test_leaks_are_found_whatever_their_form():
-    find = leak_finder({"TAT-QA question": ["What was the total in 2019?"], "evaluation post": ["Help me, please"]})
+    find = LeakFinder({
+        "TAT-QA question": ["What was the total in 2019?"],
+        "evaluation post": ["Help me, please"],
+    }).find
     assert find("Read this. WHAT  was the\u00a0total\nin 2019") == "TAT-QA question"
-    assert find("**help me**, please!") == "evaluation post"
-    assert find("What was the total in 2018?") is None and find("") is None
+    assert find("Hi", "**help me**, please!") == "evaluation post"
+    assert find("What was the total in 2018?") is None and find("") is None and find() is None
     assert find("whathelp me pleased") is None
+    assert find("What was the total", "in 2019?") is None  # in two turns
+    find = LeakFinder({"question": ["Кто ты?"]}).find  # one or two words stand in too many texts
+    assert find("Кто ты") == "question" and find("Скажи, кто ты?") is None
+
+
+PASSAGE = "Семь старых рыбаков каждое утро выходили в холодное море и возвращались только поздно вечером домой с рыбой"
+CODE = "for i in range(1, m + 1): for j in range(1, n + 1): if a[i] == b[j]: c[i][j] = 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (PASSAGE, True),
+        (" ".join(PASSAGE.split()[2:15]), True),
+        (" ".join(PASSAGE.split()[2:14]), False),
+        (f"Вот: {' '.join(PASSAGE.split()[-13:])} и мёдом.", True),
+        (PASSAGE.replace("море", "озеро"), False),  # no 13 in a row are left
+        (unicodedata.normalize("NFD", PASSAGE.upper()), True),
+        (PASSAGE.replace("рыбаков", "ры\u00adба\u0301ков").replace(" ", " — "), True),
+        (CODE, False),  # what every program of this kind says
+    ],
+)
+def test_thirteen_words_in_a_row_are_a_leak(text, found):
+    finder = LeakFinder({}, {"question": asked_passages([{"turns": ["Переведи: " + PASSAGE], "reference": CODE}])})
+    assert (finder.find("Привет", text) is not None) == found
+    assert list(finder.find_all([["Да"], ["Привет", text]])) == [None, "question" if found else None]
+
+
+WORDS = ["б", "ба", "еж", "ёж", "Ёж,", "й", "и\u0306", "ﬁn", "№", "x_y", "😀", "1", "–", "\uffff"]
+pieces = st.lists(st.sampled_from(WORDS), max_size=9)
+
+
+@pytest.mark.parametrize("form", ["Ещё два: «Й» — x_1!", "ЕЩЕ  два\nи\u0306 X 1", "е\u0301ще два\u200b й x-1"])
+def test_one_normal_form(form):
+    assert normalise_text(form) == "еще два й x 1"
+
+
+@example(["б が ба"], [["б か\u3099 ба"]])  # a mark that changes the letter before it
+@given(st.lists(pieces.map(" ".join), max_size=4), st.lists(st.lists(pieces.map(" ".join), max_size=3), max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_the_fast_search_finds_what_the_slow_one_does(known, items):
+    finder = LeakFinder({"question": known})
+
+    def contains(item: list[str]) -> bool:
+        words = [normalise_text(text).split() for text in item]
+        asked = [normalise_text(text).split() for text in known]
+        return any(
+            (one == text if len(one) < 3 else f" {' '.join(one)} " in f" {' '.join(text)} ")
+            for one in filter(None, asked)
+            for text in words
+        )
+
+    assert [leak is not None for leak in finder.find_all(items)] == list(map(contains, items))
+    assert [finder.find(*item) is not None for item in items] == list(map(contains, items))
+
+
+def test_the_benchmark_of_the_search_finds_the_planted_copies():
+    result = bench_leaks.main(["--rows", "2000", "--copies", "80"])
+    assert result["found"] == 1 and result["wrongly"] == 0
 
 
 def with_leaks(tmp_path: Path) -> tuple[argparse.Namespace, dict[str, int]]:
@@ -63,7 +131,7 @@ def test_nothing_that_is_asked_is_trained_on(tmp_path, logged):
     asked = {normalise_text(question["question"]) for context in contexts for question in context["questions"]}
     asked |= {normalise_text(question["turns"][0]) for question in data.questions["reddit"]}
     prompts = {question["turns"][0] for question in data.questions["finance_instruct"]}
-    instructions = finance.read_instructions(args)
+    instructions = finance.read_instructions(args.finance_dataset)
     asked |= {normalise_text(instruction["user"]) for instruction in instructions if instruction["prompt"] in prompts}
     pairs = [pair for items in data.items.values() for pair in items]
     texts = " | ".join(
@@ -76,12 +144,14 @@ def test_nothing_that_is_asked_is_trained_on(tmp_path, logged):
 def test_evaluation_questions_keep_what_a_reader_needs(tmp_path):
     args = finance_args(tmp_path)
     data = finance_data(args, set())
-    rows = finance.read_comments(args)
+    rows = reddit.read_comments(args.reddit_dataset)
     for question in data.questions["reddit"]:
         post = [row for row in rows if row["id"] == question["question_id"]]
         best = max(post, key=lambda row: row["comment_normalized_score"])
         assert question["reference"] == best["body"].strip()
         assert (question["title"], question["subreddit"]) == (best["title"], best["subreddit"])
-    references = {instruction["uid"]: instruction["chosen"] for instruction in finance.read_instructions(args)}
+    references = {
+        instruction["uid"]: instruction["chosen"] for instruction in finance.read_instructions(args.finance_dataset)
+    }
     for question in data.questions["finance_instruct"]:
         assert question["reference"] == references[question["question_id"]] and question["instruction"]

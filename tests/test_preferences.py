@@ -1,13 +1,15 @@
 """Preference pairs from any file: every format, turn lists, rows that cannot be used."""
 
 import argparse
+import json
+import unicodedata
 
 import pytest
 from conftest import DEMO, write_rows
 
-from llm_alignment import generation, models, preferences
+from llm_alignment import generation, messages, models, preferences
 from llm_alignment.files import InputError
-from llm_alignment.leaks import leak_finder, without_leaks
+from llm_alignment.leaks import LeakFinder, without_leaks
 
 LONG = "Human: Hi\n\nAssistant: Hello!\n\nHuman: Why?"
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -221,10 +223,85 @@ def test_thoughts_are_trained_on_with_thinking_alone(chosen, rejected, thinking,
         assert (pair["chosen"], pair["rejected"]) == expected
 
 
+PAIR = {"prompt": dialogue("Why?"), "chosen": dialogue("", "Because.")[1:], "rejected": dialogue("", "No.")[1:]}
+
+
+@pytest.mark.parametrize("place", ["row", "prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("field", sorted(messages.NEEDED))
+def test_a_field_that_changes_what_an_answer_means_is_not_lost(field, place):
+    def pair_with(value: object) -> dict:
+        if place == "row":
+            return {**PAIR, field: value}
+        return {**PAIR, place: [{**PAIR[place][0], field: value}]}
+
+    assert f"has {field}" in preferences.general_problem(pair_with([{"name": "find"}]))
+    assert not any(preferences.general_problem(pair_with(nothing)) for nothing in (None, [], "", False))
+
+
+@pytest.mark.parametrize(
+    ("change", "usable"),
+    [
+        ({"chosen": [{"role": "assistant", "content": "Because.", "weight": 0}]}, False),
+        ({"chosen": [{"role": "assistant", "content": "Because.", "weight": 1}]}, True),
+        ({"rejected": [{"role": "assistant", "content": "No.", "train": False}]}, False),
+        ({"prompt": [{"role": "user", "content": "Why?", "weight": 0}]}, True),  # prompts are not trained on
+        ({"chosen": [{"role": "assistant", "tool_calls": [{"name": "find"}]}]}, False),
+        ({"chosen": [{"role": "assistant", "content": "Because.", "thinking": ["hm"]}]}, False),
+        ({"score_chosen": 1, "score_rejected": 8.5}, False),
+        ({"chosen_score": 8.5, "rejected_score": 1}, True),
+        # the same turns in other shapes
+        ({"prompt": json.dumps(PAIR["prompt"]), "chosen": json.dumps(PAIR["chosen"])}, True),
+        ({"prompt": {"role": ["user"], "content": ["Why?"]}}, True),
+        ({"prompt": [{"from": "human", "value": "Why?"}], "chosen": [{"from": "gpt", "value": "Because."}]}, True),
+        ({"prompt": {"role": ["user"], "content": []}}, False),
+    ],
+)
+def test_what_a_pair_says_counts(change, usable):
+    row = {**PAIR, **change}
+    assert (preferences.general_problem(row) is None) == usable
+    if usable:
+        [pair] = preferences.general_pairs([row])
+        assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("Why?", "Because.", "No.")
+
+
+def test_an_answer_in_json_stays_a_text():
+    answer = '[{"role": "admin", "name": "Ann"}]'
+    [pair] = preferences.general_pairs([{**PAIR, "chosen": answer}])
+    assert pair["chosen"] == answer
+
+
+@pytest.mark.parametrize("field", messages.THOUGHTS)
+def test_thoughts_in_a_field_are_thoughts(field):
+    said = {"role": "assistant", "content": "Because.", field: "hm"}
+    row = {
+        "prompt": [*dialogue("Hi"), {**said, "content": "Hello!"}, *dialogue("Why?")],
+        "chosen": [said],
+        "rejected": "No.",
+    }
+    [pair] = preferences.general_pairs([row], thinking=True)
+    assert pair["chosen"] == "<think>\nhm\n</think>\n\nBecause." and "<think>" in pair["prompt"][1]["content"]
+    [pair] = preferences.general_pairs([row])
+    assert pair["chosen"] == "Because." and pair["prompt"][1]["content"] == "Hello!"
+
+
+def test_fields_that_nothing_reads_are_named_and_counted(tmp_path, logged):
+    named = {**PAIR, "prompt": [{"role": "user", "content": "How?", "name": "Ann"}], "source": "a", "note": ""}
+    path = write_rows(tmp_path / "pairs.jsonl", [{**PAIR, "source": "b"}, named, PAIR])
+    assert len(preferences.read_pairs(str(path), "--pairs")) == 2
+    assert "prompt.name (1 rows), source (2 rows)" in logged.text and "note" not in logged.text
+
+
+def test_one_prompt_in_several_forms_is_one():
+    forms = ["Какой ёж?", unicodedata.normalize("NFD", "Какой ёж?"), "какой\u00a0 еж", "«Какой ЁЖ»?"]
+    pairs = preferences.general_pairs([{"prompt": form, "chosen": "Злой.", "rejected": "Нет."} for form in forms])
+    assert len(pairs) == 1
+    assert len(preferences.general_pairs([{"prompt": "Why?", "chosen": a, "rejected": "No."} for a in "ab"])) == 2
+
+
 def test_a_leak_in_an_earlier_turn_is_found():
-    find = leak_finder({"question": ["What is the total of all sales?"]})
+    finder = LeakFinder({"question": ["What is the total of all sales?"]})
     item = {"prompt": dialogue("What is the total of all sales?", "It is 7.", "And then?"), "chosen": "8"}
-    assert without_leaks([item], find, "general", {}) == []
+    assert without_leaks([item], finder, "general", {}) == []
 
 
 def test_a_dialogue_goes_through_the_chat_template_as_turns():

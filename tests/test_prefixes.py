@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 
 import pytest
 from hypothesis import given, settings
@@ -84,13 +85,17 @@ def prefix_trees(draw):
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(prefix_trees())
-def test_random_trees_equal_plain_forward_passes(tree):
-    assert_equal_to_plain(*tree)
+@given(prefix_trees(), st.sampled_from([0, 3]))
+def test_random_trees_equal_plain_forward_passes(tree, most_unseen):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefixes, "MOST_UNSEEN", most_unseen)  # 0: block by block
+        assert_equal_to_plain(*tree)
 
 
+@pytest.mark.parametrize("most_unseen", [0, 99])
 @pytest.mark.parametrize("pairs", [1, 2, 5, 8])
-def test_pairs_of_one_table(pairs):
+def test_pairs_of_one_table(pairs, most_unseen, monkeypatch):
+    monkeypatch.setattr(prefixes, "MOST_UNSEEN", most_unseen)
     table = [1 + number % 7 for number in range(40)]
     prompts = [table + [8 + pair % 3, *range(9, 9 + pair)] for pair in range(pairs)]
     answers = [([20 + pair, *range(pair), 31], [31]) for pair in range(pairs)]  # 31 alone: an empty answer's end token
@@ -111,6 +116,21 @@ def test_the_row_holds_what_is_shared_once():
     assert [block.queries for block in fold.blocks] == [6, 5, 5] and sum(fold.segments) == 16
     assert fold.blocks[0].mask is None and fold.blocks[2].mask.shape == (1, 1, 5, 9)
     assert fold.predictors.tolist() == [5, 6, 11, 12, 13, 5, 8, 9, 11]
+    seen = [[place for place, score in enumerate(row) if score == 0] for row in fold.mask[0, 0].tolist()]
+    assert seen[6:11] == [[*range(7)], [*range(8)], [*range(6), 8], [*range(6), 8, 9], [*range(6), 8, 9, 10]]
+    assert seen[5] == [*range(6)] and seen[15] == [0, 1, 2, 3, 11, 15]
+
+
+def test_one_call_where_it_is_little_more_arithmetic():
+    """Two questions on one table; not where nothing is shared, nor where long rests of their own follow."""
+    import torch
+
+    def mask(*prompts):
+        return prefixes.fold_pairs(**trl_batch(prompts, [([7], [8])] * len(prompts)), dtype=torch.bfloat16).mask
+
+    assert mask([1] * 20 + [2], [1] * 20 + [3]).dtype == torch.bfloat16
+    assert mask([1] * 20, [2] * 20) is None and mask([1] * 20) is None
+    assert mask(*([1] * 10 + [pair] * 30 for pair in range(2, 10))) is None
 
 
 def test_masks_stay_small():
@@ -188,3 +208,31 @@ def test_sharing_across_pairs_keeps_fewer_bytes(monkeypatch, rest):
     tree = kept_bytes(shared)
     monkeypatch.setattr(prefixes, "SHARED_PART", 2.0)
     assert tree < kept_bytes(shared) < kept_bytes(plain)
+
+
+@pytest.mark.parametrize("kernel, is_kept", [("works", True), ("wrong", False), ("no compiler", False)])
+def test_trls_kernel_is_tried_before_it_is_needed(monkeypatch, logged, kernel, is_kept):
+    """On a machine with Triton; the tiles stand in for the kernel that works."""
+    import torch
+    from trl.kernels import chunked_logprob
+
+    def wrong(*args, **kwargs):
+        chunked_logprob._forward_tile(*args, **kwargs)
+        args[3].add_(1)  # running_max
+
+    class Launched:
+        def __init__(self, tile):
+            self.tile = tile
+
+        def __getitem__(self, grid):
+            return self.tile
+
+    forward = wrong if kernel == "wrong" else chunked_logprob._forward_tile
+    monkeypatch.setattr(chunked_logprob, "_TRITON_AVAILABLE", True)
+    monkeypatch.setattr(chunked_logprob, "_use_triton", lambda device: chunked_logprob._TRITON_AVAILABLE)
+    monkeypatch.setattr(chunked_logprob, "triton", types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)), raising=False)
+    if kernel != "no compiler":  # else there is a function that cannot be launched
+        monkeypatch.setattr(chunked_logprob, "_forward_kernel", Launched(forward))
+        monkeypatch.setattr(chunked_logprob, "_backward_kernel", Launched(chunked_logprob._backward_tile))
+    prefixes.settle_head(torch.device("cpu"))
+    assert chunked_logprob._TRITON_AVAILABLE is is_kept and len(logged.records) == (not is_kept)

@@ -10,6 +10,7 @@ import torch
 from toys import CHATML, QWEN25, WORDS, dialogues, make_tokenizer, save_reward_model
 
 from llm_alignment import files, rewards
+from llm_alignment.devices import tf32
 
 
 def test_rewards_equal_the_model_alone_and_do_not_depend_on_the_batch(reward_folder, reward_model, tokenizer):
@@ -25,20 +26,46 @@ def test_rewards_equal_the_model_alone_and_do_not_depend_on_the_batch(reward_fol
         assert scores == pytest.approx(alone, abs=1e-4)
 
 
-def test_a_reward_model_without_pad_token(tmp_path, reward_model):
-    bare = make_tokenizer(CHATML.replace("<|im_end|>\n{% endfor %}", "<|im_end|>{% endfor %}"), pad_token=None)
-    name = save_reward_model(tmp_path, bare)
+END_LAST = CHATML.replace("<|im_end|>\n{% endfor %}", "<|im_end|>{% endfor %}")  # nothing after the end of a turn
+
+
+@pytest.mark.parametrize("template", [CHATML, END_LAST], ids=["newline", "end_last"])
+@pytest.mark.parametrize("special", ["$A", "<s> $A", "$A <|endoftext|>", "<s> $A <|endoftext|>"])
+@pytest.mark.parametrize("pad", [None, "<|endoftext|>", "<|im_end|>"])
+def test_the_last_token_of_the_conversation_is_read(tmp_path, template, special, pad):
+    """Whatever the tokenizer pads with, on which side, and adds: the reward of one row as a model card reads it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(template, pad_token=pad, bos_token="<s>")
+    tokenizer.padding_side = "left"
+    added = [("<s>", 3), ("<|endoftext|>", 0)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=special, special_tokens=added)
+    model = rewards.RewardModel(save_reward_model(tmp_path, tokenizer, pad_token_id=None), batch_size=6)
     conversations = dialogues(6)
-    batched = rewards.RewardModel(name, batch_size=6).score(conversations)
-    single = [rewards.RewardModel(name, batch_size=1).score([conversation])[0] for conversation in conversations]
-    assert batched == pytest.approx(single, abs=1e-4)
-    # the answer ends with the end-of-text token, which must be read and not be taken for padding
-    model = rewards.RewardModel(name)
-    ids = model.encode(conversations[0])
-    assert ids[-1] == 2
-    with torch.no_grad():
-        hidden = model.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
-        assert batched[0] == pytest.approx(model.model.score(hidden).item(), abs=1e-4)
+    conversations[0][-1]["content"] = ""
+    expected = []
+    for conversation in conversations:
+        ids = [3] * ("<s>" in special) + tokenizer.apply_chat_template(conversation, return_dict=False)
+        assert model.encode(conversation) == ids
+        with torch.no_grad():
+            hidden = model.model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+            expected.append(model.model.score(hidden).item())
+    assert model.score(conversations) == pytest.approx(expected, abs=1e-5)
+
+
+def test_it_is_on_its_device_only_while_it_scores(reward_folder, monkeypatch):
+    model = rewards.RewardModel(reward_folder, device="cuda")  # which no weight is put on before
+    assert model.model.device.type == "cpu"
+    places = []
+    monkeypatch.setattr(model.model, "to", lambda device: places.append(str(device)))
+    model.model.register_forward_pre_hook(lambda *_: places.append(torch.backends.cuda.matmul.fp32_precision))
+    expected = rewards.RewardModel(reward_folder, device="cpu").score(dialogues(1))
+    with tf32(True):
+        assert model.score(dialogues(1)) == expected and places == ["cuda", "ieee", "cpu"]
+    monkeypatch.setattr(model, "encode", lambda conversation: [10**9])
+    with pytest.raises(IndexError):
+        model.score(dialogues(1))
+    assert places[-1] == "cpu", "it leaves the device when scoring fails too"
 
 
 def test_no_system_turn_and_one_bos(tmp_path, reward_model):

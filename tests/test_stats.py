@@ -7,6 +7,8 @@ import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llm_alignment import files, stats
 
@@ -60,7 +62,8 @@ def test_paired_delta_where_resampling_has_nothing_to_resample():
     one = stats.paired_delta([1.0], [3.0])
     assert (one["mean"], one["low"], one["high"], one["p"], one["n"]) == (2.0, None, None, 1.0, 1)
     same = stats.paired_delta([1.0, 5.0, 7.0], [1.0, 5.0, 7.0])
-    assert [same[key] for key in ("mean", "low", "high", "p", "n", "changed")] == [0.0, 0.0, 0.0, 1.0, 3, 0]
+    assert [same[key] for key in ("mean", "low", "high", "p", "n", "changed")] == [0.0, None, None, 1.0, 3, 0]
+    assert stats.paired_delta([3.0] * 10, [3.0] * 10)["low"] is None, "0 of 10 changed"
     shifted = stats.paired_delta([0.1, 0.2, 0.3], [0.2, 0.3, 0.4])
     assert shifted["p"] == pytest.approx(0.25) and shifted["low"] is None
     eight = stats.paired_delta([n / 10 for n in range(8)], [(n + 1) / 10 for n in range(8)])
@@ -87,6 +90,30 @@ def test_bad_input_is_one_line():
         with pytest.raises(files.InputError) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+QUARTERS = st.integers(-12, 12).map(lambda number: number / 4)  # sums of which are exact
+ROWS = st.lists(st.tuples(QUARTERS, QUARTERS, st.integers(0, 8)), min_size=1, max_size=20)
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=ROWS, random=st.randoms(), clustered=st.booleans())
+def test_order_sides_and_labels_change_nothing(rows, random, clustered):
+    def delta(rows, label=lambda label: label):
+        before, after, labels = zip(*rows, strict=True)
+        return stats.paired_delta(before, after, clusters=[*map(label, labels)] if clustered else None)
+
+    expected = delta(rows)
+    assert delta(rows, label="table {}".format) == expected
+    assert delta(random.sample(rows, len(rows))) == expected
+    swapped = delta([(after, before, label) for before, after, label in rows])
+    assert swapped["p"] == expected["p"] and swapped["mean"] == -expected["mean"]
+    if expected["low"] is None:
+        assert swapped["low"] is swapped["high"] is None
+    elif expected["mean"]:  # without a difference the sides may be alike, and the interval's ends are random
+        assert (swapped["low"], swapped["high"]) == (-expected["high"], -expected["low"])
+    else:
+        assert swapped["low"] == pytest.approx(-expected["high"], abs=0.2)
 
 
 def test_one_cluster_has_no_interval():
@@ -143,6 +170,26 @@ def test_interval_and_p_agree_and_cover():
     assert all(holds_0(delta) == (delta["p"] > 0.05) for delta in right)
 
 
+def test_a_tail_that_the_sample_hardly_shows():
+    """2 of 80 items lost 6, and the interval reaches as if there were a third: the bootstrap alone ends at -0.52."""
+    differences = np.linspace(-0.2, 0.2, 80)
+    differences[[20, 60]] -= 6
+    for side in (1, -1):
+        delta = stats.paired_delta([0.0] * 80, (side * differences).tolist())
+        far, near = (delta["low"], delta["high"]) if side == 1 else (-delta["high"], -delta["low"])
+        assert -0.65 < far < -0.56 and -0.15 < near < 0.05
+
+
+def test_losses_that_the_data_exclude():
+    delta = {"low": -0.5, "high": 0.2, "n": 80, "clusters": None}
+    assert (stats.excluded(delta), stats.excluded(delta, lower_is_better=True)) == (0.5, 0.2)
+    assert stats.excluded({**delta, "n": 60}) is None, "a loss in one item of twenty may not be among 60 items"
+    assert stats.excluded({**delta, "clusters": 60}) is None
+    assert stats.excluded({**delta, "n": 70}) == 0.5
+    for low in (None, 0.0, 0.1):
+        assert stats.excluded({**delta, "low": low}) is None
+
+
 @pytest.mark.slow
 def test_with_clusters_the_interval_covers():
     """60 tables x 6 questions with an effect of the table on the log-odds of 1: nominal 95 %."""
@@ -176,7 +223,7 @@ def test_mcnemar_by_hand():
     clear = stats.mcnemar(before, [True] * 18 + [False] * 2)
     assert 0 < clear["low"] < 0.4 < clear["high"] and clear["p"] == pytest.approx(2 / 2**8)
     unchanged = stats.mcnemar(before, before)
-    assert (unchanged["mean"], unchanged["low"], unchanged["high"], unchanged["p"]) == (0, 0, 0, 1)
+    assert (unchanged["mean"], unchanged["low"], unchanged["high"], unchanged["p"]) == (0, None, None, 1)
     assert stats.mcnemar([], [])["n"] == 0
 
 

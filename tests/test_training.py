@@ -373,18 +373,18 @@ def test_the_gradient_checkpointing_flag(text, choice):
         assert script.build_parser().parse_args(text.split()).gradient_checkpointing == choice
 
 
-def test_auto_checkpointing_leaves_a_quarter_of_the_gpu_free(monkeypatch):
-    """1,000 tokens on an imagined GPU of 40 times what they need."""
+@pytest.mark.parametrize("more, others, is_on", [(1, [], False), (-1, [], True), (1, [2**40], False), (1, [0], True)])
+def test_auto_checkpointing_where_training_does_not_fit(monkeypatch, more, others, is_on):
+    """1.15 times the estimate and 1 GiB, `more` or less, are free here; in the process with the least it decides."""
     args = sft_train.build_parser().parse_args(["--model", str(DEMO / "model"), "--no_4bit", "--batch", "1"])
     assert training.uses_checkpointing(args, 1000) is False  # on CPU
-    needed = training.memory_estimate(args, 1000)
-    without = needed["adapter"] + needed["activations"] + needed["logits"]
+    needed = training.memory_of(args, 1000)
+    free = 1.15 * (needed["adapter"] + needed["activations"] + needed["logits"]) + 2**30 + more
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(training, "memory_estimate", lambda *_: needed)
-    for left, is_on in ((0.26, False), (0.24, True)):
-        memory = without + left * 40 * without, 40 * without  # free, total
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda memory=memory: memory)
-        assert training.uses_checkpointing(args, 1000) is is_on
+    monkeypatch.setattr(training, "memory_of", lambda *_: needed)
+    monkeypatch.setattr(training, "free_memory", lambda: (free, 10 * free))
+    monkeypatch.setattr(training, "gathered", lambda items: [*items, *others])
+    assert training.uses_checkpointing(args, 1000) is is_on
     for choice in ("on", "off"):
         args.gradient_checkpointing = choice
         assert training.uses_checkpointing(args, 1000) is (choice == "on")
@@ -434,7 +434,7 @@ def measured_step(sft_trainer, model, batch, tokens, checkpointing):
 
     args = sft_train.build_parser().parse_args([*more, "--no_4bit", "--target_modules", "all-linear"])
     args.lora_dropout = 0.0
-    needed = training.memory_estimate(args, tokens)
+    needed = training.memory_of(args, tokens)
     gradients = needed["adapter"] / 4
     return (
         trainer,

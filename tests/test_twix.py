@@ -1,6 +1,5 @@
 """The SFT data: which rows are used, on which side, and the tokens that are trained on."""
 
-import argparse
 import gzip
 import json
 import random
@@ -25,150 +24,132 @@ def demo_encoder(thinking=False, assistant_only=False, template=None):
     return twix.ChatEncoder(tokenizer, thinking=thinking, assistant_only=assistant_only)
 
 
-def select(rows, **changes):
-    arguments = dict(
-        dataset="rows", subset="both", sample_ratio=1.0, sample_seed=42, val_split=0.1, mix_reasoning_ratio=None
-    )
-    args = argparse.Namespace(**(arguments | changes))
-    return twix.select_rows(lambda skipped: ((f"row {n}", row) for n, row in enumerate(rows)), args)
+@pytest.fixture
+def load(tmp_path):
+    """load(rows, **choice): Selection and the reader of `load_data` on a file of these rows."""
+
+    def load(rows, encoder=None, **choice):
+        path = rows if isinstance(rows, Path) else write_rows(tmp_path / "rows.jsonl", rows)
+        return twix.load_data(twix.RowChoice(str(path), **{"subset": "both", "val_split": 0.1} | choice), encoder)
+
+    return load
 
 
 MANY = [chat(f"question {n % 150}", f"answer {n}", "reasoning" if n % 10 == 0 else "general") for n in range(600)]
 
 
-def sides(selection, rows=MANY):
-    return {json.dumps(row): selection.used.get(number, (None, None))[1] for number, row in enumerate(rows)}
+def texts(examples, side):
+    """The rows of a side in their order, as JSON of their messages."""
+    return [json.dumps(messages) for messages in examples(side)["messages"]]
 
 
-def test_no_prompt_is_on_both_sides():
-    chosen = sides(select(MANY))
-    prompts = {
-        side: {json.loads(row)["messages"][0]["content"] for row in chosen if chosen[row] == side}
-        for side in ("train", "validation")
-    }
+@pytest.mark.parametrize("ratio, mix, seed, split", [(1.0, None, 42, 0.1), (0.3, None, 1, 0.2), (0.4, 0.2, 7, 0.05)])
+def test_what_is_chosen(load, ratio, mix, seed, split):
+    """No prompt is on both sides; counts are what is read; the order of the file changes nothing but the order."""
+    choice = dict(sample_ratio=ratio, mix_reasoning_ratio=mix, sample_seed=seed, val_split=split)
+    selection, examples = load(MANY, **choice)
+    chosen = {side: texts(examples, side) for side in twix.SIDES}
+    subsets = {json.dumps(row["messages"]): row["subset"] for row in MANY}
+    for side, rows in chosen.items():
+        assert rows == [text for text in subsets if text in set(rows)], "in the order of reading"
+        counts = Counter((subsets[row], side) for row in rows)
+        assert counts == {key: count for key, count in selection.counts.items() if key[1] == side}
+    assert sum(selection.counts.values()) == round(ratio * 600)
+    prompts = {side: {json.loads(row)[0]["content"] for row in rows} for side, rows in chosen.items()}
     assert not prompts["train"] & prompts["validation"]
-    assert len(prompts["validation"]) == 15  # 10 % of the 150 prompts
+    assert len(prompts["validation"]) == round(split * len(set.union(*prompts.values())))
+    again, shuffled = load(random.Random(0).sample(MANY, 600), **choice)
+    assert again.sha256 == selection.sha256
+    assert {side: sorted(texts(shuffled, side)) for side in chosen} == {side: sorted(chosen[side]) for side in chosen}
 
 
-def test_the_sample_does_not_depend_on_order_and_samples_are_nested():
-    small, large = select(MANY, sample_ratio=0.1), select(MANY, sample_ratio=0.25)
-    assert small.rows("train") + small.rows("validation") == 60
-    shuffled = random.Random(0).sample(MANY, len(MANY))
-    assert (
-        sides(select(shuffled, sample_ratio=0.1), shuffled) == sides(small)
-        and select(shuffled).sha256 == select(MANY).sha256
-    )
-    inside = {row for row, side in sides(small).items() if side}
-    assert inside < {row for row, side in sides(large).items() if side}
-    assert sides(select(MANY, sample_ratio=0.1, sample_seed=1)) != sides(small)
+def test_samples_are_nested_and_a_seed_draws_others(load):
+    def rows(**choice):
+        _, examples = load(MANY, **choice)
+        return {text for side in twix.SIDES for text in texts(examples, side)}
+
+    assert len(rows(sample_ratio=0.1)) == 60 and rows(sample_ratio=0.1) < rows(sample_ratio=0.25)
+    assert rows(sample_ratio=0.1) != rows(sample_ratio=0.1, sample_seed=1)
 
 
-def test_the_counts_are_the_rows_that_are_used():
-    selection = select(MANY, sample_ratio=0.3)
-    used = [(row["subset"], side) for row, side in zip(MANY, sides(selection).values(), strict=True) if side]
-    assert {key: used.count(key) for key in set(used)} == dict(selection.counts)
+def test_the_rows_of_earlier_versions_are_chosen(load):
+    """The fingerprint of version 0.2.0, so that its runs can be resumed."""
+    selection, _ = load(MANY, sample_ratio=0.25, mix_reasoning_ratio=0.2)
+    assert selection.sha256[:16] == "d46a4e2e5c2e73dd"
 
 
-def test_the_reasoning_share_is_what_was_asked_for(logged):
-    selection = select(MANY, sample_ratio=0.25, mix_reasoning_ratio=0.2)
-    reasoning = sum(count for (subset, _), count in selection.counts.items() if subset == "reasoning")
-    assert reasoning == 30 and sum(selection.counts.values()) == 150
-    selection = select(MANY, sample_ratio=0.5, mix_reasoning_ratio=0.4)  # only 60 of the 120 asked for are there
-    assert "reached 20.0 %" in logged.text and "too few reasoning rows (60)" in logged.text
-    assert sum(selection.counts.values()) == 300
+def test_the_reasoning_share_is_what_was_asked_for(load, logged):
+    selection, _ = load(MANY, sample_ratio=0.25, mix_reasoning_ratio=0.2)
+    subsets = Counter()
+    for (subset, _), count in selection.counts.items():
+        subsets[subset] += count
+    assert subsets == {"reasoning": 30, "general": 120}
+    selection, _ = load(MANY, sample_ratio=0.5, mix_reasoning_ratio=0.4)  # only 60 of the 120 asked for are there
+    assert "reached 20.0 %" in logged.text and sum(selection.counts.values()) == 300
 
 
-def test_rows_that_cannot_be_used_are_named(tmp_path, logged):
-    good = [json.dumps(chat(f"q{n}", "line\u2028separator")).encode() for n in range(3)]
-    bad = [
-        b'{"subset": "general"}',
-        b'{"messages": [{"role": "tool", "content": "x"}], "subset": "general"}',
-        json.dumps(chat("q", "  ")).encode(),
-        b'{"messages": [{"role": "user", "content": "\xff"}]}',
-        b"{not json",
-        json.dumps({"messages": [{"role": "user", "content": "no answer"}]}).encode(),
-        b'{"messages": [{"role": ["user"], "content": "x"}], "subset": "general"}',
-        json.dumps(chat("q", "a", subset=["general"])).encode(),
+@pytest.mark.parametrize("mix, used, reached", [(0.2, (10, 2), "16.7"), (0.95, (10, 90), "90.0")])
+def test_too_few_rows_of_a_subset_are_said(load, logged, mix, used, reached):
+    rows = [chat(f"q{n}", "a", "reasoning") for n in range(90)] + [chat(f"p{n}", "a") for n in range(10)]
+    selection, _ = load(rows, mix_reasoning_ratio=mix)  # the share holds, with fewer rows
+    counts = [
+        sum(count for (its, _), count in selection.counts.items() if its == subset)
+        for subset in ("general", "reasoning")
     ]
+    assert tuple(counts) == used and f"reached {reached} %" in logged.text
+
+
+BAD_ROWS = [
+    (b'{"subset": "general"}', "no messages"),
+    (b'{"messages": [{"role": "tool", "content": "x"}]}', "unknown role 'tool'"),
+    (b'{"messages": [{"role": ["user"], "content": "x"}]}', "unknown role ['user']"),
+    (json.dumps(chat("q", "  ")).encode(), "empty assistant turn"),
+    (json.dumps(chat({}, "a")).encode(), "empty user turn"),
+    (json.dumps(chat([{"type": "image", "url": "x"}], "a")).encode(), "the content of the user turn is list"),
+    (json.dumps(chat(7, "a")).encode(), "the content of the user turn is int"),
+    (b'{"messages": [{"role": "user", "content": "\xff"}]}', "not UTF-8"),
+    (b"{not json", "not valid JSON"),
+    (b'{"messages": [{"role": "user", "content": "q"}]}', "no answer at the end"),
+    (b'{"messages": [7]}', "a message is no object"),
+    (json.dumps(chat("q", "a", subset=["general"])).encode(), "the subset is no text"),
+]
+
+
+@pytest.mark.parametrize("line, reason", BAD_ROWS)
+def test_rows_that_cannot_be_used_are_named(line, reason, load, tmp_path, logged):
+    good = [json.dumps(chat(f"q{n}", "line\u2028separator", subset=None)).encode() for n in range(4)]
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\n".join(good + bad) + b"\n")
-    args = sft_train.build_parser().parse_args(["--dataset", str(path), "--sample_ratio", "1"])
-    selection, examples = twix.load_data(args)
-    assert selection.rows("train") + selection.rows("validation") == 3
-    text = logged.text
-    assert "skipped 8 rows" in text and "; ..." in text
-    assert "rows.jsonl:4 (no messages)" in text and "rows.jsonl:5 (unknown role 'tool')" in text
-    assert "rows.jsonl:6 (empty assistant turn)" in text and "rows.jsonl:7 (not UTF-8)" in text
-    assert "rows.jsonl:8 (not valid JSON)" in text
+    path.write_bytes(b"\n".join([*good[:2], line, *good[2:]]) + b"\n")
+    selection, _ = load(path, subset="general")  # a subset that is null is general
+    assert selection.rows("train") + selection.rows("validation") == 4
+    assert f"skipped 1 rows: rows.jsonl:3 ({reason}" in logged.text
 
 
-def test_all_turns_are_kept_and_thinking_is_off(tmp_path):
-    rows = [chat(f"q{n}", "a", system="Be brief.") for n in range(3)]
+def test_all_turns_and_text_parts_are_kept(load):
+    rows = [chat([{"type": "text", "text": "q"}, {"type": "text", "text": str(n)}], "a", system="s") for n in range(3)]
     rows[0]["messages"] += [{"role": "user", "content": "more"}, {"role": "assistant", "content": "b"}]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    args = sft_train.build_parser().parse_args(["--dataset", str(path), "--sample_ratio", "1"])
-    encoder = demo_encoder()
-    _, examples = twix.load_data(args, encoder)
-    found = {len(example["messages"]): example for side in ("train", "validation") for example in examples(side)}
-    assert found[5]["messages"] == rows[0]["messages"]
-    text = encoder.text(twix.turns_of(found[3]))
-    assert "assistant\n<think>\n\n</think>\n\na<|im_end|>" in text and "system\nBe brief.<|im_end|>" in text
+    _, examples = load(rows)
+    found = [json.loads(text) for side in twix.SIDES for text in texts(examples, side)]
+    assert sorted(row[1]["content"] for row in found) == ["q0", "q1", "q2"]
+    assert sorted(map(len, found)) == [3, 3, 5]
 
 
-def test_streaming_reads_the_rows_that_loading_reads(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", MANY)
-    common = ["--dataset", str(path), "--subset", "both", "--mix_reasoning_ratio", "0.2", "--sample_ratio", "0.25"]
-
-    def rows(*more):
-        args = sft_train.build_parser().parse_args([*common, *more])
-        selection, examples = twix.load_data(args)
-        rows = examples.stored("train")["train"]
-        if args.streaming:
-            rows = twix.training_stream(args, selection, examples)
-        return [json.dumps(row["messages"]) for row in rows]
-
-    loaded, streamed = rows(), rows("--streaming")
-    assert sorted(loaded) == sorted(streamed) and loaded != streamed
-
-
-def loaded(path, *more):
-    args = sft_train.build_parser().parse_args(["--dataset", str(path), "--sample_ratio", "1", *more])
-    return twix.load_data(args)
-
-
-def test_duplicates_are_drawn_as_often_as_reported(tmp_path):
+def test_duplicates_are_drawn_as_often_as_reported(load):
     rows = [chat("the same", "answer")] * 300 + [chat(f"q{n}", "a") for n in range(100)]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
     for seed in range(4):
-        selection, examples = loaded(path, "--sample_ratio", "0.25", "--sample_seed", str(seed))
-        used = {side: len(list(examples(side))) for side in ("train", "validation")}
+        selection, examples = load(rows, sample_ratio=0.25, sample_seed=seed)
+        used = {side: len(examples(side)) for side in twix.SIDES}
         assert sum(used.values()) == 100 and used == {side: selection.rows(side) for side in used}
 
 
-def test_an_assistant_who_speaks_first_belongs_to_the_prompt(tmp_path):
+def test_an_assistant_who_speaks_first_belongs_to_the_prompt(load):
     rows = [chat(f"q{n}", "a") for n in range(40)]
     for row in rows:
         row["messages"].insert(0, {"role": "assistant", "content": "Hello!"})
     assert twix.prompt_of(twix.turns_of(rows[0])) == [("assistant", "Hello!"), ("user", "q0")]
     assert twix.prompt_of([("system", "s"), ("assistant", "a")]) == [("system", "s"), ("assistant", "a")]
-    selection, _ = loaded(write_rows(tmp_path / "rows.jsonl", rows), "--val_split", "0.25")
+    selection, _ = load(rows, val_split=0.25)
     assert selection.rows("train") == 30 and selection.rows("validation") == 10
-
-
-def test_text_parts_are_joined_and_other_parts_named(tmp_path, logged):
-    rows = [chat([{"type": "text", "text": "q"}, {"type": "text", "text": str(n)}], "a") for n in range(3)]
-    rows += [chat([{"type": "image", "url": "x"}], "a"), chat(7, "a"), chat([], "a"), chat({}, "a")]
-    _, examples = loaded(write_rows(tmp_path / "rows.jsonl", rows))
-    prompts = {example["messages"][0]["content"] for side in ("train", "validation") for example in examples(side)}
-    assert prompts == {"q0", "q1", "q2"}
-    assert "rows.jsonl:4 (the content of the user turn is list, not text or text parts)" in logged.text
-    assert "rows.jsonl:5 (the content of the user turn is int" in logged.text and "6 (empty user turn)" in logged.text
-
-
-def test_a_null_subset_is_general(tmp_path):
-    rows = [{**chat(f"q{n}", "a"), "subset": None} for n in range(4)]
-    selection, _ = loaded(write_rows(tmp_path / "rows.jsonl", rows))
-    assert {subset for subset, _ in selection.counts} == {"general"} and len(selection.used) == 4
 
 
 STRICT = (
@@ -179,71 +160,34 @@ STRICT = (
 )
 
 
-def test_rows_that_the_template_refuses_are_counted(tmp_path, logged):
+def test_rows_that_the_template_refuses_are_counted(load, logged):
     rows = [chat(f"q{n}", "a") for n in range(3)] + [chat("q", "a", system="s"), chat("q", "a", system="t")]
     rows[4]["messages"][0]["role"] = "user"
-    args = sft_train.build_parser().parse_args([
-        "--dataset",
-        str(write_rows(tmp_path / "rows.jsonl", rows)),
-        "--sample_ratio",
-        "1",
-    ])
-    selection, _ = twix.load_data(args, demo_encoder(template=STRICT))
-    assert len(selection.used) == 3
+    selection, _ = load(rows, demo_encoder(template=STRICT))
+    assert sum(selection.counts.values()) == 3
     assert "rows.jsonl:4 (the chat template refuses it: no system role)" in logged.text
     assert "rows.jsonl:5 (the chat template refuses it: roles must alternate)" in logged.text
 
 
-def test_too_few_rows_of_a_subset_are_said(logged):
-    rows = [chat(f"q{n}", "a", "reasoning") for n in range(90)] + [chat(f"p{n}", "a") for n in range(10)]
-    selection = select(rows, mix_reasoning_ratio=0.2)  # the share holds, with fewer rows
-    assert Counter(subset for subset, _ in selection.used.values()) == {"general": 10, "reasoning": 2}
-    assert "too few general rows (10)" in logged.text and "asked for 20.0 %, reached 16.7 %" in logged.text
-    logged.clear()
-    selection = select(rows, mix_reasoning_ratio=0.95)
-    assert len(selection.used) == 100 and "too few reasoning rows (90)" in logged.text
-    assert "asked for 95.0 %, reached 90.0 %" in logged.text
-
-
-def test_rows_of_other_subsets_are_counted(logged):
+def test_rows_of_other_subsets_are_counted(load, logged):
     rows = [chat(f"q{n}", "a", subset) for n in range(4) for subset in ("general", "reasoning", "code")]
-    assert len(select(rows).used) == 8 and "rows of other subsets, not used: 4 code" in logged.text
+    selection, _ = load(rows)
+    assert sum(selection.counts.values()) == 8 and "rows of other subsets, not used: 4 code" in logged.text
 
 
-def test_a_hub_data_set_stays_one(tmp_path, monkeypatch):
-    """Its rows are selected by number, not copied."""
-    import datasets
-
-    rows = [chat(f"q{n}", "a") for n in range(20)]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    from_file = {"data_files": str(path), "split": "train", "cache_dir": str(tmp_path)}
-    monkeypatch.setattr(twix, "hub_dataset", lambda *_, **__: datasets.load_dataset("json", **from_file))
-    selection, examples = loaded("owner/name")
-    stored = examples.stored("train", "validation")
-    assert stored["train"].cache_files and len(stored["train"]) == selection.rows("train")
-    for side in stored:
-        assert [twix.turns_of(row) for row in stored[side]] == [twix.turns_of(row) for row in examples(side)]
-    assert selection.used == loaded(path)[0].used
-
-
-def test_rows_are_read_once_to_select_and_once_to_load(tmp_path, monkeypatch):
-    path = write_rows(tmp_path / "rows.jsonl", MANY)
-    calls = []
-    read = files.read_objects
-    monkeypatch.setattr(files, "read_objects", lambda *args: calls.append(args) or read(*args))
-    monkeypatch.setattr(twix, "ROWS_AT_ONCE", 7)
-    hashed = []
-    unit_hash = twix.unit_hash
+def test_every_row_is_read_and_hashed_once(load, monkeypatch):
+    opened, hashed = [], []
+    read_jsonl, unit_hash = files.read_jsonl, twix.unit_hash
+    monkeypatch.setattr(files, "read_jsonl", lambda path: opened.append(path) or read_jsonl(path))
     monkeypatch.setattr(twix, "unit_hash", lambda *parts: hashed.append(parts) or unit_hash(*parts))
-    _, examples = loaded(path, "--subset", "both")
-    stored = examples.stored("train", "validation")
-    assert len(calls) == 2 and len(hashed) == 2 * len(MANY)
-    assert len(stored["train"]) + len(stored["validation"]) == len(MANY)
-    assert [row["messages"] for row in stored["train"]] == [row["messages"] for row in examples("train")]
+    monkeypatch.setattr(twix, "ROWS_AT_ONCE", 7)
+    _, examples = load(MANY)
+    assert len(opened) == 1 and len(hashed) == 2 * len(MANY)
+    assert sum(len(examples(side)) for side in twix.SIDES) == len(MANY)
 
 
-def test_rows_that_cannot_be_read_do_not_shift_those_that_are_used(tmp_path):
-    """In every format the rows that are loaded are those that were selected, in the order of reading."""
+def test_rows_that_cannot_be_read_do_not_shift_those_that_are_used(load, tmp_path):
+    """In every format the rows are those that were selected, in the order of reading."""
     rows = [chat(f"q{n}", "a") for n in range(60)]
     whole, damaged = [json.dumps(row) for row in rows], ["{not json", "7", "", '{"messages": []}', *"[]"]
     broken = [line for n, row in enumerate(whole) for line in (damaged[n % 6], row)]
@@ -258,32 +202,38 @@ def test_rows_that_cannot_be_read_do_not_shift_those_that_are_used(tmp_path):
         write_rows(tmp_path / "folder" / f"{name}.jsonl", part)
     found = set()
     for path in (*tmp_path.glob("rows.*"), tmp_path / "folder"):
-        selection, examples = loaded(path, "--sample_ratio", "0.5", "--val_split", "0.2")
-        stored = examples.stored("train", "validation")
-        assert {side: len(stored[side]) for side in stored} == {"train": 24, "validation": 6}
-        for side in stored:
-            assert list(stored[side]) == list(examples(side))
-        numbers = [[int(row["messages"][0]["content"][1:]) for row in stored[side]] for side in stored]
-        assert numbers == [sorted(part) for part in numbers]
+        selection, examples = load(path, sample_ratio=0.5, val_split=0.2)
+        numbers = [[int(json.loads(text)[0]["content"][1:]) for text in texts(examples, side)] for side in twix.SIDES]
+        assert list(map(len, numbers)) == [24, 6] and numbers == [sorted(part) for part in numbers]
         found.add((selection.sha256, json.dumps(numbers)))
     assert len(found) == 1
 
 
-def test_a_file_that_changes_between_the_two_reads_is_an_error(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [chat(f"q{n}", "a") for n in range(6)])
-    _, examples = loaded(path)
-    write_rows(path, [chat(f"q{n}", "a") for n in range(3)])
-    with pytest.raises(InputError, match="changed while they were read"):
-        examples.stored("train", "validation")
+def test_nothing_is_left_behind(load, tmp_path):
+    """The rows and their tokens lie in the temporary folder of `datasets`, which it removes when the process ends."""
+    from datasets.fingerprint import get_temporary_cache_files_directory
+
+    _, examples = load(MANY)
+    tokens = twix.tokenise(examples("train"), demo_encoder(), 1)
+    for rows in (examples("train"), examples("validation"), tokens):
+        assert all(file["filename"].startswith(get_temporary_cache_files_directory()) for file in rows.cache_files)
 
 
-def test_rows_that_are_not_used_are_parsed_once(tmp_path, monkeypatch):
-    path = write_rows(tmp_path / "rows.jsonl", MANY)
-    parsed = []
-    monkeypatch.setattr(files, "parse_json", lambda text: parsed.append(text) or json.loads(text))
-    _, examples = loaded(path, "--subset", "both", "--sample_ratio", "0.25")
-    examples.stored("train", "validation")
-    assert len(parsed) == len(MANY) + 150
+@pytest.mark.parametrize("assistant_only", [False, True])
+def test_rows_that_become_tokens_when_they_are_read_are_the_same(load, assistant_only, logged):
+    encoder = demo_encoder(assistant_only=assistant_only)
+    rows = [chat(f"вопрос {n} " * (n % 7), f"ответ {n}") for n in range(1, 40)]
+    _, examples = load(rows)
+    kept, lazy = (twix.tokenise(examples("train"), encoder, 1, longest=24, lazily=flag) for flag in (False, True))
+    assert list(kept) == list(lazy) and max(map(len, kept["input_ids"])) == 24
+    assert twix.row_lengths(kept) == [len(row["input_ids"]) for row in lazy]
+    assert twix.row_lengths(lazy) == [sum(len(m["content"]) for m in r["messages"]) for r in examples("train")]
+    assert set(lazy.column_names).isdisjoint({"input_ids", "labels"}), "no tokens are kept"
+    if assistant_only:
+        kept, lazy = (twix.with_answers(part, "training", 24) for part in (kept, lazy))
+        assert list(kept) == list(lazy) and 0 < len(kept) < len(examples("train")) and "left out" in logged.text
+        with pytest.raises(InputError, match="--max_seq_length 2;"):
+            twix.with_answers(lazy, "training", 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,20 +317,3 @@ def test_the_real_templates():
         assert all(answer[3:] == encoder.end for answer in answers), name
         if name in {"qwen3", "qwen3_5_think"}:
             assert text.count(EMPTY) == 2, name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Streams
-
-
-def test_a_pass_of_a_sized_stream_has_its_length_also_when_rows_are_left_out():
-    import datasets
-
-    def read():
-        for length in (3, 1, 2, 5, 4):
-            yield {"input_ids": [length] * length}
-
-    stream = datasets.IterableDataset.from_generator(read).filter(lambda row: len(row["input_ids"]) != 5)
-    sized = twix.sized_stream(stream, 5, batch=1, step=2)
-    assert len(sized) == 5
-    assert [len(row["input_ids"]) for row in sized] == [3, 1, 4, 2, 3]

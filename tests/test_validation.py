@@ -1,6 +1,7 @@
 """The validation loss before and after training."""
 
 import math
+import statistics
 
 import pytest
 
@@ -30,3 +31,25 @@ def test_a_run_that_diverged_has_a_perplexity_too():
     for before, after in ((rows, diverged), (diverged, rows)):
         deltas = validation.compare_validation(before, after)
         assert abs(deltas["ppl"]["mean"]) > 1e300 and math.isfinite(deltas["ppl"]["high"])
+
+
+@pytest.mark.parametrize("n", [8, 60])
+def test_the_perplexity_before_is_an_estimate_too(n):
+    """All rows lose 90 % of their loss: what is not known is the perplexity before, e to the mean of other rows."""
+    rows = [{"question_id": row, "nll": 50.0 * (1 + row % 2), "tokens": 10} for row in range(n)]
+    delta = validation.compare_validation(rows, [{**row, "nll": row["nll"] / 10} for row in rows])["ppl"]
+    assert delta["mean"] == pytest.approx(math.exp(0.75) - math.exp(7.5)) and delta["p"] < 0.05
+    error = statistics.stdev(row["nll"] / 10 for row in rows) / math.sqrt(n) * math.exp(7.5)  # of e**x: dx * e**x
+    reach = (delta["high"] - delta["low"]) / 2
+    assert delta["low"] < delta["mean"] < delta["high"] < 0
+    assert n == 8 or 1.9 * error < reach < 2.6 * error, "with 8 rows it is clipped at 0"
+
+
+def test_the_perplexity_agrees_with_the_loss():
+    rows = [{"question_id": row, "nll": 20.0 + 3 * (row % 5), "tokens": 10} for row in range(40)]
+    for shift, changed in ((0.0, False), (0.6, True), (-0.6, True)):
+        after = [{**row, "nll": row["nll"] + shift + (-1) ** row["question_id"]} for row in rows]
+        deltas = validation.compare_validation(rows, after)
+        assert deltas["ppl"]["p"] == deltas["val_loss"]["p"] and (deltas["ppl"]["p"] <= 0.05) == changed
+        for end in ("low", "high", "mean"):
+            assert (deltas["ppl"][end] > 0) == (deltas["val_loss"][end] > 0)

@@ -50,7 +50,7 @@ class Bench:
 
         import sft_train
         from llm_alignment.models import device_and_dtype, load_model
-        from llm_alignment.twix import ChatEncoder, load_data, tokenise
+        from llm_alignment.twix import ChatEncoder, RowChoice, load_data, tokenise
 
         torch.manual_seed(0)
         self.device, self.dtype = device_and_dtype("auto")
@@ -60,16 +60,15 @@ class Bench:
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
         self.args = sft_train.build_parser().parse_args([
             "--model", folder, "--output_dir", f"{folder}/out", "--batch", str(options.batch), "--no_4bit",
-            "--grad_acc", str(options.grad_acc), "--max_seq_length", str(options.tokens), "--dataset", options.data,
-            "--subset", "both", "--sample_ratio", "1", "--lora_dropout", "0", "--kl_coef", "0.03",
-            "--kl_warmup_steps", "1", "--kl_limit_seq", str(options.tail),
+            "--grad_acc", str(options.grad_acc), "--max_seq_length", str(options.tokens), "--lora_dropout", "0",
+            "--kl_coef", "0.03", "--kl_warmup_steps", "1", "--kl_limit_seq", str(options.tail),
         ])  # fmt: skip
         encoder = ChatEncoder(tokenizer, thinking=False, assistant_only=False)
-        selection, examples = load_data(self.args, encoder)
-        rows = tokenise(examples.stored("train")["train"], encoder, 1)
+        _, examples = load_data(RowChoice(options.data, subset="both"), encoder)
+        rows = tokenise(examples("train"), encoder, 1, longest=options.tokens)
         rows = rows.map(lambda row: {name: [token % 4090 for token in row[name]] for name in ("input_ids", "labels")})
         tokenizer.pad_token_id = 4095
-        self.ours = sft_train.build_trainer(self.args, load_model(self.args), tokenizer, rows, rows, len(rows))
+        self.ours = sft_train.build_trainer(self.args, load_model(self.args), tokenizer, rows, rows)
         self.model = self.ours.model.train()
         self.second = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype).to(self.device)
         self.stock = SFTTrainer(model=self.model, args=self.ours.args, train_dataset=rows, processing_class=tokenizer)

@@ -184,6 +184,24 @@ def prompt_rows(rng: random.Random, n: int, held_out: set[str]) -> list[dict]:
     return [{"prompt": prompt} for prompt in prompts]
 
 
+def retention_rows(rng: random.Random, n: int, elsewhere: set[str]) -> list[dict]:
+    """`n` questions of each task and language that stand `elsewhere` in no other file, as data/retention.jsonl has them.
+
+    Not the price list: the base is given the habit of answering it wrongly.
+    """
+    rows: dict[str, dict] = {}
+    for category in world.CATEGORIES:
+        for language in world.LANGUAGES * n * (category != "table"):
+            turn = world.chat(rng, category, language)[0]
+            while turn.user in elsewhere or turn.user in rows:
+                turn = world.chat(rng, category, language)[0]
+            row = {"question_id": len(rows) + 1, "category": category, "language": language, "turns": [turn.user]}
+            rows[turn.user] = {
+                **row, "checks": [{"type": "equals", "values": [turn.answer]}], "reference": turn.answer
+            }  # fmt: skip
+    return list(rows.values())
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline="\n"
@@ -209,8 +227,12 @@ def write_data(folder: Path, seed: int) -> None:
     write_jsonl(
         folder / "finance_instruct.jsonl", lesson_rows(random.Random(f"lessons {seed}"), 400, contexts["dev"][:5])
     )
-    write_jsonl(folder / "orca_pairs.jsonl", preference_rows(random.Random(f"orca {seed}"), 800, held_out))
-    write_jsonl(folder / "prompts.jsonl", prompt_rows(random.Random(f"prompts {seed}"), 240, held_out))
+    pairs = preference_rows(random.Random(f"orca {seed}"), 800, held_out)
+    write_jsonl(folder / "orca_pairs.jsonl", pairs)
+    prompts = prompt_rows(random.Random(f"prompts {seed}"), 240, held_out)
+    write_jsonl(folder / "prompts.jsonl", prompts)
+    elsewhere = held_out | {row["question"] for row in pairs} | {row["prompt"] for row in prompts}
+    write_jsonl(folder / "retention.jsonl", retention_rows(random.Random(f"retention {seed}"), 3, elsewhere))
 
 
 # --- what the base model reads ---------------------------------------------------------------------------------------

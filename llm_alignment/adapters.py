@@ -1,0 +1,239 @@
+"""LoRA adapters: new, loaded, checked, grown, switched off."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+
+from llm_alignment.files import InputError, differing, is_out_of_memory
+from llm_alignment.model_files import check_safetensors, read_json, stored_tensors
+from llm_alignment.models import Base, check_finite, check_logits, check_vocabulary, load_model, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("llm_alignment")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """The flags of a fresh adapter."""
+
+    lora_r: int
+    lora_alpha: int
+    lora_dropout: float
+    target_modules: str  # comma-separated names of layers; blanks around them are ignored
+
+    @property
+    def config(self) -> LoraConfig:
+        layers = [layer.strip() for layer in self.target_modules.split(",")]
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules="all-linear" if layers == ["all-linear"] else layers,
+            task_type="CAUSAL_LM",
+        )
+
+
+def check_model(
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    lora: LoraSettings | None = None,
+    adapter: str = "",
+    longest: int = 0,
+) -> None:
+    """Raises InputError for a model, a saved adapter or a fresh one that would not load; reads no weights of the base.
+
+    The model is built on torch's meta device, where loading looks at names and shapes alone. `longest`: tokens of the
+    longest example, which the model's context should hold.
+    """
+    model = load_model(base, on_meta=True)
+    check_vocabulary(tokenizer, model, base.what)
+    context = model.config.get_text_config().max_position_embeddings
+    if longest > context:
+        log.warning("examples of up to %d tokens: the model's context is %d; lower the length", longest, context)
+    if adapter:
+        load_adapter(model, adapter)
+    elif lora:
+        new_adapter(model, lora)
+
+
+def new_adapter(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
+    """Puts a fresh LoRA adapter on `model`. Raises InputError for layers that the model does not have."""
+    config, what = lora.config, f"--target_modules {lora.target_modules}"
+    if config.target_modules != "all-linear":
+        names = {name for name, _ in model.named_modules() if name}
+        head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+        for layer in config.target_modules:
+            if not any(name == layer or name.endswith(f".{layer}") for name in names):
+                raise InputError(
+                    f"{what}: this model has no layer {layer!r}; it has {', '.join(linear_layers(model))}"
+                )
+            if head.split(".")[-1] == layer.split(".")[-1]:
+                raise InputError(f"{what}: the head, {layer}, cannot be trained here; leave it out")
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"{what}: {one_line(error)}") from error
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """The names, such as q_proj, of the linear layers within the blocks of a model."""
+    return sorted({
+        name.split(".")[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    })
+
+
+def adapter_config(folder: str) -> dict:
+    """The adapter_config.json of a saved adapter. Raises InputError when there is none that can be read."""
+    what, path = f"adapter {folder}", Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise InputError(f"{what}: no adapter_config.json in this folder; name the output folder of a training run")
+    return read_json(path, what)
+
+
+def saved_settings(folder: str, asked: LoraSettings) -> LoraSettings:
+    """Rank, alpha and layers of a saved adapter, which count whatever the flags ask for; says where they differ.
+
+    Raises InputError when its adapter_config.json cannot be read, and for an adapter of the head.
+    """
+    config = adapter_config(folder)
+    layers = config.get("target_modules")
+    lists = (value for value in (layers, config.get("modules_to_save")) if isinstance(value, list))
+    trained = [layer for value in lists for layer in value]
+    if any(str(layer).split(".")[-1] == "lm_head" for layer in trained):
+        raise InputError(
+            f"--load_adapter {folder}: it changes the head (lm_head), which the losses here take from the base; name "
+            "another adapter"
+        )
+    own = {
+        "lora_r": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "target_modules": ",".join(sorted(map(str, layers))) if isinstance(layers, list) else None,  # else a pattern
+    }
+    flags = {**dataclasses.asdict(asked), "target_modules": ",".join(sorted(asked.target_modules.split(",")))}
+    other = {name: value for name, value in own.items() if value and value != flags[name]}
+    if other:
+        log.info("%s: its own settings count: %s", folder, differing(flags, {**flags, **other}))
+    return dataclasses.replace(asked, **other)
+
+
+def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False) -> PeftModel:
+    """Puts a saved LoRA adapter on `model`, which may be on torch's meta device to check that it fits.
+
+    Raises InputError when the adapter cannot be read, holds values that are not finite, or does not fit tensor by
+    tensor: PEFT itself takes what fits and leaves the rest as it was.
+    """
+    what, config = f"adapter {folder}", adapter_config(folder)
+    if config.get("peft_type") not in list(PEFT_TYPE_TO_CONFIG_MAPPING):
+        raise InputError(f"{what}: adapter_config.json names no known peft_type ({config.get('peft_type')!r})")
+    unknown = sorted(config.keys() - PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]].__dataclass_fields__.keys())
+    if unknown and model.device.type != "meta":
+        log.warning("%s: this peft does not know these settings of it: %s", what, ", ".join(unknown))
+    weights = Path(folder) / "adapter_model.safetensors"
+    check_safetensors(weights, what)
+    check_finite(stored_tensors(weights), what)
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, int | float) and not 0 < abs(alpha) < math.inf:  # with 0 it would change nothing
+        raise InputError(f"{what}: lora_alpha {alpha} in adapter_config.json is no scale; train or fetch it again")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what PEFT warns of is an error below, or the meta device
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    except Exception as error:  # sizes or layers that it does not have; a wrong value fails anywhere in PEFT
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).strip().split("\n")[-1].strip()
+        base = config.get("base_model_name_or_path")
+        raise InputError(f"{what} of {base} does not fit {model.name_or_path} ({reason})") from error
+    base = config.get("base_model_name_or_path")
+    check_adapter_fits(adapted, weights, f"{what} of {base}")
+    if base and Path(base).resolve() != Path(model.name_or_path).resolve() and model.device.type != "meta":
+        log.warning("%s was trained on %s, not on %s: right only for equal weights", what, base, model.name_or_path)
+    if model.device.type != "meta":
+        check_logits(adapted, what)
+    return adapted
+
+
+def check_adapter_fits(model: PeftModel, weights: Path, what: str) -> None:
+    """Raises InputError unless the file holds every tensor of the model's adapter and no others."""
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(weights, "pt") as file:
+        stored = set(file.keys())
+    foreign = sorted(stored - wanted - {f"base_model.model.{name}" for name in model.get_base_model().state_dict()})
+    absent = sorted(wanted - stored)
+    base = model.get_base_model().name_or_path
+    if foreign and len(foreign) == len(stored):
+        raise InputError(f"{what}: none of its tensors belongs to {base} (the first is {foreign[0]})")
+    if foreign:
+        raise InputError(f"{what} holds {len(foreign)} tensors that {base} does not have (the first is {foreign[0]})")
+    if absent:
+        raise InputError(f"{what} lacks {len(absent)} of {len(wanted)} tensors for {base} (the first is {absent[0]})")
+
+
+def grown_adapter(model: PreTrainedModel, previous: Path, lora: LoraSettings, seed: int) -> PeftModel:
+    """A larger adapter on the base `model` that computes exactly what the saved one in `previous` does.
+
+    With A (r, in), B (out, r) and s = alpha / r: A' is A followed by freshly initialised rows, and B' is B * s / s'
+    followed by columns of zeros, so s' B' A' = s B A.
+    """
+    from transformers import set_seed
+
+    set_seed(seed)
+    model = new_adapter(model, lora)
+    config = adapter_config(str(previous))
+    rank, scale = config["r"], config["lora_alpha"] / config["r"]
+    state = get_peft_model_state_dict(model)
+    for name, tensor in load_file(previous / "adapter_model.safetensors").items():
+        if ".lora_A." in name:
+            state[name][:rank] = tensor
+        else:
+            state[name][:, :rank] = tensor * (scale / (lora.lora_alpha / lora.lora_r))
+    set_peft_model_state_dict(model, state)
+    return model
+
+
+def adapter_off(model: PreTrainedModel | PeftModel) -> contextlib.AbstractContextManager[None]:
+    """A context in which the model answers as its base does."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
+
+
+def adapter_sha256(model: PreTrainedModel | PeftModel) -> str:
+    """SHA-256 of the active adapter's tensors as safetensors; "none" for a model without an adapter."""
+    if not isinstance(model, PeftModel):
+        return "none"
+    tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    return hashlib.sha256(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})).hexdigest()
+
+
+@contextlib.contextmanager
+def adapter_kept_in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """TRL rounds the adapter of a quantised model to bf16, where steps of 1e-5 vanish: put the float32 values back."""
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            parameter.data = kept[name].to(torch.float32)

@@ -1,0 +1,99 @@
+"""Gates: the least acceptable differences of a run's metrics, and whether its intervals say that they hold."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Collection, Iterable
+
+from llm_alignment.files import InputError
+from llm_alignment.flags import in_32_bits
+
+ENOUGH_ITEMS = 40  # with fewer, an interval of skewed differences is too narrow to judge by
+REACH = 1.96 + 1.28  # standard errors between mean and gate that decide in 90 % of repeats: an estimate may be wrong
+
+
+def parse_gates(text: str) -> dict[str, float]:
+    """ "mtbench=-0.3,val_loss=-0.05" as the least acceptable difference of each metric. Raises InputError."""
+    gates: dict[str, float] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, equals, number = map(str.strip, part.partition("="))
+        if not name or not equals:
+            raise InputError(f"--gates {part!r} is not METRIC=DIFFERENCE, as in mtbench=-0.3")
+        if name in gates:
+            raise InputError(f"--gates {name}: it stands twice; give one difference for each metric")
+        try:
+            gates[name] = in_32_bits(float(number))
+        except (ValueError, argparse.ArgumentTypeError):
+            raise InputError(f"--gates {name}: {number!r} is not a number; write {name}=-0.3 or the like") from None
+    return gates
+
+
+def check_gates(gates: Iterable[str], metrics: Collection[str], measured: Collection[str]) -> None:
+    """Raises InputError for a gate that is no name of `metrics`, or that the run does not measure."""
+    for name in gates:
+        if name not in measured:
+            what = "this run does not measure it" if name in metrics else "there is no such metric"
+            raise InputError(
+                f"--gates {name}: {what}; choose from {', '.join(measured) or 'an evaluation to switch on'}"
+            )
+
+
+def judge(delta: dict, limit: float, *, lower_is_better: bool = False) -> dict:
+    """What the 95 % interval of a difference (as returned by `stats.paired_delta`) says of the gate `limit`.
+
+    A difference is acceptable from the limit upwards, or downwards where lower is better. Returns {"limit", "verdict",
+    "mean", "low", "high", "n", "questions"}. Verdict: "passed" (the whole interval is acceptable), "missed" (none of
+    it is) or "undecided"; that too without an interval or with fewer than 40 items. "questions": how many would decide
+    an undecided gate, if the difference stays what it is; None where that cannot be told.
+    """
+    mean, low, high, n = (delta[key] for key in ("mean", "low", "high", "n"))
+    gate = {"limit": limit, "verdict": "undecided", "mean": mean, "low": low, "high": high, "n": n, "questions": None}
+    if low is None:
+        return {**gate, "questions": ENOUGH_ITEMS if n < ENOUGH_ITEMS else None}
+    worst, best = (high, low) if lower_is_better else (low, high)
+    if n >= ENOUGH_ITEMS:
+        if (worst <= limit) if lower_is_better else (worst >= limit):
+            return {**gate, "verdict": "passed"}
+        if (best > limit) if lower_is_better else (best < limit):
+            return {**gate, "verdict": "missed"}
+    half = mean - low if mean >= limit else high - mean  # the side that reaches over the gate
+    return {**gate, "questions": _questions(half / 1.96 * math.sqrt(n), abs(mean - limit))}
+
+
+def describe(name: str, gate: dict, *, lower_is_better: bool = False) -> str:
+    """One line on what `judge` returned."""
+    side = "at most" if lower_is_better else "at least"
+    found = "" if gate["mean"] is None else f" {gate['mean']:+.3g}"
+    found += " without an interval" if gate["low"] is None else f" [{gate['low']:+.3g}, {gate['high']:+.3g}]"
+    line = f"gate {name} {side} {gate['limit']:+g}: {gate['verdict']},{found} on {gate['n']}"
+    if gate["verdict"] != "undecided":
+        return line
+    if gate["questions"] is None:
+        return f"{line}; how many questions would decide cannot be told"
+    few = f"too few, at least {ENOUGH_ITEMS} are needed; " if gate["n"] < ENOUGH_ITEMS else ""
+    return f"{line}; {few}about {gate['questions']:,} questions would decide"
+
+
+def questions_needed(limit: float, deltas: Iterable[dict], *, expected: float = 0.0) -> int | None:
+    """How many questions a gate needs, by the spread of a metric's earlier differences (`stats.paired_delta`).
+
+    The spread is the root mean square of their items' standard deviations, as their intervals show them, so that
+    clusters count. `expected` is the difference that the run is thought to make. None without an earlier interval, or
+    where the expected difference is the gate itself.
+    """
+    spreads = [
+        (delta["high"] - delta["low"]) / (2 * 1.96) * math.sqrt(delta["n"])
+        for delta in deltas
+        if delta["low"] is not None
+    ]
+    if not spreads:
+        return None
+    return _questions(math.hypot(*spreads) / math.sqrt(len(spreads)), abs(expected - limit))
+
+
+def _questions(spread: float, distance: float) -> int | None:
+    """Items after which a mean `distance` away from a gate decides; `spread` is the items' standard deviation."""
+    if distance == 0:
+        return None
+    return max(ENOUGH_ITEMS, math.ceil((REACH * spread / distance) ** 2))

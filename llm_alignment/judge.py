@@ -1,0 +1,110 @@
+"""Whether a reward model agrees with known preferences, by language, and how much of its own length explains."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+
+from llm_alignment.texts import main_script
+
+LIKE_LENGTH = 0.1  # answers whose lengths differ by this share of the longer one or less are of like length
+TITLES = {
+    "all": "all pairs",
+    "longer": "chosen is longer",
+    "like": "of like length (10 %)",
+    "shorter": "chosen is shorter",
+    "two_scripts": "answers in two scripts",
+}
+
+
+def check_judge(pairs: list[dict], score: Callable[[list[list[dict]]], list[float]]) -> dict:
+    """`judge_report` of pairs of `llm_alignment.preferences`; `score` is `RewardModel.score`.
+
+    Each answer is scored after the turns of its prompt.
+    """
+    conversations = []
+    for pair in pairs:
+        prompt = pair["prompt"]
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        conversations += [[*turns, {"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")]
+    rewards = score(conversations)
+    return judge_report([
+        {**pair, "rewards": both}
+        for pair, both in zip(pairs, zip(rewards[::2], rewards[1::2], strict=True), strict=True)
+    ])
+
+
+def judge_report(rows: list[dict]) -> dict:
+    """How far rewards agree with known preferences, and with length.
+
+    `rows`: pairs {"prompt", "chosen", "rejected"} with "rewards", of chosen and of rejected. Returns
+
+    - "groups": {name: {"n", "ties", "agree", "share", "low", "high"}}: pairs, pairs of equal rewards, and of the other
+      pairs those with the higher reward for chosen, also in per cent with the exact 95 % interval (Clopper and Pearson
+      1934); None without such pairs. The names are "all"; the scripts of the prompts (latin, cyrillic, ...);
+      "longer", "like", "shorter" by the length of chosen beside rejected; "two_scripts" where the answers' scripts
+      differ. A judge of length alone agrees with all of "longer" and none of "shorter".
+    - "longer_preferred", "longer_chosen": in per cent of the pairs of unequal lengths and rewards, how often the
+      longer answer has the higher reward, and how often it is the chosen one.
+    - "length_explains": r squared, in per cent, of the reward differences and the differences in the logarithm of
+      length, in characters. Through the origin, as it must not matter which answer comes first; None without any.
+    """
+    agrees: dict[str, list[float]] = defaultdict(list)
+    differences, lengths = [], []
+    for row in rows:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        chosen, rejected = (max(1, len(row[side])) for side in ("chosen", "rejected"))
+        difference = row["rewards"][0] - row["rewards"][1]
+        is_like = abs(chosen - rejected) <= LIKE_LENGTH * max(chosen, rejected)
+        names = [
+            "all",
+            main_script(prompt) or "no letters",
+            "like" if is_like else "longer" if chosen > rejected else "shorter",
+        ]
+        if main_script(row["chosen"]) != main_script(row["rejected"]):
+            names.append("two_scripts")
+        for name in names:
+            agrees[name].append(difference)
+        differences.append(difference)
+        lengths.append(math.log(chosen / rejected))
+    told = [(d, x) for d, x in zip(differences, lengths, strict=True) if d and x]
+    squares = sum(d * d for d in differences) * sum(x * x for x in lengths)
+    product = sum(d * x for d, x in zip(differences, lengths, strict=True))
+    order = [*TITLES, *sorted(agrees.keys() - TITLES.keys())]
+    return {
+        "groups": {name: agreement(agrees[name]) for name in order if agrees[name]},
+        "longer_preferred": 100 * sum(d * x > 0 for d, x in told) / len(told) if told else None,
+        "longer_chosen": 100 * sum(x > 0 for _, x in told) / len(told) if told else None,
+        "length_explains": 100 * product**2 / squares if squares else None,
+    }
+
+
+def agreement(differences: list[float]) -> dict:
+    """A group of `judge_report`, of its reward differences."""
+    from scipy.stats import binomtest
+
+    told = [difference for difference in differences if difference]
+    result = {"n": len(differences), "ties": len(differences) - len(told), "agree": sum(d > 0 for d in told)}
+    if not told:
+        return {**result, "share": None, "low": None, "high": None}
+    test = binomtest(result["agree"], len(told))
+    interval = test.proportion_ci(0.95, method="exact")
+    return {**result, "share": 100 * test.statistic, "low": 100 * interval.low, "high": 100 * interval.high}
+
+
+def judge_lines(report: dict) -> list[str]:
+    """A report as lines to print."""
+    width = max(len(TITLES.get(name, name)) for name in report["groups"])
+    lines = [f"{'the judge agrees with':{width}}  share [95 % interval]        pairs  equal rewards"]
+    for name, group in report["groups"].items():
+        told = "-" if group["share"] is None else f"{group['share']:5.1f} % [{group['low']:.1f}, {group['high']:.1f}]"
+        lines.append(f"{TITLES.get(name, name):{width}}  {told:22}  {group['n']:9}  {group['ties']:13}")
+    if report["longer_preferred"] is not None:
+        lines.append(
+            f"the longer answer has the higher reward in {report['longer_preferred']:.1f} % of pairs and is chosen in "
+            f"{report['longer_chosen']:.1f} %"
+        )
+    if report["length_explains"] is not None:
+        lines.append(f"length explains {report['length_explains']:.1f} % of the reward differences (r squared)")
+    return lines

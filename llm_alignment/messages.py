@@ -1,0 +1,99 @@
+"""The messages of a data row: how they are stored, what they say, and what they say besides role and content."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import Any
+
+# Fields without which the text of a message, or of the row around it, means something else.
+NEEDED = {"tool_calls", "function_call", "tool_call_id", "tools", "functions", "refusal", "history", "input"}
+NEEDED |= {"image", "images", "audio", "audios", "video", "videos", "documents"}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+TRAINED = ("weight", "train")  # 0 or false: not to be trained on
+
+
+def is_given(value: Any) -> bool:
+    """Whether a field says something: null and what is empty count as absent."""
+    return value is not None and value not in ("", [], {})
+
+
+def refuse_needed(fields: dict, what: str, read: Collection[str] = ()) -> None:
+    """Raises ValueError, naming `what`, where a message or a row has a field that changes what its text means."""
+    given = {name for name, value in fields.items() if is_given(value) and value is not False}
+    needed = sorted(NEEDED & given - set(read))
+    if needed:
+        raise ValueError(f"{what} has {' and '.join(needed)}")
+
+
+def unread_fields(rows: Iterable[dict], read: Collection[str]) -> Counter[str]:
+    """In how many rows each field stands that nothing reads: columns beside `read`, and message fields of these."""
+    unread: Counter[str] = Counter()
+    for row in rows:
+        fields = {name for name, value in row.items() if name not in read and is_given(value)}
+        for column in read:
+            for message in (None if isinstance(row.get(column), str) else message_list(row.get(column))) or []:
+                known = {"role", "content", *(THOUGHTS if message["role"] == "assistant" else ())}
+                fields |= {f"{column}.{name}" for name in message.keys() - known if is_given(message[name])}
+        unread.update(fields)
+    return unread
+
+
+def message_list(value: Any) -> list[dict] | None:
+    """The messages [{"role", "content", ...}, ...] of a column; None when it holds none.
+
+    Also of a JSON text, of {"role": [...], "content": [...]}, which is how Arrow stores a sequence of structs, and of
+    messages {"from", "value"}, as in ShareGPT.
+    """
+    fields = {"role"}
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
+        fields = {"role", "content"}  # else it is an answer in JSON
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    if isinstance(value, dict) and len({len(column) for column in value.values() if isinstance(column, list)}) == 1:
+        columns = {name: column for name, column in value.items() if isinstance(column, list)}
+        value = [dict(zip(columns, message, strict=True)) for message in zip(*columns.values(), strict=True)]
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        return None
+    names = {"from": "role", "value": "content"}
+    messages = [{names.get(name, name): field for name, field in message.items()} for message in value]
+    return messages if all(fields <= message.keys() for message in messages) else None
+
+
+def message_text(message: dict) -> str:
+    """The text of a message; an assistant's thoughts in a field of their own stand in a <think> block before it.
+
+    Raises ValueError with the reason when the content is no text, or when a field changes what it means.
+    """
+    refuse_needed(message, "a turn")
+    text, thoughts = content_text(message.get("content")), [message[name] for name in THOUGHTS if message.get(name)]
+    if text is None:
+        raise ValueError("a turn whose content is no text")
+    if not thoughts or message["role"] != "assistant":
+        return text
+    if len(thoughts) > 1 or not isinstance(thoughts[0], str) or "<think>" in text:
+        raise ValueError("a turn whose thoughts stand twice or are no text")
+    return f"<think>\n{thoughts[0].strip()}\n</think>\n\n{text.strip()}"
+
+
+def is_trained(message: dict) -> bool:
+    """Whether a message may be trained on: not with a weight of 0."""
+    return all(message.get(name) is None or bool(message[name]) for name in TRAINED)
+
+
+def content_text(content: Any) -> str | None:
+    """The text of a turn: a text, or parts [{"type": "text", "text": ...}] joined; None when it is neither."""
+    if isinstance(content, list) and content:
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        is_text = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+        return "".join(map(str, texts)) if is_text else None
+    return content if isinstance(content, str) else None
+
+
+def without_thought(answer: str) -> str:
+    """An answer without the <think></think> block that it begins with, for training after an empty block."""
+    return re.sub(r"\A<think>.*?</think>\s*", "", answer, flags=re.DOTALL)

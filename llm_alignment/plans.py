@@ -1,0 +1,173 @@
+"""What a run would do, as --dry_run prints it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import math
+import random
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from llm_alignment.anchored_loss import AnchorSettings
+from llm_alignment.batches import padded_tokens
+from llm_alignment.dpo import DpoSettings
+from llm_alignment.evaluation import Evaluation
+from llm_alignment.files import read_records
+from llm_alignment.gates import questions_needed
+from llm_alignment.prefixes import GroupedOrder, groups_of, shared_lengths
+from llm_alignment.processes import processes
+from llm_alignment.reference import PAIRS_AT_ONCE
+from llm_alignment.scores import conversation_tokens
+from llm_alignment.sft import SftSettings
+from llm_alignment.training import Setup, TrainingSettings, log_memory_plan, optimiser_steps
+from llm_alignment.twix import ChatEncoder, Selection
+
+log = logging.getLogger("llm_alignment")
+
+
+def print_dpo_plan(
+    setup: Setup, rows: list[dict], evaluations: list[Evaluation], settings: TrainingSettings, dpo: DpoSettings
+) -> None:
+    """One pair of the `rows` of `fit_pairs` as the model reads it, pairs, steps, tokens, memory, evaluations."""
+    trained = 0.0
+    if rows:
+        first, end = rows[0], setup.tokenizer.eos_token
+        log.info("the first pair as the model reads it:\n%s", first["prompt"])
+        log.info("chosen: %s%s\nrejected: %s%s", first["chosen"], end, first["rejected"], end)
+        trained = log_dpo_training(setup, rows, settings, dpo)
+    asked = 0
+    for evaluation in evaluations:
+        tokens = evaluation.tokens(setup.tokenizer)
+        log.info(
+            "%s: %d questions before and after, at most %.1f k tokens each time",
+            evaluation.name, len(evaluation.items), tokens / 1e3,
+        )  # fmt: skip
+        asked += 2 * tokens
+    if asked:
+        log_evaluation_share(asked, trained)
+
+
+def log_evaluation_share(asked: float, trained: float) -> None:
+    """Logs the tokens of all evaluations, and their share of those that go through the model."""
+    share = 100 * asked / (asked + trained)
+    log.info("evaluation: at most %.2f M tokens, %.0f %% of all that go through the model", asked / 1e6, share)
+
+
+def log_dpo_training(setup: Setup, rows: list[dict], settings: TrainingSettings, dpo: DpoSettings) -> float:
+    """Logs pairs, steps, passes, tokens and memory; returns the tokens that go through the model in training.
+
+    A backward pass of a frozen base costs a forward pass, so it counts as one.
+    """
+    prompts = setup.tokenizer([row["prompt"] for row in rows])["input_ids"]
+    texts = [row["prompt"] + row[side] for side in ("chosen", "rejected") for row in rows]
+    lengths = [min(dpo.max_length, len(ids) + 1) for ids in setup.tokenizer(texts)["input_ids"]]
+    both = [a + b for a, b in zip(lengths[: len(rows)], lengths[len(rows) :], strict=True)]
+    order = list(range(len(rows)))
+    random.Random(settings.seed).shuffle(order)
+    if dpo.group_by_table:
+        order = list(GroupedOrder(groups_of(prompts), settings.seed))
+    read = padded = 0
+    for start in range(0, len(order), settings.batch):
+        batch = order[start : start + settings.batch]
+        padded += 2 * len(batch) * max(lengths[side + index] for side in (0, len(rows)) for index in batch)
+        read += sum(both[index] - len(prompts[index]) for index in batch)
+        read -= sum(shared for _, shared in shared_lengths([prompts[index] for index in batch]))
+    if dpo.no_prefix_sharing:
+        read = padded
+    steps = optimiser_steps(settings, len(rows))
+    passes = steps * settings.grad_acc * processes()
+    epochs = steps * settings.step / len(rows)
+    log.info("pairs: %d, %.0f tokens each with the prompt read for each answer", len(rows), statistics.fmean(both))
+    log.info(
+        "steps: %d of %d pairs each; %d forward and backward passes; the reference: %d forward passes, once per base "
+        "and data",
+        steps, settings.step, passes, math.ceil(len(rows) / PAIRS_AT_ONCE),
+    )  # fmt: skip
+    log.info(
+        "tokens a step: %.0f of the pairs, %.0f padded as TRL reads them, %.0f read here",
+        *(total * epochs / steps for total in (sum(both), padded, read)),
+    )
+    once = [pair - (0 if dpo.no_prefix_sharing else len(prompt)) for pair, prompt in zip(both, prompts, strict=True)]
+    log_memory_plan(dataclasses.replace(settings, longest=max(once)), setup.base, setup.lora)
+    return read * (2 * epochs + 1)  # once more for the reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """When an SFT run measures, and how much: the flags of that name."""
+
+    mtbench_max_tokens: int
+    mtbench_midtrain_questions: int
+    baseline_eval_samples: int
+    early_stop_patience: int | None
+    eval_steps: int
+    skip_baseline_eval: bool
+
+
+def print_sft_plan(
+    setup: Setup,
+    data: tuple[Selection, Iterable[dict], ChatEncoder],
+    questions: list[dict],
+    *,
+    settings: TrainingSettings,
+    sft: SftSettings,
+    anchor: AnchorSettings,
+    rounds: Rounds,
+) -> None:
+    """Rows by source, one as the model reads it, steps, tokens, passes, memory, evaluations.
+
+    `data`: what is chosen, the rows to train on, and what makes tokens of them.
+    """
+    selection, examples, encoder = data
+    for (subset, side), count in sorted(selection.counts.items()):
+        log.info("%-10s %-10s %9d rows", subset, side, count)
+    sample = list(itertools.islice(examples, 1000))
+    log.info("a row as the model reads it, trained on in [[ ]]:\n%s", encoder.marked(sample[0], sft.max_seq_length))
+    lengths = [len(encoder(row)["input_ids"]) for row in sample]
+    kept = [min(length, sft.max_seq_length) for length in lengths]
+    mean = sum(kept) / len(kept)
+    cut = sum(length > sft.max_seq_length for length in lengths) / len(lengths)
+    per_step, rows = settings.step, selection.rows("train")
+    steps = optimiser_steps(settings, math.ceil(rows * mean / sft.max_seq_length) if sft.packing else rows)
+    log.info("steps: %d of %d sequences each", steps, per_step)
+    log.info("tokens: about %.0f a row, %.2f M an epoch; %.0f %% of rows are cut", mean, mean * rows / 1e6, 100 * cut)
+    per_row = sft.max_seq_length if sft.packing else padded_tokens(kept, settings.batch, per_step) / len(kept)
+    real = per_row if sft.packing else mean
+    tokens = real * per_step, per_row * per_step, per_row / real
+    log.info("a step: about %.0f tokens, %.0f with padding (%.2f to 1)", *tokens)
+    anchored = sum(anchor.coefficient(step) > 0 for step in range(steps))
+    micro = steps * settings.grad_acc
+    log.info(
+        "passes: %d forward and %d backward of %d sequences, %d forward of the reference",
+        micro, micro, settings.batch * processes(), anchored * settings.grad_acc,
+    )  # fmt: skip
+    log_memory_plan(settings, setup.base, setup.lora)
+    during = math.ceil(steps / rounds.eval_steps) if rounds.early_stop_patience else 0
+    before = "" if rounds.skip_baseline_eval else "before training, "
+    log.info("MT-Bench: %d questions %safter it, and %d times during it", len(questions), before, during)
+    midtrain = min(1, (rounds.mtbench_midtrain_questions or len(questions)) / max(1, len(questions)))
+    ends = 1 + (not rounds.skip_baseline_eval)
+    asked = (ends + during * midtrain) * conversation_tokens(questions, rounds.mtbench_max_tokens, setup.tokenizer)
+    held_out = selection.rows("validation")
+    # their loss each time; at the end their drift, by two passes
+    compared = min(rounds.baseline_eval_samples, held_out)
+    asked += ((ends + during + 2) * compared + held_out) * mean
+    # a backward pass of a frozen base costs a forward pass
+    log_evaluation_share(asked, (2 * steps + anchored) * settings.step * per_row)
+
+
+def log_gates(gates: dict[str, float], exp_log: Path, model: str) -> None:
+    """Logs how many questions each gate needs at the spread of the earlier records on this base."""
+    records = (
+        [record for record in read_records(exp_log) if record.get("args", {}).get("model") == model]
+        if (exp_log.exists())
+        else []
+    )
+    for name, limit in gates.items():
+        deltas = [record["delta"][name] for record in records if name in (record.get("delta") or {})]
+        needed = questions_needed(limit, deltas)
+        what = f"about {needed:,} questions" if needed else "not known yet, no earlier record on this base measured it"
+        log.info("gate %s %+g: %s", name, limit, what)

@@ -1,0 +1,154 @@
+"""Device and number type, ranks, what processes share, batches that shrink when memory is full."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llm_alignment.files import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
+
+log = logging.getLogger("llm_alignment")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # --dtype -> torch's name
+DDP_TIMEOUT = datetime.timedelta(days=1)  # of processes for one that generates or evaluates
+
+
+def main_process() -> bool:
+    """True in the one process that writes files and prints, under `accelerate launch` too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def processes() -> int:
+    """How many processes, one to a device, share the work under `accelerate launch`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device_and_dtype(choice: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """This process's device and the type of the base's weights; `choice` is --dtype.
+
+    auto: bf16 where the GPU has it, else fp16; fp32 on CPU. Raises InputError for bf16 on a GPU without it, and for
+    several GPUs on Windows, where torch has no NCCL.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), getattr(torch, DTYPES.get(choice, "float32"))
+    if processes() > 1 and sys.platform == "win32":
+        raise InputError(
+            "several GPUs need NCCL, which torch does not have on Windows (it has gloo, for CPU): start one process, "
+            "without accelerate launch, or use WSL"
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if choice == "bf16" and not has_bf16:
+        raise InputError(f"--dtype bf16: {torch.cuda.get_device_name(device)} has no bf16; take --dtype fp16")
+    return device, getattr(torch, DTYPES.get(choice) or ("bfloat16" if has_bf16 else "float16"))
+
+
+def named_device(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The name of a device ("cpu", or the GPU's) and of the type of the weights; logs both."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    type_name = str(dtype).removeprefix("torch.")
+    log.info("device: %s, %s", name, type_name)
+    return name, type_name
+
+
+def versions(*packages: str) -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def matmul_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """a (m, k) @ b (k, n) with `a` in the type of `b`; half types are summed, and returned, in float32."""
+    import torch
+
+    a = a.to(b.dtype)
+    if b.dtype not in {torch.float16, torch.bfloat16}:
+        return torch.mm(a, b, out=out)
+    if b.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
+
+
+def all_processes() -> PartialState:
+    """accelerate's state, made with `DDP_TIMEOUT` also where it is needed before the trainer, which would make it."""
+    import torch
+    from accelerate import PartialState
+
+    # without a GPU it has to be told, or every process believes that it is alone
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=DDP_TIMEOUT)
+
+
+def gathered(items: list) -> list:
+    """The lists of all processes as one, in the order of their ranks; every process gets it."""
+    from accelerate.utils import gather_object
+
+    all_processes()
+    return gather_object(items)
+
+
+def on_main_process(compute: Callable[[], Any]) -> Any:
+    """Runs `compute` in the main process alone; every process gets its result."""
+    from accelerate.utils import broadcast_object_list
+
+    all_processes()
+    return broadcast_object_list([compute() if main_process() else None])[0]
+
+
+def shared_rounds(
+    items: list[Item], size: int, run: Callable[[list[Item]], Iterator[tuple[int, Result]]]
+) -> Iterator[list[tuple[Item, Result]]]:
+    """Yields (item, result) of all `items` in lists, one a round; `run(batch)` yields (place in the batch, result).
+
+    In a round every process takes the next batch of `size` items, and each gets every result. All processes call this
+    with the same items. The smallest of their sizes counts, and none stays without a batch where it can have one.
+    """
+    n_processes, rank = processes(), all_processes().process_index
+    if n_processes > 1 and items:
+        size = min(*gathered([size]), math.ceil(len(items) / n_processes))
+    for start in range(0, len(items), size * n_processes):
+        first = start + size * rank
+        results = list(halved_when_full(items[first : first + size], size, run))
+        yield gathered(results) if n_processes > 1 else results
+
+
+def halved_when_full(
+    items: list[Item], size: int, run: Callable[[list[Item]], Iterator[tuple[int, Result]]]
+) -> Iterator[tuple[Item, Result]]:
+    """Yields (item, result) of all `items`, as `run` yields (place in the batch, result) for `size` of them at a time.
+
+    When the GPU runs out of memory, batches of half the size follow, from the items that have no result yet.
+    """
+    import torch
+
+    waiting = list(items)
+    while waiting:
+        batch, done, is_full = waiting[:size], set(), False
+        try:
+            for place, result in run(batch):
+                done.add(place)
+                yield batch[place], result
+        except torch.cuda.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            is_full = True
+        waiting = [item for place, item in enumerate(batch) if place not in done] + waiting[size:]
+        if is_full:
+            size = max(1, len(batch) // 2)
+            torch.cuda.empty_cache()  # only here, where the error no longer holds on to the tensors
+            log.warning("out of memory: continuing with batches of %d", size)

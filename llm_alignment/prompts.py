@@ -1,0 +1,93 @@
+"""Prompts: rendered by the chat template, fitted to a length; answers without their thoughts."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from llm_alignment.files import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptStyle:
+    """How prompts are written."""
+
+    use_chat_template: bool = True  # False: a prompt that is a text is read as it is
+    thinking: bool = False
+    max_prompt_length: int = 2048  # tokens
+
+    @property
+    def gap(self) -> str:
+        """What stands between prompt and answer."""
+        return "" if self.use_chat_template else " "
+
+
+def strip_thinking(text: str) -> str:
+    """The answer without its <think>...</think> block; empty when a block never closes."""
+    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+    return "" if "<think>" in text else text.strip()
+
+
+def render(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> str:
+    """The prompt as the model reads it: as it is, or as the user's turn of the chat template; turns as they are."""
+    if isinstance(prompt, str) and not style.use_chat_template:
+        return prompt
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    text = tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True, enable_thinking=style.thinking
+    )
+    if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        text = text.removeprefix(tokenizer.bos_token)  # the tokenizer writes it too
+    return text
+
+
+class FittedPrompt(NamedTuple):
+    """A rendered prompt, its token ids, and whether it was cut."""
+
+    text: str
+    tokens: list[int]
+    is_cut: bool
+
+
+def fit_prompt(
+    prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, style: PromptStyle, mark: str = ""
+) -> FittedPrompt:
+    """The prompt as the model reads it, cut to `style.max_prompt_length` tokens.
+
+    What stands before the last `mark` loses its end, so the question stays; a prompt without a mark loses its
+    beginning, and a list of turns its oldest ones. Raises InputError when the question alone is too long.
+    """
+    if isinstance(prompt, list):
+        for first in range(0, len(prompt), 2):  # what is left begins with a user's turn
+            text = render(prompt[first:], tokenizer, style)
+            tokens = tokenizer(text)["input_ids"]
+            if len(tokens) <= style.max_prompt_length:
+                return FittedPrompt(text, tokens, is_cut=first > 0)
+        chat = dataclasses.replace(style, use_chat_template=True)
+        return fit_prompt(prompt[-1]["content"], tokenizer, chat, mark)._replace(is_cut=True)
+    head, found, question = prompt.rpartition(mark) if mark else ("", "", "")
+    kept, tail = (head, found + question) if found else (prompt, "")
+    while True:
+        text = render(kept + tail, tokenizer, style)
+        tokens = tokenizer(text)["input_ids"]
+        excess = len(tokens) - style.max_prompt_length
+        if excess <= 0:
+            return FittedPrompt(text, tokens, is_cut=kept + tail != prompt)
+        if not kept:
+            raise InputError(
+                f"--max_prompt_length {style.max_prompt_length} is {excess} tokens short of the question "
+                f"{tail.strip()[:60]!r} alone; raise it"
+            )
+        kept = without_tokens(kept, excess, tokenizer, at_end=bool(found))
+
+
+def without_tokens(text: str, count: int, tokenizer: PreTrainedTokenizerBase, *, at_end: bool) -> str:
+    """The text without `count` > 0 of its tokens, at its end or at its beginning; "" when it has no more."""
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if count >= len(places):
+        return ""
+    return text[: places[-count][0]] if at_end else text[places[count - 1][1] :]

@@ -1,0 +1,215 @@
+"""The SFT trainer: the fused loss with its anchor, micro-batches of like length, early stopping by MT-Bench."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import TrainerCallback, TrainerState, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from llm_alignment.adapters import adapter_kept_in_float32, new_adapter
+from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl, rows_at_once, tail_mask
+from llm_alignment.batches import sort_by_length
+from llm_alignment.training import Setup, TrainingSettings, run_training, training_arguments
+from llm_alignment.twix import LARGE_DATA, row_lengths
+from llm_alignment.validation import without_head
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("llm_alignment")
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStopping:
+    """The adapter is measured every `steps`, and the best one by MT-Bench is kept."""
+
+    patience: int
+    steps: int
+    evaluate: Callable[[PeftModel, int], dict[str, float]]  # {"loss", "mtbench"} of the adapter at a step
+    baseline: Callable[[], float | None]  # MT-Bench of the base on the same questions, once it was measured
+
+    def reason(self, history: list[dict]) -> str | None:
+        """Why to stop, or None, by the trainer's log."""
+        scores = [entry["eval_mtbench"] for entry in history if "eval_mtbench" in entry]
+        return early_stop_reason(self.baseline(), scores, self.patience) if scores else None
+
+
+def early_stop_reason(baseline: float | None, scores: list[float], patience: int) -> str | None:
+    """Why to stop after these MT-Bench scores (1-10), or None: a fall of more than 0.30 below the baseline, or
+    `patience` consecutive evaluations without a gain of 0.05 over the last one that gained."""
+    if baseline is not None and scores[-1] < baseline - 0.30:
+        return f"MT-Bench {scores[-1]:.3f} is more than 0.30 below the baseline {baseline:.3f}"
+    best, without_gain = -math.inf, 0
+    for score in scores:
+        gained = score - best >= 0.05
+        best, without_gain = (score, 0) if gained else (best, without_gain + 1)
+    return f"{patience} evaluations without a gain of 0.05" if without_gain >= patience else None
+
+
+class AnchoredTrainer(SFTTrainer):
+    """TRL's trainer with micro-batches sorted by length, the fused loss, and evaluations that decide by MT-Bench."""
+
+    def __init__(self, *, anchor: AnchorSettings, early: EarlyStopping | None, **arguments):
+        self.anchor, self.early = anchor, early
+        self.nll_since_log = self.kl_since_log = 0.0
+        self.steps_since_log = 0
+        super().__init__(**arguments)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if self.args.packing:  # packed rows are full
+            return loader
+        return sort_by_length(loader, self.args, row_lengths(self.train_dataset))
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Also marks the KL positions of the step's batches, so that its KL is the mean over all of them."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.kl_coef = self.anchor.coefficient(self.state.global_step)
+        if self.kl_coef:
+            for batch in batches:
+                targets = batch["labels"][:, 1:] != -100
+                if "position_ids" in batch:  # packed: a position of 0 begins the next example
+                    example = (batch["position_ids"][:, 1:] == 0).long().cumsum(1)
+                else:
+                    example = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
+                batch["kl_mask"] = tail_mask(targets, example, self.anchor.kl_limit_seq)
+            marked = sum(batch["kl_mask"].sum() for batch in batches)
+            self.kl_items = self.accelerator.gather(marked.to(self.accelerator.device)).sum()
+        self.steps_since_log += 1
+        return batches, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels, kl_mask = inputs.pop("labels")[:, 1:].flatten(), inputs.pop("kl_mask", None)
+        inputs.pop(
+            "attention_mask", None
+        )  # causal attention does not see padding on the right; no mask, no slow kernel
+        peft_model = self.accelerator.unwrap_model(model)
+        ref_hidden, kl_coef = None, 0.0
+        with without_head(peft_model):
+            hidden = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+            if kl_mask is not None:
+                kl_mask = kl_mask.flatten()
+                kl_coef = self.kl_coef * kl_mask.sum() / self.kl_items
+                with torch.no_grad(), peft_model.disable_adapter():
+                    ref_hidden = peft_model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+        loss, nll, kl = fused_nll_kl(
+            hidden,
+            peft_model.get_output_embeddings().weight,
+            labels,
+            ref_hidden,
+            kl_mask,
+            kl_coef=kl_coef,
+            kl_direction=self.anchor.kl_direction,
+            sft_loss=self.anchor.sft_loss,
+            num_items=num_items_in_batch,
+            rows_per_chunk=rows_at_once(peft_model.config.get_text_config().vocab_size, hidden.device),
+        )
+        self.nll_since_log += nll.item()
+        if kl_mask is not None:
+            self.kl_since_log += (kl * kl_mask.sum() / self.kl_items).item()
+        # num_items counts the targets of all processes, whose gradients DDP averages
+        return loss * self.accelerator.num_processes
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            sums = torch.tensor([[self.nll_since_log, self.kl_since_log]], device=self.accelerator.device)
+            nll, kl = (self.accelerator.gather(sums).sum(0) / self.steps_since_log).tolist()
+            logs |= {"nll": nll, "kl": kl, "kl_coef": self.kl_coef}
+            self.nll_since_log = self.kl_since_log = self.steps_since_log = 0
+        super().log(logs, start_time)
+
+    def evaluate(self, *_, **__):
+        """What early stopping runs every --eval_steps; the Trainer keeps the checkpoint with the best MT-Bench."""
+        measured = self.early.evaluate(self.model, self.state.global_step)
+        metrics = {f"eval_{name}": value for name, value in measured.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control.should_save = True
+        if reason := self.early.reason(self.state.log_history):
+            log.info("early stop at step %d: %s", self.state.global_step, reason)
+            self.control.should_training_stop = True
+        return metrics
+
+
+class EvaluateLastStep(TrainerCallback):
+    def on_step_end(self, trainer_args, state, control, **kwargs):
+        control.should_evaluate |= state.global_step == state.max_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class SftSettings:
+    """The flags of that name."""
+
+    max_seq_length: int
+    packing: bool
+    num_proc: int
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    setup: Setup,
+    rows: dict[str, Dataset],
+    settings: TrainingSettings,
+    *,
+    sft: SftSettings,
+    anchor: AnchorSettings,
+    early: EarlyStopping | None = None,
+) -> AnchoredTrainer:
+    """The trainer, with a fresh adapter on `model`.
+
+    `rows` of "train" and "validation" have "input_ids" and "labels", cut to a length.
+    """
+    set_seed(settings.seed)
+    model = new_adapter(model, setup.lora)
+    config = SFTConfig(
+        **training_arguments(settings, setup.base, setup.lora),
+        max_length=sft.max_seq_length,
+        packing=sft.packing,
+        eval_packing=False,
+        dataset_num_proc=sft.num_proc if len(rows["train"]) > LARGE_DATA else None,
+        dataset_kwargs={"skip_prepare_dataset": not sft.packing},  # the rows are cut and have targets
+        remove_unused_columns=False,  # those of --streaming become tokens when they are read
+        eval_strategy="steps" if early else "no",
+        eval_steps=early.steps if early else None,
+        metric_for_best_model="mtbench" if early else None,
+        greater_is_better=True if early else None,
+    )
+    with adapter_kept_in_float32(model):
+        return AnchoredTrainer(
+            anchor=anchor,
+            early=early,
+            model=model,
+            args=config,
+            train_dataset=rows["train"],
+            eval_dataset=rows["validation"],
+            processing_class=setup.tokenizer,
+            callbacks=[EvaluateLastStep()] if early else [],
+        )
+
+
+def train(trainer: AnchoredTrainer, checkpoint: Path | None, folder: Path) -> int:
+    """Trains, or continues from `checkpoint`; returns the step that is kept: the last, or the best by MT-Bench."""
+    reason = None
+    if checkpoint and trainer.early:
+        trainer.state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+        reason = trainer.early.reason(trainer.state.log_history)
+    if reason:
+        log.info("training had stopped early at step %d: %s", trainer.state.global_step, reason)
+    else:
+        run_training(trainer, checkpoint)
+    best = trainer.state.best_model_checkpoint
+    if best is None:
+        return trainer.state.global_step
+    moved = folder / Path(best).name  # the state names the folder as it was called then
+    trainer._load_from_checkpoint(str(moved if moved.is_dir() else best))
+    log.info("kept the adapter of step %d, the best by MT-Bench", trainer.state.best_global_step)
+    return trainer.state.best_global_step
