@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_alignment.files import write_atomic
 
@@ -73,7 +73,8 @@ def interval_text(delta: dict | None) -> str:
 
 def with_validation(log: list[dict], record: dict) -> list[dict]:
     """The log of a run with the validation loss before and after training, where its record has them."""
-    ends = ((0, record["baseline"]), (record["kept_step"], record["final"]))
+    last = record["kept_step"] or max((entry["step"] for entry in log), default=0)
+    ends = ((0, record["baseline"]), (last, record["final"]))
     measured = [{"step": step, "eval_loss": side["val_loss"]} for step, side in ends if "val_loss" in side]
     return sorted([*log, *measured], key=lambda entry: entry["step"])
 
@@ -93,7 +94,7 @@ def plot_curves(title: str, logs: dict[str, list[dict]], panels: dict[str, dict[
             for style, (key, name) in zip(STYLES, keys.items(), strict=False):
                 points = [(entry["step"], entry[key]) for entry in log if key in entry]
                 if points:
-                    look = {"color": colour, "label": ", ".join(filter(None, (run, name)))}
+                    look: dict[str, Any] = {"color": colour, "label": ", ".join(filter(None, (run, name)))}
                     # of two points, before and after, nobody knows what lies between them
                     look |= {"linestyle": style, "ms": 3} if len(points) > 2 else {"linestyle": "", "ms": 8}
                     axis.plot(*zip(*points, strict=True), marker="o", **look)
