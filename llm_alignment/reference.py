@@ -19,10 +19,10 @@ PAIRS_AT_ONCE = 8
 def add_reference(trainer: Any, folder: Path, *, fingerprint: dict, use_cache: bool) -> None:
     """Gives every pair of the trainer the log-probabilities of both answers under the reference policy.
 
-    `trainer`: a `dpo.SharedPromptTrainer`, before its first step. They become TRL's columns "ref_chosen_logps" and "ref_rejected_logps", so that
-    no step runs the reference. The reference is the base, or, for an adapter that is trained on, that adapter as it is
-    now, TRL's copy "ref". The values are kept in `folder`/reference.jsonl and in the baseline cache, by the base's
-    `fingerprint`, the adapter and the pairs' tokens. All processes share the work; the main one writes.
+    `trainer`: a `dpo.SharedPromptTrainer`, before its first step. They become TRL's columns "ref_chosen_logps" and
+    "ref_rejected_logps", so that no step runs the reference. The reference is the base, or, for an adapter that is
+    trained on, that adapter as it is now, TRL's copy "ref". The values are kept in `folder`/reference.jsonl and in the
+    baseline cache, by the base's `fingerprint`, the adapter and the pairs' tokens. All processes share the work.
     """
     trainer.train_dataset = trainer.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     items = [{"question_id": digest(row)[:32], "row": row} for row in trainer.train_dataset.to_list()]
