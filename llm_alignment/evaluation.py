@@ -148,7 +148,7 @@ def measure(
     """The rows of every evaluation by name; every process gets them. Without the adapter the base answers.
 
     `place`: a folder and a stage; the rows are kept in folder/NAME_STAGE.jsonl. `fingerprint`: of the base. With
-    `use_cache` rows are shared with other runs. `measured_as`: a stage at which this adapter was measured before; the
+    `use_cache` rows of the base are shared with other runs. `measured_as`: a stage at which this adapter was measured before; the
     rows of evaluations that are the same are taken from there.
     """
     from llm_alignment.adapters import adapter_off, adapter_sha256
@@ -159,7 +159,7 @@ def measure(
         whole = {**fingerprint, "adapter": adapter_sha256(model) if with_adapter else "none"}
         for evaluation in evaluations:
             path, cache = folder / f"{evaluation.name}_{stage}.jsonl", None
-            if use_cache and evaluation.is_cached:
+            if use_cache and evaluation.is_cached and not with_adapter:
                 cache = baseline_cache({**whole, **evaluation.settings})
             elif measured_as and (folder / f"{evaluation.name}_{measured_as}.jsonl").exists():
                 cache = folder / f"{evaluation.name}_{measured_as}.jsonl"
@@ -321,7 +321,8 @@ def table_rows(baseline: dict, final: dict, delta: dict, *, details: bool = Fals
         if before is None and after is None and name not in delta:
             continue
         rows.append(TableRow(metric.title, before, after, delta.get(name), metric.lower_is_better))
-        for kind, change in (delta.get(name) or {}).get("by_type", {}).items():
+        by_type = (delta.get(name) or {}).get("by_type", {}) if details or name != "retention" else {}
+        for kind, change in by_type.items():
             of_kind = Metric(f"  {kind}", (metric.keys[0], "by_type", kind, metric.keys[-1]))
             rows.append(TableRow(of_kind.title, of_kind.read(baseline), of_kind.read(final), change))
         if details and name in SCORED and name in final:
