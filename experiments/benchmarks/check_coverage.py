@@ -7,8 +7,10 @@ Samples are drawn where the truth is known. First tables, of the 95 % interval: 
 truth, in which the truth is below it (an excluded loss is there; a gate at the true difference is passed), and in
 which it is above it; and whether "a loss above X is excluded" is printed at all with so many units. Last table: gates
 one and two standard errors below the truth: how many are undecided, and in which share of these a new sample with as
-many questions as `judge` asks for decides. Where the true difference is 0 and skewed ("clusters of 6"), the interval errs
-as the sign-flip test does, whose verdict it follows; a difference that is called clear prints no excluded loss.
+many questions as `judge` asks for decides.
+
+Where the true difference is 0 and skewed ("clusters of 6"), the interval errs as the sign-flip test does, whose verdict
+it follows. A difference that the test calls clear is printed without an excluded loss.
 """
 
 from __future__ import annotations
