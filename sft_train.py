@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
+    from llm_alignment.sft import EarlyStopping
+
 
 log = logging.getLogger("llm_alignment")
 
@@ -218,12 +220,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         measure, tokenizer=setup.tokenizer, use_cache=not args.no_baseline_cache,
         fingerprint=models.base_fingerprint(setup.base, thinking=args.thinking),
     )  # fmt: skip
-    early = None
-    if args.early_stop_patience:
-        early = sft.EarlyStopping(
-            args.early_stop_patience, args.eval_steps, functools.partial(at_step, measured, evaluations, setup.folder),
-            functools.partial(baseline_score, before, evaluations["midtrain"]),
-        )  # fmt: skip
+    early = early_stopping(args, measured, evaluations["midtrain"], before) if args.early_stop_patience else None
     trainer = sft.build_trainer(model, setup, rows, settings, sft=sizes, anchor=anchor, early=early)
     folder = begin(record, data, setup.base, {"model": setup.base.commit, "reward_model": reward_commit})
     log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in counts.items()))
@@ -265,21 +262,25 @@ def finder_of(mtbench: list[dict], retention: list[dict]) -> LeakFinder:
     return LeakFinder(whole, {kind: asked_passages(rows) for kind, rows in asked.items()})
 
 
-def at_step(
-    measured: Callable[..., dict], evaluations: dict[str, list[Evaluation]], folder: Path, model: PeftModel, step: int
-) -> dict[str, float]:
-    """Validation loss and MT-Bench of the adapter at a step."""
+def early_stopping(
+    args: argparse.Namespace, measured: Callable[..., dict], midtrain: list[Evaluation], before: dict[str, list[dict]]
+) -> EarlyStopping:
+    """Measures validation loss and MT-Bench at steps; `before` are the rows of the base, once they are there."""
+    from llm_alignment.sft import EarlyStopping
     from llm_alignment.validation import summarise_validation
 
-    rows = measured(model, evaluations=evaluations["midtrain"], place=(folder, f"step_{step}"), with_adapter=True)
-    return {"loss": summarise_validation(rows["validation"])["val_loss"], "mtbench": summarise(rows["mtbench"])["avg"]}
+    def evaluate(model: PeftModel, step: int) -> dict[str, float]:
+        place = Path(args.output_dir), f"step_{step}"
+        rows = measured(model, evaluations=midtrain, place=place, with_adapter=True)
+        score = summarise(rows["mtbench"])["avg"]
+        return {"loss": summarise_validation(rows["validation"])["val_loss"], "mtbench": score}
 
+    def baseline() -> float | None:
+        asked = {item["question_id"] for item in midtrain[-1].items}
+        same = [row for row in before.get("mtbench", []) if row["question_id"] in asked]
+        return summarise(same)["avg"] if same else None
 
-def baseline_score(before: dict[str, list[dict]], midtrain: list[Evaluation]) -> float | None:
-    """MT-Bench of the base on the questions that early stopping asks; None where it was not measured."""
-    asked = {item["question_id"] for item in midtrain[-1].items}
-    same = [row for row in before.get("mtbench", []) if row["question_id"] in asked]
-    return summarise(same)["avg"] if same else None
+    return EarlyStopping(args.early_stop_patience, args.eval_steps, evaluate, baseline)
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -148,8 +148,8 @@ def measure(
     """The rows of every evaluation by name; every process gets them. Without the adapter the base answers.
 
     `place`: a folder and a stage; the rows are kept in folder/NAME_STAGE.jsonl. `fingerprint`: of the base. With
-    `use_cache` rows of the base are shared with other runs. `measured_as`: a stage at which this adapter was measured before; the
-    rows of evaluations that are the same are taken from there.
+    `use_cache` rows of the base are shared with other runs. `measured_as`: a stage at which this adapter was measured
+    before; the rows of evaluations that are the same are taken from there.
     """
     from llm_alignment.adapters import adapter_off, adapter_sha256
 
