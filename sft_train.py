@@ -40,17 +40,18 @@ from llm_alignment.leaks import LeakFinder, asked_passages
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.plots import KL, LOSS, plot_curves, save_figure, with_validation
 from llm_alignment.processes import main_process
+from llm_alignment.replay import ReplaySettings, own_dialogues, replay_rows
 from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.scores import scored_evaluation, summarise
-from llm_alignment.twix import SIDES, RowChoice, load_data, tokenise, with_answers
+from llm_alignment.twix import RowChoice, load_data, tokenise, with_answers
 from mtbench_eval import load_questions, sample_questions
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llm_alignment.sft import EarlyStopping
 
@@ -195,7 +196,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     setup.check_folder()
     asked, retention = questions_of(args), fill(RetentionSettings, args)
     encoder = ChatEncoder(setup.tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
-    selection, examples = load_data(fill(RowChoice, args), encoder, finder_of(asked, retention.questions()))
+    finder = finder_of(asked, retention.questions())
+    selection, examples = load_data(fill(RowChoice, args), encoder, finder)
     counts = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
     data = {"source": args.dataset, "rows": counts, "sha256": selection.sha256}
     setup.check_folder(data)
@@ -203,7 +205,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     settings = fill(training.TrainingSettings, args, weight_decay=0.01, logging_steps=args.kl_log_interval,
                     longest=args.max_seq_length)  # fmt: skip
     anchor, sizes = fill(AnchorSettings, args), fill(sft.SftSettings, args)
-    rows = tokenised_rows(args, examples, encoder)
+    rows = {"validation": tokenised(args, examples("validation"), encoder, "validation")}
     evaluations, reward_commit = all_evaluations(setup.tokenizer, rows["validation"], asked, args)
     kept = retention_evaluations(retention.questions(), retention)
     evaluations["compared"] += kept
@@ -215,10 +217,15 @@ def run(args: argparse.Namespace, record: dict) -> None:
         return
     model = models.load_model(setup.base)
     models.check_head(model, setup.base.what)
+    fingerprint = models.base_fingerprint(setup.base, thinking=args.thinking)
+    to_train = examples("train")
+    if args.replay_ratio:
+        to_train = replayed(args, to_train, model, encoder, finder, {**fingerprint, "adapter": "none"})
+    rows["train"] = tokenised(args, to_train, encoder, "train")
     before: dict[str, list[dict]] = {}
     measured = functools.partial(
         measure, tokenizer=setup.tokenizer, use_cache=not args.no_baseline_cache,
-        fingerprint=models.base_fingerprint(setup.base, thinking=args.thinking),
+        fingerprint=fingerprint,
     )  # fmt: skip
     early = early_stopping(args, measured, evaluations["midtrain"], before) if args.early_stop_patience else None
     trainer = sft.build_trainer(model, setup, rows, settings, sft=sizes, anchor=anchor, early=early)
@@ -285,6 +292,12 @@ def early_stopping(
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises InputError for flags that do not go together; warns of those that then do less."""
+    if args.replay_ratio == 1:
+        raise InputError("--replay_ratio 1 leaves no row of --dataset; lower it")
+    if args.kl_on == "replay" and not args.replay_ratio:
+        raise InputError("--kl_on replay: there are no replay rows; add --replay_ratio 0.05 or more")
+    if args.kl_on == "replay" and args.packing:
+        raise InputError("--kl_on replay cannot tell the rows of --packing apart; leave out one of them")
     if args.packing and args.streaming:
         raise InputError("--packing cannot count its sequences in a stream; leave out --streaming or --packing")
     if args.early_stop_patience is not None and args.mtbench_ru == "none":
@@ -295,18 +308,26 @@ def check_flags(args: argparse.Namespace) -> None:
         log.warning("--skip_baseline_eval: early stopping has no baseline, so it does not see a fall below it")
 
 
-def tokenised_rows(
-    args: argparse.Namespace, examples: Callable[[str], Dataset], encoder: ChatEncoder
-) -> dict[str, Dataset]:
-    """The rows of both sides as tokens, cut to --max_seq_length; with --streaming those to train on become tokens
-    whenever they are read, and a dry run needs none."""
-    rows = {}
-    for side in SIDES[1:] if args.dry_run else SIDES:
-        is_packed, is_lazy = (flag and side == "train" for flag in (args.packing, args.streaming))
-        longest = None if is_packed else args.max_seq_length
-        rows[side] = tokenise(examples(side), encoder, args.num_proc, longest=longest, lazily=is_lazy)
-        if args.assistant_only_loss or args.max_seq_length == 1:
-            rows[side] = with_answers(rows[side], side, args.max_seq_length)
+def replayed(
+    args: argparse.Namespace, rows: Dataset, model: PreTrainedModel, encoder: ChatEncoder, finder: LeakFinder,
+    fingerprint: dict,
+) -> Dataset:  # fmt: skip
+    """The training rows with those of --replay, which the base `model` writes before an adapter is on it."""
+    settings = fill(ReplaySettings, args)
+    write = functools.partial(
+        own_dialogues, model, encoder, finder, folder=Path(args.output_dir), fingerprint=fingerprint, settings=settings
+    )
+    return replay_rows(rows, settings, encoder, finder, write)
+
+
+def tokenised(args: argparse.Namespace, rows: Dataset, encoder: ChatEncoder, side: str) -> Dataset:
+    """The rows of a side as tokens, cut to --max_seq_length; with --streaming those to train on become tokens whenever
+    they are read."""
+    is_packed, is_lazy = (flag and side == "train" for flag in (args.packing, args.streaming))
+    longest = None if is_packed else args.max_seq_length
+    rows = tokenise(rows, encoder, args.num_proc, longest=longest, lazily=is_lazy)
+    if args.assistant_only_loss or args.max_seq_length == 1:
+        rows = with_answers(rows, side, args.max_seq_length)
     return rows
 
 

@@ -366,16 +366,18 @@ def tokenise(
 
     def encode(batch: dict[str, list]) -> dict[str, list[list[int]]]:
         encoded = [encoder({"messages": messages}) for messages in batch["messages"]]
-        return {name: [row[name][:longest] for row in encoded] for name in ("input_ids", "labels")}
+        kept = {"replay": batch["replay"]} if "replay" in batch else {}
+        return {name: [row[name][:longest] for row in encoded] for name in ("input_ids", "labels")} | kept
 
     if lazily:
         return rows.with_transform(encode)
     tokens = datasets.List(datasets.Value("int32"))
+    is_replay = {"replay": datasets.Value("bool")} if "replay" in rows.column_names else {}
     return rows.map(
         encode,
         batched=True,
         remove_columns=rows.column_names,
-        features=datasets.Features({"input_ids": tokens, "labels": tokens}),
+        features=datasets.Features({"input_ids": tokens, "labels": tokens} | is_replay),
         num_proc=num_proc if len(rows) > LARGE_DATA else None,
         desc="tokenising",
     )
