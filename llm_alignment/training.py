@@ -48,6 +48,7 @@ class TrainingSettings:
 
     output_dir: str
     epochs: float
+    max_steps: int  # 0: after the epochs
     batch: int  # examples per device and forward pass
     grad_acc: int
     learning_rate: float
@@ -76,6 +77,7 @@ def training_arguments(settings: TrainingSettings, base: Base, lora: LoraSetting
     return dict(
         output_dir=settings.output_dir,
         num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch,
         gradient_accumulation_steps=settings.grad_acc,
         learning_rate=settings.learning_rate,
@@ -106,7 +108,7 @@ def training_arguments(settings: TrainingSettings, base: Base, lora: LoraSetting
 def optimiser_steps(settings: TrainingSettings, rows: int) -> int:
     """Optimiser steps over `rows` examples, as the Trainer counts them."""
     passes = math.ceil(rows / (settings.batch * processes()))
-    return math.ceil(settings.epochs * math.ceil(passes / settings.grad_acc))
+    return settings.max_steps or math.ceil(settings.epochs * math.ceil(passes / settings.grad_acc))
 
 
 def memory_of(settings: TrainingSettings, base: Base, lora: LoraSettings) -> dict[str, int]:
