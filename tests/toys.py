@@ -11,6 +11,7 @@ from conftest import DEMO
 
 if TYPE_CHECKING:
     from llm_alignment.dpo import DpoSettings
+    from llm_alignment.evaluation import Evaluation
     from llm_alignment.models import Base
     from llm_alignment.training import Setup, TrainingSettings
 
@@ -156,3 +157,11 @@ def toy_run(folder: Path | str, **flags) -> tuple[Setup, TrainingSettings, DpoSe
     demo = {"model": str(DEMO / "model"), "no_4bit": True, "output_dir": str(folder)}
     values = {**vars(dpo_train.build_parser().parse_args([])), **demo, **flags}
     return setup_of(values), fill(TrainingSettings, values, longest=99), fill(DpoSettings, values)
+
+
+def rows_of(evaluation: Evaluation, model, tokenizer, path: Path, **options) -> list[dict]:
+    """What `read_items` gives of an adapter, in a file that is not to hold another evaluation."""
+    from llm_alignment.evaluation import read_items
+
+    options = {"fingerprint": {"adapter": "trained"}, "renew": False} | options
+    return read_items(evaluation, lambda: model, tokenizer, path, **options)
