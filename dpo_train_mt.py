@@ -171,7 +171,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         with timed(record, stage):
             return measure(
                 trainer.model if trainer else model, setup.tokenizer, evaluations, (folder, stage),
-                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache and stage == "baseline",
+                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache,
             )  # fmt: skip
 
     if args.eval_baseline:  # an adapter that is trained on is its own baseline
@@ -185,7 +185,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if trainer or args.load_adapter:
         after = measured("final", with_adapter=True)
     if main_process():
-        report(record, folder, evaluations, before, after)
+        report(record, folder, evaluations, before, after, details=args.table == "full")
         save_answers(args.eval_save_json, before, after)
         judge_gates(record, gates)
         write_rows(folder / "train_pairs.jsonl", pairs)

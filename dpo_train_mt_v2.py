@@ -303,13 +303,8 @@ def run_stage(
         if not (folder / "run.json").exists():
             data = stage_fingerprint(stage, pairs)
             write_json(folder / "run.json", {"args": stage.args, "device": device, "data": data})
-    entry: dict = {
-        "stage": stage.number,
-        "pairs": len(pairs),
-        "baseline": {},
-        "final": {},
-        "delta": {},
-        "runtime_s": {},
+    entry: dict = {"stage": stage.number, "pairs": len(pairs)} | {
+        key: {} for key in ("baseline", "final", "delta", "runtime_s")
     }
     fingerprint = models.base_fingerprint(setup.base, thinking=stage.args["thinking"])
     use_cache = not stage.args["no_baseline_cache"]
@@ -318,7 +313,7 @@ def run_stage(
         with timed(entry, name):
             return measure(
                 trainer.model, setup.tokenizer, evaluations, (where, name),
-                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache and not with_adapter,
+                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache,
             )  # fmt: skip
 
     if stage.number == 1 and stage.args["eval_baseline"]:

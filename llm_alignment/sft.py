@@ -63,6 +63,16 @@ class AnchoredTrainer(SFTTrainer):
         self.nll_since_log = self.kl_since_log = 0.0
         self.steps_since_log = 0
         super().__init__(**arguments)
+        collate = self.data_collator
+
+        def with_replay(examples: list[dict]) -> dict[str, torch.Tensor]:
+            """TRL's collator drops columns that it does not know."""
+            batch = collate(examples)
+            if self.anchor.kl_on == "replay":
+                batch["replay"] = torch.tensor([example["replay"] for example in examples])
+            return batch
+
+        self.data_collator = with_replay
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
@@ -74,9 +84,12 @@ class AnchoredTrainer(SFTTrainer):
         """Also marks the KL positions of the step's batches, so that its KL is the mean over all of them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.kl_coef = self.anchor.coefficient(self.state.global_step)
+        anchored = [batch.pop("replay", None) for batch in batches]
         if self.kl_coef:
-            for batch in batches:
+            for batch, is_replay in zip(batches, anchored, strict=True):
                 targets = batch["labels"][:, 1:] != -100
+                if is_replay is not None:
+                    targets = targets & is_replay[:, None]
                 if "position_ids" in batch:  # packed: a position of 0 begins the next example
                     example = (batch["position_ids"][:, 1:] == 0).long().cumsum(1)
                 else:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 from llm_alignment.batches import token_counts
 from llm_alignment.conversations import COLUMNS, SHAPES, Turns, read_conversation
 from llm_alignment.encoder import ChatEncoder, split_thought
-from llm_alignment.files import InputError, SkippedRows
+from llm_alignment.files import InputError, SkippedRows, digest
 from llm_alignment.hub import open_dataset
+from llm_alignment.leaks import LeakFinder, item_texts, report_leaks
 from llm_alignment.messages import unread_fields
 from llm_alignment.texts import normalise_text
 
@@ -205,12 +206,13 @@ LARGE_DATA = 20_000  # rows from which several processes tokenise: each takes 10
 
 
 def load_data(
-    choice: RowChoice, encoder: ChatEncoder | None = None
+    choice: RowChoice, encoder: ChatEncoder | None = None, finder: LeakFinder | None = None
 ) -> tuple[Selection, Callable[[str], datasets.Dataset]]:
     """Reads the data set once and chooses; `rows("train")` and `rows("validation")` are then the rows of a side.
 
     They have the columns "messages" and "length", in characters, and lie in files that are removed when the process
-    ends. Rows that `encoder` refuses are skipped, counted and named. Raises InputError when no row of the subset can
+    ends. Rows that `encoder` refuses, and chosen ones in which `finder` finds a text of an evaluation, are left out,
+    counted and named. Raises InputError when no row of the subset can
     be used.
     """
     import datasets
@@ -221,10 +223,30 @@ def load_data(
     folder = Path(tempfile.mkdtemp(dir=get_temporary_cache_files_directory()))
     every = folder / "rows.arrow"
     selection = select_rows(store_rows(choice, encoder, every), choice)
+    if finder:
+        selection = without_questions(selection, datasets.Dataset.from_file(str(every)), finder)
     for side in SIDES:
         copy_rows(every, selection.of(side), folder / f"{side}.arrow")
     every.unlink()
     return selection, lambda side: datasets.Dataset.from_file(str(folder / f"{side}.arrow"))
+
+
+def without_questions(selection: Selection, rows: datasets.Dataset, finder: LeakFinder) -> Selection:
+    """The selection without the rows that hold what an evaluation asks."""
+    import numpy as np
+
+    chosen = np.concatenate([selection.of(side) for side in SIDES])
+    kinds = list(finder.find_all(map(item_texts, rows.select(chosen))))
+    report_leaks("rows", kinds, {})
+    leaks = chosen[[kind is not None for kind in kinds]]
+    if not len(leaks):
+        return selection
+    numbers = {key: these[~np.isin(these, leaks)] for key, these in selection.numbers.items()}
+    clean = Selection(numbers, digest(selection.sha256, leaks.tolist()))
+    for side in SIDES:
+        if not clean.rows(side):
+            raise InputError(f"--dataset: every {side} row holds a question of an evaluation; name other data")
+    return clean
 
 
 def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> dict[str, RowHashes]:
@@ -344,16 +366,18 @@ def tokenise(
 
     def encode(batch: dict[str, list]) -> dict[str, list[list[int]]]:
         encoded = [encoder({"messages": messages}) for messages in batch["messages"]]
-        return {name: [row[name][:longest] for row in encoded] for name in ("input_ids", "labels")}
+        kept = {"replay": batch["replay"]} if "replay" in batch else {}
+        return {name: [row[name][:longest] for row in encoded] for name in ("input_ids", "labels")} | kept
 
     if lazily:
         return rows.with_transform(encode)
     tokens = datasets.List(datasets.Value("int32"))
+    is_replay = {"replay": datasets.Value("bool")} if "replay" in rows.column_names else {}
     return rows.map(
         encode,
         batched=True,
         remove_columns=rows.column_names,
-        features=datasets.Features({"input_ids": tokens, "labels": tokens}),
+        features=datasets.Features({"input_ids": tokens, "labels": tokens} | is_replay),
         num_proc=num_proc if len(rows) > LARGE_DATA else None,
         desc="tokenising",
     )
