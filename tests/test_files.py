@@ -1,4 +1,4 @@
-"""Rows in, results out: readers, atomic writes, result files that survive a kill, the baseline cache, hashes."""
+"""Rows in: readers; atomic writes; hashes."""
 
 from __future__ import annotations
 

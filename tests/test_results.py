@@ -1,3 +1,16 @@
+"""Result files: rows that survive a kill, and the baselines that later runs reuse."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from llm_alignment.files import InputError
+from llm_alignment.results import ResultFile, baseline_cache
+
 MODEL = {"model": "m", "adapter": "none"}
 
 
@@ -5,18 +18,17 @@ def questions(n: int) -> list[dict]:
     return [{"question_id": number, "text": f"вопрос {number}"} for number in range(n)]
 
 
-def answer_all(path: Path, asked: list[dict], fingerprint: dict = MODEL, **options) -> tuple[list[dict], list]:
+def answer_all(
+    path: Path, asked: list[dict], fingerprint: dict = MODEL, *, use_cache: bool = False, renew: bool = False
+) -> tuple[list[dict], list]:
     """Answers the questions as an evaluation does; the rows, and the ids of the questions that were asked."""
-    results, new = ResultFile(path, fingerprint, **options), []
+    cache = baseline_cache(fingerprint) if use_cache else None
+    results, new = ResultFile(path, fingerprint, renew=renew, cache=cache), []
     for question in results.missing(asked):
         new.append(question["question_id"])
         results.append({"question_id": question["question_id"], "answer": question["text"].upper()})
     results.finish()
     return results.rows_of(asked), new
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# result files
 
 
 def test_a_result_file_goes_on_after_any_cut(tmp_path):
@@ -74,8 +86,8 @@ def test_another_evaluation_is_refused_or_kept_beside(tmp_path):
     assert (tmp_path / "results.jsonl.old").read_bytes() == content and b"other" in path.read_bytes()
 
 
-def test_the_cache_gives_what_is_missing(tmp_path, logged, monkeypatch):
-    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+@pytest.mark.usefixtures("own_folders")
+def test_the_cache_gives_what_is_missing(tmp_path, logged):
     rows, _ = answer_all(tmp_path / "a.jsonl", questions(3), use_cache=True)
     assert "baseline cache" not in logged.text
     assert answer_all(tmp_path / "b.jsonl", questions(3), use_cache=True) == (rows, [])
@@ -90,9 +102,9 @@ def test_the_cache_gives_what_is_missing(tmp_path, logged, monkeypatch):
     assert answer_all(tmp_path / "f.jsonl", questions(3), {**MODEL, "seed": 1}, use_cache=True)[1] == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("own_folders")
 @pytest.mark.parametrize("damage", [b"", b"\0\0\n", b'{"fingerprint": {"model": "another"}}\n{"question_id": 0}\n'])
-def test_a_damaged_cache_is_ignored_with_a_warning(tmp_path, logged, monkeypatch, damage):
-    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+def test_a_damaged_cache_is_ignored_with_a_warning(tmp_path, logged, damage):
     answer_all(tmp_path / "a.jsonl", questions(2), use_cache=True)
     [cached] = (tmp_path / "cache").rglob("*.jsonl")
     content = cached.read_bytes()
@@ -102,8 +114,8 @@ def test_a_damaged_cache_is_ignored_with_a_warning(tmp_path, logged, monkeypatch
     assert cached.read_bytes() == content, "and mended"
 
 
-def test_what_killed_runs_left_in_the_cache_goes_after_a_day(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+@pytest.mark.usefixtures("own_folders")
+def test_what_killed_runs_left_in_the_cache_goes_after_a_day(tmp_path):
     folder = tmp_path / "cache" / "baselines"
     folder.mkdir(parents=True)
     for name in ("old.jsonl.17.tmp", "new.jsonl.17.tmp", "own.tmp"):
@@ -114,13 +126,11 @@ def test_what_killed_runs_left_in_the_cache_goes_after_a_day(tmp_path, monkeypat
     assert {path.name for path in folder.glob("*.tmp")} == {"new.jsonl.17.tmp", "own.tmp"}
 
 
-def test_a_damaged_line_of_the_cache_is_answered_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+@pytest.mark.usefixtures("own_folders")
+def test_a_damaged_line_of_the_cache_is_answered_again(tmp_path):
     answer_all(tmp_path / "a.jsonl", questions(3), use_cache=True)
     [cached] = (tmp_path / "cache").rglob("*.jsonl")
     lines = cached.read_bytes().split(b"\n")
     cached.write_bytes(b"\n".join([*lines[:2], b"\0", *lines[3:]]))
     assert answer_all(tmp_path / "b.jsonl", questions(3), use_cache=True)[1] == [1]
     assert answer_all(tmp_path / "c.jsonl", questions(3), use_cache=True)[1] == []
-
-
