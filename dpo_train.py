@@ -193,6 +193,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
 
     check_dpo_flags(args)
     check_pairs_flags(args.pairs, args.no_train, args.eval_pairs, record["argv"])
+    if args.system_prompt and not args.pairs:
+        raise InputError("--system_prompt goes with --pairs: TAT-QA's prompts are the published ones; leave it out")
     if args.eval_save_json:
         check_writable(Path(args.eval_save_json), "--eval_save_json")
     setup = training.set_up(args, record, neutral_flags(build_parser()), longest=args.max_length)
@@ -255,7 +257,7 @@ def pairs_and_evaluations(
     instructions = instruct_questions(args.instruct_limit, args.seed) if args.do_instruct else []
     mark, style_of_pairs = QUESTION_PREFIX, style
     if args.pairs:
-        mark, style_of_pairs = "", dataclasses.replace(style, use_chat_template=True)
+        mark, style_of_pairs = "", dataclasses.replace(style, use_chat_template=True, system=args.system_prompt)
         forbidden = {
             "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
             "MT-Bench question": [question["turns"][0] for question in mtbench],

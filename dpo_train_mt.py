@@ -16,6 +16,7 @@ TAT-QA's prompts.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 from fractions import Fraction
 from pathlib import Path
@@ -145,7 +146,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     setup = training.set_up(args, record, neutral, longest=args.max_length)
     setup.check_folder()
     pairs, evaluations, data, commits = pairs_and_evaluations(args, record, setup, shares)
-    chat = PromptStyle(thinking=args.thinking, max_prompt_length=args.max_prompt_length)
+    chat = dataclasses.replace(fill(PromptStyle, args), use_chat_template=True, system=args.system_prompt)
     rows = dpo.fit_pairs(pairs, setup.tokenizer, chat, args.max_length)
     longest_answer = args.max_length - args.max_prompt_length
     settings = fill(training.TrainingSettings, args, longest=args.max_length, longest_answer=longest_answer)

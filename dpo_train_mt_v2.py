@@ -342,7 +342,7 @@ def training_settings(stage: Stage) -> TrainingSettings:
 
 def chat_style(stage: Stage) -> PromptStyle:
     """The pairs are conversations; --use_chat_template is about TAT-QA's prompts."""
-    return dataclasses.replace(stage.fill(PromptStyle), use_chat_template=True)
+    return dataclasses.replace(stage.fill(PromptStyle), use_chat_template=True, system=stage.args["system_prompt"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -92,6 +92,7 @@ def training_arguments(settings: TrainingSettings, base: Base, lora: LoraSetting
         use_cpu=is_cpu,
         gradient_checkpointing=uses_checkpointing(settings, base, lora),
         logging_steps=settings.logging_steps,
+        logging_first_step=True,
         logging_nan_inf_filter=False,
         save_steps=settings.save_steps,
         save_total_limit=2,
@@ -232,6 +233,7 @@ class RunKeeper(TrainerCallback):
             if self.checkpoint.resolve().parent == Path(args.output_dir).resolve():
                 self.saved_step = state.global_step
         self.last_step = random_state(), state.num_input_tokens_seen
+        self.first_step, self.started = state.global_step, time.monotonic()
         if state.max_steps == 1 and args.get_warmup_steps(1):
             log.warning(
                 "the only step is the first one of the warmup, whose learning rate is 0: nothing is trained; lower "
@@ -272,6 +274,10 @@ class RunKeeper(TrainerCallback):
             )
         self.last_step = random_state(), state.num_input_tokens_seen
         self.in_steps = not control.should_evaluate
+        done = state.global_step - self.first_step
+        if done == 10 and state.is_world_process_zero:
+            minutes = (time.monotonic() - self.started) / 600 * (state.max_steps - self.first_step)
+            log.info("training takes about %.0f minutes for %d steps", minutes, state.max_steps - self.first_step)
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.last_step = random_state(), state.num_input_tokens_seen
