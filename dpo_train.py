@@ -199,7 +199,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         check_writable(Path(args.eval_save_json), "--eval_save_json")
     setup = training.set_up(args, record, neutral_flags(build_parser()), longest=args.max_length)
     setup.check_folder()
-    rows, evaluations, data, commits = pairs_and_evaluations(args, setup)
+    rows, evaluations, data = pairs_and_evaluations(args, setup)
     setup.check_folder(data)
     checkpoint = training.newest_complete(setup.folder, setup.resume)
     longest_answer = args.max_length - args.max_prompt_length
@@ -214,7 +214,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if args.load_adapter:
         model = adapters.load_adapter(model, args.load_adapter, trainable=args.adapter_trainable)
     trainer = None if args.no_train else dpo.build_trainer(model, setup, rows, settings, fill(dpo.DpoSettings, args))
-    folder = begin(record, data, setup.base, commits)
+    folder = begin(record, data, setup.base)
     fingerprint, use_cache = models.base_fingerprint(setup.base, thinking=args.thinking), not args.no_baseline_cache
     before: dict[str, list[dict]] = {}
     after: dict[str, list[dict]] = {}
@@ -243,10 +243,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
         judge_gates(record, gates)
 
 
-def pairs_and_evaluations(
-    args: argparse.Namespace, setup: Setup
-) -> tuple[list[dict], list[Evaluation], dict, dict[str, str | None]]:
-    """(training pairs as the trainer reads them, what is measured, fingerprint of the data, commits of the hub)."""
+def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[dict], list[Evaluation], dict]:
+    """(training pairs as the trainer reads them, what is measured, fingerprint of the data)."""
     from llm_alignment import domains, dpo
 
     style, content, choice = fill(PromptStyle, args), fill(PromptContent, args), fill(PairChoice, args)
@@ -278,7 +276,7 @@ def pairs_and_evaluations(
     rows, held_out_rows = (
         dpo.fit_pairs(some, setup.tokenizer, style_of_pairs, args.max_length, mark) for some in (pairs, held_out)
     )
-    evaluations, reward_commit = domains.dpo_evaluations(
+    evaluations = domains.dpo_evaluations(
         setup.tokenizer,
         fill(domains.MeasuringSettings, args),
         style,
@@ -290,7 +288,7 @@ def pairs_and_evaluations(
         held_out=[dpo.reward_evaluation(held_out, held_out_rows, args.beta, args.max_length)] if held_out else [],
     )
     evaluations += retention_evaluations(kept, retention)
-    return rows, evaluations, data, {"model": setup.base.commit, "reward_model": reward_commit}
+    return rows, evaluations, data
 
 
 def check_pairs_flags(pairs: str, no_train: bool, eval_pairs: int, argv: list[str]) -> None:

@@ -276,7 +276,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         for evaluation in evaluations:  # refuses the folder of another evaluation before anything in it changes
             ResultFile(paths[evaluation.name], {**fingerprint, **evaluation.settings})
     data = {"questions": args.questions, "n": len(questions), "sha256": mtbench.settings["questions"]}
-    folder = begin(record, data, base, {"model": base.commit, "reward_model": reward_model.commit})
+    folder = begin(record, data, base)
     rows = {}
     with timed(record, "final"):
         for evaluation in evaluations:

@@ -219,7 +219,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     )
     early = early_stopping(args, measured, task.midtrain, before) if args.early_stop_patience else None
     trainer = sft.build_trainer(model, setup, rows, settings, sft=sizes, anchor=anchor, early=early)
-    folder = begin(record, data, setup.base, {"model": setup.base.commit, "reward_model": task.reward_commit})
+    folder = begin(record, data, setup.base)
     log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in counts.items()))
     final = [*task.compared, *task.final]
     if not args.skip_baseline_eval:
@@ -258,7 +258,6 @@ class Task:
     compared: list[Evaluation]  # before and after training
     final: list[Evaluation]  # after training alone
     midtrain: list[Evaluation]  # at the steps of early stopping
-    reward_commit: str | None
 
 
 def task_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -268,11 +267,11 @@ def task_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Tas
     encoder = ChatEncoder(tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
     selection, examples = load_data(fill(RowChoice, args), encoder, finder)
     validation = tokenised(args, examples("validation"), encoder, "validation")
-    evaluations, commit = all_evaluations(tokenizer, validation, questions, args)
+    evaluations = all_evaluations(tokenizer, validation, questions, args)
     kept = retention_evaluations(retention.questions(), retention)
     evaluations["compared"] += kept
     evaluations["midtrain"] += kept if args.early_stop_metric == "retention" else []
-    return Task(encoder, finder, selection, examples, validation, questions, **evaluations, reward_commit=commit)
+    return Task(encoder, finder, selection, examples, validation, questions, **evaluations)
 
 
 def questions_of(args: argparse.Namespace) -> list[dict]:
@@ -365,9 +364,10 @@ def tokenised(args: argparse.Namespace, rows: Dataset, encoder: ChatEncoder, sid
 
 def all_evaluations(
     tokenizer: PreTrainedTokenizerBase, rows: Dataset, questions: list[dict], args: argparse.Namespace
-) -> tuple[dict[str, list[Evaluation]], str | None]:
-    """What is measured: "compared" before and after, "final" after alone, "midtrain" at the steps of early stopping;
-    and the hub commit of the reward model. `rows`: all of the validation split.
+) -> dict[str, list[Evaluation]]:
+    """What is measured: "compared" before and after, "final" after alone, "midtrain" at the steps of early stopping.
+
+    `rows`: all of the validation split.
     """
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -383,7 +383,7 @@ def all_evaluations(
         {"question_id": number, "cluster": number, "input_ids": row["input_ids"], "labels": row["labels"]}
         for number, row in enumerate(first)
     ]
-    compared, midtrain, commit = [validation, drift_evaluation(drift_rows)], [validation], None
+    compared, midtrain = [validation, drift_evaluation(drift_rows)], [validation]
     if questions:
         reward_model = load_reward_model(
             args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code, on_meta=args.dry_run
@@ -395,9 +395,8 @@ def all_evaluations(
         some = sample_questions(questions, args.mtbench_midtrain_questions, args.mtbench_questions_seed)
         compared.append(scored_evaluation("mtbench", questions, decoding, reward_model))
         midtrain.append(scored_evaluation("mtbench", some, decoding, reward_model))
-        commit = reward_model.commit
     full = validation_evaluation("validation_full", rows, collator, args.batch)
-    return {"compared": compared, "final": [full], "midtrain": midtrain}, commit
+    return {"compared": compared, "final": [full], "midtrain": midtrain}
 
 
 if __name__ == "__main__":

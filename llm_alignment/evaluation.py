@@ -102,8 +102,8 @@ METRICS = {
     "tatqa_f1": Metric("TAT-QA, official F1, %", ("tatqa", "f1")),
     "reward_accuracy": Metric("held-out pairs, accuracy, %", ("held_out", "accuracy")),
     "reward_margin": Metric("held-out pairs, reward margin", ("held_out", "margin")),
-    "chosen_log_prob": Metric("held-out pairs, log-probability of the chosen answer", ("held_out", "chosen_log_prob")),
-    "margin_by_length": Metric("held-out pairs, correlation of margin and length", ("held_out", "margin_by_length")),
+    "chosen_log_prob": Metric("held-out pairs, chosen log-prob.", ("held_out", "chosen_log_prob")),
+    "margin_by_length": Metric("held-out pairs, margin by length, r", ("held_out", "margin_by_length")),
 } | {key: metric for name in SCORED for key, metric in scored_metrics(name, EVALUATIONS[name]).items()}
 METRICS |= {
     f"{name}_{kind}": Metric(f"{EVALUATIONS[name]}, {title}", ("health", name, kind), lower_is_better=True, of=name)
@@ -446,21 +446,23 @@ def table_texts(rows: list[TableRow]) -> tuple[list[list[str]], str]:
 
 
 def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("baseline", "final")) -> None:
-    """Prints the lines of `table_texts` under the names of the two sides. Plain ASCII, at most 120 columns."""
+    """Prints the lines of `table_texts` under the names of the two sides. Plain ASCII, as wide as the terminal."""
     from rich.box import Box
     from rich.console import Console
     from rich.table import Table
 
+    width = max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
+    is_wide = width >= 110  # else without the items that changed and the verdict
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
     table = Table(box=rules, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for column in (*sides, "difference [95 % interval]", "p", "changed"):
+    table.add_column("", no_wrap=is_wide, overflow="fold")
+    for column in (*sides, "difference [95 % interval]", "p", *["changed"] * is_wide):
         table.add_column(column, justify="right", no_wrap=True, overflow="fold")
-    table.add_column("", overflow="fold")
+    if is_wide:
+        table.add_column("", overflow="fold")
     texts, note = table_texts(rows)
     for cells in texts:
-        table.add_row(*cells[:3], " ".join(cells[3:5]), *cells[5:])
-    width = max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
+        table.add_row(*[*cells[:3], " ".join(cells[3:5]), *cells[5:]][: len(table.columns)])
     console = Console(width=width, color_system=None, legacy_windows=False, markup=False, highlight=False)
     console.print(title, soft_wrap=True)
     console.print(table)
