@@ -48,6 +48,7 @@ class Bench:
         from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
         from trl import SFTTrainer
 
+        from llm_alignment.anchored_loss import AnchorSettings
         from llm_alignment.encoder import ChatEncoder
         from llm_alignment.models import device_and_dtype
         from llm_alignment.twix import RowChoice, load_data, tokenise
