@@ -235,9 +235,7 @@ def test_prompt_shows_table_and_passages_within_the_limits():
     text = tatqa_prompt(context(gold), gold)
     assert "|  | 2019 | 2018 |\n| --- | --- | --- |\n| Sales | $1,496.5 | (59.9) |" in text
     assert "First passage" in text and "Second" not in text and text.endswith("Question: What?\nAnswer:")
-    small = PromptContent(
-        tatqa_table_rows=2, tatqa_table_cols=2, tatqa_para_chars=15, tatqa_only_rel_paras=False
-    )
+    small = PromptContent(tatqa_table_rows=2, tatqa_table_cols=2, tatqa_para_chars=15, tatqa_only_rel_paras=False)
     text = tatqa_prompt(context(gold), gold, small)
     assert "| Sales | $1,496.5 |\n\n" in text and "Costs" not in text
     assert "Text:\nFirst passage\n" in text  # in order, cut at a word
