@@ -342,7 +342,7 @@ def training_settings(stage: Stage) -> TrainingSettings:
 
 def chat_style(stage: Stage) -> PromptStyle:
     """The pairs are conversations; --use_chat_template is about TAT-QA's prompts."""
-    return dataclasses.replace(stage.fill(PromptStyle), use_chat_template=True)
+    return dataclasses.replace(stage.fill(PromptStyle), use_chat_template=True, system=stage.args["system_prompt"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         setups[stage.number].check_folder()
         if stage is not first and stage.folder.exists():
             raise InputError(f"{stage.folder}: {other_stage(stage.number)}")
-    pairs, evaluations, data, commits = pairs_and_evaluations(args, record, setup, stages)
+    pairs, evaluations, data = pairs_and_evaluations(args, record, setup, stages)
     gates = asked_gates(args.gates, evaluations)
     if args.dry_run:
         plans.log_gates(gates, Path(args.exp_log), args.model)
@@ -394,7 +394,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if not from_scratch:
         setups[first.number].check_folder(stage_fingerprint(first, pairs[first.number]))
         checkpoint = training.newest_complete(first.folder, setup.resume)
-    begin(record, data, setup.base, commits)
+    begin(record, data, setup.base)
     if from_scratch and main_process():
         for stage in reversed(stages):  # a kill in between leaves no stage whose basis is gone
             remove_folder(stage.folder)
@@ -444,8 +444,8 @@ def stages_to_run(args: argparse.Namespace) -> list[int]:
 
 def pairs_and_evaluations(
     args: argparse.Namespace, record: dict, setup: Setup, stages: list[Stage]
-) -> tuple[dict[int, list[dict]], list[Evaluation], dict, dict[str, str | None]]:
-    """(training pairs by stage, what is measured, fingerprint of the data, commits of the hub)."""
+) -> tuple[dict[int, list[dict]], list[Evaluation], dict]:
+    """(training pairs by stage, what is measured, fingerprint of the data)."""
     from llm_alignment import domains, finance
 
     numbers = [stage.number for stage in stages]
@@ -463,7 +463,7 @@ def pairs_and_evaluations(
         },
         {"MT-Bench question": asked_passages(mtbench)},
     )
-    evaluations, reward_commit = domains.dpo_evaluations(
+    evaluations = domains.dpo_evaluations(
         setup.tokenizer,
         fill(domains.MeasuringSettings, args),
         fill(PromptStyle, args),
@@ -501,7 +501,7 @@ def pairs_and_evaluations(
                 "the base's answers were cut"
             )
     fingerprint = finance.data_fingerprint(data, [pair for number in numbers for pair in pairs[number]])
-    return pairs, evaluations, fingerprint, {"model": setup.base.commit, "reward_model": reward_commit}
+    return pairs, evaluations, fingerprint
 
 
 def finish(

@@ -12,6 +12,7 @@ loss and perplexity on the same rows, and MT-Bench answers scored by a reward mo
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl  # noqa: F401 - the loss is part of this script
 from llm_alignment.encoder import ChatEncoder
-from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report
+from llm_alignment.evaluation import METRICS, Evaluation, asked_gates, judge_gates, measure, report
 from llm_alignment.files import InputError
 from llm_alignment.flags import (
     DEMO_DIR,
@@ -43,8 +44,8 @@ from llm_alignment.processes import main_process
 from llm_alignment.replay import ReplaySettings, own_dialogues, replay_rows
 from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
 from llm_alignment.runs import begin, recorded_run, timed
-from llm_alignment.scores import scored_evaluation, summarise
-from llm_alignment.twix import RowChoice, load_data, tokenise, with_answers
+from llm_alignment.scores import scored_evaluation
+from llm_alignment.twix import RowChoice, Selection, load_data, tokenise, with_answers
 from mtbench_eval import load_questions, sample_questions
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
@@ -190,52 +191,42 @@ def run(args: argparse.Namespace, record: dict) -> None:
     from llm_alignment import models, plans, sft, training
 
     check_flags(args)
-    # with early stopping MT-Bench decides which adapter is kept, so its flags count
+    # with early stopping a measurement decides which adapter is kept, so its flags count
     neutral = neutral_flags(build_parser(), *(["measured"] if args.early_stop_patience else []))
     setup = training.set_up(args, record, neutral, longest=args.max_seq_length)
     setup.check_folder()
-    asked, retention = questions_of(args), fill(RetentionSettings, args)
-    encoder = ChatEncoder(setup.tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
-    finder = finder_of(asked, retention.questions())
-    selection, examples = load_data(fill(RowChoice, args), encoder, finder)
-    counts = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
-    data = {"source": args.dataset, "rows": counts, "sha256": selection.sha256}
+    task = task_of(args, setup.tokenizer)
+    counts = {f"{subset}_{side}": count for (subset, side), count in sorted(task.selection.counts.items())}
+    data = {"source": args.dataset, "rows": counts, "sha256": task.selection.sha256}
     setup.check_folder(data)
     checkpoint = training.newest_complete(setup.folder, setup.resume)
+    gates = asked_gates(args.gates, task.compared)
     settings = fill(training.TrainingSettings, args, weight_decay=0.01, logging_steps=args.kl_log_interval,
                     longest=args.max_seq_length)  # fmt: skip
     anchor, sizes = fill(AnchorSettings, args), fill(sft.SftSettings, args)
-    rows = {"validation": tokenised(args, examples("validation"), encoder, "validation")}
-    evaluations, reward_commit = all_evaluations(setup.tokenizer, rows["validation"], asked, args)
-    kept = retention_evaluations(retention.questions(), retention)
-    evaluations["compared"] += kept
-    gates = asked_gates(args.gates, evaluations["compared"])
     if args.dry_run:
-        shown, rounds = (selection, examples("train"), encoder), fill(plans.Rounds, args)
-        plans.print_sft_plan(setup, shown, asked, settings=settings, sft=sizes, anchor=anchor, rounds=rounds)
+        shown, rounds = (task.selection, task.examples("train"), task.encoder), fill(plans.Rounds, args)
+        plans.print_sft_plan(setup, shown, task.questions, settings=settings, sft=sizes, anchor=anchor, rounds=rounds)
         plans.log_gates(gates, Path(args.exp_log), args.model)
         return
     model = models.load_model(setup.base)
     models.check_head(model, setup.base.what)
     fingerprint = models.base_fingerprint(setup.base, thinking=args.thinking)
-    to_train = examples("train")
-    if args.replay_ratio:
-        to_train = replayed(args, to_train, model, encoder, finder, {**fingerprint, "adapter": "none"})
-    rows["train"] = tokenised(args, to_train, encoder, "train")
+    rows = {"train": training_rows(args, task, model, fingerprint), "validation": task.validation}
     before: dict[str, list[dict]] = {}
     measured = functools.partial(
-        measure, tokenizer=setup.tokenizer, use_cache=not args.no_baseline_cache,
-        fingerprint=fingerprint,
-    )  # fmt: skip
-    early = early_stopping(args, measured, evaluations["midtrain"], before) if args.early_stop_patience else None
+        measure, tokenizer=setup.tokenizer, fingerprint=fingerprint, use_cache=not args.no_baseline_cache
+    )
+    early = early_stopping(args, measured, task.midtrain, before) if args.early_stop_patience else None
     trainer = sft.build_trainer(model, setup, rows, settings, sft=sizes, anchor=anchor, early=early)
-    folder = begin(record, data, setup.base, {"model": setup.base.commit, "reward_model": reward_commit})
+    folder = begin(record, data, setup.base)
     log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in counts.items()))
-    compared = evaluations["compared"]
-    final = [*compared, *evaluations["final"]]
+    final = [*task.compared, *task.final]
     if not args.skip_baseline_eval:
         with timed(record, "baseline"):
-            before |= measured(trainer.model, evaluations=compared, place=(folder, "baseline"), with_adapter=False)
+            before |= measured(
+                trainer.model, evaluations=task.compared, place=(folder, "baseline"), with_adapter=False
+            )
         final = with_own_drift(final, before, setup.tokenizer, thinking=args.thinking)
     with timed(record, "train"):
         record["kept_step"] = sft.train(trainer, checkpoint, folder)
@@ -252,6 +243,35 @@ def run(args: argparse.Namespace, record: dict) -> None:
         save_figure(plot_curves("training", history, LOSS), folder / "loss.png")
         save_figure(plot_curves("training", history, KL), folder / "kl.png")
         judge_gates(record, gates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained on, and what is measured."""
+
+    encoder: ChatEncoder
+    finder: LeakFinder
+    selection: Selection
+    examples: Callable[[str], Dataset]  # the rows of a side
+    validation: Dataset  # as tokens
+    questions: list[dict]  # of MT-Bench
+    compared: list[Evaluation]  # before and after training
+    final: list[Evaluation]  # after training alone
+    midtrain: list[Evaluation]  # at the steps of early stopping
+
+
+def task_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The task that the flags ask for."""
+    questions, retention = questions_of(args), fill(RetentionSettings, args)
+    finder = finder_of(questions, retention.questions())
+    encoder = ChatEncoder(tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
+    selection, examples = load_data(fill(RowChoice, args), encoder, finder)
+    validation = tokenised(args, examples("validation"), encoder, "validation")
+    evaluations = all_evaluations(tokenizer, validation, questions, args)
+    kept = retention_evaluations(retention.questions(), retention)
+    evaluations["compared"] += kept
+    evaluations["midtrain"] += kept if args.early_stop_metric == "retention" else []
+    return Task(encoder, finder, selection, examples, validation, questions, **evaluations)
 
 
 def questions_of(args: argparse.Namespace) -> list[dict]:
@@ -272,22 +292,28 @@ def finder_of(mtbench: list[dict], retention: list[dict]) -> LeakFinder:
 def early_stopping(
     args: argparse.Namespace, measured: Callable[..., dict], midtrain: list[Evaluation], before: dict[str, list[dict]]
 ) -> EarlyStopping:
-    """Measures validation loss and MT-Bench at steps; `before` are the rows of the base, once they are there."""
+    """Measures at steps what stands in `midtrain`; `before` are the rows of the base, once they are there."""
     from llm_alignment.sft import EarlyStopping
-    from llm_alignment.validation import summarise_validation
+
+    keys = {"loss": "val_loss", "val_loss": "val_loss"} | {e.name: e.name for e in midtrain[1:]}
+    items = {evaluation.name: {item["question_id"] for item in evaluation.items} for evaluation in midtrain}
+
+    def figures(rows: dict[str, list[dict]]) -> dict[str, float]:
+        summaries: dict = {}
+        for evaluation in midtrain:
+            same = [row for row in rows.get(evaluation.name, []) if row["question_id"] in items[evaluation.name]]
+            summaries |= evaluation.summarise(same) if same else {}
+        found = {name: METRICS[metric].read(summaries) for name, metric in keys.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
     def evaluate(model: PeftModel, step: int) -> dict[str, float]:
         place = Path(args.output_dir), f"step_{step}"
-        rows = measured(model, evaluations=midtrain, place=place, with_adapter=True)
-        score = summarise(rows["mtbench"])["avg"]
-        return {"loss": summarise_validation(rows["validation"])["val_loss"], "mtbench": score}
+        return figures(measured(model, evaluations=midtrain, place=place, with_adapter=True))
 
-    def baseline() -> float | None:
-        asked = {item["question_id"] for item in midtrain[-1].items}
-        same = [row for row in before.get("mtbench", []) if row["question_id"] in asked]
-        return summarise(same)["avg"] if same else None
-
-    return EarlyStopping(args.early_stop_patience, args.eval_steps, evaluate, baseline)
+    return EarlyStopping(
+        args.early_stop_patience, args.eval_steps, args.early_stop_metric, evaluate,
+        lambda: figures(before).get(args.early_stop_metric),
+    )  # fmt: skip
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -300,24 +326,29 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--kl_on replay cannot tell the rows of --packing apart; leave out one of them")
     if args.packing and args.streaming:
         raise InputError("--packing cannot count its sequences in a stream; leave out --streaming or --packing")
-    if args.early_stop_patience is not None and args.mtbench_ru == "none":
-        raise InputError("--early_stop_patience decides by MT-Bench: leave out --mtbench_ru none or the patience")
+    off = {"mtbench": args.mtbench_ru == "none", "retention": not args.do_retention, "val_loss": False}
+    if args.early_stop_patience is not None and off[args.early_stop_metric]:
+        raise InputError(
+            f"--early_stop_patience decides by {args.early_stop_metric}, which this run does not measure: switch it "
+            "on, or name another --early_stop_metric"
+        )
     if args.early_stop_patience is None and args.mtbench_midtrain_questions:
         log.warning("--mtbench_midtrain_questions is not used without --early_stop_patience")
     if args.early_stop_patience is not None and args.skip_baseline_eval:
         log.warning("--skip_baseline_eval: early stopping has no baseline, so it does not see a fall below it")
 
 
-def replayed(
-    args: argparse.Namespace, rows: Dataset, model: PreTrainedModel, encoder: ChatEncoder, finder: LeakFinder,
-    fingerprint: dict,
-) -> Dataset:  # fmt: skip
-    """The training rows with those of --replay, which the base `model` writes before an adapter is on it."""
-    settings = fill(ReplaySettings, args)
-    write = functools.partial(
-        own_dialogues, model, encoder, finder, folder=Path(args.output_dir), fingerprint=fingerprint, settings=settings
-    )
-    return replay_rows(rows, settings, encoder, finder, write)
+def training_rows(args: argparse.Namespace, task: Task, model: PreTrainedModel, fingerprint: dict) -> Dataset:
+    """The rows to train on as tokens, those of --replay among them, which the base `model` writes itself."""
+    rows = task.examples("train")
+    if args.replay_ratio:
+        settings, folder = fill(ReplaySettings, args), Path(args.output_dir)
+        write = functools.partial(
+            own_dialogues, model, task.encoder, task.finder,
+            folder=folder, fingerprint={**fingerprint, "adapter": "none"}, settings=settings,
+        )  # fmt: skip
+        rows = replay_rows(rows, settings, task.encoder, task.finder, write)
+    return tokenised(args, rows, task.encoder, "train")
 
 
 def tokenised(args: argparse.Namespace, rows: Dataset, encoder: ChatEncoder, side: str) -> Dataset:
@@ -333,9 +364,10 @@ def tokenised(args: argparse.Namespace, rows: Dataset, encoder: ChatEncoder, sid
 
 def all_evaluations(
     tokenizer: PreTrainedTokenizerBase, rows: Dataset, questions: list[dict], args: argparse.Namespace
-) -> tuple[dict[str, list[Evaluation]], str | None]:
-    """What is measured: "compared" before and after, "final" after alone, "midtrain" at the steps of early stopping;
-    and the hub commit of the reward model. `rows`: all of the validation split.
+) -> dict[str, list[Evaluation]]:
+    """What is measured: "compared" before and after, "final" after alone, "midtrain" at the steps of early stopping.
+
+    `rows`: all of the validation split.
     """
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -351,7 +383,7 @@ def all_evaluations(
         {"question_id": number, "cluster": number, "input_ids": row["input_ids"], "labels": row["labels"]}
         for number, row in enumerate(first)
     ]
-    compared, midtrain, commit = [validation, drift_evaluation(drift_rows)], [validation], None
+    compared, midtrain = [validation, drift_evaluation(drift_rows)], [validation]
     if questions:
         reward_model = load_reward_model(
             args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code, on_meta=args.dry_run
@@ -363,9 +395,8 @@ def all_evaluations(
         some = sample_questions(questions, args.mtbench_midtrain_questions, args.mtbench_questions_seed)
         compared.append(scored_evaluation("mtbench", questions, decoding, reward_model))
         midtrain.append(scored_evaluation("mtbench", some, decoding, reward_model))
-        commit = reward_model.commit
     full = validation_evaluation("validation_full", rows, collator, args.batch)
-    return {"compared": compared, "final": [full], "midtrain": midtrain}, commit
+    return {"compared": compared, "final": [full], "midtrain": midtrain}
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ from records import HERE, find_run, flatten, run_of_folder
 from seeds import NO_SETTINGS
 from tables import with_reading
 
-from llm_alignment import dpo, tatqa
+from llm_alignment import retention, tatqa
 from llm_alignment.evaluation import EVALUATIONS, TableRow, number, pair_rows, print_table, table_rows, table_texts
 from llm_alignment.files import InputError, SkippedRows, differing, write_atomic
 from llm_alignment.results import read_results
 from llm_alignment.scores import compare_scored, summarise_scored
 
 # the evaluations whose rows hold answers
-COMPARED = ("mtbench", "tatqa", "held_out", "instruct", "finance_instruct", "reddit")
+COMPARED = ("mtbench", "retention", "tatqa", "held_out", "instruct", "finance_instruct", "reddit")
 
 
 def settings_of(name: str, files: list[Path]) -> dict:
@@ -141,7 +141,12 @@ def comparison_table(key: str, *sides: list[dict]) -> list[TableRow]:
     if key == "tatqa":
         before, after = ({key: tatqa.summarise_tatqa(rows)} for rows in sides)
         return table_rows(before, after, tatqa.compare_tatqa(*sides))
+    if key == "retention":
+        before, after = map(retention.summarise_retention, sides)
+        return table_rows(before, after, retention.compare_retention(*sides))
     if key == "held_out":
+        from llm_alignment import dpo  # torch and TRL with it
+
         before, after = ({key: dpo.summarise_rewards(rows)} for rows in sides)
         return table_rows(before, after, dpo.compare_rewards(*sides))
     before, after = (summarise_scored(key, rows) for rows in sides)
@@ -149,9 +154,9 @@ def comparison_table(key: str, *sides: list[dict]) -> list[TableRow]:
 
 
 def question_score(key: str, row: dict) -> float:
-    """1-10, the mean over the turns; for TAT-QA 100 or 0, so that means are per cent; for a pair its reward margin."""
-    if key == "tatqa":
-        return 100.0 * row["em_like"]
+    """1-10, the mean over the turns; 100 or 0 where an answer is right or wrong; of a pair its reward margin."""
+    if key in {"tatqa", "retention"}:
+        return 100.0 * row["em_like" if key == "tatqa" else "right"]
     if key == "held_out":
         return row["chosen_reward"] - row["rejected_reward"]
     return statistics.fmean(row["scores"])
@@ -182,6 +187,9 @@ def answered_turns(key: str, row: dict) -> list[tuple[str, str, str]]:
         return [(row["question"], row["answer"], mark)]
     if key == "held_out":
         return [(side, row[side], f"reward {row[f'{side}_reward']:.2f}") for side in ("chosen", "rejected")]
+    if key == "retention":
+        marks = [""] * (len(row["turns"]) - 1) + ["right" if row["right"] else "wrong"]
+        return list(zip(row["turns"], row["answers"], marks, strict=True))
     pairs = zip(row["scores"], row["rewards"], strict=True)
     marks = [f"{score:.2f} (raw {reward:.2f})" for score, reward in pairs]
     return list(zip(row["turns"], row["answers"], marks, strict=True))
@@ -223,7 +231,7 @@ def print_power(names: list[str], files: list[Path], difference: float | None = 
         if spread == 0:
             print(f"{EVALUATIONS[key]}: all {len(differences)} questions changed alike, which says nothing of others")
             continue
-        units = {"tatqa": "percentage points", "held_out": "of reward margin"}
+        units = {"tatqa": "percentage points", "retention": "percentage points", "held_out": "of reward margin"}
         unit = units.get(key, "points on the 1-10 scale")
         print(
             f"{EVALUATIONS[key]}: {len(differences)} questions, mean difference "

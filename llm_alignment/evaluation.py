@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -101,8 +102,8 @@ METRICS = {
     "tatqa_f1": Metric("TAT-QA, official F1, %", ("tatqa", "f1")),
     "reward_accuracy": Metric("held-out pairs, accuracy, %", ("held_out", "accuracy")),
     "reward_margin": Metric("held-out pairs, reward margin", ("held_out", "margin")),
-    "chosen_log_prob": Metric("held-out pairs, log-probability of the chosen answer", ("held_out", "chosen_log_prob")),
-    "margin_by_length": Metric("held-out pairs, correlation of margin and length", ("held_out", "margin_by_length")),
+    "chosen_log_prob": Metric("held-out pairs, chosen log-prob.", ("held_out", "chosen_log_prob")),
+    "margin_by_length": Metric("held-out pairs, margin by length, r", ("held_out", "margin_by_length")),
 } | {key: metric for name in SCORED for key, metric in scored_metrics(name, EVALUATIONS[name]).items()}
 METRICS |= {
     f"{name}_{kind}": Metric(f"{EVALUATIONS[name]}, {title}", ("health", name, kind), lower_is_better=True, of=name)
@@ -293,7 +294,10 @@ def report(
             figure = plot_categories(EVALUATIONS[name], baseline.get(name), final[name], delta.get(name))
             save_figure(figure, folder / f"{name}.png")
     write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
-    print_table(title or str(folder), table_rows(baseline, final, delta, details=details))
+    for line in in_short(delta):
+        log.info("%s", line)
+    headline = not details and record.get("args", {}).get("table") == "headline"
+    print_table(title or str(folder), table_rows(baseline, final, delta, details=details, headline=headline))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
 
 
@@ -341,10 +345,35 @@ class TableRow(NamedTuple):
     lower_is_better: bool = False
 
 
-def table_rows(baseline: dict, final: dict, delta: dict, *, details: bool = False) -> list[TableRow]:
-    """The lines of every metric that was measured, with those of its answer types, and with `details` of its parts."""
+HEADLINE = {
+    "val_loss", "ppl", "drift", "retention", "own_drift", "tatqa", "tatqa_em", "reward_accuracy", "reward_margin",
+    "mtbench", "instruct", "instruct_checks", "finance_instruct", "reddit",
+}  # fmt: skip
+
+
+def in_short(delta: dict[str, dict]) -> list[str]:
+    """What was learned, what was lost and what cannot be told, by the tests of the headline metrics."""
+    found: dict[str, list[str]] = {"learned": [], "lost": [], "cannot be told": []}
+    for name, metric in METRICS.items():
+        change = delta.get(name)
+        if name not in HEADLINE or name in {"drift", "own_drift"} or not change or change["mean"] is None:
+            continue
+        is_gain = (change["mean"] > 0) != metric.lower_is_better
+        told = change["p"] is not None and change["p"] <= 0.05
+        kind = ("learned" if is_gain else "lost") if told else "cannot be told"
+        found[kind].append(f"{metric.title} {number(change['mean'], '+')}" if told else metric.title)
+    return [f"{kind}: {'; '.join(items) or 'nothing'}" for kind, items in found.items()]
+
+
+def table_rows(
+    baseline: dict, final: dict, delta: dict, *, details: bool = False, headline: bool = False
+) -> list[TableRow]:
+    """The lines of every metric that was measured, with those of its answer types, and with `details` of its parts;
+    or the `headline` alone, and the health of answers where it is not good."""
     rows = []
     for name, metric in METRICS.items():
+        if headline and name not in HEADLINE and metric.keys[:1] != ("health",):
+            continue
         before, after = metric.read(baseline), metric.read(final)
         if before is None and after is None and name not in delta:
             continue
@@ -417,21 +446,24 @@ def table_texts(rows: list[TableRow]) -> tuple[list[list[str]], str]:
 
 
 def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("baseline", "final")) -> None:
-    """Prints the lines of `table_texts` under the names of the two sides. Plain ASCII, at most 120 columns."""
+    """Prints the lines of `table_texts` under the names of the two sides. Plain ASCII, as wide as the terminal."""
     from rich.box import Box
     from rich.console import Console
     from rich.table import Table
 
+    width = max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
+    is_wide = width >= 110  # else without the items that changed and the verdict
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
     table = Table(box=rules, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for column in (*sides, "difference [95 % interval]", "p", "changed"):
+    table.add_column("", no_wrap=is_wide, overflow="fold")
+    for column in (*sides, "difference [95 % interval]", "p", *["changed"] * is_wide):
         table.add_column(column, justify="right", no_wrap=True, overflow="fold")
-    table.add_column("", overflow="fold")
+    if is_wide:
+        table.add_column("", overflow="fold")
     texts, note = table_texts(rows)
     for cells in texts:
-        table.add_row(*cells[:3], " ".join(cells[3:5]), *cells[5:])
-    console = Console(width=120, color_system=None, legacy_windows=False, markup=False, highlight=False)
+        table.add_row(*[*cells[:3], " ".join(cells[3:5]), *cells[5:]][: len(table.columns)])
+    console = Console(width=width, color_system=None, legacy_windows=False, markup=False, highlight=False)
     console.print(title, soft_wrap=True)
     console.print(table)
     if note:

@@ -81,7 +81,7 @@ def own_dialogues(
 
     It continues the template's opening of a user's turn (temperature 1, top_p 0.9) and answers greedily. What does not
     end within 512 tokens, loops, repeats another question or holds an evaluation's is dropped. Every try is kept in
-    `folder`/replay.jsonl and in the cache by base and seed, so a restart continues and another run tries nothing again.
+    `folder`/replay.jsonl and in the cache by base and seed: a restart continues, and another run tries nothing again.
     """
     tokenizer, kept = encoder.tokenizer, {}
     what = {"replay": {"seed": settings.seed, "tokens": TOKENS}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -9,7 +10,7 @@ import logging
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -212,8 +213,7 @@ def load_data(
 
     They have the columns "messages" and "length", in characters, and lie in files that are removed when the process
     ends. Rows that `encoder` refuses, and chosen ones in which `finder` finds a text of an evaluation, are left out,
-    counted and named. Raises InputError when no row of the subset can
-    be used.
+    counted and named. Raises InputError when no row of the subset can be used.
     """
     import datasets
     from datasets.fingerprint import get_temporary_cache_files_directory
@@ -222,12 +222,16 @@ def load_data(
         raise InputError(f"--mix_reasoning_ratio mixes two subsets and --subset is {choice.subset}; add --subset both")
     folder = Path(tempfile.mkdtemp(dir=get_temporary_cache_files_directory()))
     every = folder / "rows.arrow"
-    selection = select_rows(store_rows(choice, encoder, every), choice)
+    found = store_rows(choice, encoder, every)
+    selection = select_rows(found, choice)
     if finder:
         selection = without_questions(selection, datasets.Dataset.from_file(str(every)), finder)
     for side in SIDES:
         copy_rows(every, selection.of(side), folder / f"{side}.arrow")
-    every.unlink()
+    with contextlib.suppress(PermissionError):  # Windows keeps a file that was mapped; it goes with the folder
+        every.unlink()
+    used, usable = sum(selection.counts.values()), sum(len(hashes.rows) for hashes in found.values())
+    log.info("%d of %d usable rows are used (--sample_ratio %g)", used, usable, choice.sample_ratio)
     return selection, lambda side: datasets.Dataset.from_file(str(folder / f"{side}.arrow"))
 
 
@@ -253,53 +257,59 @@ def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> di
     """Reads every row, writes the usable ones of the wanted subsets to an Arrow file, and returns their hashes."""
     import pyarrow
 
-    kinds: Counter = Counter()
-    unread: Counter = Counter()
-    thoughts = 0
-
     wanted = {"general", "reasoning"} if choice.subset == "both" else {choice.subset}
     found = {subset: RowHashes.none() for subset in sorted(wanted)}
-    others: Counter = Counter()
-    skipped, waiting, count = SkippedRows(), [], 0
+    waiting: list[Turns] = []
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema()) as stream:
-        for place, row in open_dataset(choice.dataset, "--dataset", skipped):
-            try:
-                (kind, turns), subset = read_conversation(row), subset_of(row)
-                if subset not in wanted:
-                    others[subset] += 1
-                    continue
-                written = turns
-                if choice.system_prompt and turns[0][0] != "system":
-                    written = [("system", choice.system_prompt), *turns]
-                if encoder and (refusal := encoder.refusal(written)):
-                    raise ValueError(refusal)
-            except ValueError as error:
-                skipped.add(place, str(error))
-                continue
+        for number, (subset, turns, written) in enumerate(usable_rows(choice, wanted, encoder)):
             hashes, prompt = found[subset], prompt_of(turns)
             hashes.rows.append(unit_hash(choice.sample_seed, turns))
             hashes.prompts.append(unit_hash(choice.sample_seed, "prompt", prompt))
             hashes.forms.append(unit_hash([(role, normalise_text(text) or text) for role, text in prompt]))
-            hashes.numbers.append(count)
-            count += 1
-            kinds[kind] += 1
-            thoughts += any(role == "assistant" and split_thought(text)[0] for role, text in turns)
-            if len(row) > 2 or any(len(message) > 2 for message in row.get("messages", ())):
-                unread.update(unread_fields([row], COLUMNS))
+            hashes.numbers.append(number)
             waiting.append(written)
             if len(waiting) == ROWS_AT_ONCE:
                 stream.write_batch(record_batch(waiting))
                 waiting.clear()
         stream.write_batch(record_batch(waiting))
+    return found
+
+
+def usable_rows(
+    choice: RowChoice, wanted: set[str], encoder: ChatEncoder | None
+) -> Iterator[tuple[str, Turns, Turns]]:
+    """The subset, the turns, and the turns with --system_prompt, of the rows that can be trained on; says at the end
+    what else there was. Raises InputError when there is none."""
+    others, kinds, unread = Counter[str](), Counter[str](), Counter[str]()
+    skipped, thoughts = SkippedRows(), 0
+    for place, row in open_dataset(choice.dataset, "--dataset", skipped):
+        try:
+            (kind, turns), subset = read_conversation(row), subset_of(row)
+            if subset not in wanted:
+                others[subset] += 1
+                continue
+            written = turns
+            if choice.system_prompt and turns[0][0] != "system":
+                written = [("system", choice.system_prompt), *turns]
+            if encoder and (refusal := encoder.refusal(written)):
+                raise ValueError(refusal)
+        except ValueError as error:
+            skipped.add(place, str(error))
+            continue
+        kinds[kind] += 1
+        thoughts += any(role == "assistant" and split_thought(text)[0] for role, text in turns)
+        if len(row) > 2 or any(len(message) > 2 for message in row.get(kind, ())):
+            unread.update(unread_fields([row], COLUMNS))
+        yield subset, turns, written
     skipped.report("rows")
     if others:
         log.info("rows of other subsets, not used: %s", ", ".join(f"{n} {subset}" for subset, n in others.items()))
-    if not count:
+    if not kinds:
         seen = f"; it has {dict(others)}" if others else ""
         places = f" ({'; '.join(skipped.places)})" if skipped.places else ""
+        shapes = f"; accepted are rows {SHAPES}" if "(columns " in places else ""
         raise InputError(
-            f"--dataset {choice.dataset}: no usable row of subset {choice.subset}{seen}{places}; choose others, or "
-            f"write them as {SHAPES}"
+            f"--dataset {choice.dataset}: no usable row of subset {choice.subset}{seen}{places}; choose others{shapes}"
         )
     log.info("rows read as: %s", counted(kinds))
     if unread:
@@ -307,7 +317,6 @@ def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> di
     if thoughts and encoder:
         what = "trained on" if encoder.thinking else "left out; --thinking trains on them"
         log.info("thoughts of %d rows: %s", thoughts, what)
-    return found
 
 
 def counted(kinds: Counter) -> str:

@@ -95,9 +95,7 @@ def test_drift_is_measured_on_reference_answers(demo_tokenizer, logged):
         "mtbench": [],
         "finance_instruct": [("f1", turns, "A loan.", "f1")],
     }
-    tasks = [
-        Evaluation(name=name, items=[], read=list, references=answers) for name, answers in references.items()
-    ]
+    tasks = [Evaluation(name=name, items=[], read=list, references=answers) for name, answers in references.items()]
     (task,) = drift.reference_drift(demo_tokenizer, tasks, PromptStyle(), 3072)
     assert [row["question_id"] for row in task.items] == ["tatqa q1", "finance_instruct f1"]
     assert json.dumps(task.items)  # plain numbers
