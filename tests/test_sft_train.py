@@ -406,13 +406,20 @@ def test_logged_commands_parse():
         assert args.output_dir.startswith("qwen3_") and args.no_4bit is False
 
 
+def stops(metric, baseline, scores, patience=2):
+    return sft.early_stop_reason(baseline, scores, patience, *sft.RULES[metric])
+
+
 def test_early_stopping_rule():
-    assert sft_train.early_stop_reason(5.0, [4.9], 2) is None
-    assert sft_train.early_stop_reason(5.0, [4.69], 2).startswith("MT-Bench 4.690 is more than 0.30 below")
-    assert sft_train.early_stop_reason(None, [1.0], 1) is None
-    assert sft_train.early_stop_reason(5.0, [5.0, 5.04, 5.02], 2) == "2 evaluations without a gain of 0.05"
-    assert sft_train.early_stop_reason(5.0, [5.0, 5.04, 5.08], 2) is None  # small gains add up
-    assert sft_train.early_stop_reason(5.0, [5.0, 4.8, 5.1, 5.0], 2) is None
+    assert stops("mtbench", 5.0, [4.9]) is None
+    assert stops("mtbench", 5.0, [4.69]).startswith("MT-Bench 4.690 is more than 0.30")
+    assert stops("mtbench", None, [1.0], 1) is None
+    assert stops("mtbench", 5.0, [5.0, 5.04, 5.02]).startswith("2 evaluations without a gain of 0.05")
+    assert stops("mtbench", 5.0, [5.0, 5.04, 5.08]) is None  # small gains add up
+    assert stops("mtbench", 5.0, [5.0, 4.8, 5.1, 5.0]) is None
+    assert stops("val_loss", 2.0, [2.0, 1.9, 1.8]) is None and stops("val_loss", 2.0, [2.06]).startswith("validation")
+    assert stops("val_loss", 2.0, [1.8, 1.81, 1.8]).startswith("2 evaluations without a gain of 0.005")
+    assert stops("retention", 80.0, [75.5]) is None and stops("retention", 80.0, [74.9]).startswith("retention 74.900")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
