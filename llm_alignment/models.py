@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from llm_alignment.devices import GPU_MEMORY_SHARE, prepare_cuda, unused_card
+from llm_alignment.devices import prepare_cuda, unused_card
 from llm_alignment.files import InputError, digest, file_sha256, is_out_of_memory
 from llm_alignment.hub import commit_of
 from llm_alignment.model_files import check_files, fetch_model, stored_tensors
@@ -77,7 +77,7 @@ def resolve_base(flags: BaseFlags) -> Base:
     quantization = "none" if flags.no_4bit else flags.quant_type
     device, dtype = device_and_dtype(flags.dtype)
     if device.type == "cuda":
-        prepare_cuda(device, flags.gpu_memory_share or GPU_MEMORY_SHARE)
+        prepare_cuda(device, flags.gpu_memory_share)
     elif line := unused_card():
         log.warning("%s", line)
     return Base(name, folder, commit, device, dtype, quantization, flags.trust_remote_code)
