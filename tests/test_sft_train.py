@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 from conftest import DEMO, ROOT, chat, logged_commands, read_rows, write_rows
 from run_records import records
+from toys import setup_of
 
 import sft_train
-from llm_alignment import files, models
+from llm_alignment import files, models, sft
+from llm_alignment.anchored_loss import AnchorSettings
 from llm_alignment.encoder import ChatEncoder
 from llm_alignment.files import SkippedRows
+from llm_alignment.flags import fill
+from llm_alignment.training import TrainingSettings
 
 TWIX = [row for _, row in files.read_rows(DEMO / "twix.jsonl", SkippedRows())]
 FOLDER = tempfile.TemporaryDirectory()
@@ -94,9 +98,7 @@ def test_a_run_measures_trains_and_leaves_everything(tmp_path, capsys):
 def test_early_stopping_asks_a_sample_and_the_end_asks_all(tmp_path, monkeypatch):
     """2 of 6 questions at the steps; the score is compared with the base's on the same 2."""
     folder, compared = tmp_path / "run", []
-    monkeypatch.setattr(
-        sft_train, "early_stop_reason", lambda baseline, scores, patience: compared.append(baseline) and None
-    )
+    monkeypatch.setattr(sft, "early_stop_reason", lambda baseline, *_: compared.append(baseline))
     argv = flags(folder, "--mtbench_ru", str(DEMO / "mt_bench_ru.jsonl"), "--mtbench_questions_limit", "6")
     argv += ["--mtbench_midtrain_questions", "2", "--early_stop_patience", "3", "--eval_steps", "8"]
     argv += ["--mtbench_max_tokens", "8"]
@@ -156,17 +158,29 @@ def test_packed_examples_do_not_see_one_another(tmp_path):
     import datasets
     import torch
 
-    args = sft_train.build_parser().parse_args(
-        ["--model", str(DEMO / "model"), "--no_4bit", "--packing", "--batch", "2", "--kl_warmup_steps", "0"]
-        + ["--max_seq_length", "64", "--kl_limit_seq", "5", "--output_dir", str(tmp_path), "--lora_dropout", "0"]
-    )
-    tokenizer = models.load_tokenizer(args)
-    encoder = ChatEncoder(tokenizer, thinking=False, assistant_only=False)
+    argv = [
+        "--model",
+        str(DEMO / "model"),
+        "--no_4bit",
+        "--batch",
+        "2",
+        "--kl_warmup_steps",
+        "0",
+        "--kl_limit_seq",
+        "5",
+    ]
+    argv += ["--max_seq_length", "64", "--output_dir", str(tmp_path), "--lora_dropout", "0"]
+    args = sft_train.build_parser().parse_args(argv)
+    setup = setup_of(vars(args))
+    encoder = ChatEncoder(setup.tokenizer, thinking=False, assistant_only=False)
     rows = datasets.Dataset.from_list([encoder(chat(f"Привет, {n}", "ответ " * (n + 3))) for n in range(9)])
+    settings = fill(TrainingSettings, args, longest=64)
     losses = []
     for packing in (True, False):
-        args.packing = packing
-        trainer = sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows)
+        trainer = sft.build_trainer(
+            models.load_model(setup.base), setup, {"train": rows, "validation": rows}, settings,
+            sft=sft.SftSettings(64, packing, 1), anchor=fill(AnchorSettings, args),
+        )  # fmt: skip
         torch.manual_seed(0)
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
@@ -392,13 +406,20 @@ def test_logged_commands_parse():
         assert args.output_dir.startswith("qwen3_") and args.no_4bit is False
 
 
+def stops(metric, baseline, scores, patience=2):
+    return sft.early_stop_reason(baseline, scores, patience, *sft.RULES[metric])
+
+
 def test_early_stopping_rule():
-    assert sft_train.early_stop_reason(5.0, [4.9], 2) is None
-    assert sft_train.early_stop_reason(5.0, [4.69], 2).startswith("MT-Bench 4.690 is more than 0.30 below")
-    assert sft_train.early_stop_reason(None, [1.0], 1) is None
-    assert sft_train.early_stop_reason(5.0, [5.0, 5.04, 5.02], 2) == "2 evaluations without a gain of 0.05"
-    assert sft_train.early_stop_reason(5.0, [5.0, 5.04, 5.08], 2) is None  # small gains add up
-    assert sft_train.early_stop_reason(5.0, [5.0, 4.8, 5.1, 5.0], 2) is None
+    assert stops("mtbench", 5.0, [4.9]) is None
+    assert stops("mtbench", 5.0, [4.69]).startswith("MT-Bench 4.690 is more than 0.30")
+    assert stops("mtbench", None, [1.0], 1) is None
+    assert stops("mtbench", 5.0, [5.0, 5.04, 5.02]).startswith("2 evaluations without a gain of 0.05")
+    assert stops("mtbench", 5.0, [5.0, 5.04, 5.08]) is None  # small gains add up
+    assert stops("mtbench", 5.0, [5.0, 4.8, 5.1, 5.0]) is None
+    assert stops("val_loss", 2.0, [2.0, 1.9, 1.8]) is None and stops("val_loss", 2.0, [2.06]).startswith("validation")
+    assert stops("val_loss", 2.0, [1.8, 1.81, 1.8]).startswith("2 evaluations without a gain of 0.005")
+    assert stops("retention", 80.0, [75.5]) is None and stops("retention", 80.0, [74.9]).startswith("retention 74.900")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
