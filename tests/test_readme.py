@@ -79,6 +79,19 @@ def test_flags_that_are_named_exist():
     known = " ".join(importlib.import_module(name).build_parser().format_help() for name in SCRIPTS)
     named = {flag for text in re.findall(r"`([^`\n]+)`", GUIDES) for flag in re.findall(r"(?<![\w-])--\w+", text)}
     assert len(named) > 30
-    elsewhere = {"--compare", "--seeds", "--plan", "--merged", "--power", "--import", "--list", "--no", "--extra"}
+    elsewhere = {
+        "--compare",
+        "--run",
+        "--grid",
+        "--mine",
+        "--seeds",
+        "--plan",
+        "--merged",
+        "--power",
+        "--import",
+        "--list",
+        "--no",
+        "--extra",
+    }
     for flag in named - elsewhere:
         assert re.search(rf"{flag}\b", known), flag
