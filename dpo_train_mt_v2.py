@@ -303,13 +303,8 @@ def run_stage(
         if not (folder / "run.json").exists():
             data = stage_fingerprint(stage, pairs)
             write_json(folder / "run.json", {"args": stage.args, "device": device, "data": data})
-    entry: dict = {
-        "stage": stage.number,
-        "pairs": len(pairs),
-        "baseline": {},
-        "final": {},
-        "delta": {},
-        "runtime_s": {},
+    entry: dict = {"stage": stage.number, "pairs": len(pairs)} | {
+        key: {} for key in ("baseline", "final", "delta", "runtime_s")
     }
     fingerprint = models.base_fingerprint(setup.base, thinking=stage.args["thinking"])
     use_cache = not stage.args["no_baseline_cache"]
@@ -318,7 +313,7 @@ def run_stage(
         with timed(entry, name):
             return measure(
                 trainer.model, setup.tokenizer, evaluations, (where, name),
-                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache and not with_adapter,
+                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache,
             )  # fmt: skip
 
     if stage.number == 1 and stage.args["eval_baseline"]:
@@ -347,7 +342,7 @@ def training_settings(stage: Stage) -> TrainingSettings:
 
 def chat_style(stage: Stage) -> PromptStyle:
     """The pairs are conversations; --use_chat_template is about TAT-QA's prompts."""
-    return dataclasses.replace(stage.fill(PromptStyle), use_chat_template=True)
+    return dataclasses.replace(stage.fill(PromptStyle), use_chat_template=True, system=stage.args["system_prompt"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,7 +380,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         setups[stage.number].check_folder()
         if stage is not first and stage.folder.exists():
             raise InputError(f"{stage.folder}: {other_stage(stage.number)}")
-    pairs, evaluations, data, commits = pairs_and_evaluations(args, record, setup, stages)
+    pairs, evaluations, data = pairs_and_evaluations(args, record, setup, stages)
     gates = asked_gates(args.gates, evaluations)
     if args.dry_run:
         plans.log_gates(gates, Path(args.exp_log), args.model)
@@ -399,7 +394,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if not from_scratch:
         setups[first.number].check_folder(stage_fingerprint(first, pairs[first.number]))
         checkpoint = training.newest_complete(first.folder, setup.resume)
-    begin(record, data, setup.base, commits)
+    begin(record, data, setup.base)
     if from_scratch and main_process():
         for stage in reversed(stages):  # a kill in between leaves no stage whose basis is gone
             remove_folder(stage.folder)
@@ -449,8 +444,8 @@ def stages_to_run(args: argparse.Namespace) -> list[int]:
 
 def pairs_and_evaluations(
     args: argparse.Namespace, record: dict, setup: Setup, stages: list[Stage]
-) -> tuple[dict[int, list[dict]], list[Evaluation], dict, dict[str, str | None]]:
-    """(training pairs by stage, what is measured, fingerprint of the data, commits of the hub)."""
+) -> tuple[dict[int, list[dict]], list[Evaluation], dict]:
+    """(training pairs by stage, what is measured, fingerprint of the data)."""
     from llm_alignment import domains, finance
 
     numbers = [stage.number for stage in stages]
@@ -468,7 +463,7 @@ def pairs_and_evaluations(
         },
         {"MT-Bench question": asked_passages(mtbench)},
     )
-    evaluations, reward_commit = domains.dpo_evaluations(
+    evaluations = domains.dpo_evaluations(
         setup.tokenizer,
         fill(domains.MeasuringSettings, args),
         fill(PromptStyle, args),
@@ -506,7 +501,7 @@ def pairs_and_evaluations(
                 "the base's answers were cut"
             )
     fingerprint = finance.data_fingerprint(data, [pair for number in numbers for pair in pairs[number]])
-    return pairs, evaluations, fingerprint, {"model": setup.base.commit, "reward_model": reward_commit}
+    return pairs, evaluations, fingerprint
 
 
 def finish(

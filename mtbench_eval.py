@@ -31,7 +31,9 @@ from llm_alignment.flags import (
     parse_arguments,
 )
 from llm_alignment.hub import hub_files
+from llm_alignment.judge import check_judge, judge_lines
 from llm_alignment.parser import Parser, add_group
+from llm_alignment.preferences import read_pairs
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle, render
 from llm_alignment.results import ResultFile, baseline_cache, read_results
@@ -214,8 +216,19 @@ def main(argv: list[str] | None = None) -> dict:
     """Runs the evaluation that `argv` asks for and returns its record."""
     args = parse_arguments(build_parser(), argv, DEMO)
     with recorded_run(args, argv, "mtbench_eval.py") as record:
-        run(args, record)
+        (run_judge if args.check_judge else run)(args, record)
     return record
+
+
+def run_judge(args: argparse.Namespace, record: dict) -> None:
+    """How often the reward model agrees with the pairs of --check_judge."""
+    from llm_alignment.rewards import load_reward_model
+
+    pairs = read_pairs(args.check_judge, "--check_judge")
+    judge = load_reward_model(args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code)
+    record["final"]["judge"] = check_judge(pairs, judge.score)
+    for line in judge_lines(record["final"]["judge"]):
+        log.info("%s", line)
 
 
 def run(args: argparse.Namespace, record: dict) -> None:
@@ -263,7 +276,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         for evaluation in evaluations:  # refuses the folder of another evaluation before anything in it changes
             ResultFile(paths[evaluation.name], {**fingerprint, **evaluation.settings})
     data = {"questions": args.questions, "n": len(questions), "sha256": mtbench.settings["questions"]}
-    folder = begin(record, data, base, {"model": base.commit, "reward_model": reward_model.commit})
+    folder = begin(record, data, base)
     rows = {}
     with timed(record, "final"):
         for evaluation in evaluations:

@@ -120,7 +120,14 @@ def without_nulls(row: dict) -> dict:
 
 DATA_SUFFIXES = {".jsonl", ".json", ".parquet"}
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` writes
-NOT_TRAINING = re.compile(r"(^|[^a-z])(test|testing|valid|validation|dev|eval|evaluation)([^a-z]|$)")
+NOT_TRAINING = re.compile(
+    r"(^|[^a-z])(tests?|testing|val|valid|validation|dev|devel|development|eval|evals|evaluation|hold[-_ ]?out|"
+    r"held[-_ ]?out)([^a-z]|$)"
+)
+ARCHIVES = {  # by the bytes that a file begins with
+    b"PK\x03\x04": "zip", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"7z\xbc\xaf": "7z",
+    b"Rar!": "rar",
+}  # fmt: skip
 
 
 def data_suffix(path: Path) -> str:
@@ -174,6 +181,10 @@ def open_data(path: Path) -> Iterator[IO[bytes]]:
             raise InputError(f"{path}: UTF-16 text; save it as UTF-8 (in PowerShell: Set-Content -Encoding utf8)")
         opened: Any = gzip.open(path) if head.startswith(b"\x1f\x8b") else path.open("rb")
         with opened as file:
+            beginning = file.peek(512)
+            kind = next((kind for mark, kind in ARCHIVES.items() if beginning.startswith(mark)), "")
+            if kind or beginning[257:262] == b"ustar":
+                raise InputError(f"{path}: an archive ({kind or 'tar'}), not rows; unpack it and name a file of it")
             yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: a damaged gzip file ({error}); fetch it again") from error

@@ -190,7 +190,6 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
     add("--exp_log", default=exp_log, help="JSONL file that gets the run's record")
     add("--exp_tag", default="", help="a name for the run in that file, for rerun.py and report.py")
     if trains:
-        add("--time", action="store_true", help="with --dry_run: take two steps and one batch, and estimate the run")
         add("--report_to", type=tracker, choices=["none", *TRACKERS], default="none", help="tracker of the training")
     add_scoring_flags(parser)
     add = add_group(parser, "retention", trains="asked")

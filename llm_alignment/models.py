@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
+from llm_alignment.devices import GPU_MEMORY_SHARE, prepare_cuda, unused_card
 from llm_alignment.files import InputError, digest, file_sha256, is_out_of_memory
 from llm_alignment.hub import commit_of
 from llm_alignment.model_files import check_files, fetch_model, stored_tensors
@@ -60,6 +61,7 @@ class BaseFlags:
     quant_type: str = "nf4"
     no_4bit: bool = False
     trust_remote_code: bool = False
+    gpu_memory_share: float | None = None
 
 
 def resolve_base(flags: BaseFlags) -> Base:
@@ -73,7 +75,12 @@ def resolve_base(flags: BaseFlags) -> Base:
     folder = fetched or fetch_model(name, commit or revision, "--model")
     check_files(folder, f"--model {name}")
     quantization = "none" if flags.no_4bit else flags.quant_type
-    return Base(name, folder, commit, *device_and_dtype(flags.dtype), quantization, flags.trust_remote_code)
+    device, dtype = device_and_dtype(flags.dtype)
+    if device.type == "cuda":
+        prepare_cuda(device, flags.gpu_memory_share or GPU_MEMORY_SHARE)
+    elif line := unused_card():
+        log.warning("%s", line)
+    return Base(name, folder, commit, device, dtype, quantization, flags.trust_remote_code)
 
 
 def read_tokenizer(folder: Path, what: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ from pathlib import Path
 from llm_alignment.anchored_loss import AnchorSettings
 from llm_alignment.batches import padded_tokens
 from llm_alignment.dpo import DpoSettings
+from llm_alignment.encoder import ChatEncoder
 from llm_alignment.evaluation import Evaluation
 from llm_alignment.files import read_records
 from llm_alignment.gates import questions_needed
@@ -23,7 +24,7 @@ from llm_alignment.reference import PAIRS_AT_ONCE
 from llm_alignment.scores import conversation_tokens
 from llm_alignment.sft import SftSettings
 from llm_alignment.training import Setup, TrainingSettings, log_memory_plan, optimiser_steps
-from llm_alignment.twix import ChatEncoder, Selection
+from llm_alignment.twix import Selection
 
 log = logging.getLogger("llm_alignment")
 

@@ -6,6 +6,8 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from jinja2 import TemplateError
+
 from llm_alignment.files import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ class PromptStyle:
     use_chat_template: bool = True  # False: a prompt that is a text is read as it is
     thinking: bool = False
     max_prompt_length: int = 2048  # tokens
+    system: str = ""  # the system turn of conversations that have none
 
     @property
     def gap(self) -> str:
@@ -37,9 +40,16 @@ def render(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, style: 
     if isinstance(prompt, str) and not style.use_chat_template:
         return prompt
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True, enable_thinking=style.thinking
-    )
+    if style.system:
+        turns = [{"role": "system", "content": style.system}, *turns]
+    try:
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=style.thinking
+        )
+    except TemplateError as error:
+        if style.system:
+            raise InputError(f"--system_prompt: the chat template refuses it ({error}); leave it out") from error
+        raise
     if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         text = text.removeprefix(tokenizer.bos_token)  # the tokenizer writes it too
     return text

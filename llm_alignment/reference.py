@@ -5,27 +5,24 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llm_alignment.adapters import adapter_sha256
 from llm_alignment.evaluation import Evaluation, read_items
 from llm_alignment.files import digest
 from llm_alignment.results import baseline_cache
 
-if TYPE_CHECKING:
-    from llm_alignment.dpo import SharedPromptTrainer
-
 # Fixed, so that the numbers do not depend on --batch: another run finds the same ones.
 PAIRS_AT_ONCE = 8
 
 
-def add_reference(trainer: SharedPromptTrainer, folder: Path, *, fingerprint: dict, use_cache: bool) -> None:
+def add_reference(trainer: Any, folder: Path, *, fingerprint: dict, use_cache: bool) -> None:
     """Gives every pair of the trainer the log-probabilities of both answers under the reference policy.
 
-    To be called before the first step. They become TRL's columns "ref_chosen_logps" and "ref_rejected_logps", so that
-    no step runs the reference. The reference is the base, or, for an adapter that is trained on, that adapter as it is
-    now, TRL's copy "ref". The values are kept in `folder`/reference.jsonl and in the baseline cache, by the base's
-    `fingerprint`, the adapter and the pairs' tokens. All processes share the work; the main one writes.
+    `trainer`: a `dpo.SharedPromptTrainer`, before its first step. They become TRL's columns "ref_chosen_logps" and
+    "ref_rejected_logps", so that no step runs the reference. The reference is the base, or, for an adapter that is
+    trained on, that adapter as it is now, TRL's copy "ref". The values are kept in `folder`/reference.jsonl and in the
+    baseline cache, by the base's `fingerprint`, the adapter and the pairs' tokens. All processes share the work.
     """
     trainer.train_dataset = trainer.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     items = [{"question_id": digest(row)[:32], "row": row} for row in trainer.train_dataset.to_list()]
@@ -68,7 +65,7 @@ def add_reference(trainer: SharedPromptTrainer, folder: Path, *, fingerprint: di
 SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
-def read_reference(trainer: SharedPromptTrainer, model: Any, tokenizer: Any, items: list[dict]) -> Iterator[dict]:
+def read_reference(trainer: Any, model: Any, tokenizer: Any, items: list[dict]) -> Iterator[dict]:
     """Yields {"question_id", "chosen", "rejected"}: log-probabilities of both answers, in nats."""
     inputs = trainer.data_collator([item["row"] for item in items])
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}

@@ -70,6 +70,7 @@ class ResultFile:
             log.warning("ignoring a damaged file of the baseline cache: %s", error)
             return {}
         if stored != self.fingerprint:
+            log.warning("ignoring %s: results of another evaluation (%s)", cache, differing(stored, self.fingerprint))
             return {}
         skipped.report(f"damaged lines of the baseline cache {cache}")
         return {row["question_id"]: row for row in rows}

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from llm_alignment.devices import tf32
 from llm_alignment.files import InputError, file_sha256
-from llm_alignment.hub import commit_of
 from llm_alignment.model_files import check_files, fetch_model
 from llm_alignment.processes import device_and_dtype, halved_when_full, main_process
 from llm_alignment.prompts import without_tokens
@@ -64,7 +63,6 @@ class RewardModel:
         config = self.model.config.get_text_config()
         self.max_length = min(config.max_position_embeddings, self.tokenizer.model_max_length)
         self.default_system = default_system_turn(self.tokenizer)
-        self.commit = commit_of(folder)
         # What the tokenizer appends, an end of text, is left out: the reward is read where the conversation ends.
         self.begins_with_bos = self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
         self.fingerprint = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -81,9 +81,9 @@ def _delta(before: Sequence[float], after: Sequence[float], clusters: Sequence |
     }
     if not can_tell:
         return delta
-    # the random parts must not depend on the order of the rows, nor on which side is called before
-    sides = ((sign, sorted(zip(sign * sums, sizes, strict=True))) for sign in (1, -1))
-    sign, units = max(sides, key=operator.itemgetter(1))
+    # the random parts must not depend on the order of the rows, nor on which side is called before: no fall, sorted
+    sides = ((math.fsum(sign * sums), sorted(zip(sign * sums, sizes, strict=True)), sign) for sign in (1, -1))
+    _, units, sign = max(sides)
     sums, sizes = np.array(units).T
     part_sums, part_sizes = _random_parts(sums, sizes)
     delta["p"] = _sign_flip_p(sums, part_sums) if exact_p is None else exact_p
@@ -128,7 +128,7 @@ def _sign_flip_p(sums: Any, part_sums: Any) -> float:
 
 
 def _interval(sums: Any, sizes: Any, part_sums: Any, part_sizes: Any, p: float) -> tuple[float, float]:
-    """The 95 % interval that holds 0 exactly when `p` is above 0.05.
+    """The 95 % interval that holds 0 exactly when `p` is above 0.05. The sum of `sums` is 0 or more.
 
     An end that would contradict `p` (by the bootstrap, or as the parts are a random sample) is not taken.
     """
@@ -143,11 +143,8 @@ def _interval(sums: Any, sizes: Any, part_sums: Any, part_sizes: Any, p: float) 
     if p > 0.05:
         few_low, few_high = _few_changed(sums, sizes) if np.count_nonzero(sums) < ENOUGH else (0, 0)
         return float(min(low, boot_low, few_low, 0)), float(max(high, boot_high, few_high, 0))
-    if sums.sum() > 0:
-        low = min([end for end in (low, boot_low) if end > 0], default=means[means > 0].min())
-        return float(low), float(max(high, boot_high))
-    high = max([end for end in (high, boot_high) if end < 0], default=means[means < 0].max())
-    return float(min(low, boot_low)), float(high)
+    low = min([end for end in (low, boot_low) if end > 0], default=means[means > 0].min())
+    return float(low), float(max(high, boot_high))
 
 
 def _few_changed(sums: Any, sizes: Any) -> tuple[float, float]:

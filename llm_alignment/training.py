@@ -48,6 +48,7 @@ class TrainingSettings:
 
     output_dir: str
     epochs: float
+    max_steps: int  # 0: after the epochs
     batch: int  # examples per device and forward pass
     grad_acc: int
     learning_rate: float
@@ -76,6 +77,7 @@ def training_arguments(settings: TrainingSettings, base: Base, lora: LoraSetting
     return dict(
         output_dir=settings.output_dir,
         num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch,
         gradient_accumulation_steps=settings.grad_acc,
         learning_rate=settings.learning_rate,
@@ -90,6 +92,7 @@ def training_arguments(settings: TrainingSettings, base: Base, lora: LoraSetting
         use_cpu=is_cpu,
         gradient_checkpointing=uses_checkpointing(settings, base, lora),
         logging_steps=settings.logging_steps,
+        logging_first_step=True,
         logging_nan_inf_filter=False,
         save_steps=settings.save_steps,
         save_total_limit=2,
@@ -106,7 +109,7 @@ def training_arguments(settings: TrainingSettings, base: Base, lora: LoraSetting
 def optimiser_steps(settings: TrainingSettings, rows: int) -> int:
     """Optimiser steps over `rows` examples, as the Trainer counts them."""
     passes = math.ceil(rows / (settings.batch * processes()))
-    return math.ceil(settings.epochs * math.ceil(passes / settings.grad_acc))
+    return settings.max_steps or math.ceil(settings.epochs * math.ceil(passes / settings.grad_acc))
 
 
 def memory_of(settings: TrainingSettings, base: Base, lora: LoraSettings) -> dict[str, int]:
@@ -230,6 +233,7 @@ class RunKeeper(TrainerCallback):
             if self.checkpoint.resolve().parent == Path(args.output_dir).resolve():
                 self.saved_step = state.global_step
         self.last_step = random_state(), state.num_input_tokens_seen
+        self.first_step, self.started = state.global_step, time.monotonic()
         if state.max_steps == 1 and args.get_warmup_steps(1):
             log.warning(
                 "the only step is the first one of the warmup, whose learning rate is 0: nothing is trained; lower "
@@ -270,6 +274,10 @@ class RunKeeper(TrainerCallback):
             )
         self.last_step = random_state(), state.num_input_tokens_seen
         self.in_steps = not control.should_evaluate
+        done = state.global_step - self.first_step
+        if done == 10 and state.is_world_process_zero:
+            minutes = (time.monotonic() - self.started) / 600 * (state.max_steps - self.first_step)
+            log.info("training takes about %.0f minutes for %d steps", minutes, state.max_steps - self.first_step)
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.last_step = random_state(), state.num_input_tokens_seen

@@ -2,67 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import logging
-import re
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import jinja2
+from typing import TYPE_CHECKING
 
 from llm_alignment.batches import token_counts
-from llm_alignment.files import InputError, SkippedRows
+from llm_alignment.conversations import COLUMNS, SHAPES, Turns, read_conversation
+from llm_alignment.encoder import ChatEncoder, split_thought
+from llm_alignment.files import InputError, SkippedRows, digest
 from llm_alignment.hub import open_dataset
-from llm_alignment.messages import content_text, without_thought
-from llm_alignment.prompts import strip_thinking
+from llm_alignment.leaks import LeakFinder, item_texts, report_leaks
+from llm_alignment.messages import unread_fields
+from llm_alignment.texts import normalise_text
 
 if TYPE_CHECKING:
     import datasets
     import numpy as np
     import pyarrow
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("llm_alignment")
 
-Turns = list[tuple[str, str]]  # (role, content)
 SIDES = ("train", "validation")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One row
-
-
-def turns_of(row: dict) -> Turns:
-    """The turns of a row of {messages: [{role, content}], subset}.
-
-    Raises ValueError with the reason when it cannot be trained on.
-    """
-    messages, turns = row.get("messages"), []
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("no messages")
-    for message in messages:
-        if not isinstance(message, dict):
-            raise ValueError("a message is no object")
-        role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"unknown role {role!r}")
-        text = content_text(content)
-        if text is None and content:
-            raise ValueError(f"the content of the {role} turn is {type(content).__name__}, not text or text parts")
-        if not text or not text.strip():
-            raise ValueError(f"empty {role} turn")
-        turns.append((role, text))
-    if turns[-1][0] != "assistant":
-        raise ValueError("no answer at the end")
-    return turns
 
 
 def subset_of(row: dict) -> str:
@@ -105,7 +78,8 @@ class RowChoice:
     sample_ratio: float = 1.0
     sample_seed: int = 42
     mix_reasoning_ratio: float | None = None
-    val_split: float = 0.01
+    val_split: float | None = None  # of the prompts; None: by how many there are
+    system_prompt: str = ""  # of rows that have none
 
 
 @dataclass(frozen=True)
@@ -136,11 +110,12 @@ class RowHashes:
 
     rows: array
     prompts: array
+    forms: array  # of the prompts in their normal form
     numbers: array  # of the rows, as in Selection
 
     @classmethod
     def none(cls) -> RowHashes:
-        return cls(array("d"), array("d"), array("q"))
+        return cls(array("d"), array("d"), array("d"), array("q"))
 
 
 def select_rows(found: dict[str, RowHashes], choice: RowChoice) -> Selection:
@@ -155,21 +130,42 @@ def select_rows(found: dict[str, RowHashes], choice: RowChoice) -> Selection:
     take = rows_to_take(choice, {subset: len(hashes.rows) for subset, hashes in found.items()})
     drawn = {}
     for subset, hashes in found.items():
-        columns = [np.asarray(column) for column in (hashes.rows, hashes.prompts, hashes.numbers)]
-        order = np.lexsort(columns[::-1])[: take[subset]]  # by hash, then by the prompt's, then by number
+        columns = [np.asarray(column) for column in (hashes.rows, hashes.prompts, hashes.numbers, hashes.forms)]
+        order = np.lexsort(columns[2::-1])[: take[subset]]  # by hash, then by the prompt's, then by number
         drawn[subset] = [column[order] for column in columns]
-    prompts = np.unique(np.concatenate([prompts for _, prompts, _ in drawn.values()])).tolist()
-    if len(prompts) < 2:
+    prompts, forms = (np.concatenate([columns[place] for columns in drawn.values()]) for place in (1, 3))
+    lowest = lowest_of_group(prompts, forms)
+    different = np.unique(lowest)
+    count = len(different)
+    if count < 2:
         mix = "" if choice.mix_reasoning_ratio is None else f" --mix_reasoning_ratio {choice.mix_reasoning_ratio}"
-        raise InputError(
-            f"--sample_ratio {choice.sample_ratio}{mix}: {len(prompts)} prompts left; at least 2 are needed"
-        )
-    last_held_out = prompts[min(max(1, round(choice.val_split * len(prompts))), len(prompts) - 1) - 1]
+        raise InputError(f"--sample_ratio {choice.sample_ratio}{mix}: {count} prompts left; at least 2 are needed")
+    last_held_out = different[min(max(1, round(held_out_share(choice, count) * count)), count - 1) - 1]
+    ends = np.cumsum([len(columns[0]) for columns in drawn.values()])[:-1]
     numbers: dict[tuple[str, str], np.ndarray] = {}
-    for subset, (_, prompt_hashes, rows) in drawn.items():
-        held_out = prompt_hashes <= last_held_out
-        numbers |= {(subset, "train"): rows[~held_out], (subset, "validation"): rows[held_out]}
+    for (subset, columns), its_lowest in zip(drawn.items(), np.split(lowest, ends), strict=True):
+        held_out = its_lowest <= last_held_out
+        numbers |= {(subset, "train"): columns[2][~held_out], (subset, "validation"): columns[2][held_out]}
     return Selection(numbers, data_sha256({subset: columns[:2] for subset, columns in drawn.items()}))
+
+
+def lowest_of_group(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """For each value the lowest of its group; so prompts that differ in their form alone go to one side."""
+    import numpy as np
+
+    _, place = np.unique(groups, return_inverse=True)
+    lowest = np.ones(len(values))
+    np.minimum.at(lowest, place, values)
+    return lowest[place]
+
+
+def held_out_share(choice: RowChoice, prompts: int) -> float:
+    """--val_split; without it a tenth of less than 300 prompts, and at least 30 of more."""
+    if choice.val_split is not None:
+        return choice.val_split
+    share = 0.1 if prompts < 300 else max(30 / prompts, 0.01)
+    log.info("%.1f %% of the %d prompts are held out for validation; --val_split chooses", 100 * share, prompts)
+    return share
 
 
 def data_sha256(hashes: dict[str, list[np.ndarray]]) -> str:
@@ -204,116 +200,6 @@ def rows_to_take(choice: RowChoice, found: dict[str, int]) -> dict[str, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The text that is trained on
-
-
-class ChatEncoder:
-    """Turns the messages of a row into tokens and labels by the tokenizer's own chat template.
-
-    Without `thinking` every answer begins as it does in evaluation, where the template's generation prompt ends with
-    an empty <think></think> block, and thoughts in the data are left out. With `thinking` the generation prompt has no
-    block, the template's own empty ones are left out, and thoughts in the data stay. With `assistant_only` the labels
-    are the answers and their end of turn alone: what the generation prompt supplies is no target.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, thinking: bool, assistant_only: bool) -> None:
-        self.tokenizer, self.thinking, self.assistant_only = tokenizer, thinking, assistant_only
-        self.refusals: dict[tuple[str, ...], str | None] = {}
-        question, answer = ("user", "QUESTION"), ("assistant", "ANSWER")
-        try:
-            asked = self.render([question])
-            prompts = [
-                self.render([question], add_generation_prompt=True, enable_thinking=flag) for flag in (thinking, False)
-            ]
-            twice = self.render([question, answer, question, answer])
-        except jinja2.TemplateError as error:
-            raise InputError(
-                f"--model {tokenizer.name_or_path}: its chat template fails on a conversation of two turns ({error}); "
-                "name a chat model"
-            ) from error
-        opening, without_thinking = (text.removeprefix(commonprefix([asked, text])) for text in prompts)
-        self.header = opening.partition("<think>")[0]  # what begins every assistant turn
-        self.supplied = opening.removeprefix(self.header)  # what the generation prompt adds to it
-        self.has_block = "</think>" in without_thinking
-        self.end = commonprefix(twice.split("ANSWER")[1:]).strip()  # what follows the first answer and the last
-        if assistant_only and not (self.header and self.end and twice.count(self.header) == 2 and tokenizer.is_fast):
-            raise InputError(
-                f"--assistant_only_loss: the chat template of {tokenizer.name_or_path} does not mark where the "
-                "assistant's turns begin and end; leave the flag out"
-            )
-
-    def render(self, turns: Turns, **options: Any) -> str:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, **{"enable_thinking": self.thinking, **options}
-        )
-
-    def refusal(self, turns: Turns) -> str | None:
-        """Why a conversation cannot be rendered; the template is asked once for each order of roles."""
-        roles = tuple(role for role, _ in turns)
-        if roles not in self.refusals:
-            try:
-                self.render([(role, "text") for role in roles])
-                self.refusals[roles] = None
-            except jinja2.TemplateError as error:
-                self.refusals[roles] = f"the chat template refuses it: {error}"
-        if self.refusals[roles]:
-            return self.refusals[roles]
-        if (self.has_block or self.assistant_only) and any(self.header in content for _, content in turns):
-            return f"a turn contains the chat template's own {self.header.strip()!r}"
-        if self.has_block and not self.thinking:
-            for role, content in turns:
-                if role == "assistant" and "<think>" in content and not strip_thinking(content).strip():
-                    return "an answer has no text outside its <think> block"
-        return None
-
-    def text(self, turns: Turns) -> str:
-        """The whole conversation as it is trained on."""
-        text = self.render(turns)
-        if not self.has_block:
-            return text
-        start, *answers = text.split(self.header)
-        if not self.thinking:
-            answers = [self.supplied + without_thought(part) for part in answers]
-        elif not self.supplied:
-            answers = [re.sub(r"\A<think>\s*</think>\s*", "", part) for part in answers]
-        return self.header.join([start, *answers])
-
-    def answer_spans(self, text: str) -> list[tuple[int, int]]:
-        """Where the answers stand in a text, each with its end of turn and without what the prompt supplies."""
-        spans, start = [], 0
-        while (start := text.find(self.header, start)) >= 0:
-            start += len(self.header)
-            start += len(self.supplied) if text.startswith(self.supplied, start) else 0
-            end = text.index(self.end, start) + len(self.end)
-            spans.append((start, end))
-        return spans
-
-    def __call__(self, row: dict) -> dict[str, list[int]]:
-        """{"input_ids", "labels"} of a row; -100 is no target."""
-        text = self.text(turns_of(row))
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.assistant_only)
-        ids = encoded["input_ids"]
-        if not self.assistant_only:
-            return {"input_ids": ids, "labels": ids}
-        labels, spans = [-100] * len(ids), self.answer_spans(text)
-        for place, (first, last) in enumerate(encoded["offset_mapping"]):
-            if any(start <= first < last <= end for start, end in spans):
-                labels[place] = ids[place]
-        return {"input_ids": ids, "labels": labels}
-
-    def marked(self, row: dict, max_length: int) -> str:
-        """A row as the model reads it, cut to `max_length` tokens; what is trained on stands in [[ ]]."""
-        encoded = self(row)
-        tokens = list(zip(encoded["input_ids"], encoded["labels"], strict=True))[:max_length]
-        shown = ""
-        for trained, part in itertools.groupby(tokens, key=lambda token: token[1] != -100):
-            text = self.tokenizer.decode([token for token, _ in part])
-            shown += f"[[{text}]]" if trained else text
-        return shown
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
 ROWS_AT_ONCE = 1000  # as Python objects rows take several times the memory
@@ -321,13 +207,13 @@ LARGE_DATA = 20_000  # rows from which several processes tokenise: each takes 10
 
 
 def load_data(
-    choice: RowChoice, encoder: ChatEncoder | None = None
+    choice: RowChoice, encoder: ChatEncoder | None = None, finder: LeakFinder | None = None
 ) -> tuple[Selection, Callable[[str], datasets.Dataset]]:
     """Reads the data set once and chooses; `rows("train")` and `rows("validation")` are then the rows of a side.
 
     They have the columns "messages" and "length", in characters, and lie in files that are removed when the process
-    ends. Rows that `encoder` refuses are skipped, counted and named. Raises InputError when no row of the subset can
-    be used.
+    ends. Rows that `encoder` refuses, and chosen ones in which `finder` finds a text of an evaluation, are left out,
+    counted and named. Raises InputError when no row of the subset can be used.
     """
     import datasets
     from datasets.fingerprint import get_temporary_cache_files_directory
@@ -336,11 +222,35 @@ def load_data(
         raise InputError(f"--mix_reasoning_ratio mixes two subsets and --subset is {choice.subset}; add --subset both")
     folder = Path(tempfile.mkdtemp(dir=get_temporary_cache_files_directory()))
     every = folder / "rows.arrow"
-    selection = select_rows(store_rows(choice, encoder, every), choice)
+    found = store_rows(choice, encoder, every)
+    selection = select_rows(found, choice)
+    if finder:
+        selection = without_questions(selection, datasets.Dataset.from_file(str(every)), finder)
     for side in SIDES:
         copy_rows(every, selection.of(side), folder / f"{side}.arrow")
-    every.unlink()
+    with contextlib.suppress(PermissionError):  # Windows keeps a file that was mapped; it goes with the folder
+        every.unlink()
+    used, usable = sum(selection.counts.values()), sum(len(hashes.rows) for hashes in found.values())
+    log.info("%d of %d usable rows are used (--sample_ratio %g)", used, usable, choice.sample_ratio)
     return selection, lambda side: datasets.Dataset.from_file(str(folder / f"{side}.arrow"))
+
+
+def without_questions(selection: Selection, rows: datasets.Dataset, finder: LeakFinder) -> Selection:
+    """The selection without the rows that hold what an evaluation asks."""
+    import numpy as np
+
+    chosen = np.concatenate([selection.of(side) for side in SIDES])
+    kinds = list(finder.find_all(map(item_texts, rows.select(chosen))))
+    report_leaks("rows", kinds, {})
+    leaks = chosen[[kind is not None for kind in kinds]]
+    if not len(leaks):
+        return selection
+    numbers = {key: these[~np.isin(these, leaks)] for key, these in selection.numbers.items()}
+    clean = Selection(numbers, digest(selection.sha256, leaks.tolist()))
+    for side in SIDES:
+        if not clean.rows(side):
+            raise InputError(f"--dataset: every {side} row holds a question of an evaluation; name other data")
+    return clean
 
 
 def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> dict[str, RowHashes]:
@@ -349,40 +259,69 @@ def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> di
 
     wanted = {"general", "reasoning"} if choice.subset == "both" else {choice.subset}
     found = {subset: RowHashes.none() for subset in sorted(wanted)}
-    others: Counter = Counter()
-    skipped, waiting, count = SkippedRows(), [], 0
+    waiting: list[Turns] = []
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema()) as stream:
-        for place, row in open_dataset(choice.dataset, "--dataset", skipped):
-            try:
-                turns, subset = turns_of(row), subset_of(row)
-                if subset not in wanted:
-                    others[subset] += 1
-                    continue
-                if encoder and (refusal := encoder.refusal(turns)):
-                    raise ValueError(refusal)
-            except ValueError as error:
-                skipped.add(place, str(error))
-                continue
-            hashes = found[subset]
+        for number, (subset, turns, written) in enumerate(usable_rows(choice, wanted, encoder)):
+            hashes, prompt = found[subset], prompt_of(turns)
             hashes.rows.append(unit_hash(choice.sample_seed, turns))
-            hashes.prompts.append(unit_hash(choice.sample_seed, "prompt", prompt_of(turns)))
-            hashes.numbers.append(count)
-            count += 1
-            waiting.append(turns)
+            hashes.prompts.append(unit_hash(choice.sample_seed, "prompt", prompt))
+            hashes.forms.append(unit_hash([(role, normalise_text(text) or text) for role, text in prompt]))
+            hashes.numbers.append(number)
+            waiting.append(written)
             if len(waiting) == ROWS_AT_ONCE:
                 stream.write_batch(record_batch(waiting))
                 waiting.clear()
         stream.write_batch(record_batch(waiting))
+    return found
+
+
+def usable_rows(
+    choice: RowChoice, wanted: set[str], encoder: ChatEncoder | None
+) -> Iterator[tuple[str, Turns, Turns]]:
+    """The subset, the turns, and the turns with --system_prompt, of the rows that can be trained on; says at the end
+    what else there was. Raises InputError when there is none."""
+    others, kinds, unread = Counter[str](), Counter[str](), Counter[str]()
+    skipped, thoughts = SkippedRows(), 0
+    for place, row in open_dataset(choice.dataset, "--dataset", skipped):
+        try:
+            (kind, turns), subset = read_conversation(row), subset_of(row)
+            if subset not in wanted:
+                others[subset] += 1
+                continue
+            written = turns
+            if choice.system_prompt and turns[0][0] != "system":
+                written = [("system", choice.system_prompt), *turns]
+            if encoder and (refusal := encoder.refusal(written)):
+                raise ValueError(refusal)
+        except ValueError as error:
+            skipped.add(place, str(error))
+            continue
+        kinds[kind] += 1
+        thoughts += any(role == "assistant" and split_thought(text)[0] for role, text in turns)
+        if len(row) > 2 or any(len(message) > 2 for message in row.get(kind, ())):
+            unread.update(unread_fields([row], COLUMNS))
+        yield subset, turns, written
     skipped.report("rows")
     if others:
         log.info("rows of other subsets, not used: %s", ", ".join(f"{n} {subset}" for subset, n in others.items()))
-    if not count:
+    if not kinds:
         seen = f"; it has {dict(others)}" if others else ""
         places = f" ({'; '.join(skipped.places)})" if skipped.places else ""
+        shapes = f"; accepted are rows {SHAPES}" if "(columns " in places else ""
         raise InputError(
-            f"--dataset {choice.dataset}: no usable row of subset {choice.subset}{seen}{places}; choose others"
+            f"--dataset {choice.dataset}: no usable row of subset {choice.subset}{seen}{places}; choose others{shapes}"
         )
-    return found
+    log.info("rows read as: %s", counted(kinds))
+    if unread:
+        log.info("not read: %s", counted(unread))
+    if thoughts and encoder:
+        what = "trained on" if encoder.thinking else "left out; --thinking trains on them"
+        log.info("thoughts of %d rows: %s", thoughts, what)
+
+
+def counted(kinds: Counter) -> str:
+    """What rows have, and how many have it."""
+    return "; ".join(f"{kind} ({count} rows)" for kind, count in sorted(kinds.items()))
 
 
 def schema() -> pyarrow.Schema:
@@ -436,16 +375,18 @@ def tokenise(
 
     def encode(batch: dict[str, list]) -> dict[str, list[list[int]]]:
         encoded = [encoder({"messages": messages}) for messages in batch["messages"]]
-        return {name: [row[name][:longest] for row in encoded] for name in ("input_ids", "labels")}
+        kept = {"replay": batch["replay"]} if "replay" in batch else {}
+        return {name: [row[name][:longest] for row in encoded] for name in ("input_ids", "labels")} | kept
 
     if lazily:
         return rows.with_transform(encode)
     tokens = datasets.List(datasets.Value("int32"))
+    is_replay = {"replay": datasets.Value("bool")} if "replay" in rows.column_names else {}
     return rows.map(
         encode,
         batched=True,
         remove_columns=rows.column_names,
-        features=datasets.Features({"input_ids": tokens, "labels": tokens}),
+        features=datasets.Features({"input_ids": tokens, "labels": tokens} | is_replay),
         num_proc=num_proc if len(rows) > LARGE_DATA else None,
         desc="tokenising",
     )
@@ -456,6 +397,7 @@ def with_answers(rows: datasets.Dataset, side: str, longest: int) -> datasets.Da
 
     Raises InputError when all have none. A row's first token is never a target.
     """
+    side = {"train": "training"}.get(side, side)
     kept = rows.filter(lambda row: any(label != -100 for label in row["labels"][1:longest]))
     if not len(kept):
         raise InputError(f"no {side} row has an answer within --max_seq_length {longest}; raise it")

@@ -13,12 +13,13 @@ from conftest import DEMO, ROOT, chat, logged_commands, read_rows, write_rows
 from run_records import records
 
 import sft_train
-from llm_alignment import files, models, twix
+from llm_alignment import files, models
+from llm_alignment.encoder import ChatEncoder
 from llm_alignment.files import SkippedRows
 
 TWIX = [row for _, row in files.read_rows(DEMO / "twix.jsonl", SkippedRows())]
 FOLDER = tempfile.TemporaryDirectory()
-DISTINCT = {str(twix.prompt_of(twix.turns_of(row))): row for row in TWIX if row["subset"] == "general"}
+DISTINCT = {str(row["messages"][0]): row for row in TWIX if row["subset"] == "general"}
 DATASET = write_rows(Path(FOLDER.name) / "twix.jsonl", list(DISTINCT.values())[:130])  # 128 to train on, 2 held out
 
 
@@ -160,7 +161,7 @@ def test_packed_examples_do_not_see_one_another(tmp_path):
         + ["--max_seq_length", "64", "--kl_limit_seq", "5", "--output_dir", str(tmp_path), "--lora_dropout", "0"]
     )
     tokenizer = models.load_tokenizer(args)
-    encoder = twix.ChatEncoder(tokenizer, thinking=False, assistant_only=False)
+    encoder = ChatEncoder(tokenizer, thinking=False, assistant_only=False)
     rows = datasets.Dataset.from_list([encoder(chat(f"Привет, {n}", "ответ " * (n + 3))) for n in range(9)])
     losses = []
     for packing in (True, False):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t
 
 from llm_alignment import files, stats
 
@@ -122,6 +123,17 @@ def test_one_cluster_has_no_interval():
     assert stats.too_few_changed(delta)
 
 
+def test_clusters_of_other_sizes_count_by_their_items():
+    labels = [label for label in range(8) for _ in range(1 + label)]
+    same = stats.paired_delta([0.0] * 36, [0.25] * 36, clusters=labels)
+    assert same["low"] == same["high"] == same["mean"] == 0.25
+
+
+def test_thirteen_changed_items_of_many_have_an_exact_p():
+    after = [1.0] * 10 + [-1.0] * 3 + [0.0] * 27
+    assert stats.paired_delta([0.0] * 40, after)["p"] == stats.mcnemar([0.0] * 40, after)["p"]
+
+
 def test_clusters_that_hold_one_item_each_change_nothing():
     rng = random.Random(0)
     before = [rng.gauss(5, 2) for _ in range(40)]
@@ -233,17 +245,26 @@ def test_few_changed_items_cannot_tell():
     delta = stats.paired_delta([0.0] * 40, after)
     assert delta["p"] == pytest.approx(2 / 2**5) and delta["changed"] == 5 and stats.too_few_changed(delta)
     assert holds_0(delta)
+    assert stats.paired_delta([0.0] * 6, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])["low"] > 0, "6 items are enough"
+    two = stats.paired_delta([0.0] * 40, [3.0, 3.0] + [0.0] * 38)
+    assert two["low"] == pytest.approx(-3 * (1 - 0.025 ** (1 / 40))) and two["clusters"] is None
+    assert not stats.too_few_changed({"p": 1.0}), "a record of an earlier version"
     # 2 of 40 rose and none fell: the exact upper bound of 0 in 40 is 1 - 0.025 ** (1 / 40)
     assert stats.mcnemar([0] * 40, [1, 1] + [0] * 38)["low"] == pytest.approx(-(1 - 0.025 ** (1 / 40)))
     six = stats.paired_delta([0.0] * 41, [6.0, *after])
     assert six["p"] == pytest.approx(2 / 2**6) and not stats.too_few_changed(six) and not holds_0(six)
 
 
+def test_in_per_cent():
+    delta = {"mean": 0.1, "low": None, "high": 0.25, "p": 0.5}
+    assert stats.in_per_cent(delta) == {"mean": 10.0, "low": None, "high": 25.0, "p": 0.5}
+
+
 def test_holm_by_hand():
     assert stats.holm([]) == []
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert stats.holm([0.2, 0.9, 0.5]) == pytest.approx([0.6, 1.0, 1.0])
-    assert stats.holm([0.03]) == [0.03]
+    assert stats.holm([0.03]) == [0.03] and stats.holm([0.7, 0.8]) == [1.0, 1.0]
 
 
 def test_the_difference_at_equal_length():
@@ -256,6 +277,14 @@ def test_the_difference_at_equal_length():
     assert delta["per_unit"] == pytest.approx(0.02, abs=0.003) and delta["n"] == 200
     only_length = stats.equal_length_delta(0.02 * longer + rng.normal(0, 0.3, 200), longer)
     assert holds_0(only_length) and only_length["p"] > 0.05
+    x, y = np.array([0.0, 1.0, 2.0, 5.0, 9.0]), np.array([0.0, 2.0, 1.0, 3.0, 7.0])
+    small, centred = stats.equal_length_delta(y, x), x - x.mean()
+    weights = 1 / 5 - x.mean() * centred / (centred**2).sum()  # of each item in the intercept
+    leverage = 1 / 5 + centred**2 / (centred**2).sum()
+    error = np.sqrt(((weights * (y - small["mean"] - small["per_unit"] * x) / (1 - leverage)) ** 2).sum())
+    assert small["high"] - small["mean"] == pytest.approx(t.ppf(0.975, 3) * error)
+    assert small["p"] == pytest.approx(2 * t.sf(small["mean"] / error, 3))
+    assert small.keys() == stats.equal_length_delta([1.0], [2]).keys() == {*stats.paired_delta([], []), "per_unit"}
     exact = stats.equal_length_delta([1.0, 3.0, 5.0, 7.0], [0, 1, 2, 3])  # 1 + 2 x
     assert exact["mean"] == pytest.approx(1) and exact["per_unit"] == pytest.approx(2)
 

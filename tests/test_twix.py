@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -10,18 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import DEMO, chat, write_rows
+from transformers import AutoTokenizer
 
-import sft_train
-from llm_alignment import files, models, twix
+from llm_alignment import files, twix
+from llm_alignment.encoder import ChatEncoder
 from llm_alignment.files import InputError
 
 
 def demo_encoder(thinking=False, assistant_only=False, template=None):
-    args = sft_train.build_parser().parse_args(["--model", str(DEMO / "model")])
-    tokenizer = models.load_tokenizer(args)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
     tokenizer.chat_template = template or tokenizer.chat_template
     tokenizer.bos_token = tokenizer.eos_token  # some templates write one
-    return twix.ChatEncoder(tokenizer, thinking=thinking, assistant_only=assistant_only)
+    return ChatEncoder(tokenizer, thinking=thinking, assistant_only=assistant_only)
 
 
 @pytest.fixture
@@ -100,17 +101,10 @@ def test_too_few_rows_of_a_subset_are_said(load, logged, mix, used, reached):
 
 
 BAD_ROWS = [
-    (b'{"subset": "general"}', "no messages"),
-    (b'{"messages": [{"role": "tool", "content": "x"}]}', "unknown role 'tool'"),
-    (b'{"messages": [{"role": ["user"], "content": "x"}]}', "unknown role ['user']"),
-    (json.dumps(chat("q", "  ")).encode(), "empty assistant turn"),
-    (json.dumps(chat({}, "a")).encode(), "empty user turn"),
-    (json.dumps(chat([{"type": "image", "url": "x"}], "a")).encode(), "the content of the user turn is list"),
-    (json.dumps(chat(7, "a")).encode(), "the content of the user turn is int"),
+    (b'{"subset": "general"}', "columns subset"),
     (b'{"messages": [{"role": "user", "content": "\xff"}]}', "not UTF-8"),
     (b"{not json", "not valid JSON"),
     (b'{"messages": [{"role": "user", "content": "q"}]}', "no answer at the end"),
-    (b'{"messages": [7]}', "a message is no object"),
     (json.dumps(chat("q", "a", subset=["general"])).encode(), "the subset is no text"),
 ]
 
@@ -134,6 +128,37 @@ def test_all_turns_and_text_parts_are_kept(load):
     assert sorted(map(len, found)) == [3, 3, 5]
 
 
+@pytest.mark.parametrize("prompt", ["Сколько будет пять и шесть?", "Ёлка и café\u0301", "Σίσυφος is 12 km away"])
+def test_prompts_in_another_form_are_on_one_side(prompt, load):
+    """Unicode's forms, blanks, case and punctuation; where all forms are different words nothing changes."""
+    forms = [unicodedata.normalize(form, prompt) for form in ("NFC", "NFD", "NFKC", "NFKD")]
+    forms += [prompt.upper(), prompt.lower(), f"  {prompt}!", prompt.replace(" ", "\n"), prompt.replace(" ", "\u00a0")]
+    rows = [chat(f"{form} {n}", f"a{n}") for n in range(40) for form in forms]
+    _, examples = load(rows, val_split=0.3)
+    sides = {
+        side: {json.loads(text)[0]["content"].split()[-1].strip("!") for text in texts(examples, side)}
+        for side in twix.SIDES
+    }
+    assert not sides["train"] & sides["validation"] and len(sides["validation"]) == 12
+
+
+def test_a_system_prompt_joins_rows_that_have_none_and_changes_no_choice(load):
+    rows = [chat(f"q{n}", "a", system="own" if n % 3 == 0 else None) for n in range(30)]
+    plain, _ = load(rows)
+    selection, examples = load(rows, system_prompt="Кратко.")
+    assert selection.sha256 == plain.sha256
+    found = Counter(json.loads(text)[0]["content"] for side in twix.SIDES for text in texts(examples, side))
+    assert found == {"own": 10, "Кратко.": 20}
+    with pytest.raises(InputError, match="the chat template refuses it: no system role"):
+        load([chat(f"q{n}", "a") for n in range(3)], demo_encoder(template=STRICT), system_prompt="Кратко.")
+
+
+@pytest.mark.parametrize("count, held_out", [(20, 2), (299, 30), (300, 30), (1000, 30), (5000, 50)])
+def test_without_a_share_enough_prompts_are_held_out(count, held_out, load):
+    selection, _ = load([chat(f"q{n}", "a") for n in range(count)], val_split=None)
+    assert selection.rows("validation") == held_out and selection.rows("train") == count - held_out
+
+
 def test_duplicates_are_drawn_as_often_as_reported(load):
     rows = [chat("the same", "answer")] * 300 + [chat(f"q{n}", "a") for n in range(100)]
     for seed in range(4):
@@ -146,7 +171,10 @@ def test_an_assistant_who_speaks_first_belongs_to_the_prompt(load):
     rows = [chat(f"q{n}", "a") for n in range(40)]
     for row in rows:
         row["messages"].insert(0, {"role": "assistant", "content": "Hello!"})
-    assert twix.prompt_of(twix.turns_of(rows[0])) == [("assistant", "Hello!"), ("user", "q0")]
+    assert twix.prompt_of([("assistant", "Hi!"), ("user", "q"), ("assistant", "a")]) == [
+        ("assistant", "Hi!"),
+        ("user", "q"),
+    ]
     assert twix.prompt_of([("system", "s"), ("assistant", "a")]) == [("system", "s"), ("assistant", "a")]
     selection, _ = load(rows, val_split=0.25)
     assert selection.rows("train") == 30 and selection.rows("validation") == 10
@@ -182,7 +210,7 @@ def test_every_row_is_read_and_hashed_once(load, monkeypatch):
     monkeypatch.setattr(twix, "unit_hash", lambda *parts: hashed.append(parts) or unit_hash(*parts))
     monkeypatch.setattr(twix, "ROWS_AT_ONCE", 7)
     _, examples = load(MANY)
-    assert len(opened) == 1 and len(hashed) == 2 * len(MANY)
+    assert len(opened) == 1 and len(hashed) == 3 * len(MANY)
     assert sum(len(examples(side)) for side in twix.SIDES) == len(MANY)
 
 
@@ -234,86 +262,3 @@ def test_rows_that_become_tokens_when_they_are_read_are_the_same(load, assistant
         assert list(kept) == list(lazy) and 0 < len(kept) < len(examples("train")) and "left out" in logged.text
         with pytest.raises(InputError, match="--max_seq_length 2;"):
             twix.with_answers(lazy, "training", 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The text that is trained on
-
-TALK = [
-    ("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "<think>\nhm\n</think>\n\nD"), ("user", "E"),
-    ("assistant", "F"),
-]  # fmt: skip
-# as Qwen3's: the last answer gets a block, thoughts of earlier answers go
-QWEN3_LIKE = (DEMO / "model" / "chat_template.jinja").read_text("utf-8")
-OLDER_QWEN3_LIKE = QWEN3_LIKE.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
-EMPTY = "<think>\n\n</think>\n\n"
-
-
-def row_of(turns):
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
-
-
-@pytest.mark.parametrize("template", [QWEN3_LIKE, OLDER_QWEN3_LIKE])
-def test_every_answer_begins_as_evaluation_lets_it_begin(template):
-    """The generation prompt of turn k, with and without thinking, stands before answer k in the training text."""
-    for thinking, block in ((False, EMPTY), (True, "")):
-        encoder = demo_encoder(thinking, template=template)
-        text = encoder.text(TALK)
-        opening = "<|im_start|>assistant\n" + block
-        assert text == "".join(
-            f"<|im_start|>user\n{question}<|im_end|>\n{opening}{answer}<|im_end|>\n"
-            for question, answer in ("AB", "CD", "EF")
-        )
-        for turn in (1, 3, 5):
-            prompt = encoder.render(TALK[:turn], add_generation_prompt=True)
-            assert prompt.endswith(opening) and text.split(opening)[(turn + 1) // 2][0] == TALK[turn][1][-1]
-
-
-def test_thoughts_stay_with_thinking_alone():
-    talk = [("user", "A"), ("assistant", "<think>\nhm\n</think>\n\nB")]
-    assert demo_encoder(True).text(talk).endswith("assistant\n<think>\nhm\n</think>\n\nB<|im_end|>\n")
-    assert demo_encoder(False).text(talk).endswith(f"assistant\n{EMPTY}B<|im_end|>\n")
-    unfinished = [("user", "A"), ("assistant", "<think>\nhm")]
-    assert (
-        "no text outside" in demo_encoder(False).refusal(unfinished) and demo_encoder(True).refusal(unfinished) is None
-    )
-
-
-@pytest.mark.parametrize("template", [QWEN3_LIKE, OLDER_QWEN3_LIKE, STRICT])
-@pytest.mark.parametrize("thinking", [False, True])
-def test_assistant_only_trains_on_answers_and_their_end(template, thinking):
-    encoder = demo_encoder(thinking, assistant_only=True, template=template)
-    shown = encoder.marked(row_of([("user", "да"), ("assistant", "нет"), ("user", "да"), ("assistant", "нет")]), 999)
-    block = EMPTY if template != STRICT and not thinking else ""
-    turn = f"<|im_start|>user\nда<|im_end|>\n<|im_start|>assistant\n{block}[[нет<|im_end|>]]\n"
-    assert shown == turn * 2
-    whole = demo_encoder(thinking, template=template)(row_of(TALK[:2]))
-    assert whole["labels"] == whole["input_ids"]
-
-
-def test_a_template_without_turns_has_no_assistant_only_loss():
-    with pytest.raises(InputError, match="its chat template fails on a conversation of two turns .*no"):
-        demo_encoder(template="{{ raise_exception('no') }}")
-    with pytest.raises(InputError, match="--assistant_only_loss"):
-        demo_encoder(assistant_only=True, template="{% for m in messages %}{{ m.content }}{% endfor %}")
-
-
-def test_a_turn_with_the_templates_own_marker_is_refused():
-    assert "own '<|im_start|>assistant'" in demo_encoder().refusal([
-        ("user", "<|im_start|>assistant\nA"),
-        ("assistant", "B"),
-    ])
-
-
-def test_the_real_templates():
-    """TRL's copies of the chat templates: Qwen3's and others', where the answers can be told from the rest."""
-    trl = pytest.importorskip("trl")
-    for name in ("qwen3", "qwen3_instruct_2507", "qwen2_5", "qwen3_5_think", "llama3", "gemma", "phi3"):
-        template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text("utf-8")
-        encoder = demo_encoder(assistant_only=True, template=template)
-        text = encoder.text([("user", "AAA"), ("assistant", "BBB"), ("user", "CCC"), ("assistant", "DDD")])
-        answers = [text[start:end] for start, end in encoder.answer_spans(text)]
-        assert [answer[:3] for answer in answers] == ["BBB", "DDD"], name
-        assert all(answer[3:] == encoder.end for answer in answers), name
-        if name in {"qwen3", "qwen3_5_think"}:
-            assert text.count(EMPTY) == 2, name

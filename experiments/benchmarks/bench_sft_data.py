@@ -5,7 +5,7 @@
 
 Random Russian-like rows of about 1 KB, or those of --data. Each case runs in a process of its own: CPU seconds, those
 of its children included, and the peak of its memory above a process that has only imported the libraries. --other
-names another checkout of this project, of version 0.2.0 or later, that runs interleaved: ratios to it.
+names another checkout of this project that runs interleaved: ratios to it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 CASE = """
-import os, resource, sys, time
-import sft_train, torch, datasets, transformers
-from llm_alignment import twix
-argv = sys.argv[1:]
-args = sft_train.build_parser().parse_args(["--model", "experiments/demo/model", "--subset", "both", *argv])
-tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-encoder = twix.ChatEncoder(tokenizer, thinking=False, assistant_only=False)
+import os, resource, sys
+import torch, datasets, transformers
+from llm_alignment import encoder as encoders, twix
+tokenizer = transformers.AutoTokenizer.from_pretrained("experiments/demo/model")
+encoder = encoders.ChatEncoder(tokenizer, thinking=False, assistant_only=False)
 bare = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = sum(os.times()[:4])
-selection, examples = twix.load_data(args, encoder)
-if hasattr(examples, "stored"):
-    rows = sft_train.tokenised_rows(args, selection, examples, encoder)
-else:
-    rows = sft_train.tokenised_rows(args, examples, encoder)
+selection, examples = twix.load_data(twix.RowChoice(sys.argv[1], "both", float(sys.argv[2])), encoder)
+rows = [twix.tokenise(examples("train"), encoder, 4, longest=1024, lazily="--streaming" in sys.argv)]
+rows.append(twix.tokenise(examples("validation"), encoder, 4, longest=1024))
 seconds = sum(os.times()[:4]) - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - bare
 print(seconds, peak / 1024, selection.sha256[:8])
@@ -86,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{data.name}: {size:.0f} MiB")
         for ratio in options.ratios:
             for more in ([], ["--streaming"]):
-                case = ["--dataset", str(data), "--sample_ratio", ratio, *more]
+                case = [str(data), ratio, *more]
                 runs = [[measure(checkout, case) for checkout in checkouts] for _ in range(options.rounds)]
                 shown = [f"--sample_ratio {' '.join([ratio, *more]):16}"]
                 for results in zip(*runs, strict=True):

@@ -49,8 +49,9 @@ class Bench:
         from trl import SFTTrainer
 
         from llm_alignment.anchored_loss import AnchorSettings
-        from llm_alignment.processes import device_and_dtype
-        from llm_alignment.twix import ChatEncoder, RowChoice, load_data, tokenise
+        from llm_alignment.encoder import ChatEncoder
+        from llm_alignment.models import device_and_dtype
+        from llm_alignment.twix import RowChoice, load_data, tokenise
 
         torch.manual_seed(0)
         self.device, self.dtype = device_and_dtype("auto")

@@ -1,0 +1,67 @@
+"""A row of an SFT data set as a conversation, in the formats in which such rows are usually stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_alignment.messages import is_given, is_trained, message_list, message_text, refuse_needed
+
+Turns = list[tuple[str, str]]  # (role, content)
+
+SHAPES = (
+    '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}; {"conversations": '
+    '[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}; {"prompt": ..., "completion": ...}; '
+    '{"instruction": ..., "input": ..., "output": ...}'
+)
+LISTS = ("messages", "conversations")
+PAIRS = (("prompt", "completion"), ("instruction", "output"))  # question and answer
+COLUMNS = ("subset", "system", "input", *LISTS, *PAIRS[0], *PAIRS[1])  # those that are read
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+def read_conversation(row: dict) -> tuple[str, Turns]:
+    """The format of a row, named by its columns, and its turns: system, user and assistant, an answer at the end.
+
+    Raises ValueError with the reason when it cannot be trained on.
+    """
+    refuse_needed(row, "the row", COLUMNS)
+    name = next((name for name in LISTS if is_given(row.get(name))), None)
+    pair = next((pair for pair in PAIRS if all(is_given(row.get(name)) for name in pair)), None)
+    if name:
+        kind, turns = name, read_turns(row[name], "", name)
+    elif pair:
+        kind, (asked, answered) = ", ".join(pair), pair
+        turns = read_turns(row[asked], "user", asked)
+        if pair == PAIRS[1] and is_given(row.get("input")):
+            turns[-1] = ("user", f"{turns[-1][1]}\n\n{read_turns(row['input'], 'user', 'input')[0][1]}")
+        turns += read_turns(row[answered], "assistant", answered)
+    elif name := next((name for name in LISTS if name in row), None):
+        raise ValueError(f"no {name}")
+    else:
+        raise ValueError(f"columns {', '.join(row)}")
+    if is_given(row.get("system")) and turns[0][0] != "system":
+        turns[:0] = read_turns(row["system"], "system", "system")
+    if turns[-1][0] != "assistant":
+        raise ValueError("no answer at the end")
+    return kind, turns
+
+
+def read_turns(value: Any, role: str, name: str) -> Turns:
+    """The turns of a list of messages; a text is one turn of `role`. `name` is the column's, for the errors."""
+    messages = message_list(value)
+    if messages is None and role and isinstance(value, str):
+        messages = [{"role": role, "content": value}]
+    if messages is None:
+        raise ValueError(f"{name} holds no turns" if not role else f"{name} is no text and holds no turns")
+    turns = []
+    for message in messages:
+        role = ROLES.get(message["role"], message["role"]) if isinstance(message["role"], str) else message["role"]
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"unknown role {role!r}")
+        text = message_text({**message, "role": role}) if len(message) > 2 or is_given(message.get("content")) else ""
+        if not text.strip():
+            raise ValueError(f"empty {role} turn")
+        if role == "assistant" and not is_trained(message):
+            raise ValueError("an answer with a weight of 0")
+        turns.append((role, text))
+    return turns
