@@ -82,6 +82,10 @@ def test_flags_that_are_named_exist():
     elsewhere = {
         "--publish",
         "--compare",
+        "--run",
+        "--grid",
+        "--mine",
+        "--same_data",
         "--seeds",
         "--plan",
         "--merged",
