@@ -35,6 +35,7 @@ from llm_alignment.flags import (
 )
 from llm_alignment.instructions import instruct_questions
 from llm_alignment.leaks import LeakFinder, asked_passages, without_leaks
+from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.preferences import read_pairs, transcript
 from llm_alignment.processes import main_process
@@ -272,7 +273,7 @@ def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[
                 args.eval_split,
             )
     if args.load_adapter:  # a resumed run must begin with the same adapter, its reference too
-        data["adapter"] = file_sha256(Path(args.load_adapter) / "adapter_model.safetensors")
+        data["adapter"] = adapter_files_sha256(args.load_adapter)
     rows, held_out_rows = (
         dpo.fit_pairs(some, setup.tokenizer, style_of_pairs, args.max_length, mark) for some in (pairs, held_out)
     )

@@ -39,7 +39,6 @@ from llm_alignment.evaluation import (
 from llm_alignment.files import (
     InputError,
     digest,
-    file_sha256,
     remove_left_over,
     replace,
     sample,
@@ -58,6 +57,7 @@ from llm_alignment.flags import (
     positive,
 )
 from llm_alignment.leaks import asked_passages
+from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process, on_main_process
 from llm_alignment.prompts import PromptStyle
@@ -204,13 +204,10 @@ def stage_folder(output_dir: Path, number: int) -> Path:
 # Stages
 
 
-ADAPTER = "adapter_model.safetensors"
-
-
 def stage_fingerprint(stage: Stage, pairs: list[dict]) -> dict:
     """What a stage is trained on: its pairs, and the adapter of the stage before, which must have ended."""
-    previous = stage_folder(stage.folder.parent, stage.number - 1) / ADAPTER
-    adapter = file_sha256(previous) if stage.number > 1 else None
+    previous = stage_folder(stage.folder.parent, stage.number - 1)
+    adapter = adapter_files_sha256(previous) if stage.number > 1 else None
     return {"pairs": len(pairs), "sha256": digest(pairs), "previous_adapter": adapter}
 
 
@@ -230,7 +227,7 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def finished_stage(stage: Stage, dtype: str, *, force_continue: bool) -> dict:
+def finished_stage(stage: Stage, base: Base, *, force_continue: bool) -> dict:
     """The record of a stage that ended earlier.
 
     Raises InputError when it did not end, when a file of it is damaged, when it had other flags, or when it missed its
@@ -245,9 +242,9 @@ def finished_stage(stage: Stage, dtype: str, *, force_continue: bool) -> dict:
             f"{folder}: stage {number} cannot be built on, {problem}; --resume_from_stage {number} runs it again from "
             "scratch"
         )
-    check_same_run(folder, stage.judged, dtype)
+    check_same_run(folder, stage.judged, base)
     built_on = json.loads((folder / "run.json").read_text("utf-8"))["data"].get("previous_adapter")
-    if number > 1 and built_on != file_sha256(stage_folder(folder.parent, number - 1) / ADAPTER):
+    if number > 1 and built_on != adapter_files_sha256(stage_folder(folder.parent, number - 1)):
         raise InputError(f"{folder}: {other_stage(number)}")
     record = json.loads((folder / "stage.json").read_text("utf-8"))
     if record["gate"] and not force_continue:
@@ -302,7 +299,8 @@ def run_stage(
         remove_left_over(folder)
         if not (folder / "run.json").exists():
             data = stage_fingerprint(stage, pairs)
-            write_json(folder / "run.json", {"args": stage.args, "device": device, "data": data})
+            about = {"device": device, "data": data, "base": setup.base.identity}
+            write_json(folder / "run.json", {"args": stage.args, **about})
     entry: dict = {"stage": stage.number, "pairs": len(pairs)} | {
         key: {} for key in ("baseline", "final", "delta", "runtime_s")
     }
@@ -366,7 +364,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     first = stages[0]
     lora = first.fill(adapters.LoraSettings)
     setup = training.set_up(args, record, set(), longest=args.max_length, lora=lora)
-    done = functools.partial(finished_stage, dtype=setup.base.dtype_name, force_continue=args.force_continue)
+    done = functools.partial(finished_stage, base=setup.base, force_continue=args.force_continue)
     record["stages"] = [done(stage_of(args, number)) for number in range(1, first.number)]
     setups = {
         stage.number: dataclasses.replace(

@@ -24,7 +24,7 @@ from peft import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from llm_alignment.files import InputError, differing, is_out_of_memory
+from llm_alignment.files import InputError, differing, digest, is_out_of_memory
 from llm_alignment.model_files import check_safetensors, read_json, stored_tensors
 from llm_alignment.models import Base, check_finite, check_logits, check_vocabulary, load_model, one_line
 
@@ -221,12 +221,19 @@ def adapter_off(model: PreTrainedModel | PeftModel) -> contextlib.AbstractContex
     return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
 
 
+# settings of an adapter that say nothing of what it computes
+NEUTRAL = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "task_type"}
+
+
 def adapter_sha256(model: PreTrainedModel | PeftModel) -> str:
-    """SHA-256 of the active adapter's tensors as safetensors; "none" for a model without an adapter."""
+    """One hash for the active adapter's tensors and settings; "none" for a model without an adapter."""
     if not isinstance(model, PeftModel):
         return "none"
     tensors = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
-    return hashlib.sha256(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})).hexdigest()
+    of_tensors = hashlib.sha256(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+    settings = model.peft_config[model.active_adapter].to_dict()
+    settings = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+    return digest(of_tensors.hexdigest(), {name: settings[name] for name in settings.keys() - NEUTRAL})
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from llm_alignment.devices import prepare_cuda, unused_card
-from llm_alignment.files import InputError, digest, file_sha256, is_out_of_memory
+from llm_alignment.files import InputError, is_out_of_memory
 from llm_alignment.hub import commit_of
-from llm_alignment.model_files import check_files, fetch_model, stored_tensors
+from llm_alignment.model_files import check_files, fetch_model, files_sha256, stored_tensors
 from llm_alignment.processes import device_and_dtype, main_process, on_main_process, versions
 
 if TYPE_CHECKING:
@@ -45,6 +45,11 @@ class Base:
     def what(self) -> str:
         """The flag and its value, for messages."""
         return f"--model {self.name}"
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """The commit of a hub model; of a folder one hash for every byte of weights, tokenizer, template, configs."""
+        return self.commit or files_sha256(self.folder)
 
     @property
     def dtype_name(self) -> str:
@@ -282,24 +287,10 @@ def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def base_fingerprint(base: Base, *, thinking: bool) -> dict:
-    """What the answers of a model on this base depend on besides its adapter and the generation settings.
-
-    The weights are known by the sizes and both ends of their files, the tokenizer and its template by their files.
-    """
-    weights = hashlib.sha256((base.folder / "config.json").read_bytes())
-    for path in sorted(base.folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            weights.update(str(size).encode() + file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            weights.update(file.read())
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    """What the answers of a model on this base depend on besides its adapter and the generation settings."""
     return {
         "model": base.name,
-        "weights": weights.hexdigest(),
-        "tokenizer": digest({
-            name: file_sha256(base.folder / name) for name in names if (base.folder / name).is_file()
-        }),
+        "weights": base.identity,
         "quantization": base.quantization,
         "dtype": base.dtype_name,
         "device": base.device.type,

@@ -354,7 +354,7 @@ class Setup:
         Without `resume` that is any run; with it, one that `check_same_run` finds to be another. To be called first of
         all, and again when the data is known.
         """
-        check_output_folder(self.folder, self.resume, self.flags, self.base.dtype_name, data)
+        check_output_folder(self.folder, self.resume, self.flags, self.base, data)
 
 
 def set_up(
@@ -378,7 +378,7 @@ def set_up(
 
 
 def check_output_folder(
-    folder: Path, resume: str | None, flags: dict[str, Any], dtype: str, data: dict | None = None
+    folder: Path, resume: str | None, flags: dict[str, Any], base: Base, data: dict | None = None
 ) -> None:
     """See `Setup.check_folder`."""
     if resume is None:
@@ -390,24 +390,26 @@ def check_output_folder(
         return
     for each in sorted({folder} | ({Path(resume).parent} if resume != "auto" else set())):
         if (each / "run.json").exists():
-            check_same_run(each, flags, dtype, data)
+            check_same_run(each, flags, base, data)
         elif any(each.glob("checkpoint-*")):
             log.warning("no run.json in %s: the flags and data of its checkpoints cannot be checked", each)
 
 
-def check_same_run(folder: Path, flags: dict[str, Any], dtype: str, data: dict | None = None) -> None:
+def check_same_run(folder: Path, flags: dict[str, Any], base: Base, data: dict | None = None) -> None:
     """Raises InputError that lists the differences between the run in `folder` (its run.json) and this one.
 
-    Compared are `flags`, the values of those that change what is trained, the number of processes, the type of the
-    weights, and with `data` the fingerprint of the data.
+    Compared are `flags`, the values of those that change what is trained, the number of processes, the base and its
+    type, and with `data` the fingerprint of the data.
     """
     path = folder / "run.json"
-    now = {"args": flags, "device": {"processes": processes(), "dtype": dtype}, "data": data}
+    device = {"processes": processes(), "dtype": base.dtype_name}
+    now = {"args": flags, "device": device, "data": data, "base": base.identity}
     try:
         stored = parse_json(path.read_bytes())
         before, after = (
             {f"--{name}": value for name, value in run["args"].items() if name in flags}
             | {name: run["device"][name] for name in ("processes", "dtype")}
+            | ({"weights, tokenizer or config of --model": run["base"]} if "base" in stored else {})  # older ones: no
             | ({f"data {name}": value for name, value in run["data"].items()} if data is not None else {})
             for run in (stored, json.loads(json.dumps(now)))
         )
@@ -416,7 +418,9 @@ def check_same_run(folder: Path, flags: dict[str, Any], dtype: str, data: dict |
     # a flag that is newer than the stored run was at its default there
     after = {name: value for name, value in after.items() if name in before or not name.startswith("--")}
     if before != after:
-        raise InputError(f"{folder}: the run to resume had other flags or data ({differing(before, after)})")
+        raise InputError(
+            f"{folder}: the run to resume had another base, other flags or data ({differing(before, after)})"
+        )
 
 
 def newest_complete(folder: Path, resume: str | None) -> Path | None:
