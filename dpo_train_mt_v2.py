@@ -69,6 +69,7 @@ from mtbench_eval import load_questions, sample_questions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from llm_alignment.models import Base
     from llm_alignment.training import Setup, TrainingSettings
 
 T = TypeVar("T")

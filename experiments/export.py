@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING
 
 from commands import exit_code
 
-from llm_alignment.adapters import adapter_config, adapter_off, load_adapter
+from llm_alignment.adapters import adapter_config, adapter_off, load_adapter, scaled
 from llm_alignment.endings import console_and_log
 from llm_alignment.files import InputError, SkippedRows, parse_json, replace
-from llm_alignment.flags import positive
+from llm_alignment.flags import not_negative, positive
 from llm_alignment.generation import Decoding, generate
 from llm_alignment.models import Base, BaseFlags, base_fingerprint, load_model, load_tokenizer, resolve_base
 from llm_alignment.results import read_results
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("run_folder", type=Path, metavar="RUN_FOLDER", help="output folder of a training run")
     add("--merged", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
     add("--dtype", choices=["bf16", "fp32"], default="bf16", help="of the weights (default: %(default)s)")
+    add("--scale", type=not_negative(float), default=1.0, help="strength of the adapter: 0 is the base, 1 the run")
     add("--model", default="", help="the base, where it is not where the adapter says (hub id or folder)")
     add("--model_revision", default=None, help="branch, tag or commit on the hub (default: main)")
     add("--trust_remote_code", action="store_true", help="run code that the model's repository ships")
@@ -134,12 +135,13 @@ def merge(args: argparse.Namespace, base: Base, folder: Path) -> None:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     model: PeftModel = load_adapter(load_model(base).to(dtype), str(args.run_folder)).eval()
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    answers = answer_texts(model, tokenizer, chats, args.max_new_tokens)
-    rows = [answer_ids(tokenizer, chat, answer) for chat, answer in zip(chats, answers, strict=True)]
-    wanted = [next_token_log_probs(model, *row) for row in rows]
-    with adapter_off(model):
-        adapter_effect = mean_kl(wanted, [next_token_log_probs(model, *row) for row in rows])
-    write_merged(model, tokenizer, folder)
+    with scaled(model, args.scale):
+        answers = answer_texts(model, tokenizer, chats, args.max_new_tokens)
+        rows = [answer_ids(tokenizer, chat, answer) for chat, answer in zip(chats, answers, strict=True)]
+        wanted = [next_token_log_probs(model, *row) for row in rows]
+        with adapter_off(model):
+            adapter_effect = mean_kl(wanted, [next_token_log_probs(model, *row) for row in rows])
+        write_merged(model, tokenizer, folder)
     del model
     gc.collect()
     verify(folder, args, chats, answers, rows, wanted, adapter_effect)

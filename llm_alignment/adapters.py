@@ -21,6 +21,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.helpers import rescale_adapter_scale
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
@@ -62,8 +63,10 @@ def check_model(
     lora: LoraSettings | None = None,
     adapter: str = "",
     longest: int = 0,
+    scale: float = 1.0,
 ) -> None:
-    """Raises InputError for a model, a saved adapter or a fresh one that would not load; reads no weights of the base.
+    """Raises InputError for a model, a saved adapter or a fresh one that would not load, or an adapter that cannot be
+    `scaled`; reads no weights of the base.
 
     The model is built on torch's meta device, where loading looks at names and shapes alone. `longest`: tokens of the
     longest example, which the model's context should hold.
@@ -74,9 +77,11 @@ def check_model(
     if longest > context:
         log.warning("examples of up to %d tokens: the model's context is %d; lower the length", longest, context)
     if adapter:
-        load_adapter(model, adapter)
+        model = load_adapter(model, adapter)
     elif lora:
         new_adapter(model, lora)
+    with scaled(model, scale):
+        pass
 
 
 def new_adapter(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
@@ -223,6 +228,24 @@ def adapter_off(model: PreTrainedModel | PeftModel) -> contextlib.AbstractContex
 
 # settings of an adapter that say nothing of what it computes
 NEUTRAL = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "task_type"}
+
+
+@contextlib.contextmanager
+def scaled(model: PreTrainedModel | PeftModel, scale: float) -> Iterator[None]:
+    """Inside, the adapter adds `scale` times what it was trained to add: 0 is the base, 1 the run, to the bit.
+
+    The weights between base and run are WiSE-FT's (https://arxiv.org/abs/2109.01903). Raises InputError for a model
+    without a LoRA adapter, and for DoRA, whose scale is not linear.
+    """
+    if scale == 1:
+        yield
+        return
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    if not isinstance(config, LoraConfig) or config.use_dora:
+        what = "a model without a LoRA adapter" if config is None else "an adapter that is not plain LoRA (DoRA)"
+        raise InputError(f"a scale of {scale:g}: {what} cannot be scaled; leave the scale out")
+    with rescale_adapter_scale(model, scale):
+        yield
 
 
 def adapter_sha256(model: PreTrainedModel | PeftModel) -> str:
