@@ -109,7 +109,8 @@ class AnchoredTrainer(SFTTrainer):
                     example = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
                 batch["kl_mask"] = tail_mask(targets, example, self.anchor.kl_limit_seq)
             marked = sum(batch["kl_mask"].sum() for batch in batches)
-            self.kl_items = self.accelerator.gather(marked.to(self.accelerator.device)).sum()
+            # a step may have no replay row
+            self.kl_items = self.accelerator.gather(marked.to(self.accelerator.device)).sum().clamp(min=1)
         self.steps_since_log += 1
         return batches, num_items
 

@@ -13,20 +13,13 @@ import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import rows_of
+from toys import rows_of, toy_model
 
 from llm_alignment import evaluation, files, stats
 from llm_alignment.evaluation import METRICS, Evaluation, TableRow, measure, print_table, verdict
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The runner of rows
-
-
-def toy_model() -> torch.nn.Module:
-    """A model that lists the batches that are read."""
-    model = torch.nn.Linear(1, 1)
-    model.device, model.batches = torch.device("cpu"), []
-    return model
 
 
 def read(model, tokenizer, items):

@@ -1,5 +1,6 @@
 """sft_train.py from end to end on the demo's files: data, runs, bad input, and runs that are killed and go on."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -193,6 +194,19 @@ def test_packed_examples_do_not_see_one_another(tmp_path):
         losses.append((sum(parts), trainer.kl_since_log, int(items), int(trainer.kl_items)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][3] == 9 * 5
+
+
+@pytest.mark.parametrize("marks", [[False, False], [True, False]])
+def test_an_anchor_on_replay_rows_where_a_step_has_none(marks, sft_trainer):
+    import torch
+
+    trainer = sft_trainer("--kl_warmup_steps", "0", "--kl_limit_seq", "5")
+    batch = trainer.data_collator([trainer.train_dataset[number] for number in range(2)])
+    trainer.anchor, trainer.state.global_step = dataclasses.replace(trainer.anchor, kl_on="replay"), 1
+    (batch,), items = trainer.get_batch_samples(iter([batch | {"replay": torch.tensor(marks)}]), 1, "cpu")
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).item()
+    assert batch["kl_mask"].sum(dim=1).tolist() == [5 * mark for mark in marks]
+    assert loss == pytest.approx(trainer.nll_since_log) and trainer.kl_since_log == pytest.approx(0, abs=1e-6)
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
