@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_alignment.card import write_card
 from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report, save_answers
 from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
 from llm_alignment.flags import (
@@ -241,6 +242,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if main_process():
         report(record, folder, evaluations, before, after, details=args.table == "full")
         save_answers(args.eval_save_json, before, after)
+        if trainer:
+            write_card(folder)
         judge_gates(record, gates)
 
 

@@ -22,6 +22,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_alignment.card import write_card
 from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report, save_answers
 from llm_alignment.files import InputError, sample, write_rows
 from llm_alignment.flags import (
@@ -189,6 +190,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if main_process():
         report(record, folder, evaluations, before, after, details=args.table == "full")
         save_answers(args.eval_save_json, before, after)
+        if trainer:
+            write_card(folder)
         judge_gates(record, gates)
         write_rows(folder / "train_pairs.jsonl", pairs)
 

@@ -23,6 +23,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llm_alignment.card import write_card
 from llm_alignment.endings import MissedGateError
 from llm_alignment.evaluation import (
     METRICS,
@@ -508,13 +509,14 @@ def finish(
 ) -> None:
     """Copies the last adapter into the run's folder; reports it against the base, and every domain by stage."""
     folder = last.parent
-    for path in [*last.glob("adapter_*"), *last.glob("*token*"), *last.glob("chat_template*"), last / "README.md"]:
+    for path in [*last.glob("adapter_*"), *last.glob("*token*"), *last.glob("chat_template*")]:
         write_atomic(folder / path.name, path.read_bytes())
     before = stored_rows(folder, "baseline", evaluations)
     evaluations = with_own_drift(evaluations, before, tokenizer, thinking=record["args"]["thinking"])
     after = stored_rows(last, "final", evaluations)
     report(record, folder, evaluations, before, after)
     save_answers(eval_save_json, before, after)
+    write_card(folder)
     table = []
     for evaluation in evaluations:
         metric, key = METRICS[evaluation.name], evaluation.name

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl  # noqa: F401 - the loss is part of this script
+from llm_alignment.card import write_card
 from llm_alignment.encoder import ChatEncoder
 from llm_alignment.evaluation import METRICS, Evaluation, asked_gates, judge_gates, measure, report
 from llm_alignment.files import InputError
@@ -242,6 +243,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         history = {"": with_validation(trainer.state.log_history, record)}
         save_figure(plot_curves("training", history, LOSS), folder / "loss.png")
         save_figure(plot_curves("training", history, KL), folder / "kl.png")
+        write_card(folder)
         judge_gates(record, gates)
 
 

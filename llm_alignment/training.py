@@ -159,18 +159,16 @@ def log_memory_plan(settings: TrainingSettings, base: Base, lora: LoraSettings) 
 
 
 def save_adapter(trainer: Trainer, folder: Path) -> None:
-    """Writes adapter, tokenizer and model card into `folder`, file by file under a temporary name that is renamed."""
+    """Writes adapter and tokenizer into `folder`, file by file under a temporary name that is renamed."""
     for config in trainer.model.peft_config.values():
         if isinstance(config.target_modules, set):  # which is written in another order by every process
             config.target_modules = sorted(config.target_modules)
     trainer.save_model(str(folder / "saving"))
     if main_process():
-        (folder / "saving" / "README.md").unlink(missing_ok=True)  # PEFT's card, which knows less than TRL's
+        (folder / "saving" / "README.md").unlink(missing_ok=True)  # PEFT's card; `write_card` writes ours
         for path in (folder / "saving").iterdir():
             replace(path, folder / path.name)
         (folder / "saving").rmdir()
-        if not (folder / "README.md").exists():  # every process would write its tags in another order
-            trainer.create_model_card(model_name=folder.name)
 
 
 def run_training(trainer: Trainer, checkpoint: Path | None) -> None:

@@ -195,7 +195,6 @@ def test_a_finished_run_that_is_resumed_changes_nothing(more, flags, whole, tmp_
     folder = tmp_path / "run" if more else whole
     if more:
         sft_train.main(flags(folder, *more))
-    (folder / "README.md").write_text("the tags in the order of another process", encoding="utf-8")
     before = contents(folder)
     for _ in range(2):
         sft_train.main(flags(folder, *more, "--resume_from_checkpoint", "auto"))
