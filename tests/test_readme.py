@@ -81,17 +81,19 @@ def test_flags_that_are_named_exist():
     assert len(named) > 30
     elsewhere = {
         "--compare",
-        "--run",
+        "--detect",
+        "--extra",
         "--grid",
-        "--mine",
-        "--seeds",
-        "--plan",
-        "--merged",
-        "--power",
         "--import",
         "--list",
+        "--merged",
+        "--mine",
         "--no",
-        "--extra",
+        "--plan",
+        "--power",
+        "--publish",
+        "--run",
+        "--seeds",
     }
     for flag in named - elsewhere:
         assert re.search(rf"{flag}\b", known), flag
