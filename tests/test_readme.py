@@ -82,7 +82,8 @@ def test_flags_that_are_named_exist():
     elsewhere = {
         "--publish",
         "--compare",
-        "--run",
+        "--detect",
+        "--extra",
         "--grid",
         "--mine",
         "--same_data",
@@ -93,7 +94,7 @@ def test_flags_that_are_named_exist():
         "--import",
         "--list",
         "--no",
-        "--extra",
+        "--run",
     }
     for flag in named - elsewhere:
         assert re.search(rf"{flag}\b", known), flag
