@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
