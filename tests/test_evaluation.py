@@ -81,13 +81,14 @@ def test_what_is_known_of_the_base_is_not_read(measured):
 
 def test_rows_of_the_base_are_shared_by_runs_but_sampled_ones_are_not(measured, tmp_path):
     for task, is_read, cached in ((task_of([0, 1]), 0, 1), (task_of([0, 1, 2], is_cached=False), 1, 1)):
-        rows = [measured(task, f"{name}{is_read}/baseline", use_cache=True) for name in ("one", "two")]
+        options = dict(use_cache=True, with_adapter=False)
+        rows = [measured(task, f"{name}{is_read}/baseline", **options) for name in ("one", "two")]
         assert rows[0][0] == rows[1][0] and len(rows[0][1]) == 1 and len(rows[1][1]) == is_read
         one, two = (tmp_path / f"{name}{is_read}" / "tatqa_baseline.jsonl" for name in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
         assert len([*(tmp_path / "cache").rglob("*.jsonl")]) == cached
-    for options in ({}, {"use_cache": True, "fingerprint": {"model": "other"}}):
-        assert measured(task_of([0, 1]), f"{len(options)}/baseline", **options)[1]
+    for n, changes in enumerate([{"use_cache": False}, {"with_adapter": True}, {"fingerprint": {"model": "other"}}]):
+        assert measured(task_of([0, 1]), f"{n}/baseline", **{**options, **changes})[1]
 
 
 def test_rows_of_an_earlier_stage_are_taken_if_nothing_changed(measured):
