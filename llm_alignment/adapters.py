@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import (
@@ -134,7 +134,7 @@ def saved_settings(folder: str, asked: LoraSettings) -> LoraSettings:
             f"--load_adapter {folder}: it changes the head (lm_head), which the losses here take from the base; name "
             "another adapter"
         )
-    own = {
+    own: dict[str, Any] = {
         "lora_r": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
         "target_modules": ",".join(sorted(map(str, layers))) if isinstance(layers, list) else None,  # else a pattern

@@ -76,7 +76,7 @@ class AnchoredTrainer(SFTTrainer):
         self.nll_since_log = self.kl_since_log = 0.0
         self.steps_since_log = 0
         super().__init__(**arguments)
-        collate = self.data_collator
+        collate: Callable = self.data_collator  # type: ignore[has-type]
 
         def with_replay(examples: list[dict]) -> dict[str, torch.Tensor]:
             """TRL's collator drops columns that it does not know."""
