@@ -214,7 +214,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
         training.TrainingSettings, args, weight_decay=0.01, logging_steps=args.kl_log_interval,
         longest=args.max_seq_length,
     )  # fmt: skip
-    anchor, sizes = fill(AnchorSettings, args), fill(sft.SftSettings, args)
+    anchor, sizes = fill(AnchorSettings, args), fill(
+        sft.SftSettings, args, kl_asked=any(flag.partition("=")[0] == "--kl_coef" for flag in record["argv"])
+    )  # fmt: skip
     if args.dry_run:
         shown = selection, examples("train"), encoder
         rounds = fill(plans.Rounds, args)
