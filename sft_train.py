@@ -204,7 +204,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     gates = asked_gates(args.gates, task.compared)
     settings = fill(training.TrainingSettings, args, weight_decay=0.01, logging_steps=args.kl_log_interval,
                     longest=args.max_seq_length)  # fmt: skip
-    anchor, sizes = fill(AnchorSettings, args), fill(sft.SftSettings, args)
+    kl_asked = any(flag.partition("=")[0] == "--kl_coef" for flag in record["argv"])
+    anchor, sizes = fill(AnchorSettings, args), fill(sft.SftSettings, args, kl_asked=kl_asked)
     if args.dry_run:
         shown, rounds = (task.selection, task.examples("train"), task.encoder), fill(plans.Rounds, args)
         plans.print_sft_plan(setup, shown, task.questions, settings=settings, sft=sizes, anchor=anchor, rounds=rounds)
