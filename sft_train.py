@@ -241,6 +241,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if main_process():
         title = f"{record['output_dir']}, step {record['kept_step']}"
         report(record, folder, final, before, after, title=title, details=args.table == "full")
+        kept = record["final"]
+        log.info("validation loss on all %d held-out rows: %.4f", kept["val_rows_full"], kept["val_loss_full"])
         history = {"": with_validation(trainer.state.log_history, record)}
         save_figure(plot_curves("training", history, LOSS), folder / "loss.png")
         save_figure(plot_curves("training", history, KL), folder / "kl.png")

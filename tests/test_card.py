@@ -43,12 +43,7 @@ def test_base_commit_figures_and_changed_answers_are_in_the_card(run_folder, tmp
     )
     assert 'revision="abc123"' in text and "python sft_train.py --kl_coef 0" in text
     assert "| 2.000 | 1.500 | -0.5000 | [-0.6000, -0.4000] |" in text
-    assert (
-        "> old 1\n" in text
-        and "> new\n> 1\n" in text
-        and "> new 2\n" in text
-        and "> same" not in text
-    )
+    assert "> old 1\n" in text and "> new\n> 1\n" in text and "> new 2\n" in text and "> same" not in text
     assert "loss.png" not in text  # there is none in the folder
     merged = tmp_path / "merged"
     merged.mkdir()
