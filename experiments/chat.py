@@ -70,7 +70,8 @@ def typed_prompts() -> Iterator[str]:
 def answer_both(run: FinishedRun, model: PeftModel, chats: Chats, decoding: Decoding) -> tuple[str, str]:
     """The base's answer to its turns and the tuned model's to its own."""
     texts = []
-    for chat, context in zip(chats, (adapter_off(model), contextlib.nullcontext()), strict=True):
+    sides: list[contextlib.AbstractContextManager] = [adapter_off(model), contextlib.nullcontext()]
+    for chat, context in zip(chats, sides, strict=True):
         system = getattr(run.args, "system_prompt", "")
         turns = [{"role": "system", "content": system}, *chat] if system else chat
         with context:
