@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_alignment.card import write_card
 from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report, save_answers
 from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
 from llm_alignment.flags import (
@@ -35,6 +36,7 @@ from llm_alignment.flags import (
 )
 from llm_alignment.instructions import instruct_questions
 from llm_alignment.leaks import LeakFinder, asked_passages, without_leaks
+from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.preferences import read_pairs, transcript
 from llm_alignment.processes import main_process
@@ -240,6 +242,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if main_process():
         report(record, folder, evaluations, before, after, details=args.table == "full")
         save_answers(args.eval_save_json, before, after)
+        if trainer:
+            write_card(folder)
         judge_gates(record, gates)
 
 
@@ -272,7 +276,7 @@ def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[
                 args.eval_split,
             )
     if args.load_adapter:  # a resumed run must begin with the same adapter, its reference too
-        data["adapter"] = file_sha256(Path(args.load_adapter) / "adapter_model.safetensors")
+        data["adapter"] = adapter_files_sha256(args.load_adapter)
     rows, held_out_rows = (
         dpo.fit_pairs(some, setup.tokenizer, style_of_pairs, args.max_length, mark) for some in (pairs, held_out)
     )

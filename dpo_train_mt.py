@@ -22,8 +22,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_alignment.card import write_card
 from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report, save_answers
-from llm_alignment.files import InputError, file_sha256, sample, write_rows
+from llm_alignment.files import InputError, sample, write_rows
 from llm_alignment.flags import (
     FINANCE_DEMO,
     add_data_flags,
@@ -36,6 +37,7 @@ from llm_alignment.flags import (
     ratio,
 )
 from llm_alignment.leaks import asked_passages
+from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle
@@ -188,6 +190,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if main_process():
         report(record, folder, evaluations, before, after, details=args.table == "full")
         save_answers(args.eval_save_json, before, after)
+        if trainer:
+            write_card(folder)
         judge_gates(record, gates)
         write_rows(folder / "train_pairs.jsonl", pairs)
 
@@ -238,7 +242,7 @@ def pairs_and_evaluations(
         pairs = sample(pairs, args.limit_pairs or len(pairs), args.seed)
     fingerprint = finance.data_fingerprint(data, pairs)
     if args.load_adapter:  # a resumed run must begin with the same adapter, its reference too
-        fingerprint["adapter"] = file_sha256(Path(args.load_adapter) / "adapter_model.safetensors")
+        fingerprint["adapter"] = adapter_files_sha256(args.load_adapter)
     return pairs, evaluations, fingerprint
 
 

@@ -23,6 +23,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llm_alignment.card import write_card
 from llm_alignment.endings import MissedGateError
 from llm_alignment.evaluation import (
     METRICS,
@@ -38,8 +39,9 @@ from llm_alignment.evaluation import (
 )
 from llm_alignment.files import (
     InputError,
+    SkippedRows,
+    differing,
     digest,
-    file_sha256,
     remove_left_over,
     replace,
     sample,
@@ -58,9 +60,11 @@ from llm_alignment.flags import (
     positive,
 )
 from llm_alignment.leaks import asked_passages
+from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process, on_main_process
 from llm_alignment.prompts import PromptStyle
+from llm_alignment.results import read_results
 from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
 from llm_alignment.runs import begin, check_writable, recorded_run, timed
 from llm_alignment.tatqa import PromptContent, question_texts, tatqa_file
@@ -69,6 +73,7 @@ from mtbench_eval import load_questions, sample_questions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from llm_alignment.models import Base
     from llm_alignment.training import Setup, TrainingSettings
 
 T = TypeVar("T")
@@ -204,13 +209,10 @@ def stage_folder(output_dir: Path, number: int) -> Path:
 # Stages
 
 
-ADAPTER = "adapter_model.safetensors"
-
-
 def stage_fingerprint(stage: Stage, pairs: list[dict]) -> dict:
     """What a stage is trained on: its pairs, and the adapter of the stage before, which must have ended."""
-    previous = stage_folder(stage.folder.parent, stage.number - 1) / ADAPTER
-    adapter = file_sha256(previous) if stage.number > 1 else None
+    previous = stage_folder(stage.folder.parent, stage.number - 1)
+    adapter = adapter_files_sha256(previous) if stage.number > 1 else None
     return {"pairs": len(pairs), "sha256": digest(pairs), "previous_adapter": adapter}
 
 
@@ -230,7 +232,7 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def finished_stage(stage: Stage, dtype: str, *, force_continue: bool) -> dict:
+def finished_stage(stage: Stage, base: Base, *, force_continue: bool) -> dict:
     """The record of a stage that ended earlier.
 
     Raises InputError when it did not end, when a file of it is damaged, when it had other flags, or when it missed its
@@ -245,14 +247,29 @@ def finished_stage(stage: Stage, dtype: str, *, force_continue: bool) -> dict:
             f"{folder}: stage {number} cannot be built on, {problem}; --resume_from_stage {number} runs it again from "
             "scratch"
         )
-    check_same_run(folder, stage.judged, dtype)
+    check_same_run(folder, stage.judged, base)
     built_on = json.loads((folder / "run.json").read_text("utf-8"))["data"].get("previous_adapter")
-    if number > 1 and built_on != file_sha256(stage_folder(folder.parent, number - 1) / ADAPTER):
+    if number > 1 and built_on != adapter_files_sha256(stage_folder(folder.parent, number - 1)):
         raise InputError(f"{folder}: {other_stage(number)}")
     record = json.loads((folder / "stage.json").read_text("utf-8"))
     if record["gate"] and not force_continue:
         raise InputError(f"{folder}: stage {number} missed its gate ({record['gate']}); --force_continue continues")
     return record
+
+
+def check_measured_alike(folder: Path, evaluations: list[Evaluation]) -> None:
+    """Raises InputError when the stage in `folder` was measured on other questions or settings than these."""
+    for evaluation in evaluations:
+        path = folder / f"{evaluation.name}_final.jsonl"
+        if path.exists():
+            now = json.loads(json.dumps(evaluation.settings))
+            measured, _ = read_results(path, SkippedRows())
+            before = {name: measured.get(name) for name in now}
+            if before != now:
+                raise InputError(
+                    f"{folder}: it was measured on other {METRICS[evaluation.name].title} questions or settings "
+                    f"({differing(before, now)}), so no difference could be told; measure both alike"
+                )
 
 
 def missed_gate(stage: int, delta: dict[str, dict], evaluations: list[Evaluation]) -> str:
@@ -302,7 +319,8 @@ def run_stage(
         remove_left_over(folder)
         if not (folder / "run.json").exists():
             data = stage_fingerprint(stage, pairs)
-            write_json(folder / "run.json", {"args": stage.args, "device": device, "data": data})
+            about = {"device": device, "data": data, "base": setup.base.identity}
+            write_json(folder / "run.json", {"args": stage.args, **about})
     entry: dict = {"stage": stage.number, "pairs": len(pairs)} | {
         key: {} for key in ("baseline", "final", "delta", "runtime_s")
     }
@@ -366,7 +384,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     first = stages[0]
     lora = first.fill(adapters.LoraSettings)
     setup = training.set_up(args, record, set(), longest=args.max_length, lora=lora)
-    done = functools.partial(finished_stage, dtype=setup.base.dtype_name, force_continue=args.force_continue)
+    done = functools.partial(finished_stage, base=setup.base, force_continue=args.force_continue)
     record["stages"] = [done(stage_of(args, number)) for number in range(1, first.number)]
     setups = {
         stage.number: dataclasses.replace(
@@ -382,6 +400,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
             raise InputError(f"{stage.folder}: {other_stage(stage.number)}")
     pairs, evaluations, data = pairs_and_evaluations(args, record, setup, stages)
     gates = asked_gates(args.gates, evaluations)
+    check_measured_alike(stage_folder(Path(args.output_dir), first.number - 1), evaluations)
     if args.dry_run:
         plans.log_gates(gates, Path(args.exp_log), args.model)
         for stage in stages:
@@ -509,13 +528,14 @@ def finish(
 ) -> None:
     """Copies the last adapter into the run's folder; reports it against the base, and every domain by stage."""
     folder = last.parent
-    for path in [*last.glob("adapter_*"), *last.glob("*token*"), *last.glob("chat_template*"), last / "README.md"]:
+    for path in [*last.glob("adapter_*"), *last.glob("*token*"), *last.glob("chat_template*")]:
         write_atomic(folder / path.name, path.read_bytes())
     before = stored_rows(folder, "baseline", evaluations)
     evaluations = with_own_drift(evaluations, before, tokenizer, thinking=record["args"]["thinking"])
     after = stored_rows(last, "final", evaluations)
     report(record, folder, evaluations, before, after)
     save_answers(eval_save_json, before, after)
+    write_card(folder)
     table = []
     for evaluation in evaluations:
         metric, key = METRICS[evaluation.name], evaluation.name

@@ -245,7 +245,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     earlier_fingerprint, earlier = earlier_results(args.compare, questions) if args.compare else ({}, [])
     base = models.resolve_base(fill(models.BaseFlags, args))
     tokenizer = models.load_tokenizer(base)
-    adapters.check_model(base, tokenizer, adapter=args.adapter)
+    adapters.check_model(base, tokenizer, adapter=args.adapter, scale=args.adapter_scale)
     reward_model = load_reward_model(
         args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code, on_meta=args.dry_run
     )
@@ -269,24 +269,27 @@ def run(args: argparse.Namespace, record: dict) -> None:
         models.check_logits(model, base.what)
         if args.adapter:
             model = adapters.load_adapter(model, args.adapter)
-    adapter = adapters.adapter_sha256(model)
-    fingerprint = {**models.base_fingerprint(base, thinking=args.thinking), "adapter": adapter}
-    paths = {evaluation.name: Path(args.output_dir) / f"{evaluation.name}.jsonl" for evaluation in evaluations}
-    if main_process():
-        for evaluation in evaluations:  # refuses the folder of another evaluation before anything in it changes
-            ResultFile(paths[evaluation.name], {**fingerprint, **evaluation.settings})
-    data = {"questions": args.questions, "n": len(questions), "sha256": mtbench.settings["questions"]}
-    folder = begin(record, data, base)
-    rows = {}
-    with timed(record, "final"):
-        for evaluation in evaluations:
-            cache = None
-            if evaluation.is_cached and not (args.adapter or args.no_baseline_cache):
-                cache = baseline_cache({**fingerprint, **evaluation.settings})
-            rows[evaluation.name] = read_items(
-                evaluation, lambda: model, tokenizer, paths[evaluation.name],
-                fingerprint=fingerprint, cache=cache, renew=False,
-            )  # fmt: skip
+    with adapters.scaled(model, args.adapter_scale):
+        adapter = adapters.adapter_sha256(model)
+        fingerprint = {**models.base_fingerprint(base, thinking=args.thinking), "adapter": adapter}
+        if args.adapter_scale != 1:
+            fingerprint["adapter_scale"] = args.adapter_scale
+        paths = {evaluation.name: Path(args.output_dir) / f"{evaluation.name}.jsonl" for evaluation in evaluations}
+        if main_process():
+            for evaluation in evaluations:  # refuses the folder of another evaluation before anything in it changes
+                ResultFile(paths[evaluation.name], {**fingerprint, **evaluation.settings})
+        data = {"questions": args.questions, "n": len(questions), "sha256": mtbench.settings["questions"]}
+        folder = begin(record, data, base)
+        rows = {}
+        with timed(record, "final"):
+            for evaluation in evaluations:
+                cache = None
+                if evaluation.is_cached and not (args.adapter or args.no_baseline_cache):
+                    cache = baseline_cache({**fingerprint, **evaluation.settings})
+                rows[evaluation.name] = read_items(
+                    evaluation, lambda: model, tokenizer, paths[evaluation.name],
+                    fingerprint=fingerprint, cache=cache, renew=False,
+                )  # fmt: skip
     if main_process():
         report_results(record, folder, evaluations, rows, earlier)
 

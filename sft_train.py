@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl  # noqa: F401 - the loss is part of this script
+from llm_alignment.card import write_card
 from llm_alignment.encoder import ChatEncoder
 from llm_alignment.evaluation import METRICS, Evaluation, asked_gates, judge_gates, measure, report
 from llm_alignment.files import InputError
@@ -203,7 +204,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     gates = asked_gates(args.gates, task.compared)
     settings = fill(training.TrainingSettings, args, weight_decay=0.01, logging_steps=args.kl_log_interval,
                     longest=args.max_seq_length)  # fmt: skip
-    anchor, sizes = fill(AnchorSettings, args), fill(sft.SftSettings, args)
+    kl_asked = any(flag.partition("=")[0] == "--kl_coef" for flag in record["argv"])
+    anchor, sizes = fill(AnchorSettings, args), fill(sft.SftSettings, args, kl_asked=kl_asked)
     if args.dry_run:
         shown, rounds = (task.selection, task.examples("train"), task.encoder), fill(plans.Rounds, args)
         plans.print_sft_plan(setup, shown, task.questions, settings=settings, sft=sizes, anchor=anchor, rounds=rounds)
@@ -239,9 +241,12 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if main_process():
         title = f"{record['output_dir']}, step {record['kept_step']}"
         report(record, folder, final, before, after, title=title, details=args.table == "full")
+        kept = record["final"]
+        log.info("validation loss on all %d held-out rows: %.4f", kept["val_rows_full"], kept["val_loss_full"])
         history = {"": with_validation(trainer.state.log_history, record)}
         save_figure(plot_curves("training", history, LOSS), folder / "loss.png")
         save_figure(plot_curves("training", history, KL), folder / "kl.png")
+        write_card(folder)
         judge_gates(record, gates)
 
 

@@ -114,7 +114,7 @@ def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict | None:
     pairs = shared_questions(rows_a, rows_b)
     if not pairs:
         return None
-    deltas = comparison_table(key, *map(list, zip(*pairs, strict=True)))
+    deltas = comparison_table(key, *map(list, zip(*pairs, strict=True)), beta=settings_b.get("beta", 1.0))
     questions = sorted((question_view(key, a, b) for a, b in pairs), key=lambda view: -abs(view["change"]))
     return {
         "title": EVALUATIONS[key],
@@ -136,8 +136,8 @@ def shared_questions(rows_a: list[dict], rows_b: list[dict]) -> list[tuple[dict,
     return pair_rows(rows_a, same) if same else []
 
 
-def comparison_table(key: str, *sides: list[dict]) -> list[TableRow]:
-    """The lines of `print_table`: every metric of A and of B, with the difference."""
+def comparison_table(key: str, *sides: list[dict], beta: float) -> list[TableRow]:
+    """The lines of `print_table`: every metric of A and of B, with the difference; `beta`: of held-out pairs."""
     if key == "tatqa":
         before, after = ({key: tatqa.summarise_tatqa(rows)} for rows in sides)
         return table_rows(before, after, tatqa.compare_tatqa(*sides))
@@ -147,8 +147,8 @@ def comparison_table(key: str, *sides: list[dict]) -> list[TableRow]:
     if key == "held_out":
         from llm_alignment import dpo  # torch and TRL with it
 
-        before, after = ({key: dpo.summarise_rewards(rows)} for rows in sides)
-        return table_rows(before, after, dpo.compare_rewards(*sides))
+        before, after = ({key: dpo.summarise_rewards(rows, beta)} for rows in sides)
+        return table_rows(before, after, dpo.compare_rewards(*sides, beta=beta))
     before, after = (summarise_scored(key, rows) for rows in sides)
     return table_rows(before, after, compare_scored(key, *sides))
 

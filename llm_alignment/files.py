@@ -381,6 +381,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def kept_sha256(path: Path) -> str:
+    """`file_sha256`, read once: it is kept in the cache folder by path, size and times of change.
+
+    A file that changed a moment ago is read again the next time: it could change once more within the clock's step.
+    """
+    status = path.stat()
+    changed = max(status.st_mtime_ns, status.st_ctime_ns)
+    known = cache_folder() / "files" / digest(str(path.resolve()), status.st_size, status.st_mtime_ns, changed)[:32]
+    if known.is_file() and len(found := known.read_text("ascii")) == 64:
+        return found
+    sha256 = file_sha256(path)
+    if time.time_ns() - changed > 2 * 10**9 and status == path.stat():
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(known, sha256)
+    return sha256
+
+
 def digest(*parts: object) -> str:
     """SHA-256, in hex, of texts and JSON values. The one hash for identities and for orders that a seed chooses.
 

@@ -138,6 +138,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--quant_type", choices=["nf4", "fp4"], default="nf4", help="4-bit format")
     add("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
         help="of weights and computing; auto: bf16 where the GPU has it, else fp16; fp32 on CPU")
+    add("--liger", action="store_true", help="fused kernels on a GPU, faster with less memory; pip install -e .[fast]")
     add("--trust_remote_code", action="store_true", help="run code that a model's repository ships")
     add("--thinking", action="store_true",
         help="Qwen3 may think before it answers: prompts end without the empty <think></think> block, and thoughts in "

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.files import InputError, parse_json
+from llm_alignment.files import InputError, digest, kept_sha256, parse_json
 from llm_alignment.hub import hub_files
 
 if TYPE_CHECKING:
     import torch
+
+
+# what transformers reads of a model
+KINDS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py")
 
 
 def fetch_model(name: str, revision: str | None, flag: str) -> Path:
@@ -25,11 +29,21 @@ def fetch_model(name: str, revision: str | None, flag: str) -> Path:
     if not folder.exists():
         if name.count("/") != 1 or name.startswith((".", "~", "/")):
             raise InputError(f"{flag} {name}: no such folder, and not a hub id of the form owner/name")
-        kinds = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
-        folder = hub_files(name, flag, kinds, revision=revision)
+        folder = hub_files(name, flag, list(KINDS), revision=revision)
     if not (folder / "config.json").is_file():
         raise InputError(f"{flag} {name}: no config.json in this folder; name the folder of a model")
     return folder
+
+
+def files_sha256(folder: Path, kinds: Sequence[str] = KINDS) -> str:
+    """One hash for all files of a model, or of other `kinds`: every byte of weights, tokenizer, template, configs."""
+    paths = sorted({path for kind in (*kinds, "additional_chat_templates/*") for path in folder.glob(kind)})
+    return digest({path.relative_to(folder).as_posix(): kept_sha256(path) for path in paths})
+
+
+def adapter_files_sha256(folder: str | Path) -> str:
+    """One hash for a saved adapter: its tensors, and the settings that say what they do."""
+    return files_sha256(Path(folder), ["adapter_config.json", "adapter_model.safetensors"])
 
 
 def check_files(folder: Path, what: str) -> None:

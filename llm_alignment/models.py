@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from llm_alignment.devices import prepare_cuda, unused_card
-from llm_alignment.files import InputError, digest, file_sha256, is_out_of_memory
+from llm_alignment.devices import apply_liger, prepare_cuda, unused_card
+from llm_alignment.files import InputError, is_out_of_memory
 from llm_alignment.hub import commit_of
-from llm_alignment.model_files import check_files, fetch_model, stored_tensors
+from llm_alignment.model_files import check_files, fetch_model, files_sha256, read_json, stored_tensors
 from llm_alignment.processes import device_and_dtype, main_process, on_main_process, versions
 
 if TYPE_CHECKING:
@@ -40,11 +40,17 @@ class Base:
     dtype: torch.dtype
     quantization: str  # "nf4", "fp4", or "none"
     trust_remote_code: bool = False
+    liger: bool = False  # fused norms, RoPE and SwiGLU
 
     @property
     def what(self) -> str:
         """The flag and its value, for messages."""
         return f"--model {self.name}"
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """The commit of a hub model; of a folder one hash for every byte of weights, tokenizer, template, configs."""
+        return self.commit or files_sha256(self.folder)
 
     @property
     def dtype_name(self) -> str:
@@ -62,6 +68,7 @@ class BaseFlags:
     no_4bit: bool = False
     trust_remote_code: bool = False
     gpu_memory_share: float | None = None
+    liger: bool = False
 
 
 def resolve_base(flags: BaseFlags) -> Base:
@@ -80,7 +87,7 @@ def resolve_base(flags: BaseFlags) -> Base:
         prepare_cuda(device, flags.gpu_memory_share)
     elif line := unused_card():
         log.warning("%s", line)
-    return Base(name, folder, commit, device, dtype, quantization, flags.trust_remote_code)
+    return Base(name, folder, commit, device, dtype, quantization, flags.trust_remote_code, flags.liger)
 
 
 def read_tokenizer(folder: Path, what: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -198,6 +205,8 @@ def load_model(base: Base, *, on_meta: bool = False) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=base.dtype,
         )
+    if base.liger and not on_meta:
+        apply_liger(read_json(base.folder / "config.json", base.what)["model_type"], base.device)
     gc.collect()  # a previous model may be held by reference cycles alone; both would need memory at once
     model = from_pretrained(
         AutoModelForCausalLM,
@@ -208,6 +217,7 @@ def load_model(base: Base, *, on_meta: bool = False) -> PreTrainedModel:
         device_map="meta" if on_meta else {"": base.device},
         trust_remote_code=base.trust_remote_code,
     )
+    without_router_logits(model)
     model.name_or_path = model.config._name_or_path = base.name  # what adapter_config.json will call the base
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -219,6 +229,13 @@ def load_model(base: Base, *, on_meta: bool = False) -> PreTrainedModel:
     return model
 
 
+def without_router_logits(model: PreTrainedModel) -> None:
+    """A mixture of experts gives its router's logits only to the loss that asks for them: generation fails on them."""
+    config = model.config.get_text_config()
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
+
+
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
     """Raises InputError when a tensor of floats, one of (name, tensor), holds a value that is not finite."""
     for name, tensor in tensors:
@@ -226,12 +243,19 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None
             raise InputError(f"{what}: {name} holds values that are not finite; train or fetch it again")
 
 
-def check_logits(model: PreTrainedModel | PeftModel, what: str) -> None:
-    """Raises InputError when the logits are not finite: their answers would be one token again and again."""
+def check_logits(model: PreTrainedModel | PeftModel, what: str) -> torch.Tensor | None:
+    """The logits of a short row; None without weights, on torch's meta device.
+
+    Raises InputError when they are not finite: the model's answers would be one token again and again.
+    """
+    if model.device.type == "meta":
+        return None
     ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]), device=model.device)[None]
     with torch.no_grad(), evaluating(model):
-        if not model(input_ids=ids, use_cache=False).logits.isfinite().all():
-            raise InputError(f"{what}: its logits are not finite; take another --dtype or fetch the model again")
+        logits = model(input_ids=ids, use_cache=False).logits
+    if not logits.isfinite().all():
+        raise InputError(f"{what}: its logits are not finite; take another --dtype or fetch the model again")
+    return logits
 
 
 def check_head(model: PreTrainedModel, what: str) -> None:
@@ -282,24 +306,10 @@ def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def base_fingerprint(base: Base, *, thinking: bool) -> dict:
-    """What the answers of a model on this base depend on besides its adapter and the generation settings.
-
-    The weights are known by the sizes and both ends of their files, the tokenizer and its template by their files.
-    """
-    weights = hashlib.sha256((base.folder / "config.json").read_bytes())
-    for path in sorted(base.folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            weights.update(str(size).encode() + file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            weights.update(file.read())
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    """What the answers of a model on this base depend on besides its adapter and the generation settings."""
     return {
         "model": base.name,
-        "weights": weights.hexdigest(),
-        "tokenizer": digest({
-            name: file_sha256(base.folder / name) for name in names if (base.folder / name).is_file()
-        }),
+        "weights": base.identity,
         "quantization": base.quantization,
         "dtype": base.dtype_name,
         "device": base.device.type,

@@ -32,9 +32,6 @@ def add_reference(trainer: Any, folder: Path, *, fingerprint: dict, use_cache: b
         "max_length": trainer.args.max_length,
         "prefix_sharing": trainer.is_shared,
     }
-    if is_continued:
-        config = trainer.model.peft_config["ref"].to_dict()
-        settings["scaling"] = digest({name: config[name] for name in SCALING})
     evaluation = Evaluation(
         name="reference",
         items=items,
@@ -59,10 +56,6 @@ def add_reference(trainer: Any, folder: Path, *, fingerprint: dict, use_cache: b
     trainer.precompute_ref_logps = True
     if is_continued:
         trainer.model.delete_adapter("ref")
-
-
-# What an adapter's effect depends on besides its tensors.
-SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def read_reference(trainer: Any, model: Any, tokenizer: Any, items: list[dict]) -> Iterator[dict]:

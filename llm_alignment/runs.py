@@ -245,13 +245,13 @@ def begin(record: dict, data: dict, base: Base) -> Path:
 
     name, dtype = named_device(base.device, base.dtype)
     record["device"] = {"name": name, "dtype": dtype, "processes": processes(), "threads": torch.get_num_threads()}
-    record["data"], record["commits"] = data, dict(COMMITS)
+    record["data"], record["commits"], record["base"] = data, dict(COMMITS), base.identity
     folder = Path(record["output_dir"])
     all_processes().wait_for_everyone()  # all have looked at the folder before it changes
     if main_process():
         folder.mkdir(parents=True, exist_ok=True)
         remove_left_over(folder)
-        keys = ("ts", "tag", "script", "argv", "args", "git", "versions", "device", "data", "commits")
+        keys = ("ts", "tag", "script", "argv", "args", "git", "versions", "device", "data", "commits", "base")
         if not (record["args"].get("resume_from_checkpoint") and (folder / "run.json").exists()):
             write_json(folder / "run.json", {key: record[key] for key in keys if key in record})
         open_log(folder / "run.log")

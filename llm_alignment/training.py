@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
 from llm_alignment.adapters import LoraSettings, check_model, new_adapter, saved_settings
 from llm_alignment.anchored_loss import rows_at_once
@@ -32,7 +34,7 @@ from llm_alignment.files import (
 )
 from llm_alignment.flags import fill
 from llm_alignment.memory import GIB, fits_without_checkpointing, memory_estimate
-from llm_alignment.models import Base, BaseFlags, load_tokenizer, resolve_base
+from llm_alignment.models import Base, BaseFlags, load_tokenizer, one_line, resolve_base
 from llm_alignment.processes import DDP_TIMEOUT, gathered, main_process, named_device, processes
 from llm_alignment.runs import damaged_run
 
@@ -159,18 +161,16 @@ def log_memory_plan(settings: TrainingSettings, base: Base, lora: LoraSettings) 
 
 
 def save_adapter(trainer: Trainer, folder: Path) -> None:
-    """Writes adapter, tokenizer and model card into `folder`, file by file under a temporary name that is renamed."""
+    """Writes adapter and tokenizer into `folder`, file by file under a temporary name that is renamed."""
     for config in trainer.model.peft_config.values():
         if isinstance(config.target_modules, set):  # which is written in another order by every process
             config.target_modules = sorted(config.target_modules)
     trainer.save_model(str(folder / "saving"))
     if main_process():
-        (folder / "saving" / "README.md").unlink(missing_ok=True)  # PEFT's card, which knows less than TRL's
+        (folder / "saving" / "README.md").unlink(missing_ok=True)  # PEFT's card; `write_card` writes ours
         for path in (folder / "saving").iterdir():
             replace(path, folder / path.name)
         (folder / "saving").rmdir()
-        if not (folder / "README.md").exists():  # every process would write its tags in another order
-            trainer.create_model_card(model_name=folder.name)
 
 
 def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
@@ -354,7 +354,7 @@ class Setup:
         Without `resume` that is any run; with it, one that `check_same_run` finds to be another. To be called first of
         all, and again when the data is known.
         """
-        check_output_folder(self.folder, self.resume, self.flags, self.base.dtype_name, data)
+        check_output_folder(self.folder, self.resume, self.flags, self.base, data)
 
 
 def set_up(
@@ -373,12 +373,13 @@ def set_up(
         record["args"] = {**record["args"], **dataclasses.asdict(lora)}
     flags = {name: value for name, value in record["args"].items() if name not in neutral}
     tokenizer = load_tokenizer(base)
-    check_model(base, tokenizer, lora=lora, adapter=adapter, longest=longest)
+    ways = {name: getattr(args, name, False) for name in ("packing", "group_by_table")}
+    check_model(base, tokenizer, lora=lora, adapter=adapter, longest=longest, **ways)
     return Setup(base, tokenizer, lora, Path(args.output_dir), args.resume_from_checkpoint, flags)
 
 
 def check_output_folder(
-    folder: Path, resume: str | None, flags: dict[str, Any], dtype: str, data: dict | None = None
+    folder: Path, resume: str | None, flags: dict[str, Any], base: Base, data: dict | None = None
 ) -> None:
     """See `Setup.check_folder`."""
     if resume is None:
@@ -390,24 +391,26 @@ def check_output_folder(
         return
     for each in sorted({folder} | ({Path(resume).parent} if resume != "auto" else set())):
         if (each / "run.json").exists():
-            check_same_run(each, flags, dtype, data)
+            check_same_run(each, flags, base, data)
         elif any(each.glob("checkpoint-*")):
             log.warning("no run.json in %s: the flags and data of its checkpoints cannot be checked", each)
 
 
-def check_same_run(folder: Path, flags: dict[str, Any], dtype: str, data: dict | None = None) -> None:
+def check_same_run(folder: Path, flags: dict[str, Any], base: Base, data: dict | None = None) -> None:
     """Raises InputError that lists the differences between the run in `folder` (its run.json) and this one.
 
-    Compared are `flags`, the values of those that change what is trained, the number of processes, the type of the
-    weights, and with `data` the fingerprint of the data.
+    Compared are `flags`, the values of those that change what is trained, the number of processes, the base and its
+    type, and with `data` the fingerprint of the data.
     """
     path = folder / "run.json"
-    now = {"args": flags, "device": {"processes": processes(), "dtype": dtype}, "data": data}
+    device = {"processes": processes(), "dtype": base.dtype_name}
+    now = {"args": flags, "device": device, "data": data, "base": base.identity}
     try:
         stored = parse_json(path.read_bytes())
         before, after = (
             {f"--{name}": value for name, value in run["args"].items() if name in flags}
             | {name: run["device"][name] for name in ("processes", "dtype")}
+            | ({"weights, tokenizer or config of --model": run["base"]} if "base" in stored else {})  # older ones: no
             | ({f"data {name}": value for name, value in run["data"].items()} if data is not None else {})
             for run in (stored, json.loads(json.dumps(now)))
         )
@@ -416,7 +419,30 @@ def check_same_run(folder: Path, flags: dict[str, Any], dtype: str, data: dict |
     # a flag that is newer than the stored run was at its default there
     after = {name: value for name, value in after.items() if name in before or not name.startswith("--")}
     if before != after:
-        raise InputError(f"{folder}: the run to resume had other flags or data ({differing(before, after)})")
+        other = differing(before, after)
+        raise InputError(f"{folder}: the run to resume had another base, other flags or data ({other})")
+
+
+def state_problem(folder: Path) -> str | None:
+    """Why the files of a complete checkpoint cannot be loaded; None when they can. Only tensors and plain values are
+    read: code that a pickled object would run does not run."""
+    moments = "state1" if torch.cuda.is_available() else "exp_avg"  # of bitsandbytes' AdamW, and of torch's
+    for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+        try:
+            with safe_globals():
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged archive, or objects: anything
+            return f"{path.name} cannot be loaded ({one_line(error)})"
+        if path.name == "optimizer.pt":
+            try:
+                sizes = sorted(tuple(each[moments].shape) for each in state["state"].values())
+            except (KeyError, TypeError, AttributeError):
+                return f"{path.name} is the state of another optimiser"
+            with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+                wanted = sorted(tuple(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            if sizes != wanted:
+                return f"{path.name} is the state of an optimiser of other tensors"
+    return None
 
 
 def newest_complete(folder: Path, resume: str | None) -> Path | None:
@@ -428,14 +454,14 @@ def newest_complete(folder: Path, resume: str | None) -> Path | None:
         return None
     if resume != "auto":
         named = Path(resume)
-        problem = checkpoint_problem(named) if named.is_dir() else "no such folder"
+        problem = (checkpoint_problem(named) or state_problem(named)) if named.is_dir() else "no such folder"
         if problem:
             raise InputError(f"--resume_from_checkpoint {named}: {problem}; use auto to take the newest complete one")
         log.info("resuming from %s", named)
         return named
     steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
     for candidate in sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path])):
-        problem = checkpoint_problem(candidate)
+        problem = checkpoint_problem(candidate) or state_problem(candidate)
         if problem is None:
             log.info("resuming from %s", candidate)
             return candidate

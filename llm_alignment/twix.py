@@ -61,7 +61,8 @@ to_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: it is asked 
 
 def unit_hash(*parts: object) -> float:
     """A number in [0, 1) that depends on `parts` alone: the same rows are drawn whatever their order."""
-    digest = hashlib.blake2b(to_json(parts).encode("utf-8", "surrogatepass"), digest_size=8)
+    text = parts[0] if len(parts) == 1 and isinstance(parts[0], str) else to_json(parts)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "big") / 2**64
 
 
@@ -265,7 +266,9 @@ def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> di
             hashes, prompt = found[subset], prompt_of(turns)
             hashes.rows.append(unit_hash(choice.sample_seed, turns))
             hashes.prompts.append(unit_hash(choice.sample_seed, "prompt", prompt))
-            hashes.forms.append(unit_hash([(role, normalise_text(text) or text) for role, text in prompt]))
+            hashes.forms.append(
+                unit_hash("\0".join(f"{role} {normalise_text(text) or text}" for role, text in prompt))
+            )
             hashes.numbers.append(number)
             waiting.append(written)
             if len(waiting) == ROWS_AT_ONCE:

@@ -75,19 +75,18 @@ def test_operators_of_a_layer(part):
     assert len(three) - len(two) <= CEILINGS[part]
 
 
-@pytest.mark.parametrize("most_unseen, calls, ceiling", [(0, 9, 119), (prefixes.MOST_UNSEEN, 1, 78)])
+@pytest.mark.parametrize("most_unseen, calls, ceiling", [(0, 9, 119), (prefixes.MOST_UNSEEN["cuda"], 1, 78)])
 def test_operators_of_a_fold(most_unseen, calls, ceiling, monkeypatch):
     """Of a layer that reads eight pairs of one table, block by block and in one call, forward."""
-    monkeypatch.setattr(prefixes, "MOST_UNSEEN", most_unseen)
+    monkeypatch.setitem(prefixes.MOST_UNSEEN, "cpu", most_unseen)
     rows = [[*range(40), 40 + pair % 8, 50 + side] for side in (0, 1) for pair in range(8)]
     ids = torch.tensor(rows)
     labels = ids.masked_fill(torch.arange(42) < 41, -100)
     names = []
     for layers in (3, 2):
+        model = adapted(layers).train()
         with torch.autocast("cpu", torch.bfloat16), Operators() as counted:
-            adapted(layers).train()(
-                input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True
-            )
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True)
         names.append(counted.names)
     assert sum("attention" in name for name in names[0]) - sum("attention" in name for name in names[1]) == calls
     assert len(names[0]) - len(names[1]) <= ceiling

@@ -15,7 +15,9 @@ from llm_alignment import files
 from llm_alignment.evaluation import METRICS
 
 README = (ROOT / "README.md").read_text("utf-8")
-GUIDES = README + "".join((ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "experiments/METHODS.md", "experiments/SPEED.md"))
+GUIDES = README + "".join(
+    (ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "experiments/METHODS.md", "experiments/SPEED.md")
+)
 SCRIPTS = ("sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2", "mtbench_eval")
 TOOLS = ("report", "rerun", "export", "mine_pairs")
 LAUNCHED = r"((poetry|uv) run [^|]*?(python|torchrun|accelerate launch)|python) "

@@ -159,6 +159,13 @@ def toy_run(folder: Path | str, **flags) -> tuple[Setup, TrainingSettings, DpoSe
     return setup_of(values), fill(TrainingSettings, values, longest=99), fill(DpoSettings, values)
 
 
+def toy_model() -> torch.nn.Module:
+    """A model for what reads no text: on CPU, with a list for the batches that it is given."""
+    model = torch.nn.Linear(1, 1)
+    model.device, model.batches = torch.device("cpu"), []
+    return model
+
+
 def rows_of(evaluation: Evaluation, model, tokenizer, path: Path, **options) -> list[dict]:
     """What `read_items` gives of an adapter, in a file that is not to hold another evaluation."""
     from llm_alignment.evaluation import read_items

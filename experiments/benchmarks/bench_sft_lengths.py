@@ -50,7 +50,7 @@ class Bench:
 
         from llm_alignment.anchored_loss import AnchorSettings
         from llm_alignment.encoder import ChatEncoder
-        from llm_alignment.models import device_and_dtype
+        from llm_alignment.processes import device_and_dtype
         from llm_alignment.twix import RowChoice, load_data, tokenise
 
         torch.manual_seed(0)

@@ -123,8 +123,8 @@ def sft_trainer(
     lora, output = LoraSettings(8, 16, 0.0, "q_proj,v_proj"), Path(folder) / "out"
     setup = training.Setup(base, tokenizer, lora, output, None, {})
     settings = training.TrainingSettings(
-        output_dir=str(output), epochs=1.0, batch=batch, grad_acc=grad_acc, learning_rate=1e-4, save_steps=1000,
-        seed=42, report_to="none", exp_tag="", gradient_checkpointing="auto", longest=tokens,
+        output_dir=str(output), epochs=1.0, batch=batch, grad_acc=grad_acc, max_steps=0, learning_rate=1e-4,
+        save_steps=1000, seed=42, report_to="none", exp_tag="", gradient_checkpointing="auto", longest=tokens,
     )  # fmt: skip
     both, sizes = {"train": rows, "validation": rows}, sft.SftSettings(tokens, False, 1)
     return sft.build_trainer(models.load_model(base), setup, both, settings, sft=sizes, anchor=anchor)
