@@ -19,7 +19,7 @@ GUIDES = README + "".join(
     (ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "experiments/METHODS.md", "experiments/SPEED.md")
 )
 SCRIPTS = ("sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2", "mtbench_eval")
-TOOLS = ("report", "rerun", "export", "mine_pairs")
+TOOLS = ("report", "rerun", "export", "mine_pairs", "frontier", "chat")
 LAUNCHED = r"((poetry|uv) run [^|]*?(python|torchrun|accelerate launch)|python) "
 
 
@@ -82,7 +82,7 @@ def test_flags_that_are_named_exist(monkeypatch):
     known = " ".join(importlib.import_module(name).build_parser().format_help() for name in (*SCRIPTS, *TOOLS))
     named = {flag for text in re.findall(r"`([^`\n]+)`", GUIDES) for flag in re.findall(r"(?<![\w-])--\w+", text)}
     assert len(named) > 30
-    for flag in named - {"--no", "--extra", "--data", "--shape"}:  # the prefix of a switch; flags of benchmarks
+    for flag in named - {"--no", "--extra", "--data", "--shape", "--growth"}:  # the prefix of a switch; flags of benchmarks
         assert re.search(rf"{flag}\b", known), flag
 
 
