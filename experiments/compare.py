@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import re
 import statistics
@@ -56,10 +58,19 @@ def answer_files(name: str, files: list[Path]) -> dict[str, Path]:
     return found
 
 
-def load_answers(path: Path) -> tuple[dict, list[dict]]:
-    """The settings and the rows of a per-question file."""
+def load_answers(key: str, path: Path) -> tuple[dict, list[dict]]:
+    """The settings and the rows of a per-question file; a row that lacks something counts as damaged."""
     skipped = SkippedRows()
-    fingerprint, rows = read_results(path, skipped)
+    fingerprint, stored = read_results(path, skipped)
+    rows = []
+    for row in stored:
+        try:
+            question_view(key, row, row)
+            summary_of(key, [row])
+            json.dumps(row, allow_nan=False)
+            rows.append(row)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            skipped.add(f"question_id {row['question_id']}", f"{type(error).__name__}: {error}")
     skipped.report(f"damaged lines of {path}")
     measured_on = ("model", "weights", "adapter", "questions", "pairs")
     return {key: value for key, value in flatten(fingerprint).items() if key not in measured_on}, rows
@@ -110,7 +121,7 @@ def slug(name: str) -> str:
 
 def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict | None:
     """One evaluation of the page, the questions with the largest changes first; None without a shared question."""
-    (settings_a, rows_a), (settings_b, rows_b) = load_answers(path_a), load_answers(path_b)
+    (settings_a, rows_a), (settings_b, rows_b) = load_answers(key, path_a), load_answers(key, path_b)
     pairs = shared_questions(rows_a, rows_b)
     if not pairs:
         return None
@@ -138,14 +149,19 @@ def shared_questions(rows_a: list[dict], rows_b: list[dict]) -> list[tuple[dict,
 
 def comparison_table(key: str, *sides: list[dict]) -> list[TableRow]:
     """The lines of `print_table`: every metric of A and of B, with the difference."""
+    compare_sides = {"tatqa": tatqa.compare_tatqa, "held_out": dpo.compare_rewards}
+    differences = compare_sides.get(key, functools.partial(compare_scored, key))
+    before, after = (summary_of(key, rows) for rows in sides)
+    return table_rows(before, after, differences(*sides))
+
+
+def summary_of(key: str, rows: list[dict]) -> dict[str, dict]:
+    """{evaluation: the figures of its rows}."""
     if key == "tatqa":
-        before, after = ({key: tatqa.summarise_tatqa(rows)} for rows in sides)
-        return table_rows(before, after, tatqa.compare_tatqa(*sides))
+        return {key: tatqa.summarise_tatqa(rows)}
     if key == "held_out":
-        before, after = ({key: dpo.summarise_rewards(rows)} for rows in sides)
-        return table_rows(before, after, dpo.compare_rewards(*sides))
-    before, after = (summarise_scored(key, rows) for rows in sides)
-    return table_rows(before, after, compare_scored(key, *sides))
+        return {key: dpo.summarise_rewards(rows)}
+    return summarise_scored(key, rows)
 
 
 def question_score(key: str, row: dict) -> float:
