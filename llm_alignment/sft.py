@@ -212,8 +212,8 @@ def build_trainer(
     model = new_adapter(model, setup.lora)
     if anchor.kl_coef and (problem := anchor_problem(model)):
         if sft.kl_asked:
-            raise InputError(f"--kl_coef {anchor.kl_coef}: in training {problem}, so no anchor can hold it; give 0")
-        log.warning("no KL anchor: in training, %s", problem)
+            raise InputError(f"--kl_coef {anchor.kl_coef}: {problem}; give 0 or name another model")
+        log.warning("no KL anchor: %s", problem)
         anchor = dataclasses.replace(anchor, kl_coef=0.0)
     config = SFTConfig(
         **training_arguments(settings, setup.base, setup.lora),
