@@ -148,19 +148,29 @@ def shared_questions(rows_a: list[dict], rows_b: list[dict]) -> list[tuple[dict,
 
 def comparison_table(key: str, *sides: list[dict], beta: float) -> list[TableRow]:
     """The lines of `print_table`: every metric of A and of B, with the difference; `beta`: of held-out pairs."""
+    before, after = (summary_of(key, rows, beta) for rows in sides)
     if key == "tatqa":
-        before, after = ({key: tatqa.summarise_tatqa(rows)} for rows in sides)
         return table_rows(before, after, tatqa.compare_tatqa(*sides))
     if key == "retention":
-        before, after = map(retention.summarise_retention, sides)
         return table_rows(before, after, retention.compare_retention(*sides))
     if key == "held_out":
         from llm_alignment import dpo  # torch and TRL with it
 
-        before, after = ({key: dpo.summarise_rewards(rows, beta)} for rows in sides)
         return table_rows(before, after, dpo.compare_rewards(*sides, beta=beta))
-    before, after = (summarise_scored(key, rows) for rows in sides)
     return table_rows(before, after, compare_scored(key, *sides))
+
+
+def summary_of(key: str, rows: list[dict], beta: float = 1.0) -> dict[str, dict]:
+    """{evaluation: the figures of its rows}."""
+    if key == "tatqa":
+        return {key: tatqa.summarise_tatqa(rows)}
+    if key == "retention":
+        return retention.summarise_retention(rows)
+    if key == "held_out":
+        from llm_alignment import dpo  # torch and TRL with it
+
+        return {key: dpo.summarise_rewards(rows, beta)}
+    return summarise_scored(key, rows)
 
 
 def question_score(key: str, row: dict) -> float:

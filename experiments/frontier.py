@@ -14,6 +14,7 @@ With gates (the run's own unless --gates names others) the largest scale that pa
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import sys
 from pathlib import Path
@@ -74,7 +75,8 @@ def evaluations_of(run: FinishedRun) -> list[Evaluation]:
         return script.task_of(args, run.tokenizer).compared
     if script.__name__ == "dpo_train":
         return script.pairs_and_evaluations(args, setup)[1]
-    only_measured = argparse.Namespace(**{**vars(args), "no_train": True})
+    only_measured = copy.copy(args)
+    only_measured.no_train = True
     return script.pairs_and_evaluations(only_measured, {}, setup, {})[1]
 
 
