@@ -82,7 +82,7 @@ def scored_metrics(name: str, title: str) -> dict[str, Metric]:
 HEALTH = {  # printed where a share is not 0 on either side
     "loops": "loops, %",
     "foreign_letters": "foreign letters, %",
-    "other_script": "in another script, %",
+    "other_script": "other script, %",
     "unfinished": "unfinished, %",
 }
 

@@ -204,21 +204,21 @@ def test_rows_are_paired_by_id():
 def test_the_report_fills_record_metrics_and_table(tmp_path, capsys):
     def compare(before, after):
         pairs = evaluation.pair_rows(before, after)
-        return {"tatqa": stats.paired_delta(*([row["x"] for row in side] for side in zip(*pairs, strict=True)))}
+        return {"val_loss": stats.paired_delta(*([row["x"] for row in side] for side in zip(*pairs, strict=True)))}
 
     def summarise(rows):
-        return {"tatqa": {"em_like": sum(row["x"] for row in rows) / len(rows)}}
+        return {"val_loss": sum(row["x"] for row in rows) / len(rows)}
 
-    task = Evaluation(name="tatqa", items=[], read=read, summarise=summarise, compare=compare)
+    task = Evaluation(name="validation", items=[], read=read, summarise=summarise, compare=compare)
     rows = [[{"question_id": n, "x": n + shift} for n in range(8)] for shift in (0, 2)]
     record = {"baseline": {}, "final": {"drift": 0.25}, "delta": {}, "runtime_s": {"train": 3}}
-    evaluation.report(record, tmp_path, [task], {"tatqa": rows[0]}, {"tatqa": rows[1][::-1]})
-    assert record["baseline"] == {"tatqa": {"em_like": 3.5}} and record["final"]["tatqa"] == {"em_like": 5.5}
-    assert record["delta"]["tatqa"]["mean"] == 2 and record["delta"]["tatqa"]["n"] == 8
+    evaluation.report(record, tmp_path, [task], {"validation": rows[0]}, {"validation": rows[1][::-1]})
+    assert record["baseline"] == {"val_loss": 3.5} and record["final"] == {"val_loss": 5.5, "drift": 0.25}
+    assert record["delta"]["val_loss"]["mean"] == 2 and record["delta"]["val_loss"]["n"] == 8
     metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
     assert metrics == {key: record[key] for key in ("baseline", "final", "delta")}
     out = capsys.readouterr().out
-    assert METRICS["tatqa"].title in out and METRICS["drift"].title in out and "perplexity" not in out
+    assert METRICS["val_loss"].title in out and METRICS["drift"].title in out and "perplexity" not in out
 
 
 def test_turns_and_categories_get_a_line_each():

@@ -12,13 +12,14 @@ import pytest
 from conftest import ROOT
 
 from llm_alignment import files
+from llm_alignment.evaluation import METRICS
 
 README = (ROOT / "README.md").read_text("utf-8")
 GUIDES = README + "".join(
     (ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "experiments/METHODS.md", "experiments/SPEED.md")
 )
 SCRIPTS = ("sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2", "mtbench_eval")
-TOOLS = ("report", "rerun", "export", "mine_pairs")
+TOOLS = ("report", "rerun", "export", "mine_pairs", "frontier", "chat")
 LAUNCHED = r"((poetry|uv) run [^|]*?(python|torchrun|accelerate launch)|python) "
 
 
@@ -67,7 +68,7 @@ def test_there_are_commands_for_every_script():
 def test_files_that_are_named_exist():
     written_by_a_run = {
         "run.json", "metrics.json", "train_log.jsonl", "mt_bench_ru.json", "mt_bench_en.json",
-        "experiments/sft_experiments.jsonl", "experiments/dpo_experiments.jsonl",
+        "experiments/sft_experiments.jsonl", "experiments/dpo_experiments.jsonl", "experiments/report/",
     }  # fmt: skip
     named = set(re.findall(r"`([\w/.-]+\.(?:py|md|jsonl|json)|[\w/]+/)`", README))
     named |= set(re.findall(r"\]\(([\w/.-]+)", README))
@@ -81,5 +82,35 @@ def test_flags_that_are_named_exist(monkeypatch):
     known = " ".join(importlib.import_module(name).build_parser().format_help() for name in (*SCRIPTS, *TOOLS))
     named = {flag for text in re.findall(r"`([^`\n]+)`", GUIDES) for flag in re.findall(r"(?<![\w-])--\w+", text)}
     assert len(named) > 30
-    for flag in named - {"--no", "--extra", "--data", "--shape"}:  # the prefix of a switch; flags of benchmarks
+    for flag in named - {"--no", "--extra", "--data", "--shape", "--growth"}:  # the prefix of a switch; flags of benchmarks
         assert re.search(rf"{flag}\b", known), flag
+
+
+def recorded() -> dict[str, dict]:
+    """The records of runs of this code by tag."""
+    paths = [ROOT / "experiments" / "recorded_runs.jsonl", ROOT / "experiments" / "demo" / "runs.jsonl"]
+    return {row["tag"]: row for path in paths if path.exists() for row in files.read_records(path)}
+
+
+DOCS = ("README.md", "experiments/METHODS.md", "experiments/demo/README.md")
+FIGURE = r"^\| `([\w.-]+)` \| ([^|]+) \| ([+-][\d.]+) \[([-\d.]+), ([-\d.]+)\] \|"
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_figures_are_those_of_the_record_that_they_name(name):
+    """Rows | `TAG` | measure | difference [low, high] |, to the digits that are written."""
+    names, found = {metric.title: key for key, metric in METRICS.items()}, 0
+    for tag, title, *written in re.findall(FIGURE, (ROOT / name).read_text("utf-8"), re.MULTILINE):
+        delta = recorded()[tag]["delta"][names[title]]
+        for text, key in zip(written, ("mean", "low", "high"), strict=True):
+            assert float(text) == round(delta[key], len(text.partition(".")[2])), (tag, title, key)
+        found += 1
+    assert found >= 2
+
+
+def test_every_table_of_ratios_names_the_benchmark_that_prints_it():
+    sections = (ROOT / "experiments" / "SPEED.md").read_text("utf-8").split("\n## ")[1:]
+    assert len(sections) > 4
+    for section in sections:
+        benchmarks = re.findall(r"python (experiments/benchmarks/\w+\.py)", section)
+        assert benchmarks and all((ROOT / path).is_file() for path in benchmarks), section[:60]
