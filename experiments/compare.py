@@ -85,7 +85,7 @@ def compare(names: list[str], files: list[Path], output_dir: Path) -> Path:
     if not shared:
         raise InputError(f"{a} has {', '.join(of_a)}, {b} has {', '.join(of_b)}: no evaluation in common to compare")
     of_both = settings_of(a, files), settings_of(b, files)
-    flags = (differing(*of_both) or "none") if all(of_both) else "not known, for want of a run.json"
+    flags = (differing(*of_both) or "none") if all(of_both) else "not known, there is no run.json"
     print(f"flags that differ, {a} -> {b}: {flags}")
     compared = {key: compare_evaluation(key, of_a[key], of_b[key]) for key in shared}
     if not any(compared.values()):
@@ -249,7 +249,9 @@ def print_power(names: list[str], files: list[Path], difference: float | None = 
             raise InputError(f"{after_path}: {len(differences)} questions shared with {before_path}; needs at least 2")
         spread = statistics.stdev(differences)
         if spread == 0:
-            print(f"{EVALUATIONS[key]}: all {len(differences)} questions changed alike, which says nothing of others")
+            print(
+                f"{EVALUATIONS[key]}: all {len(differences)} questions changed alike, which says nothing about others"
+            )
             continue
         units = {"tatqa": "percentage points", "retention": "percentage points", "held_out": "of reward margin"}
         unit = units.get(key, "points on the 1-10 scale")
