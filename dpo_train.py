@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_alignment.card import write_card
 from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report, save_answers
 from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
 from llm_alignment.flags import (
@@ -194,11 +195,13 @@ def run(args: argparse.Namespace, record: dict) -> None:
 
     check_dpo_flags(args)
     check_pairs_flags(args.pairs, args.no_train, args.eval_pairs, record["argv"])
+    if args.system_prompt and not args.pairs:
+        raise InputError("--system_prompt goes with --pairs: TAT-QA's prompts are the published ones; leave it out")
     if args.eval_save_json:
         check_writable(Path(args.eval_save_json), "--eval_save_json")
     setup = training.set_up(args, record, neutral_flags(build_parser()), longest=args.max_length)
     setup.check_folder()
-    rows, evaluations, data, commits = pairs_and_evaluations(args, setup)
+    rows, evaluations, data = pairs_and_evaluations(args, setup)
     setup.check_folder(data)
     checkpoint = training.newest_complete(setup.folder, setup.resume)
     longest_answer = args.max_length - args.max_prompt_length
@@ -213,7 +216,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if args.load_adapter:
         model = adapters.load_adapter(model, args.load_adapter, trainable=args.adapter_trainable)
     trainer = None if args.no_train else dpo.build_trainer(model, setup, rows, settings, fill(dpo.DpoSettings, args))
-    folder = begin(record, data, setup.base, commits)
+    folder = begin(record, data, setup.base)
     fingerprint, use_cache = models.base_fingerprint(setup.base, thinking=args.thinking), not args.no_baseline_cache
     before: dict[str, list[dict]] = {}
     after: dict[str, list[dict]] = {}
@@ -223,7 +226,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         with timed(record, stage):
             return measure(
                 trainer.model if trainer else model, setup.tokenizer, evaluations, (folder, stage),
-                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache and stage == "baseline",
+                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache,
             )  # fmt: skip
 
     if args.eval_baseline:  # an adapter that is trained on is its own baseline
@@ -237,15 +240,15 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if trainer or args.load_adapter:
         after = measured("final", with_adapter=True)
     if main_process():
-        report(record, folder, evaluations, before, after)
+        report(record, folder, evaluations, before, after, details=args.table == "full")
         save_answers(args.eval_save_json, before, after)
+        if trainer:
+            write_card(folder)
         judge_gates(record, gates)
 
 
-def pairs_and_evaluations(
-    args: argparse.Namespace, setup: Setup
-) -> tuple[list[dict], list[Evaluation], dict, dict[str, str | None]]:
-    """(training pairs as the trainer reads them, what is measured, fingerprint of the data, commits of the hub)."""
+def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[dict], list[Evaluation], dict]:
+    """(training pairs as the trainer reads them, what is measured, fingerprint of the data)."""
     from llm_alignment import domains, dpo
 
     style, content, choice = fill(PromptStyle, args), fill(PromptContent, args), fill(PairChoice, args)
@@ -256,7 +259,7 @@ def pairs_and_evaluations(
     instructions = instruct_questions(args.instruct_limit, args.seed) if args.do_instruct else []
     mark, style_of_pairs = QUESTION_PREFIX, style
     if args.pairs:
-        mark, style_of_pairs = "", dataclasses.replace(style, use_chat_template=True)
+        mark, style_of_pairs = "", dataclasses.replace(style, use_chat_template=True, system=args.system_prompt)
         forbidden = {
             "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
             "MT-Bench question": [question["turns"][0] for question in mtbench],
@@ -277,7 +280,7 @@ def pairs_and_evaluations(
     rows, held_out_rows = (
         dpo.fit_pairs(some, setup.tokenizer, style_of_pairs, args.max_length, mark) for some in (pairs, held_out)
     )
-    evaluations, reward_commit = domains.dpo_evaluations(
+    evaluations = domains.dpo_evaluations(
         setup.tokenizer,
         fill(domains.MeasuringSettings, args),
         style,
@@ -289,7 +292,7 @@ def pairs_and_evaluations(
         held_out=[dpo.reward_evaluation(held_out, held_out_rows, args.beta, args.max_length)] if held_out else [],
     )
     evaluations += retention_evaluations(kept, retention)
-    return rows, evaluations, data, {"model": setup.base.commit, "reward_model": reward_commit}
+    return rows, evaluations, data
 
 
 def check_pairs_flags(pairs: str, no_train: bool, eval_pairs: int, argv: list[str]) -> None:

@@ -16,11 +16,13 @@ TAT-QA's prompts.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_alignment.card import write_card
 from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report, save_answers
 from llm_alignment.files import InputError, sample, write_rows
 from llm_alignment.flags import (
@@ -145,8 +147,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     neutral = neutral_flags(build_parser(), "asked", "reddit", "finance", "general")
     setup = training.set_up(args, record, neutral, longest=args.max_length)
     setup.check_folder()
-    pairs, evaluations, data, commits = pairs_and_evaluations(args, record, setup, shares)
-    chat = PromptStyle(thinking=args.thinking, max_prompt_length=args.max_prompt_length)
+    pairs, evaluations, data = pairs_and_evaluations(args, record, setup, shares)
+    chat = dataclasses.replace(fill(PromptStyle, args), use_chat_template=True, system=args.system_prompt)
     rows = dpo.fit_pairs(pairs, setup.tokenizer, chat, args.max_length)
     longest_answer = args.max_length - args.max_prompt_length
     settings = fill(training.TrainingSettings, args, longest=args.max_length, longest_answer=longest_answer)
@@ -162,7 +164,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if args.load_adapter:
         model = adapters.load_adapter(model, args.load_adapter, trainable=args.adapter_trainable)
     trainer = None if args.no_train else dpo.build_trainer(model, setup, rows, settings, fill(dpo.DpoSettings, args))
-    folder = begin(record, data, setup.base, commits)
+    folder = begin(record, data, setup.base)
     fingerprint, use_cache = models.base_fingerprint(setup.base, thinking=args.thinking), not args.no_baseline_cache
     before: dict[str, list[dict]] = {}
     after: dict[str, list[dict]] = {}
@@ -172,7 +174,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         with timed(record, stage):
             return measure(
                 trainer.model if trainer else model, setup.tokenizer, evaluations, (folder, stage),
-                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache and stage == "baseline",
+                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache,
             )  # fmt: skip
 
     if args.eval_baseline:  # an adapter that is trained on is its own baseline
@@ -186,16 +188,18 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if trainer or args.load_adapter:
         after = measured("final", with_adapter=True)
     if main_process():
-        report(record, folder, evaluations, before, after)
+        report(record, folder, evaluations, before, after, details=args.table == "full")
         save_answers(args.eval_save_json, before, after)
+        if trainer:
+            write_card(folder)
         judge_gates(record, gates)
         write_rows(folder / "train_pairs.jsonl", pairs)
 
 
 def pairs_and_evaluations(
     args: argparse.Namespace, record: dict, setup: Setup, shares: dict[str, Fraction]
-) -> tuple[list[dict], list[Evaluation], dict, dict[str, str | None]]:
-    """(training pairs, what is measured, fingerprint of the data, commits of the hub)."""
+) -> tuple[list[dict], list[Evaluation], dict]:
+    """(training pairs, what is measured, fingerprint of the data)."""
     from llm_alignment import domains, finance
 
     tatqa = (tatqa_file(args.tatqa_dir, args.eval_split), fill(PromptContent, args)) if args.do_eval else None
@@ -213,7 +217,7 @@ def pairs_and_evaluations(
         },
         {"MT-Bench question": asked_passages(mtbench)},
     )
-    evaluations, reward_commit = domains.dpo_evaluations(
+    evaluations = domains.dpo_evaluations(
         setup.tokenizer,
         fill(domains.MeasuringSettings, args),
         fill(PromptStyle, args),
@@ -239,7 +243,7 @@ def pairs_and_evaluations(
     fingerprint = finance.data_fingerprint(data, pairs)
     if args.load_adapter:  # a resumed run must begin with the same adapter, its reference too
         fingerprint["adapter"] = adapter_files_sha256(args.load_adapter)
-    return pairs, evaluations, fingerprint, {"model": setup.base.commit, "reward_model": reward_commit}
+    return pairs, evaluations, fingerprint
 
 
 if __name__ == "__main__":

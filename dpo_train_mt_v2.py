@@ -23,6 +23,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llm_alignment.card import write_card
 from llm_alignment.endings import MissedGateError
 from llm_alignment.evaluation import (
     METRICS,
@@ -318,16 +319,10 @@ def run_stage(
         remove_left_over(folder)
         if not (folder / "run.json").exists():
             data = stage_fingerprint(stage, pairs)
-            write_json(
-                folder / "run.json", {"args": stage.args, "device": device, "data": data, "base": setup.base.identity}
-            )
-    entry: dict = {
-        "stage": stage.number,
-        "pairs": len(pairs),
-        "baseline": {},
-        "final": {},
-        "delta": {},
-        "runtime_s": {},
+            about = {"device": device, "data": data, "base": setup.base.identity}
+            write_json(folder / "run.json", {"args": stage.args, **about})
+    entry: dict = {"stage": stage.number, "pairs": len(pairs)} | {
+        key: {} for key in ("baseline", "final", "delta", "runtime_s")
     }
     fingerprint = models.base_fingerprint(setup.base, thinking=stage.args["thinking"])
     use_cache = not stage.args["no_baseline_cache"]
@@ -336,7 +331,7 @@ def run_stage(
         with timed(entry, name):
             return measure(
                 trainer.model, setup.tokenizer, evaluations, (where, name),
-                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache and not with_adapter,
+                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache,
             )  # fmt: skip
 
     if stage.number == 1 and stage.args["eval_baseline"]:
@@ -365,7 +360,7 @@ def training_settings(stage: Stage) -> TrainingSettings:
 
 def chat_style(stage: Stage) -> PromptStyle:
     """The pairs are conversations; --use_chat_template is about TAT-QA's prompts."""
-    return dataclasses.replace(stage.fill(PromptStyle), use_chat_template=True)
+    return dataclasses.replace(stage.fill(PromptStyle), use_chat_template=True, system=stage.args["system_prompt"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,7 +398,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         setups[stage.number].check_folder()
         if stage is not first and stage.folder.exists():
             raise InputError(f"{stage.folder}: {other_stage(stage.number)}")
-    pairs, evaluations, data, commits = pairs_and_evaluations(args, record, setup, stages)
+    pairs, evaluations, data = pairs_and_evaluations(args, record, setup, stages)
     gates = asked_gates(args.gates, evaluations)
     check_measured_alike(stage_folder(Path(args.output_dir), first.number - 1), evaluations)
     if args.dry_run:
@@ -418,7 +413,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if not from_scratch:
         setups[first.number].check_folder(stage_fingerprint(first, pairs[first.number]))
         checkpoint = training.newest_complete(first.folder, setup.resume)
-    begin(record, data, setup.base, commits)
+    begin(record, data, setup.base)
     if from_scratch and main_process():
         for stage in reversed(stages):  # a kill in between leaves no stage whose basis is gone
             remove_folder(stage.folder)
@@ -468,8 +463,8 @@ def stages_to_run(args: argparse.Namespace) -> list[int]:
 
 def pairs_and_evaluations(
     args: argparse.Namespace, record: dict, setup: Setup, stages: list[Stage]
-) -> tuple[dict[int, list[dict]], list[Evaluation], dict, dict[str, str | None]]:
-    """(training pairs by stage, what is measured, fingerprint of the data, commits of the hub)."""
+) -> tuple[dict[int, list[dict]], list[Evaluation], dict]:
+    """(training pairs by stage, what is measured, fingerprint of the data)."""
     from llm_alignment import domains, finance
 
     numbers = [stage.number for stage in stages]
@@ -487,7 +482,7 @@ def pairs_and_evaluations(
         },
         {"MT-Bench question": asked_passages(mtbench)},
     )
-    evaluations, reward_commit = domains.dpo_evaluations(
+    evaluations = domains.dpo_evaluations(
         setup.tokenizer,
         fill(domains.MeasuringSettings, args),
         fill(PromptStyle, args),
@@ -525,7 +520,7 @@ def pairs_and_evaluations(
                 "the base's answers were cut"
             )
     fingerprint = finance.data_fingerprint(data, [pair for number in numbers for pair in pairs[number]])
-    return pairs, evaluations, fingerprint, {"model": setup.base.commit, "reward_model": reward_commit}
+    return pairs, evaluations, fingerprint
 
 
 def finish(
@@ -533,13 +528,14 @@ def finish(
 ) -> None:
     """Copies the last adapter into the run's folder; reports it against the base, and every domain by stage."""
     folder = last.parent
-    for path in [*last.glob("adapter_*"), *last.glob("*token*"), *last.glob("chat_template*"), last / "README.md"]:
+    for path in [*last.glob("adapter_*"), *last.glob("*token*"), *last.glob("chat_template*")]:
         write_atomic(folder / path.name, path.read_bytes())
     before = stored_rows(folder, "baseline", evaluations)
     evaluations = with_own_drift(evaluations, before, tokenizer, thinking=record["args"]["thinking"])
     after = stored_rows(last, "final", evaluations)
     report(record, folder, evaluations, before, after)
     save_answers(eval_save_json, before, after)
+    write_card(folder)
     table = []
     for evaluation in evaluations:
         metric, key = METRICS[evaluation.name], evaluation.name

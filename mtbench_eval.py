@@ -31,7 +31,9 @@ from llm_alignment.flags import (
     parse_arguments,
 )
 from llm_alignment.hub import hub_files
+from llm_alignment.judge import check_judge, judge_lines
 from llm_alignment.parser import Parser, add_group
+from llm_alignment.preferences import read_pairs
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle, render
 from llm_alignment.results import ResultFile, baseline_cache, read_results
@@ -214,8 +216,19 @@ def main(argv: list[str] | None = None) -> dict:
     """Runs the evaluation that `argv` asks for and returns its record."""
     args = parse_arguments(build_parser(), argv, DEMO)
     with recorded_run(args, argv, "mtbench_eval.py") as record:
-        run(args, record)
+        (run_judge if args.check_judge else run)(args, record)
     return record
+
+
+def run_judge(args: argparse.Namespace, record: dict) -> None:
+    """How often the reward model agrees with the pairs of --check_judge."""
+    from llm_alignment.rewards import load_reward_model
+
+    pairs = read_pairs(args.check_judge, "--check_judge")
+    judge = load_reward_model(args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code)
+    record["final"]["judge"] = check_judge(pairs, judge.score)
+    for line in judge_lines(record["final"]["judge"]):
+        log.info("%s", line)
 
 
 def run(args: argparse.Namespace, record: dict) -> None:
@@ -232,7 +245,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     earlier_fingerprint, earlier = earlier_results(args.compare, questions) if args.compare else ({}, [])
     base = models.resolve_base(fill(models.BaseFlags, args))
     tokenizer = models.load_tokenizer(base)
-    adapters.check_model(base, tokenizer, adapter=args.adapter)
+    adapters.check_model(base, tokenizer, adapter=args.adapter, scale=args.adapter_scale)
     reward_model = load_reward_model(
         args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code, on_meta=args.dry_run
     )
@@ -256,24 +269,27 @@ def run(args: argparse.Namespace, record: dict) -> None:
         models.check_logits(model, base.what)
         if args.adapter:
             model = adapters.load_adapter(model, args.adapter)
-    adapter = adapters.adapter_sha256(model)
-    fingerprint = {**models.base_fingerprint(base, thinking=args.thinking), "adapter": adapter}
-    paths = {evaluation.name: Path(args.output_dir) / f"{evaluation.name}.jsonl" for evaluation in evaluations}
-    if main_process():
-        for evaluation in evaluations:  # refuses the folder of another evaluation before anything in it changes
-            ResultFile(paths[evaluation.name], {**fingerprint, **evaluation.settings})
-    data = {"questions": args.questions, "n": len(questions), "sha256": mtbench.settings["questions"]}
-    folder = begin(record, data, base, {"model": base.commit, "reward_model": reward_model.commit})
-    rows = {}
-    with timed(record, "final"):
-        for evaluation in evaluations:
-            cache = None
-            if evaluation.is_cached and not (args.adapter or args.no_baseline_cache):
-                cache = baseline_cache({**fingerprint, **evaluation.settings})
-            rows[evaluation.name] = read_items(
-                evaluation, lambda: model, tokenizer, paths[evaluation.name],
-                fingerprint=fingerprint, cache=cache, renew=False,
-            )  # fmt: skip
+    with adapters.scaled(model, args.adapter_scale):
+        adapter = adapters.adapter_sha256(model)
+        fingerprint = {**models.base_fingerprint(base, thinking=args.thinking), "adapter": adapter}
+        if args.adapter_scale != 1:
+            fingerprint["adapter_scale"] = args.adapter_scale
+        paths = {evaluation.name: Path(args.output_dir) / f"{evaluation.name}.jsonl" for evaluation in evaluations}
+        if main_process():
+            for evaluation in evaluations:  # refuses the folder of another evaluation before anything in it changes
+                ResultFile(paths[evaluation.name], {**fingerprint, **evaluation.settings})
+        data = {"questions": args.questions, "n": len(questions), "sha256": mtbench.settings["questions"]}
+        folder = begin(record, data, base)
+        rows = {}
+        with timed(record, "final"):
+            for evaluation in evaluations:
+                cache = None
+                if evaluation.is_cached and not (args.adapter or args.no_baseline_cache):
+                    cache = baseline_cache({**fingerprint, **evaluation.settings})
+                rows[evaluation.name] = read_items(
+                    evaluation, lambda: model, tokenizer, paths[evaluation.name],
+                    fingerprint=fingerprint, cache=cache, renew=False,
+                )  # fmt: skip
     if main_process():
         report_results(record, folder, evaluations, rows, earlier)
 

@@ -12,14 +12,17 @@ loss and perplexity on the same rows, and MT-Bench answers scored by a reward mo
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl  # noqa: F401 - the loss is part of this script
+from llm_alignment.card import write_card
 from llm_alignment.encoder import ChatEncoder
-from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report
+from llm_alignment.evaluation import METRICS, Evaluation, asked_gates, judge_gates, measure, report
 from llm_alignment.files import InputError
 from llm_alignment.flags import (
     DEMO_DIR,
@@ -35,23 +38,26 @@ from llm_alignment.flags import (
     ratio,
     seed,
 )
+from llm_alignment.leaks import LeakFinder, asked_passages
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.plots import KL, LOSS, plot_curves, save_figure, with_validation
 from llm_alignment.processes import main_process
+from llm_alignment.replay import ReplaySettings, own_dialogues, replay_rows
 from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
 from llm_alignment.runs import begin, recorded_run, timed
-from llm_alignment.scores import scored_evaluation, summarise
-from llm_alignment.twix import SIDES, RowChoice, load_data, tokenise, with_answers
+from llm_alignment.scores import scored_evaluation
+from llm_alignment.twix import RowChoice, Selection, load_data, tokenise, with_answers
 from mtbench_eval import load_questions, sample_questions
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llm_alignment.rewards import RewardModel
-    from llm_alignment.sft import SftSettings
+    from llm_alignment.sft import EarlyStopping
+    from llm_alignment.training import Setup
+
 
 log = logging.getLogger("llm_alignment")
 
@@ -185,134 +191,189 @@ def main(argv: list[str] | None = None) -> dict:
 def run(args: argparse.Namespace, record: dict) -> None:
     """Load, build, measure, train, measure, report. What can be wrong with the input is found before it writes."""
     from llm_alignment import models, plans, sft, training
-    from llm_alignment.rewards import load_reward_model
-    from llm_alignment.validation import summarise_validation
 
     check_flags(args)
-    # with early stopping MT-Bench decides which adapter is kept, so its flags count
+    # with early stopping a measurement decides which adapter is kept, so its flags count
     neutral = neutral_flags(build_parser(), *(["measured"] if args.early_stop_patience else []))
     setup = training.set_up(args, record, neutral, longest=args.max_seq_length)
     setup.check_folder()
-    encoder = ChatEncoder(setup.tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
-    selection, examples = load_data(fill(RowChoice, args), encoder)
-    counts = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
-    data = {"source": args.dataset, "rows": counts, "sha256": selection.sha256}
-    setup.check_folder(data)
+    task = task_of(args, setup)
     checkpoint = training.newest_complete(setup.folder, setup.resume)
-    questions = []
-    if args.mtbench_ru != "none":
-        limit, seed = args.mtbench_questions_limit, args.mtbench_questions_seed
-        questions = load_questions(args.mtbench_ru, limit=limit, seed=seed, flag="--mtbench_ru")
-    retention = fill(RetentionSettings, args)
-    kept = retention.questions()
-    reward_model = None
-    if questions:
-        reward_model = load_reward_model(
-            args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code, on_meta=args.dry_run
-        )
-    settings = fill(
-        training.TrainingSettings, args, weight_decay=0.01, logging_steps=args.kl_log_interval,
-        longest=args.max_seq_length,
-    )  # fmt: skip
-    anchor, sizes = fill(AnchorSettings, args), fill(
-        sft.SftSettings, args, kl_asked=any(flag.partition("=")[0] == "--kl_coef" for flag in record["argv"])
-    )  # fmt: skip
+    gates = asked_gates(args.gates, task.compared)
+    settings = fill(training.TrainingSettings, args, weight_decay=0.01, logging_steps=args.kl_log_interval,
+                    longest=args.max_seq_length)  # fmt: skip
+    kl_asked = any(flag.partition("=")[0] == "--kl_coef" for flag in record["argv"])
+    anchor, sizes = fill(AnchorSettings, args), fill(sft.SftSettings, args, kl_asked=kl_asked)
     if args.dry_run:
-        shown = selection, examples("train"), encoder
-        rounds = fill(plans.Rounds, args)
-        plans.print_sft_plan(setup, shown, questions, settings=settings, sft=sizes, anchor=anchor, rounds=rounds)
+        shown, rounds = (task.selection, task.examples("train"), task.encoder), fill(plans.Rounds, args)
+        plans.print_sft_plan(setup, shown, task.questions, settings=settings, sft=sizes, anchor=anchor, rounds=rounds)
+        plans.log_gates(gates, Path(args.exp_log), args.model)
         return
-    rows = tokenised_rows(examples, encoder, sizes, is_lazy=args.streaming, assistant_only=args.assistant_only_loss)
-    evaluations = all_evaluations(setup.tokenizer, rows["validation"], questions, reward_model, args)
-    for which in ("compared", "final"):
-        evaluations[which] += retention_evaluations(kept, retention)
-    gates = asked_gates(args.gates, evaluations["compared"])
     model = models.load_model(setup.base)
     models.check_head(model, setup.base.what)
     fingerprint = models.base_fingerprint(setup.base, thinking=args.thinking)
+    rows = {"train": training_rows(args, task, model, fingerprint), "validation": task.validation}
     before: dict[str, list[dict]] = {}
-
-    def measured(model: PeftModel, which: str, stage: str, **options: Any) -> dict[str, list[dict]]:
-        place = setup.folder, stage
-        return measure(model, setup.tokenizer, evaluations[which], place, fingerprint=fingerprint, **options)
-
-    def at_step(model: PeftModel, step: int) -> dict[str, float]:
-        rows = measured(model, "midtrain", f"step_{step}", with_adapter=True)
-        loss = summarise_validation(rows["validation"])["val_loss"]
-        return {"loss": loss, "mtbench": summarise(rows["mtbench"])["avg"]}
-
-    early = None
-    if args.early_stop_patience:
-        asked = {item["question_id"] for item in evaluations["midtrain"][-1].items}
-        early = sft.EarlyStopping(
-            args.early_stop_patience, args.eval_steps, at_step, lambda: average_of(before.get("mtbench", []), asked)
-        )
+    measured = functools.partial(
+        measure, tokenizer=setup.tokenizer, fingerprint=fingerprint, use_cache=not args.no_baseline_cache
+    )
+    early = early_stopping(args, measured, task.midtrain, before) if args.early_stop_patience else None
     trainer = sft.build_trainer(model, setup, rows, settings, sft=sizes, anchor=anchor, early=early)
-    commits = {"model": setup.base.commit, "reward_model": reward_model.commit if reward_model else None}
-    folder = begin(record, data, setup.base, commits)
-    log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in counts.items()))
+    folder = begin(record, task.data, setup.base)
+    log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in task.data["rows"].items()))
+    final = [*task.compared, *task.final]
     if not args.skip_baseline_eval:
         with timed(record, "baseline"):
             before |= measured(
-                trainer.model, "compared", "baseline", with_adapter=False, use_cache=not args.no_baseline_cache
+                trainer.model, evaluations=task.compared, place=(folder, "baseline"), with_adapter=False
             )
-        evaluations["final"] = with_own_drift(evaluations["final"], before, setup.tokenizer, thinking=args.thinking)
+        final = with_own_drift(final, before, setup.tokenizer, thinking=args.thinking)
     with timed(record, "train"):
         record["kept_step"] = sft.train(trainer, checkpoint, folder)
     training.save_adapter(trainer, folder)
-    with timed(record, "final"):
-        at_kept_step = f"step_{record['kept_step']}"  # early stopping has measured it there
-        after = measured(trainer.model, "final", "final", with_adapter=True, measured_as=at_kept_step)
+    with timed(record, "final"):  # what early stopping has measured at its step is taken from there
+        step = f"step_{record['kept_step']}"
+        after = measured(
+            trainer.model, evaluations=final, place=(folder, "final"), with_adapter=True, measured_as=step
+        )
     if main_process():
-        title, final = f"{record['output_dir']}, step {record['kept_step']}", record["final"]
-        report(record, folder, evaluations["final"], before, after, title=title)
+        title = f"{record['output_dir']}, step {record['kept_step']}"
+        report(record, folder, final, before, after, title=title, details=args.table == "full")
+        kept = record["final"]
+        log.info("validation loss on all %d held-out rows: %.4f", kept["val_rows_full"], kept["val_loss_full"])
         history = {"": with_validation(trainer.state.log_history, record)}
         save_figure(plot_curves("training", history, LOSS), folder / "loss.png")
         save_figure(plot_curves("training", history, KL), folder / "kl.png")
-        log.info("validation loss on all %d held-out rows: %.4f", final["val_rows_full"], final["val_loss_full"])
+        write_card(folder)
         judge_gates(record, gates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained on, and what is measured."""
+
+    data: dict  # the fingerprint of the data
+    encoder: ChatEncoder
+    finder: LeakFinder
+    selection: Selection
+    examples: Callable[[str], Dataset]  # the rows of a side
+    validation: Dataset  # as tokens
+    questions: list[dict]  # of MT-Bench
+    compared: list[Evaluation]  # before and after training
+    final: list[Evaluation]  # after training alone
+    midtrain: list[Evaluation]  # at the steps of early stopping
+
+
+def task_of(args: argparse.Namespace, setup: Setup) -> Task:
+    """The task that the flags ask for. Raises InputError when the folder holds a run on other data."""
+    tokenizer = setup.tokenizer
+    questions, retention = questions_of(args), fill(RetentionSettings, args)
+    finder = finder_of(questions, retention.questions())
+    encoder = ChatEncoder(tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
+    selection, examples = load_data(fill(RowChoice, args), encoder, finder)
+    counts = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
+    data = {"source": args.dataset, "rows": counts, "sha256": selection.sha256}
+    setup.check_folder(data)
+    validation = tokenised(args, examples("validation"), encoder, "validation")
+    evaluations = all_evaluations(tokenizer, validation, questions, args)
+    kept = retention_evaluations(retention.questions(), retention)
+    evaluations["compared"] += kept
+    evaluations["midtrain"] += kept if args.early_stop_metric == "retention" else []
+    return Task(data, encoder, finder, selection, examples, validation, questions, **evaluations)
+
+
+def questions_of(args: argparse.Namespace) -> list[dict]:
+    """The MT-Bench questions asked before and after training; [] with --mtbench_ru none."""
+    if args.mtbench_ru == "none":
+        return []
+    limit, seed = args.mtbench_questions_limit, args.mtbench_questions_seed
+    return load_questions(args.mtbench_ru, limit=limit, seed=seed, flag="--mtbench_ru")
+
+
+def finder_of(mtbench: list[dict], retention: list[dict]) -> LeakFinder:
+    """Finds the rows that hold what is asked: a whole question, or 13 words in a row of it or of its reference."""
+    asked = {"MT-Bench question": mtbench, "retention question": retention}
+    whole = {kind: [row["turns"][0] for row in rows] for kind, rows in asked.items()}
+    return LeakFinder(whole, {kind: asked_passages(rows) for kind, rows in asked.items()})
+
+
+def early_stopping(
+    args: argparse.Namespace, measured: Callable[..., dict], midtrain: list[Evaluation], before: dict[str, list[dict]]
+) -> EarlyStopping:
+    """Measures at steps what stands in `midtrain`; `before` are the rows of the base, once they are there."""
+    from llm_alignment.sft import EarlyStopping
+
+    keys = {"loss": "val_loss", "val_loss": "val_loss"} | {e.name: e.name for e in midtrain[1:]}
+    items = {evaluation.name: {item["question_id"] for item in evaluation.items} for evaluation in midtrain}
+
+    def figures(rows: dict[str, list[dict]]) -> dict[str, float]:
+        summaries: dict = {}
+        for evaluation in midtrain:
+            same = [row for row in rows.get(evaluation.name, []) if row["question_id"] in items[evaluation.name]]
+            summaries |= evaluation.summarise(same) if same else {}
+        found = {name: METRICS[metric].read(summaries) for name, metric in keys.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def evaluate(model: PeftModel, step: int) -> dict[str, float]:
+        place = Path(args.output_dir), f"step_{step}"
+        return figures(measured(model, evaluations=midtrain, place=place, with_adapter=True))
+
+    return EarlyStopping(
+        args.early_stop_patience, args.eval_steps, args.early_stop_metric, evaluate,
+        lambda: figures(before).get(args.early_stop_metric),
+    )  # fmt: skip
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises InputError for flags that do not go together; warns of those that then do less."""
+    if args.replay_ratio == 1:
+        raise InputError("--replay_ratio 1 leaves no row of --dataset; lower it")
+    if args.kl_on == "replay" and not args.replay_ratio:
+        raise InputError("--kl_on replay: there are no replay rows; add --replay_ratio 0.05 or more")
+    if args.kl_on == "replay" and args.packing:
+        raise InputError("--kl_on replay cannot tell the rows of --packing apart; leave out one of them")
     if args.packing and args.streaming:
         raise InputError("--packing cannot count its sequences in a stream; leave out --streaming or --packing")
-    if args.early_stop_patience is not None and args.mtbench_ru == "none":
-        raise InputError("--early_stop_patience decides by MT-Bench: leave out --mtbench_ru none or the patience")
+    off = {"mtbench": args.mtbench_ru == "none", "retention": not args.do_retention, "val_loss": False}
+    if args.early_stop_patience is not None and off[args.early_stop_metric]:
+        raise InputError(
+            f"--early_stop_patience decides by {args.early_stop_metric}, which this run does not measure: switch it "
+            "on, or name another --early_stop_metric"
+        )
     if args.early_stop_patience is None and args.mtbench_midtrain_questions:
         log.warning("--mtbench_midtrain_questions is not used without --early_stop_patience")
     if args.early_stop_patience is not None and args.skip_baseline_eval:
         log.warning("--skip_baseline_eval: early stopping has no baseline, so it does not see a fall below it")
 
 
-def tokenised_rows(
-    examples: Callable[[str], Dataset],
-    encoder: ChatEncoder,
-    sizes: SftSettings,
-    *,
-    is_lazy: bool,
-    assistant_only: bool,
-) -> dict[str, Dataset]:
-    """The rows of both sides as tokens, cut to a length; `is_lazy`: those to train on become tokens whenever they are
-    read."""
-    rows = {}
-    for side in SIDES:
-        longest = None if sizes.packing and side == "train" else sizes.max_seq_length
-        lazily = is_lazy and side == "train"
-        rows[side] = tokenise(examples(side), encoder, sizes.num_proc, longest=longest, lazily=lazily)
-        if assistant_only or sizes.max_seq_length == 1:
-            rows[side] = with_answers(rows[side], side, sizes.max_seq_length)
+def training_rows(args: argparse.Namespace, task: Task, model: PreTrainedModel, fingerprint: dict) -> Dataset:
+    """The rows to train on as tokens, those of --replay among them, which the base `model` writes itself."""
+    rows = task.examples("train")
+    if args.replay_ratio:
+        settings, folder = fill(ReplaySettings, args), Path(args.output_dir)
+        write = functools.partial(
+            own_dialogues, model, task.encoder, task.finder,
+            folder=folder, fingerprint={**fingerprint, "adapter": "none"}, settings=settings,
+        )  # fmt: skip
+        rows = replay_rows(rows, settings, task.encoder, task.finder, write)
+    return tokenised(args, rows, task.encoder, "train")
+
+
+def tokenised(args: argparse.Namespace, rows: Dataset, encoder: ChatEncoder, side: str) -> Dataset:
+    """The rows of a side as tokens, cut to --max_seq_length; with --streaming those to train on become tokens whenever
+    they are read."""
+    is_packed, is_lazy = (flag and side == "train" for flag in (args.packing, args.streaming))
+    longest = None if is_packed else args.max_seq_length
+    rows = tokenise(rows, encoder, args.num_proc, longest=longest, lazily=is_lazy)
+    if args.assistant_only_loss or args.max_seq_length == 1:
+        rows = with_answers(rows, side, args.max_seq_length)
     return rows
 
 
 def all_evaluations(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    questions: list[dict],
-    reward_model: RewardModel | None,
-    args: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase, rows: Dataset, questions: list[dict], args: argparse.Namespace
 ) -> dict[str, list[Evaluation]]:
-    """What is measured: "compared" before and after, "final" after, "midtrain" at the steps of early stopping.
+    """What is measured: "compared" before and after, "final" after alone, "midtrain" at the steps of early stopping.
 
     `rows`: all of the validation split.
     """
@@ -320,37 +381,30 @@ def all_evaluations(
 
     from llm_alignment.drift import drift_evaluation
     from llm_alignment.generation import Decoding
+    from llm_alignment.rewards import load_reward_model
     from llm_alignment.validation import validation_evaluation
 
     collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     first = rows.select(range(min(args.baseline_eval_samples, len(rows))))
     validation = validation_evaluation("validation", first, collator, args.batch)
-    full = validation_evaluation("validation_full", rows, collator, args.batch)
     drift_rows = [
         {"question_id": number, "cluster": number, "input_ids": row["input_ids"], "labels": row["labels"]}
         for number, row in enumerate(first)
     ]
-    decoding = Decoding(
-        max_new_tokens=args.mtbench_max_tokens,
-        temperature=args.mtbench_temperature,
-        seed=args.seed,
-        backend=args.mtbench_backend,
-        thinking=args.thinking,
-        batch_size=args.eval_batch_size,
-    )
-    midtrain = sample_questions(questions, args.mtbench_midtrain_questions, args.mtbench_questions_seed)
-    mtbench, at_steps = (
-        [scored_evaluation("mtbench", asked, decoding, reward_model)] if asked and reward_model else []
-        for asked in (questions, midtrain)
-    )
-    compared = [validation, drift_evaluation(drift_rows), *mtbench]
-    return {"compared": compared, "final": [*compared, full], "midtrain": [validation, *at_steps]}
-
-
-def average_of(rows: list[dict], asked: set[str | int]) -> float | None:
-    """The MT-Bench score of the rows of the questions `asked`; None without any."""
-    same = [row for row in rows if row["question_id"] in asked]
-    return summarise(same)["avg"] if same else None
+    compared, midtrain = [validation, drift_evaluation(drift_rows)], [validation]
+    if questions:
+        reward_model = load_reward_model(
+            args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code, on_meta=args.dry_run
+        )
+        decoding = Decoding(
+            max_new_tokens=args.mtbench_max_tokens, temperature=args.mtbench_temperature, seed=args.seed,
+            backend=args.mtbench_backend, thinking=args.thinking, batch_size=args.eval_batch_size,
+        )  # fmt: skip
+        some = sample_questions(questions, args.mtbench_midtrain_questions, args.mtbench_questions_seed)
+        compared.append(scored_evaluation("mtbench", questions, decoding, reward_model))
+        midtrain.append(scored_evaluation("mtbench", some, decoding, reward_model))
+    full = validation_evaluation("validation_full", rows, collator, args.batch)
+    return {"compared": compared, "final": [full], "midtrain": midtrain}
 
 
 if __name__ == "__main__":

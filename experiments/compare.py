@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
@@ -14,14 +13,14 @@ from records import HERE, find_run, flatten, run_of_folder
 from seeds import NO_SETTINGS
 from tables import with_reading
 
-from llm_alignment import dpo, tatqa
+from llm_alignment import retention, tatqa
 from llm_alignment.evaluation import EVALUATIONS, TableRow, number, pair_rows, print_table, table_rows, table_texts
 from llm_alignment.files import InputError, SkippedRows, differing, write_atomic
 from llm_alignment.results import read_results
 from llm_alignment.scores import compare_scored, summarise_scored
 
 # the evaluations whose rows hold answers
-COMPARED = ("mtbench", "tatqa", "held_out", "instruct", "finance_instruct", "reddit")
+COMPARED = ("mtbench", "retention", "tatqa", "held_out", "instruct", "finance_instruct", "reddit")
 
 
 def settings_of(name: str, files: list[Path]) -> dict:
@@ -125,7 +124,7 @@ def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict | None:
     pairs = shared_questions(rows_a, rows_b)
     if not pairs:
         return None
-    deltas = comparison_table(key, *map(list, zip(*pairs, strict=True)))
+    deltas = comparison_table(key, *map(list, zip(*pairs, strict=True)), beta=settings_b.get("beta", 1.0))
     questions = sorted((question_view(key, a, b) for a, b in pairs), key=lambda view: -abs(view["change"]))
     return {
         "title": EVALUATIONS[key],
@@ -147,27 +146,27 @@ def shared_questions(rows_a: list[dict], rows_b: list[dict]) -> list[tuple[dict,
     return pair_rows(rows_a, same) if same else []
 
 
-def comparison_table(key: str, *sides: list[dict]) -> list[TableRow]:
-    """The lines of `print_table`: every metric of A and of B, with the difference."""
-    compare_sides = {"tatqa": tatqa.compare_tatqa, "held_out": dpo.compare_rewards}
-    differences = compare_sides.get(key, functools.partial(compare_scored, key))
-    before, after = (summary_of(key, rows) for rows in sides)
-    return table_rows(before, after, differences(*sides))
-
-
-def summary_of(key: str, rows: list[dict]) -> dict[str, dict]:
-    """{evaluation: the figures of its rows}."""
+def comparison_table(key: str, *sides: list[dict], beta: float) -> list[TableRow]:
+    """The lines of `print_table`: every metric of A and of B, with the difference; `beta`: of held-out pairs."""
     if key == "tatqa":
-        return {key: tatqa.summarise_tatqa(rows)}
+        before, after = ({key: tatqa.summarise_tatqa(rows)} for rows in sides)
+        return table_rows(before, after, tatqa.compare_tatqa(*sides))
+    if key == "retention":
+        before, after = map(retention.summarise_retention, sides)
+        return table_rows(before, after, retention.compare_retention(*sides))
     if key == "held_out":
-        return {key: dpo.summarise_rewards(rows)}
-    return summarise_scored(key, rows)
+        from llm_alignment import dpo  # torch and TRL with it
+
+        before, after = ({key: dpo.summarise_rewards(rows, beta)} for rows in sides)
+        return table_rows(before, after, dpo.compare_rewards(*sides, beta=beta))
+    before, after = (summarise_scored(key, rows) for rows in sides)
+    return table_rows(before, after, compare_scored(key, *sides))
 
 
 def question_score(key: str, row: dict) -> float:
-    """1-10, the mean over the turns; for TAT-QA 100 or 0, so that means are per cent; for a pair its reward margin."""
-    if key == "tatqa":
-        return 100.0 * row["em_like"]
+    """1-10, the mean over the turns; 100 or 0 where an answer is right or wrong; of a pair its reward margin."""
+    if key in {"tatqa", "retention"}:
+        return 100.0 * row["em_like" if key == "tatqa" else "right"]
     if key == "held_out":
         return row["chosen_reward"] - row["rejected_reward"]
     return statistics.fmean(row["scores"])
@@ -198,6 +197,9 @@ def answered_turns(key: str, row: dict) -> list[tuple[str, str, str]]:
         return [(row["question"], row["answer"], mark)]
     if key == "held_out":
         return [(side, row[side], f"reward {row[f'{side}_reward']:.2f}") for side in ("chosen", "rejected")]
+    if key == "retention":
+        marks = [""] * (len(row["turns"]) - 1) + ["right" if row["right"] else "wrong"]
+        return list(zip(row["turns"], row["answers"], marks, strict=True))
     pairs = zip(row["scores"], row["rewards"], strict=True)
     marks = [f"{score:.2f} (raw {reward:.2f})" for score, reward in pairs]
     return list(zip(row["turns"], row["answers"], marks, strict=True))
@@ -239,7 +241,7 @@ def print_power(names: list[str], files: list[Path], difference: float | None = 
         if spread == 0:
             print(f"{EVALUATIONS[key]}: all {len(differences)} questions changed alike, which says nothing of others")
             continue
-        units = {"tatqa": "percentage points", "held_out": "of reward margin"}
+        units = {"tatqa": "percentage points", "retention": "percentage points", "held_out": "of reward margin"}
         unit = units.get(key, "points on the 1-10 scale")
         print(
             f"{EVALUATIONS[key]}: {len(differences)} questions, mean difference "

@@ -121,8 +121,9 @@ def new_record(old: dict, place: str, script: str, values: dict[str, Any]) -> di
     argv, unknown = flags(parser, values)
     unknown += [f"{key} {value}" for key, value in old.items() if key not in OLD_KEYS]
     args = parse_strictly(parser, argv)
-    known = {"ts": str(old.get("ts") or old["timestamp"]), "git": None, "versions": {}, "status": "completed"}
-    record = {**empty_record(vars(args), argv, script), **known, "imported": place}
+    record = empty_record(vars(args), argv, script)
+    record |= {"ts": str(old.get("ts") or old["timestamp"]), "git": None, "versions": {}}
+    record |= {"status": "completed", "imported": place}
     if unknown:
         record["note"] = f"what {script} has no flag for: {', '.join(unknown)}"
     return record

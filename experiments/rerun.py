@@ -33,6 +33,7 @@ from commands import apply_changes, command_line, exit_code, join_empty, shown_c
 from old_records import IMPORTED, import_records
 from records import LOGGED_RUNS, find_run, load_records, record_files, record_name, run_arguments
 
+from llm_alignment.files import InputError
 from llm_alignment.flags import seed
 
 
@@ -52,6 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     task.add_argument("--print", action="store_true", dest="print_only", help="print the commands, do not run them")
     task.add_argument("--plan", action="store_true", help="print every run's dry run and the sum, run nothing")
     parser.add_argument("--seeds", nargs="+", type=seed, default=[], metavar="N", help="run each run with each seed")
+    about = "at the commits of the hub that the run's record names"
+    parser.add_argument("--same_data", action="store_true", help=about)
     about = "run each run with each of these values of a flag; may stand several times"
     parser.add_argument("--grid", action="append", default=[], type=grid, metavar="FLAG=V,V", help=about)
     return parser
@@ -79,9 +82,24 @@ def print_list() -> None:
             print(f"  {record['place']}  {record_name(record)}  {record['script']}  {status}  {record['ts']}")
 
 
-def run_one(name: str, changes: list[str], *, print_only: bool) -> int:
+def pins(run: dict) -> list[str]:
+    """Flags that take the run's models and data sets at the commits that its record names."""
+    if not run.get("commits"):
+        raise InputError(f"--same_data: the record of {run.get('tag') or run.get('id')} names no commit of the hub")
+    flags = []
+    for flag, commit in run["commits"].items():
+        source = run["args"].get(flag) or ("next-tat/TAT-QA" if flag == "tatqa_dir" else "")
+        if flag == "model":
+            flags += ["--model_revision", commit]
+        elif "/" in source:
+            flags += [f"--{flag}", f"{source.partition('@')[0]}@{commit}"]
+    return flags
+
+
+def run_one(name: str, changes: list[str], *, same_data: bool, print_only: bool) -> int:
     """One run as its command says; the exit code is the script's."""
     run = find_run(name)
+    changes = [*pins(run), *changes] if same_data else changes
     arguments = join_empty(apply_changes(run_arguments(run), changes))
     if print_only:
         print(command_line(run["script"], arguments))
@@ -109,7 +127,9 @@ def run(argv: list[str] | None) -> int:
     if not names:
         parser.error("name a run, or ask for --list")
     if len(names) == 1 and not (args.seeds or args.grid or args.plan):
-        return run_one(names[0], changes, print_only=args.print_only)
+        return run_one(names[0], changes, same_data=args.same_data, print_only=args.print_only)
+    if args.same_data:
+        parser.error("--same_data goes with one run")
     if len(dict(args.grid)) < len(args.grid):
         parser.error("a flag stands in two --grid; name all its values in one")
     runs = plan_runs(names, args.seeds, changes, dict(args.grid))

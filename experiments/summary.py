@@ -6,6 +6,7 @@ from noise import Spread
 from records import DEMO, Run
 from tables import DPO, MULTI_TASK, SFT, Group, delta_rows
 
+from llm_alignment.evaluation import METRICS
 from llm_alignment.stats import holm
 
 
@@ -85,11 +86,11 @@ def anchor_lines(new: list[Run]) -> list[str]:
             others = run.params.keys() - same - {"output_dir", "exp_tag", "seed"}
             if others == {"kl_coef"} and other.params["kl_coef"] == 0:
                 parts = []
-                for key, title in (("val_loss", "validation loss"), ("drift", "drift"), ("mtbench", "MT-Bench")):
+                for key in ("val_loss", "drift", "own_drift", "retention", "mtbench"):
                     pair = [side.delta.get(key) for side in (run, other)]
                     if all(delta and delta["low"] is not None for delta in pair):
                         shown = [f"{d['mean']:+.3f} [{d['low']:.3f}, {d['high']:.3f}]" for d in pair if d]
-                        parts.append(f"{title} {shown[0]} against {shown[1]}")
+                        parts.append(f"{METRICS[key].title} {shown[0]} against {shown[1]}")
                 lines.append(f"{run.name} against {other.name}, no anchor: {'; '.join(parts)}.")
     return lines
 

@@ -227,8 +227,8 @@ def deltas_table(runs: list[Run]) -> str:
 
 # of each evaluation the main metric
 HEADLINES = (
-    "val_loss", "retention", "drift", "tatqa_em", "reward_accuracy", "mtbench", "instruct", "finance_instruct",
-    "reddit",
+    "val_loss", "retention", "drift", "own_drift", "tatqa_em", "reward_accuracy", "mtbench", "instruct",
+    "finance_instruct", "reddit",
 )  # fmt: skip
 
 
@@ -254,8 +254,8 @@ def terminal_table(header: list[str], rows: list[list[str]]) -> str:
     from rich.table import Table
 
     table = Table(box=ASCII2, show_edge=False)
-    for column in header:
-        table.add_column(column, overflow="fold")
+    for place, column in enumerate(header):
+        table.add_column(column, overflow="fold", no_wrap=place == 0)
     for row in rows:
         table.add_row(*row)
     width = shutil.get_terminal_size((120, 24)).columns

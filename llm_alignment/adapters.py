@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import (
@@ -21,6 +21,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
@@ -69,10 +70,12 @@ def check_model(
     lora: LoraSettings | None = None,
     adapter: str = "",
     longest: int = 0,
+    scale: float = 1.0,
     packing: bool = False,
     group_by_table: bool = False,
 ) -> None:
-    """Raises InputError for a model, a saved adapter or a fresh one that would not load; reads no weights of the base.
+    """Raises InputError for a model, a saved adapter or a fresh one that would not load, or an adapter that cannot be
+    `scaled`; reads no weights of the base.
 
     The model is built on torch's meta device, where loading looks at names and shapes alone. `longest`: tokens of the
     longest example, which the model's context should hold. `packing` and `group_by_table` are the flags.
@@ -87,9 +90,11 @@ def check_model(
     if group_by_table and (reason := no_sharing_reason(model)):
         raise InputError(f"--group_by_table: {reason}; leave it out")
     if adapter:
-        load_adapter(model, adapter)
+        model = load_adapter(model, adapter)
     elif lora:
         new_adapter(model, lora)
+    with scaled(model, scale):
+        pass
 
 
 def new_adapter(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
@@ -193,7 +198,7 @@ def saved_settings(folder: str, asked: LoraSettings) -> LoraSettings:
     """
     config = adapter_config(folder)
     layers = config.get("target_modules")
-    own = {
+    own: dict[str, Any] = {
         "lora_r": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
         "target_modules": ",".join(sorted(map(str, layers))) if isinstance(layers, list) else None,  # else a pattern
@@ -282,6 +287,24 @@ def grown_adapter(model: PreTrainedModel, previous: Path, lora: LoraSettings, se
 def adapter_off(model: PreTrainedModel | PeftModel) -> contextlib.AbstractContextManager[None]:
     """A context in which the model answers as its base does."""
     return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def scaled(model: PreTrainedModel | PeftModel, scale: float) -> Iterator[None]:
+    """Inside, the adapter adds `scale` times what it was trained to add: 0 is the base, 1 the run, to the bit.
+
+    The weights between base and run are WiSE-FT's (https://arxiv.org/abs/2109.01903). Raises InputError for a model
+    without a LoRA adapter, and for DoRA, whose scale is not linear.
+    """
+    if scale == 1:
+        yield
+        return
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    if not isinstance(config, LoraConfig) or config.use_dora:
+        what = "a model without a LoRA adapter" if config is None else "an adapter that is not plain LoRA (DoRA)"
+        raise InputError(f"a scale of {scale:g}: {what} cannot be scaled; leave the scale out")
+    with rescale_adapter_scale(model, scale):
+        yield
 
 
 def adapter_sha256(model: PreTrainedModel | PeftModel) -> str:

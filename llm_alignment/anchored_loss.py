@@ -196,6 +196,7 @@ class AnchorSettings:
     kl_warmup_steps: int = 300
     kl_limit_seq: int = 0
     kl_direction: str = "reverse"
+    kl_on: str = "all"  # or "replay": replay rows alone
 
     def coefficient(self, step: int) -> float:
         """c(t): 0 before `kl_start_step`, then a linear rise to `kl_coef` over `kl_warmup_steps`."""

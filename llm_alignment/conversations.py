@@ -46,8 +46,23 @@ def read_conversation(row: dict) -> tuple[str, Turns]:
     return kind, turns
 
 
+def plain_turns(value: Any) -> Turns | None:
+    """The short way for messages that are nothing but role and text, as nearly all are; None for others."""
+    turns = []
+    for message in value if isinstance(value, list) else ():
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            return None
+        role, text = message["role"], message["content"]
+        if role not in ("system", "user", "assistant") or not isinstance(text, str) or not text.strip():
+            return None
+        turns.append((role, text))
+    return turns
+
+
 def read_turns(value: Any, role: str, name: str) -> Turns:
     """The turns of a list of messages; a text is one turn of `role`. `name` is the column's, for the errors."""
+    if plain := plain_turns(value):
+        return plain
     messages = message_list(value)
     if messages is None and role and isinstance(value, str):
         messages = [{"role": role, "content": value}]

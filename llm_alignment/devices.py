@@ -21,23 +21,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llm_alignment")
 
-# The default of --gpu_memory_share. On Windows the driver moves what does not fit into host memory, and everything
-# becomes 10 to 50 times slower without an error; with a limit a full GPU is an error, which batches are halved by.
-GPU_MEMORY_SHARE = 0.95 if sys.platform == "win32" else 1.0
-
 # CUDA's major version -> the oldest driver that runs it (CUDA Toolkit release notes, table of minimum drivers)
 OLDEST_DRIVER = {12: 525, 13: 580}
 
 
-def prepare_cuda(device: torch.device, memory_share: float = GPU_MEMORY_SHARE) -> None:
+def prepare_cuda(device: torch.device, memory_share: float | None = None) -> None:
     """Settings of a CUDA device that hold for the whole process; to be called before anything is put on it.
 
-    `memory_share`: the part of the device's memory, 0 to 1, that the process may take.
+    `memory_share`: the part of the device's memory, 0 to 1, that the process may take. None: all of it, and 0.95 on
+    Windows, whose driver moves what does not fit into host memory: everything becomes 10 to 50 times slower without an
+    error, and no batch is halved.
     """
     import torch
     from transformers.integrations import sdpa_attention
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper and Blackwell it plans anew, for 1 s, for every shape
+    memory_share = memory_share or (0.95 if sys.platform == "win32" else 1.0)
     torch.cuda.set_per_process_memory_fraction(memory_share, device)
     if torch.cuda.get_device_capability(device) < (8, 0):
         # Keys and values are expanded to the query's heads, or at one query the heads are packed: grouped ones are
@@ -59,7 +58,8 @@ def free_memory() -> tuple[int, int]:
 def tf32(is_on: bool) -> Iterator[None]:
     """Inside, CUDA's products of float32 tensors round their inputs to TF32 (10 bits, as float16), or they do not.
 
-    For training in a half type: what its float32 products are made of are values of that type, exact in TF32.
+    For training in a half type: its float32 products are of values of that type, which are exact in TF32, and of their
+    gradients, which lose no more than in a product of float16.
     """
     import torch
 

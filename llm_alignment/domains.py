@@ -43,9 +43,8 @@ def dpo_evaluations(
     tatqa: tuple[Path, PromptContent] | None,
     asked: dict[str, tuple[list[dict], int]],
     held_out: Sequence[Evaluation] = (),
-) -> tuple[list[Evaluation], str | None]:
-    """`held_out`, TAT-QA from a file, what is `asked`, and the drift on the reference answers of these; and the hub
-    commit of the reward model, which is loaded where something is asked.
+) -> list[Evaluation]:
+    """`held_out`, TAT-QA from a file, what is `asked`, and the drift on the reference answers of these.
 
     `asked`: {name in EVALUATIONS: (questions, new tokens of an answer)}.
     """
@@ -64,7 +63,6 @@ def dpo_evaluations(
         )
         evaluations.append(tatqa_evaluation(questions, decoding, style))
     asked = {name: (questions, tokens) for name, (questions, tokens) in asked.items() if questions}
-    reward_model = None
     if asked:
         reward_model = load_reward_model(
             settings.reward_model,
@@ -80,5 +78,4 @@ def dpo_evaluations(
             batch_size=settings.eval_batch_size,
         )
         evaluations.append(scored_evaluation(name, questions, decoding, reward_model))
-    evaluations += reference_drift(tokenizer, evaluations, style, settings.max_length)
-    return evaluations, reward_model.commit if reward_model else None
+    return evaluations + reference_drift(tokenizer, evaluations, style, settings.max_length)

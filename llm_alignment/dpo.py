@@ -72,6 +72,9 @@ def fit_pairs(
         "%d pairs: %d prompts cut to --max_prompt_length, %d answers cut at --max_length",
         len(rows), cut_prompts, cut_answers,
     )  # fmt: skip
+    if rows:
+        chosen, rejected = (statistics.fmean(len(pair[side]) for pair in pairs) for side in ("chosen", "rejected"))
+        log.info("answers: %.0f characters chosen, %.0f rejected, on average", chosen, rejected)
     return rows
 
 
@@ -191,8 +194,8 @@ def reward_evaluation(pairs: list[dict], rows: list[dict], beta: float, max_leng
         read=functools.partial(read_rewards, beta=beta, max_length=max_length),
         settings={"pairs": digest(items), "beta": beta, "max_length": max_length},
         of_base=lambda pair: reward_row(pair, 0.0, 0.0),
-        summarise=lambda rows: {"held_out": summarise_rewards(rows)},
-        compare=compare_rewards,
+        summarise=lambda rows: {"held_out": summarise_rewards(rows, beta)},
+        compare=functools.partial(compare_rewards, beta=beta),
         tokens=tokens,
     )
 
@@ -246,29 +249,37 @@ def answer_log_probs(
         ]
 
 
-def summarise_rewards(rows: list[dict]) -> dict:
-    """{"accuracy": per cent of pairs whose chosen answer has the higher reward, a tie one half, "margin", "n"}."""
+def summarise_rewards(rows: list[dict], beta: float) -> dict:
+    """{"accuracy": per cent of pairs whose chosen answer has the higher reward, a tie one half, "margin",
+    "chosen_log_prob": how far the chosen answer's log-probability is from the base's, in nats (it often falls while
+    the margin rises), "margin_by_length": correlation of the margin with how much longer the chosen text is, "n"}."""
+    margins, longer = [*map(_reward_margin, rows)], [len(row["chosen"]) - len(row["rejected"]) for row in rows]
+    varies = len(set(margins)) > 1 and len(set(longer)) > 1
     return {
         "accuracy": 100 * statistics.fmean(map(_reward_accuracy, rows)),
-        "margin": statistics.fmean(map(_reward_margin, rows)),
+        "margin": statistics.fmean(margins),
+        "chosen_log_prob": statistics.fmean(row["chosen_reward"] for row in rows) / beta,
+        "margin_by_length": statistics.correlation(margins, longer) if varies else None,
         "n": len(rows),
     }
 
 
-def compare_rewards(before: list[dict], after: list[dict]) -> dict[str, dict]:
-    """Differences in reward accuracy, in percentage points, by the exact McNemar test, and in the reward margin.
+def compare_rewards(before: list[dict], after: list[dict], *, beta: float) -> dict[str, dict]:
+    """Differences in reward accuracy, in percentage points, by the exact McNemar test, in the reward margin, and in
+    the log-probability of the chosen answer.
 
     Pairs of one cluster are resampled and sign-flipped together; a row without one is its own.
     """
     pairs = pair_rows(before, after)
     clusters = [row.get("cluster", row["question_id"]) for _, row in pairs]
-    accuracies, margins = (
-        [[measure(row) for row in rows] for rows in zip(*pairs, strict=True)]
-        for measure in (_reward_accuracy, _reward_margin)
+    accuracies, margins, chosen = (
+        [[measured(row) for row in rows] for rows in zip(*pairs, strict=True)]
+        for measured in (_reward_accuracy, _reward_margin, lambda row: row["chosen_reward"] / beta)
     )
     return {
         "reward_accuracy": in_per_cent(mcnemar(*accuracies, clusters=clusters)),
         "reward_margin": paired_delta(*margins, clusters=clusters),
+        "chosen_log_prob": paired_delta(*chosen, clusters=clusters),
     }
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llm_alignment.endings import MissedGateError
 from llm_alignment.files import InputError, SkippedRows, write_json, write_rows
 from llm_alignment.gates import check_gates, describe, judge, parse_gates
+from llm_alignment.health import compare_health, summarise_health
 from llm_alignment.plots import plot_categories, save_figure
 from llm_alignment.processes import main_process, on_main_process, shared_rounds
 from llm_alignment.results import ResultFile, baseline_cache, read_results
-from llm_alignment.stats import holm, too_few_changed
+from llm_alignment.stats import excluded, holm, too_few_changed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,6 +42,7 @@ EVALUATIONS = {
     "finance_instruct": "Finance-Instruct",
     "reddit": "Reddit replies",
 }
+ANSWERED = ("tatqa", "retention", "mtbench", "instruct", "finance_instruct", "reddit")  # in texts, so they have health
 SCORED = ("mtbench", "instruct", "finance_instruct", "reddit")  # by the reward model
 
 
@@ -73,8 +76,15 @@ def scored_metrics(name: str, title: str) -> dict[str, Metric]:
         f"{name}_success": Metric(f"{title}, 7 or more, %", (name, "success_rate")),
         f"{name}_checks": Metric(f"{title}, checks passed, %", (name, "check_rate")),
         f"{name}_length": Metric(f"{title}, answer tokens", (name, "answer_tokens")),
-        f"{name}_unfinished": Metric(f"{title}, share unfinished", (name, "unfinished"), lower_is_better=True),
     }
+
+
+HEALTH = {  # printed where a share is not 0 on either side
+    "loops": "loops, %",
+    "foreign_letters": "foreign letters, %",
+    "other_script": "other script, %",
+    "unfinished": "unfinished, %",
+}
 
 
 # Every metric that a run can report, in the order of the tables. A metric named like its evaluation is the main one.
@@ -92,7 +102,14 @@ METRICS = {
     "tatqa_f1": Metric("TAT-QA, official F1, %", ("tatqa", "f1")),
     "reward_accuracy": Metric("held-out pairs, accuracy, %", ("held_out", "accuracy")),
     "reward_margin": Metric("held-out pairs, reward margin", ("held_out", "margin")),
+    "chosen_log_prob": Metric("held-out pairs, chosen log-prob.", ("held_out", "chosen_log_prob")),
+    "margin_by_length": Metric("held-out pairs, margin by length, r", ("held_out", "margin_by_length")),
 } | {key: metric for name in SCORED for key, metric in scored_metrics(name, EVALUATIONS[name]).items()}
+METRICS |= {
+    f"{name}_{kind}": Metric(f"{EVALUATIONS[name]}, {title}", ("health", name, kind), lower_is_better=True, of=name)
+    for name in ANSWERED
+    for kind, title in HEALTH.items()
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,8 +165,8 @@ def measure(
     """The rows of every evaluation by name; every process gets them. Without the adapter the base answers.
 
     `place`: a folder and a stage; the rows are kept in folder/NAME_STAGE.jsonl. `fingerprint`: of the base. With
-    `use_cache` rows are shared with other runs. `measured_as`: a stage at which this adapter was measured before; the
-    rows of evaluations that are the same are taken from there.
+    `use_cache` rows of the base are shared with other runs. `measured_as`: a stage at which this adapter was measured
+    before; the rows of evaluations that are the same are taken from there.
     """
     from llm_alignment.adapters import adapter_off, adapter_sha256
 
@@ -159,7 +176,7 @@ def measure(
         whole = {**fingerprint, "adapter": adapter_sha256(model) if with_adapter else "none"}
         for evaluation in evaluations:
             path, cache = folder / f"{evaluation.name}_{stage}.jsonl", None
-            if use_cache and evaluation.is_cached:
+            if use_cache and evaluation.is_cached and not with_adapter:
                 cache = baseline_cache({**whole, **evaluation.settings})
             elif measured_as and (folder / f"{evaluation.name}_{measured_as}.jsonl").exists():
                 cache = folder / f"{evaluation.name}_{measured_as}.jsonl"
@@ -271,12 +288,27 @@ def report(
                 summaries |= evaluation.summarise(rows[name])
         if name in before and name in after:
             delta |= evaluation.compare(before[name], after[name])
+        if name in ANSWERED:
+            add_health(record, name, before.get(name, []), after.get(name, []))
         if name in SCORED and name in after:
             figure = plot_categories(EVALUATIONS[name], baseline.get(name), final[name], delta.get(name))
             save_figure(figure, folder / f"{name}.png")
     write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
-    print_table(title or str(folder), table_rows(baseline, final, delta, details=details))
+    for line in in_short(delta):
+        log.info("%s", line)
+    headline = not details and record.get("args", {}).get("table") == "headline"
+    print_table(title or str(folder), table_rows(baseline, final, delta, details=details, headline=headline))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
+
+
+def add_health(record: dict, name: str, before: list[dict], after: list[dict]) -> None:
+    """Puts the health of an evaluation's answers into the record's baseline, final and delta."""
+    for side, rows in (("baseline", before), ("final", after)):
+        if rows:
+            record[side].setdefault("health", {})[name] = summarise_health(rows)
+    if before and after:
+        deltas = compare_health(*zip(*pair_rows(before, after), strict=True))
+        record["delta"] |= {f"{name}_{kind}": delta for kind, delta in deltas.items() if kind in HEALTH}
 
 
 def asked_gates(text: str, evaluations: list[Evaluation]) -> dict[str, float]:
@@ -313,15 +345,43 @@ class TableRow(NamedTuple):
     lower_is_better: bool = False
 
 
-def table_rows(baseline: dict, final: dict, delta: dict, *, details: bool = False) -> list[TableRow]:
-    """The lines of every metric that was measured, with those of its answer types, and with `details` of its parts."""
+HEADLINE = {
+    "val_loss", "ppl", "drift", "retention", "own_drift", "tatqa", "tatqa_em", "reward_accuracy", "reward_margin",
+    "mtbench", "instruct", "instruct_checks", "finance_instruct", "reddit",
+}  # fmt: skip
+
+
+def in_short(delta: dict[str, dict]) -> list[str]:
+    """What was learned, what was lost and what cannot be told, by the tests of the headline metrics."""
+    found: dict[str, list[str]] = {"learned": [], "lost": [], "cannot be told": []}
+    for name, metric in METRICS.items():
+        change = delta.get(name)
+        if name not in HEADLINE or name in {"drift", "own_drift"} or not change or change["mean"] is None:
+            continue
+        is_gain = (change["mean"] > 0) != metric.lower_is_better
+        told = change["p"] is not None and change["p"] <= 0.05
+        kind = ("learned" if is_gain else "lost") if told else "cannot be told"
+        found[kind].append(f"{metric.title} {number(change['mean'], '+')}" if told else metric.title)
+    return [f"{kind}: {'; '.join(items) or 'nothing'}" for kind, items in found.items()]
+
+
+def table_rows(
+    baseline: dict, final: dict, delta: dict, *, details: bool = False, headline: bool = False
+) -> list[TableRow]:
+    """The lines of every metric that was measured, with those of its answer types, and with `details` of its parts;
+    or the `headline` alone, and the health of answers where it is not good."""
     rows = []
     for name, metric in METRICS.items():
+        if headline and name not in HEADLINE and metric.keys[:1] != ("health",):
+            continue
         before, after = metric.read(baseline), metric.read(final)
         if before is None and after is None and name not in delta:
             continue
+        if metric.keys[:1] == ("health",) and not (before or after):
+            continue
         rows.append(TableRow(metric.title, before, after, delta.get(name), metric.lower_is_better))
-        for kind, change in (delta.get(name) or {}).get("by_type", {}).items():
+        by_type = (delta.get(name) or {}).get("by_type", {}) if details or name != "retention" else {}
+        for kind, change in by_type.items():
             of_kind = Metric(f"  {kind}", (metric.keys[0], "by_type", kind, metric.keys[-1]))
             rows.append(TableRow(of_kind.title, of_kind.read(baseline), of_kind.read(final), change))
         if details and name in SCORED and name in final:
@@ -340,8 +400,8 @@ def verdict(delta: dict, *, lower_is_better: bool = False) -> str:
     if too_few_changed(delta):
         where = f", in {delta['changed_clusters']} of {delta['clusters']} clusters" if delta["clusters"] else ""
         return f"{delta['changed']} of {delta['n']} changed{where}: too few to tell"
-    bound = f"a rise above {abs(delta['high']):.2g}" if lower_is_better else f"a loss above {abs(delta['low']):.2g}"
-    return f"no detectable change; {bound} is excluded"
+    bound, kind = excluded(delta, lower_is_better=lower_is_better), "rise" if lower_is_better else "loss"
+    return "no detectable change" + (f"; a {kind} above {bound:.2g} is excluded" if bound is not None else "")
 
 
 def number(value: object, sign: str = "") -> str:
@@ -386,21 +446,24 @@ def table_texts(rows: list[TableRow]) -> tuple[list[list[str]], str]:
 
 
 def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("baseline", "final")) -> None:
-    """Prints the lines of `table_texts` under the names of the two sides. Plain ASCII, at most 120 columns."""
+    """Prints the lines of `table_texts` under the names of the two sides. Plain ASCII, as wide as the terminal."""
     from rich.box import Box
     from rich.console import Console
     from rich.table import Table
 
+    width = max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
+    is_wide = width >= 110  # else without the items that changed and the verdict
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
     table = Table(box=rules, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for column in (*sides, "difference [95 % interval]", "p", "changed"):
+    table.add_column("", no_wrap=is_wide, overflow="fold")
+    for column in (*sides, "difference [95 % interval]", "p", *["changed"] * is_wide):
         table.add_column(column, justify="right", no_wrap=True, overflow="fold")
-    table.add_column("", overflow="fold")
+    if is_wide:
+        table.add_column("", overflow="fold")
     texts, note = table_texts(rows)
     for cells in texts:
-        table.add_row(*cells[:3], " ".join(cells[3:5]), *cells[5:])
-    console = Console(width=120, color_system=None, legacy_windows=False, markup=False, emoji=False, highlight=False)
+        table.add_row(*[*cells[:3], " ".join(cells[3:5]), *cells[5:]][: len(table.columns)])
+    console = Console(width=width, color_system=None, legacy_windows=False, markup=False, emoji=False, highlight=False)
     console.print(title, soft_wrap=True)
     console.print(table)
     if note:

@@ -138,6 +138,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--quant_type", choices=["nf4", "fp4"], default="nf4", help="4-bit format")
     add("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
         help="of weights and computing; auto: bf16 where the GPU has it, else fp16; fp32 on CPU")
+    add("--liger", action="store_true", help="fused kernels on a GPU, faster with less memory; pip install -e .[fast]")
     add("--trust_remote_code", action="store_true", help="run code that a model's repository ships")
     add("--thinking", action="store_true",
         help="Qwen3 may think before it answers: prompts end without the empty <think></think> block, and thoughts in "
@@ -190,7 +191,6 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
     add("--exp_log", default=exp_log, help="JSONL file that gets the run's record")
     add("--exp_tag", default="", help="a name for the run in that file, for rerun.py and report.py")
     if trains:
-        add("--time", action="store_true", help="with --dry_run: take two steps and one batch, and estimate the run")
         add("--report_to", type=tracker, choices=["none", *TRACKERS], default="none", help="tracker of the training")
     add_scoring_flags(parser)
     add = add_group(parser, "retention", trains="asked")

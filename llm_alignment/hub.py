@@ -25,20 +25,27 @@ if TYPE_CHECKING:
     import datasets
 
 
+# Flag -> commit of what the hub gave for it in this run; goes into run.json and the record.
+COMMITS: dict[str, str] = {}
+
+
 def hub_files(
     source: str, flag: str, patterns: list[str], *, kind: str = "model", revision: str | None = None
 ) -> Path:
     """The folder of those files of a hub repository that match `patterns`; what is not in the cache is downloaded.
 
-    `kind` is model, dataset or space. Raises InputError, within 30 s, when the hub does not give them; it names
-    `flag`.
+    `source` is "owner/name" or "owner/name@revision", `kind` is model, dataset or space. Raises InputError, within
+    30 s, when the hub does not give them; it names `flag`.
     """
     import huggingface_hub
 
+    source, _, asked = source.partition("@")
+    revision = revision or asked or None
     with hub_errors(source, flag, kind):
         folder = Path(
             huggingface_hub.snapshot_download(source, repo_type=kind, revision=revision, allow_patterns=patterns)
         )
+    COMMITS[flag.removeprefix("--")] = folder.name
     absent = [pattern for pattern in patterns if "*" not in pattern and not (folder / pattern).is_file()]
     if absent:
         raise InputError(f"{flag} {source}: the repository has no {absent[0]}; give {flag} a local path")
@@ -67,7 +74,7 @@ def open_dataset(source: str, flag: str, skipped: SkippedRows) -> Iterator[tuple
 
 
 def hub_dataset(source: str, flag: str) -> datasets.Dataset:
-    """The training split of a hub data set, on the disk.
+    """The training split of a hub data set, "owner/name" or "owner/name@revision", on the disk.
 
     Raises InputError, within 30 s, when `source` is not on the hub; it names `flag`.
     """
@@ -78,13 +85,16 @@ def hub_dataset(source: str, flag: str) -> datasets.Dataset:
     import huggingface_hub
 
     rows = None
+    source, _, asked = source.partition("@")
     try:
         with hub_errors(source, flag, "dataset"):
-            revision = None  # without the hub: what the cache has
-            if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            revision = asked or None  # without the hub: what the cache has
+            if not asked and not huggingface_hub.constants.HF_HUB_OFFLINE:
                 # asked once and briefly: load_dataset itself would retry an unreachable hub for half a minute
                 revision = huggingface_hub.HfApi().dataset_info(source, timeout=10).sha
             rows = datasets.load_dataset(source, split="train", revision=revision)
+            if revision:
+                COMMITS[flag.removeprefix("--")] = revision
     except InputError:
         for file in rows.cache_files if rows else []:  # made of a damaged download
             shutil.rmtree(Path(file["filename"]).parent, ignore_errors=True)

@@ -22,6 +22,8 @@ def is_given(value: Any) -> bool:
 
 def refuse_needed(fields: dict, what: str, read: Collection[str] = ()) -> None:
     """Raises ValueError, naming `what`, where a message or a row has a field that changes what its text means."""
+    if NEEDED.isdisjoint(fields):  # nearly always, and every message is asked
+        return
     given = {name for name, value in fields.items() if is_given(value) and value is not False}
     needed = sorted(NEEDED & given - set(read))
     if needed:

@@ -15,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
+from llm_alignment.devices import apply_liger, prepare_cuda, unused_card
 from llm_alignment.files import InputError, is_out_of_memory
 from llm_alignment.hub import commit_of
-from llm_alignment.model_files import check_files, fetch_model, files_sha256, stored_tensors
+from llm_alignment.model_files import check_files, fetch_model, files_sha256, read_json, stored_tensors
 from llm_alignment.processes import device_and_dtype, main_process, on_main_process, versions
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Base:
     dtype: torch.dtype
     quantization: str  # "nf4", "fp4", or "none"
     trust_remote_code: bool = False
+    liger: bool = False  # fused norms, RoPE and SwiGLU
 
     @property
     def what(self) -> str:
@@ -65,6 +67,8 @@ class BaseFlags:
     quant_type: str = "nf4"
     no_4bit: bool = False
     trust_remote_code: bool = False
+    gpu_memory_share: float | None = None
+    liger: bool = False
 
 
 def resolve_base(flags: BaseFlags) -> Base:
@@ -78,7 +82,12 @@ def resolve_base(flags: BaseFlags) -> Base:
     folder = fetched or fetch_model(name, commit or revision, "--model")
     check_files(folder, f"--model {name}")
     quantization = "none" if flags.no_4bit else flags.quant_type
-    return Base(name, folder, commit, *device_and_dtype(flags.dtype), quantization, flags.trust_remote_code)
+    device, dtype = device_and_dtype(flags.dtype)
+    if device.type == "cuda":
+        prepare_cuda(device, flags.gpu_memory_share)
+    elif line := unused_card():
+        log.warning("%s", line)
+    return Base(name, folder, commit, device, dtype, quantization, flags.trust_remote_code, flags.liger)
 
 
 def read_tokenizer(folder: Path, what: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -196,6 +205,8 @@ def load_model(base: Base, *, on_meta: bool = False) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=base.dtype,
         )
+    if base.liger and not on_meta:
+        apply_liger(read_json(base.folder / "config.json", base.what)["model_type"], base.device)
     gc.collect()  # a previous model may be held by reference cycles alone; both would need memory at once
     model = from_pretrained(
         AutoModelForCausalLM,

@@ -18,7 +18,7 @@ from llm_alignment.encoder import ChatEncoder
 from llm_alignment.evaluation import Evaluation
 from llm_alignment.files import read_records
 from llm_alignment.gates import questions_needed
-from llm_alignment.prefixes import GroupedOrder, groups_of, shared_lengths
+from llm_alignment.prefixes import GroupedOrder, groups_of, settle_head, shared_lengths
 from llm_alignment.processes import processes
 from llm_alignment.reference import PAIRS_AT_ONCE
 from llm_alignment.scores import conversation_tokens
@@ -33,6 +33,7 @@ def print_dpo_plan(
     setup: Setup, rows: list[dict], evaluations: list[Evaluation], settings: TrainingSettings, dpo: DpoSettings
 ) -> None:
     """One pair of the `rows` of `fit_pairs` as the model reads it, pairs, steps, tokens, memory, evaluations."""
+    settle_head(setup.base.device)
     trained = 0.0
     if rows:
         first, end = rows[0], setup.tokenizer.eos_token

@@ -6,6 +6,8 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from jinja2 import TemplateError
+
 from llm_alignment.files import InputError
 from llm_alignment.prefixes import common_length
 
@@ -20,6 +22,7 @@ class PromptStyle:
     use_chat_template: bool = True  # False: a prompt that is a text is read as it is
     thinking: bool = False
     max_prompt_length: int = 2048  # tokens
+    system: str = ""  # the system turn of conversations that have none
 
     @property
     def gap(self) -> str:
@@ -42,9 +45,16 @@ def render(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, style: 
         begins = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         return tokenizer.bos_token + prompt if begins else prompt
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True, enable_thinking=style.thinking
-    )
+    if style.system:
+        turns = [{"role": "system", "content": style.system}, *turns]
+    try:
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=style.thinking
+        )
+    except TemplateError as error:
+        if style.system:
+            raise InputError(f"--system_prompt: the chat template refuses it ({error}); leave it out") from error
+        raise
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -64,12 +64,11 @@ class RewardModel:
         config = self.model.config.get_text_config()
         self.max_length = min(config.max_position_embeddings, self.tokenizer.model_max_length)
         self.default_system = default_system_turn(self.tokenizer)
-        self.commit = commit_of(folder)
         # What the tokenizer appends, an end of text, is left out: the reward is read where the conversation ends.
         self.begins_with_bos = self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
         self.fingerprint = {
             "name": name,
-            "weights": self.commit or files_sha256(folder),
+            "weights": commit_of(folder) or files_sha256(folder),
             "dtype": "float32",
         }
 

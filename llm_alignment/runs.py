@@ -28,6 +28,7 @@ from llm_alignment.files import (
     to_bytes,
     write_json,
 )
+from llm_alignment.hub import COMMITS
 from llm_alignment.processes import all_processes, main_process, named_device, processes, versions
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def recorded_run(args: argparse.Namespace, argv: list[str] | None, script: str) 
     is None; a caller of `main(argv)`, such as pytest, gets the KeyboardInterrupt.
     """
     record: dict = {}
+    COMMITS.clear()  # of a run before this one in the same process
     with console_and_log():
         keeps_record = main_process() and not args.dry_run
         try:
@@ -234,17 +236,16 @@ def check_writable(path: Path, flag: str, advice: str = "name another file") -> 
         raise InputError(f"{flag} {path}: cannot be written ({error.strerror}); {advice}") from error
 
 
-def begin(record: dict, data: dict, base: Base, commits: dict[str, str | None]) -> Path:
+def begin(record: dict, data: dict, base: Base) -> Path:
     """Creates the output folder and writes run.json and run.log.
 
-    `data` is the fingerprint of the data, `commits` are those of what came from the hub, by flag. A resumed run keeps
-    the run.json that it was started with.
+    `data` is the fingerprint of the data. A resumed run keeps the run.json that it was started with.
     """
     import torch
 
     name, dtype = named_device(base.device, base.dtype)
     record["device"] = {"name": name, "dtype": dtype, "processes": processes(), "threads": torch.get_num_threads()}
-    record["data"], record["commits"], record["base"] = data, commits, base.identity
+    record["data"], record["commits"], record["base"] = data, dict(COMMITS), base.identity
     folder = Path(record["output_dir"])
     all_processes().wait_for_everyone()  # all have looked at the folder before it changes
     if main_process():

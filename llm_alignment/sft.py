@@ -33,29 +33,42 @@ log = logging.getLogger("llm_alignment")
 
 @dataclasses.dataclass(frozen=True)
 class EarlyStopping:
-    """The adapter is measured every `steps`, and the best one by MT-Bench is kept."""
+    """The adapter is measured every `steps`, and the best one by `metric` is kept."""
 
     patience: int
     steps: int
-    evaluate: Callable[[PeftModel, int], dict[str, float]]  # {"loss", "mtbench"} of the adapter at a step
+    metric: str  # "mtbench", "val_loss" or "retention"
+    evaluate: Callable[[PeftModel, int], dict[str, float]]  # the metrics of the adapter at a step, by name
     baseline: Callable[[], float | None]  # MT-Bench of the base on the same questions, once it was measured
 
     def reason(self, history: list[dict]) -> str | None:
         """Why to stop, or None, by the trainer's log."""
-        scores = [entry["eval_mtbench"] for entry in history if "eval_mtbench" in entry]
-        return early_stop_reason(self.baseline(), scores, self.patience) if scores else None
+        key = f"eval_{self.metric}"
+        scores = [entry[key] for entry in history if key in entry]
+        return early_stop_reason(self.baseline(), scores, self.patience, *RULES[self.metric]) if scores else None
 
 
-def early_stop_reason(baseline: float | None, scores: list[float], patience: int) -> str | None:
-    """Why to stop after these MT-Bench scores (1-10), or None: a fall of more than 0.30 below the baseline, or
-    `patience` consecutive evaluations without a gain of 0.05 over the last one that gained."""
-    if baseline is not None and scores[-1] < baseline - 0.30:
-        return f"MT-Bench {scores[-1]:.3f} is more than 0.30 below the baseline {baseline:.3f}"
+# metric -> (title, least gain, largest fall below the baseline, -1 where lower is better)
+RULES = {
+    "mtbench": ("MT-Bench", 0.05, 0.30, 1),
+    "val_loss": ("validation loss", 0.005, 0.05, -1),
+    "retention": ("retention", 1.0, 5.0, 1),
+}
+
+
+def early_stop_reason(
+    baseline: float | None, scores: list[float], patience: int, title: str, gain: float, fall: float, sign: int
+) -> str | None:
+    """Why to stop after these scores, or None: one that is more than `fall` worse than the baseline, or `patience`
+    consecutive evaluations that are not better by `gain` than the last one that was. `sign`: -1 where lower is better.
+    """
+    if baseline is not None and sign * (scores[-1] - baseline) < -fall:
+        return f"{title} {scores[-1]:.3f} is more than {fall:.2f} worse than the baseline {baseline:.3f}"
     best, without_gain = -math.inf, 0
     for score in scores:
-        gained = score - best >= 0.05
-        best, without_gain = (score, 0) if gained else (best, without_gain + 1)
-    return f"{patience} evaluations without a gain of 0.05" if without_gain >= patience else None
+        gained = sign * score - best >= gain
+        best, without_gain = (sign * score, 0) if gained else (best, without_gain + 1)
+    return f"{patience} evaluations without a gain of {gain:g} in {title}" if without_gain >= patience else None
 
 
 class AnchoredTrainer(SFTTrainer):
@@ -66,6 +79,16 @@ class AnchoredTrainer(SFTTrainer):
         self.nll_since_log = self.kl_since_log = 0.0
         self.steps_since_log = self.anchored_since_log = 0
         super().__init__(**arguments)
+        collate: Callable = self.data_collator  # type: ignore[has-type]
+
+        def with_replay(examples: list[dict]) -> dict[str, torch.Tensor]:
+            """TRL's collator drops columns that it does not know."""
+            batch = collate(examples)
+            if self.anchor.kl_on == "replay":
+                batch["replay"] = torch.tensor([example["replay"] for example in examples])
+            return batch
+
+        self.data_collator = with_replay
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
@@ -77,16 +100,20 @@ class AnchoredTrainer(SFTTrainer):
         """Also marks the KL positions of the step's batches, so that its KL is the mean over all of them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.kl_coef = self.anchor.coefficient(self.state.global_step)
+        anchored = [batch.pop("replay", None) for batch in batches]
         if self.kl_coef:
-            for batch in batches:
+            for batch, is_replay in zip(batches, anchored, strict=True):
                 targets = batch["labels"][:, 1:] != -100
+                if is_replay is not None:
+                    targets = targets & is_replay[:, None]
                 if "position_ids" in batch:  # packed: a position of 0 begins the next example
                     example = (batch["position_ids"][:, 1:] == 0).long().cumsum(1)
                 else:
                     example = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
                 batch["kl_mask"] = tail_mask(targets, example, self.anchor.kl_limit_seq)
             marked = sum(batch["kl_mask"].sum() for batch in batches)
-            self.kl_items = self.accelerator.gather(marked.to(self.accelerator.device)).sum()
+            # a step may have no replay row
+            self.kl_items = self.accelerator.gather(marked.to(self.accelerator.device)).sum().clamp(min=1)
             self.anchored_since_log += 1
         self.steps_since_log += 1
         return batches, num_items
@@ -198,8 +225,8 @@ def build_trainer(
         remove_unused_columns=False,  # those of --streaming become tokens when they are read
         eval_strategy="steps" if early else "no",
         eval_steps=early.steps if early else None,
-        metric_for_best_model="mtbench" if early else None,
-        greater_is_better=True if early else None,
+        metric_for_best_model=early.metric if early else None,
+        greater_is_better=early.metric != "val_loss" if early else None,
     )
     with adapter_kept_in_float32(model):
         trainer = AnchoredTrainer(

@@ -48,9 +48,10 @@ SCALES = {"": 1, "thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_0
 
 
 def tatqa_file(folder: str, split: str) -> Path:
-    """The JSON file of a split: in `folder` (--tatqa_dir), or with "" fetched from the hub."""
-    name = TATQA_FILES[split]
-    return (Path(folder) if folder else hub_files("next-tat/TAT-QA", "--tatqa_dir", [name], kind="dataset")) / name
+    """The JSON file of a split: in `folder` (--tatqa_dir), or from the hub; with "" the published data set."""
+    name, source = TATQA_FILES[split], folder or "next-tat/TAT-QA"
+    is_local = Path(source).exists() or source.count("/") != 1
+    return (Path(source) if is_local else hub_files(source, "--tatqa_dir", [name], kind="dataset")) / name
 
 
 def read_tatqa(path: Path, skipped: SkippedRows) -> list[dict]:

@@ -50,6 +50,7 @@ class TrainingSettings:
 
     output_dir: str
     epochs: float
+    max_steps: int  # 0: after the epochs
     batch: int  # examples per device and forward pass
     grad_acc: int
     learning_rate: float
@@ -78,6 +79,7 @@ def training_arguments(settings: TrainingSettings, base: Base, lora: LoraSetting
     return dict(
         output_dir=settings.output_dir,
         num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch,
         gradient_accumulation_steps=settings.grad_acc,
         learning_rate=settings.learning_rate,
@@ -92,6 +94,7 @@ def training_arguments(settings: TrainingSettings, base: Base, lora: LoraSetting
         use_cpu=is_cpu,
         gradient_checkpointing=uses_checkpointing(settings, base, lora),
         logging_steps=settings.logging_steps,
+        logging_first_step=True,
         logging_nan_inf_filter=False,
         save_steps=settings.save_steps,
         save_total_limit=2,
@@ -108,7 +111,7 @@ def training_arguments(settings: TrainingSettings, base: Base, lora: LoraSetting
 def optimiser_steps(settings: TrainingSettings, rows: int) -> int:
     """Optimiser steps over `rows` examples, as the Trainer counts them."""
     passes = math.ceil(rows / (settings.batch * processes()))
-    return math.ceil(settings.epochs * math.ceil(passes / settings.grad_acc))
+    return settings.max_steps or math.ceil(settings.epochs * math.ceil(passes / settings.grad_acc))
 
 
 def memory_of(settings: TrainingSettings, base: Base, lora: LoraSettings) -> dict[str, int]:
@@ -158,18 +161,16 @@ def log_memory_plan(settings: TrainingSettings, base: Base, lora: LoraSettings) 
 
 
 def save_adapter(trainer: Trainer, folder: Path) -> None:
-    """Writes adapter, tokenizer and model card into `folder`, file by file under a temporary name that is renamed."""
+    """Writes adapter and tokenizer into `folder`, file by file under a temporary name that is renamed."""
     for config in trainer.model.peft_config.values():
         if isinstance(config.target_modules, set):  # which is written in another order by every process
             config.target_modules = sorted(config.target_modules)
     trainer.save_model(str(folder / "saving"))
     if main_process():
-        (folder / "saving" / "README.md").unlink(missing_ok=True)  # PEFT's card, which knows less than TRL's
+        (folder / "saving" / "README.md").unlink(missing_ok=True)  # PEFT's card; `write_card` writes ours
         for path in (folder / "saving").iterdir():
             replace(path, folder / path.name)
         (folder / "saving").rmdir()
-        if not (folder / "README.md").exists():  # every process would write its tags in another order
-            trainer.create_model_card(model_name=folder.name)
 
 
 def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
@@ -232,6 +233,7 @@ class RunKeeper(TrainerCallback):
             if self.checkpoint.resolve().parent == Path(args.output_dir).resolve():
                 self.saved_step = state.global_step
         self.last_step = random_state(), state.num_input_tokens_seen
+        self.first_step, self.started = state.global_step, time.monotonic()
         if state.max_steps == 1 and args.get_warmup_steps(1):
             log.warning(
                 "the only step is the first one of the warmup, whose learning rate is 0: nothing is trained; lower "
@@ -272,6 +274,10 @@ class RunKeeper(TrainerCallback):
             )
         self.last_step = random_state(), state.num_input_tokens_seen
         self.in_steps = not control.should_evaluate
+        done = state.global_step - self.first_step
+        if done == 10 and state.is_world_process_zero:
+            minutes = (time.monotonic() - self.started) / 600 * (state.max_steps - self.first_step)
+            log.info("training takes about %.0f minutes for %d steps", minutes, state.max_steps - self.first_step)
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.last_step = random_state(), state.num_input_tokens_seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -9,7 +10,7 @@ import logging
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING
 from llm_alignment.batches import token_counts
 from llm_alignment.conversations import COLUMNS, SHAPES, Turns, read_conversation
 from llm_alignment.encoder import ChatEncoder, split_thought
-from llm_alignment.files import InputError, SkippedRows
+from llm_alignment.files import InputError, SkippedRows, digest
 from llm_alignment.hub import open_dataset
+from llm_alignment.leaks import LeakFinder, item_texts, report_leaks
 from llm_alignment.messages import unread_fields
 from llm_alignment.texts import normalise_text
 
@@ -59,7 +61,8 @@ to_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: it is asked 
 
 def unit_hash(*parts: object) -> float:
     """A number in [0, 1) that depends on `parts` alone: the same rows are drawn whatever their order."""
-    digest = hashlib.blake2b(to_json(parts).encode("utf-8", "surrogatepass"), digest_size=8)
+    text = parts[0] if len(parts) == 1 and isinstance(parts[0], str) else to_json(parts)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "big") / 2**64
 
 
@@ -205,13 +208,13 @@ LARGE_DATA = 20_000  # rows from which several processes tokenise: each takes 10
 
 
 def load_data(
-    choice: RowChoice, encoder: ChatEncoder | None = None
+    choice: RowChoice, encoder: ChatEncoder | None = None, finder: LeakFinder | None = None
 ) -> tuple[Selection, Callable[[str], datasets.Dataset]]:
     """Reads the data set once and chooses; `rows("train")` and `rows("validation")` are then the rows of a side.
 
     They have the columns "messages" and "length", in characters, and lie in files that are removed when the process
-    ends. Rows that `encoder` refuses are skipped, counted and named. Raises InputError when no row of the subset can
-    be used.
+    ends. Rows that `encoder` refuses, and chosen ones in which `finder` finds a text of an evaluation, are left out,
+    counted and named. Raises InputError when no row of the subset can be used.
     """
     import datasets
     from datasets.fingerprint import get_temporary_cache_files_directory
@@ -220,64 +223,96 @@ def load_data(
         raise InputError(f"--mix_reasoning_ratio mixes two subsets and --subset is {choice.subset}; add --subset both")
     folder = Path(tempfile.mkdtemp(dir=get_temporary_cache_files_directory()))
     every = folder / "rows.arrow"
-    selection = select_rows(store_rows(choice, encoder, every), choice)
+    found = store_rows(choice, encoder, every)
+    selection = select_rows(found, choice)
+    if finder:
+        selection = without_questions(selection, datasets.Dataset.from_file(str(every)), finder)
     for side in SIDES:
         copy_rows(every, selection.of(side), folder / f"{side}.arrow")
-    every.unlink()
+    with contextlib.suppress(PermissionError):  # Windows keeps a file that was mapped; it goes with the folder
+        every.unlink()
+    used, usable = sum(selection.counts.values()), sum(len(hashes.rows) for hashes in found.values())
+    log.info("%d of %d usable rows are used (--sample_ratio %g)", used, usable, choice.sample_ratio)
     return selection, lambda side: datasets.Dataset.from_file(str(folder / f"{side}.arrow"))
+
+
+def without_questions(selection: Selection, rows: datasets.Dataset, finder: LeakFinder) -> Selection:
+    """The selection without the rows that hold what an evaluation asks."""
+    import numpy as np
+
+    chosen = np.concatenate([selection.of(side) for side in SIDES])
+    kinds = list(finder.find_all(map(item_texts, rows.select(chosen))))
+    report_leaks("rows", kinds, {})
+    leaks = chosen[[kind is not None for kind in kinds]]
+    if not len(leaks):
+        return selection
+    numbers = {key: these[~np.isin(these, leaks)] for key, these in selection.numbers.items()}
+    clean = Selection(numbers, digest(selection.sha256, leaks.tolist()))
+    for side in SIDES:
+        if not clean.rows(side):
+            raise InputError(f"--dataset: every {side} row holds a question of an evaluation; name other data")
+    return clean
 
 
 def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> dict[str, RowHashes]:
     """Reads every row, writes the usable ones of the wanted subsets to an Arrow file, and returns their hashes."""
     import pyarrow
 
-    kinds: Counter = Counter()
-    unread: Counter = Counter()
-    thoughts = 0
-
     wanted = {"general", "reasoning"} if choice.subset == "both" else {choice.subset}
     found = {subset: RowHashes.none() for subset in sorted(wanted)}
-    others: Counter = Counter()
-    skipped, waiting, count = SkippedRows(), [], 0
+    waiting: list[Turns] = []
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema()) as stream:
-        for place, row in open_dataset(choice.dataset, "--dataset", skipped):
-            try:
-                (kind, turns), subset = read_conversation(row), subset_of(row)
-                if subset not in wanted:
-                    others[subset] += 1
-                    continue
-                written = turns
-                if choice.system_prompt and turns[0][0] != "system":
-                    written = [("system", choice.system_prompt), *turns]
-                if encoder and (refusal := encoder.refusal(written)):
-                    raise ValueError(refusal)
-            except ValueError as error:
-                skipped.add(place, str(error))
-                continue
+        for number, (subset, turns, written) in enumerate(usable_rows(choice, wanted, encoder)):
             hashes, prompt = found[subset], prompt_of(turns)
             hashes.rows.append(unit_hash(choice.sample_seed, turns))
             hashes.prompts.append(unit_hash(choice.sample_seed, "prompt", prompt))
-            hashes.forms.append(unit_hash([(role, normalise_text(text) or text) for role, text in prompt]))
-            hashes.numbers.append(count)
-            count += 1
-            kinds[kind] += 1
-            thoughts += any(role == "assistant" and split_thought(text)[0] for role, text in turns)
-            if len(row) > 2 or any(len(message) > 2 for message in row.get("messages", ())):
-                unread.update(unread_fields([row], COLUMNS))
+            hashes.forms.append(
+                unit_hash("\0".join(f"{role} {normalise_text(text) or text}" for role, text in prompt))
+            )
+            hashes.numbers.append(number)
             waiting.append(written)
             if len(waiting) == ROWS_AT_ONCE:
                 stream.write_batch(record_batch(waiting))
                 waiting.clear()
         stream.write_batch(record_batch(waiting))
+    return found
+
+
+def usable_rows(
+    choice: RowChoice, wanted: set[str], encoder: ChatEncoder | None
+) -> Iterator[tuple[str, Turns, Turns]]:
+    """The subset, the turns, and the turns with --system_prompt, of the rows that can be trained on; says at the end
+    what else there was. Raises InputError when there is none."""
+    others, kinds, unread = Counter[str](), Counter[str](), Counter[str]()
+    skipped, thoughts = SkippedRows(), 0
+    for place, row in open_dataset(choice.dataset, "--dataset", skipped):
+        try:
+            (kind, turns), subset = read_conversation(row), subset_of(row)
+            if subset not in wanted:
+                others[subset] += 1
+                continue
+            written = turns
+            if choice.system_prompt and turns[0][0] != "system":
+                written = [("system", choice.system_prompt), *turns]
+            if encoder and (refusal := encoder.refusal(written)):
+                raise ValueError(refusal)
+        except ValueError as error:
+            skipped.add(place, str(error))
+            continue
+        kinds[kind] += 1
+        thoughts += any(role == "assistant" and split_thought(text)[0] for role, text in turns)
+        if len(row) > 2 or any(len(message) > 2 for message in row.get(kind, ())):
+            unread.update(unread_fields([row], COLUMNS))
+        yield subset, turns, written
     skipped.report("rows")
     if others:
         log.info("rows of other subsets, not used: %s", ", ".join(f"{n} {subset}" for subset, n in others.items()))
-    if not count:
+    if not kinds:
         seen = f"; it has {dict(others)}" if others else ""
         places = f" ({'; '.join(skipped.places)})" if skipped.places else ""
+        shapes = f"; accepted are rows {SHAPES}" if "(columns " in places else ""
         raise InputError(
-            f"--dataset {choice.dataset}: no usable row of subset {choice.subset}{seen}{places}; choose others, or "
-            f"write them as {SHAPES}"
+            f"--dataset {choice.dataset}: no usable row of subset {choice.subset}{seen}{places}; choose others{shapes}"
         )
     log.info("rows read as: %s", counted(kinds))
     if unread:
@@ -285,7 +320,6 @@ def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> di
     if thoughts and encoder:
         what = "trained on" if encoder.thinking else "left out; --thinking trains on them"
         log.info("thoughts of %d rows: %s", thoughts, what)
-    return found
 
 
 def counted(kinds: Counter) -> str:
@@ -344,16 +378,18 @@ def tokenise(
 
     def encode(batch: dict[str, list]) -> dict[str, list[list[int]]]:
         encoded = [encoder({"messages": messages}) for messages in batch["messages"]]
-        return {name: [row[name][:longest] for row in encoded] for name in ("input_ids", "labels")}
+        kept = {"replay": batch["replay"]} if "replay" in batch else {}
+        return {name: [row[name][:longest] for row in encoded] for name in ("input_ids", "labels")} | kept
 
     if lazily:
         return rows.with_transform(encode)
     tokens = datasets.List(datasets.Value("int32"))
+    is_replay = {"replay": datasets.Value("bool")} if "replay" in rows.column_names else {}
     return rows.map(
         encode,
         batched=True,
         remove_columns=rows.column_names,
-        features=datasets.Features({"input_ids": tokens, "labels": tokens}),
+        features=datasets.Features({"input_ids": tokens, "labels": tokens} | is_replay),
         num_proc=num_proc if len(rows) > LARGE_DATA else None,
         desc="tokenising",
     )

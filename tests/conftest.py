@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3ForCausalLM, Trainer
 
     from llm_alignment.finance import TrainingData
+    from llm_alignment.models import Base
     from llm_alignment.rewards import RewardModel
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
@@ -112,18 +113,18 @@ def reward_model(reward_folder: str) -> RewardModel:
 
 
 @pytest.fixture(scope="module")
-def demo_args() -> argparse.Namespace:
-    """The defaults of dpo_train.py on the demo's model."""
-    import dpo_train
+def demo_base() -> Base:
+    """The demo's model as the base of a run, not quantised."""
+    from toys import toy_base
 
-    return dpo_train.build_parser().parse_args(["--model", str(DEMO / "model"), "--no_4bit"])
+    return toy_base()
 
 
 @pytest.fixture(scope="module")
-def demo_tokenizer(demo_args: argparse.Namespace) -> PreTrainedTokenizerBase:
+def demo_tokenizer(demo_base: Base) -> PreTrainedTokenizerBase:
     from llm_alignment.models import load_tokenizer
 
-    return load_tokenizer(demo_args)
+    return load_tokenizer(demo_base)
 
 
 @pytest.fixture(scope="module")
@@ -160,24 +161,33 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sft_trainer(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trainer]:
     """sft_trainer(*more): the trainer of a run without dropout on the demo's model, in float32."""
+    from toys import setup_of
+
     import sft_train
-    from llm_alignment import models, twix
+    from llm_alignment import models, sft, twix
+    from llm_alignment.anchored_loss import AnchorSettings
     from llm_alignment.encoder import ChatEncoder
+    from llm_alignment.flags import fill, parse_arguments
+    from llm_alignment.training import TrainingSettings
 
     def build(*more: str) -> Trainer:
         folder = tmp_path_factory.mktemp("trainer")
-        args = sft_train.parse_arguments(
+        args = parse_arguments(
             sft_train.build_parser(),
             ["--demo", "--output_dir", str(folder), "--dataset", str(dataset), "--sample_ratio", "1", "--no_4bit"]
             + ["--val_split", "0.1", "--batch", "2", "--grad_acc", "3", "--epochs", "9", "--learning_rate", "1e-3"]
             + ["--max_seq_length", "64", "--kl_coef", "0.2", "--kl_limit_seq", "9", *more],
             sft_train.DEMO,
         )
-        tokenizer = models.load_tokenizer(args)
-        encoder = ChatEncoder(tokenizer, thinking=False, assistant_only=False)
-        _, examples = twix.load_data(args, encoder)
+        setup = setup_of(vars(args))
+        encoder = ChatEncoder(setup.tokenizer, thinking=False, assistant_only=False)
+        _, examples = twix.load_data(fill(twix.RowChoice, args), encoder)
         rows = twix.tokenise(examples("train"), encoder, 1, longest=args.max_seq_length)
-        return sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows)
+        settings = fill(TrainingSettings, args, weight_decay=0.01, longest=args.max_seq_length)
+        return sft.build_trainer(
+            models.load_model(setup.base), setup, {"train": rows, "validation": rows}, settings,
+            sft=fill(sft.SftSettings, args), anchor=fill(AnchorSettings, args),
+        )  # fmt: skip
 
     return build
 
@@ -218,10 +228,19 @@ def finance_args(tmp_path: Path, *argv: str) -> argparse.Namespace:
 
 
 def finance_data(args: argparse.Namespace, sources: set[str]) -> TrainingData:
-    from llm_alignment.finance import load_data
+    """What dpo_train_mt.py trains on and asks, for `sources`."""
+    from llm_alignment.finance import DataSettings, load_data
+    from llm_alignment.flags import fill
+    from llm_alignment.leaks import asked_passages
+    from llm_alignment.tatqa import question_texts, tatqa_file
     from mtbench_eval import load_questions
 
-    return load_data(args, sources, load_questions(args.mtbench_file))
+    questions = load_questions(args.mtbench_file)
+    asked = {
+        "MT-Bench question": [question["turns"][0] for question in questions],
+        "TAT-QA question": question_texts(tatqa_file(args.tatqa_dir, args.eval_split)) if args.do_eval else [],
+    }
+    return load_data(fill(DataSettings, args), sources, asked, {"MT-Bench question": asked_passages(questions)})
 
 
 def run_error(capsys: pytest.CaptureFixture, main: Callable[[list[str]], object], *argv: str, code: int = 2) -> str:

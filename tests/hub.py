@@ -82,10 +82,25 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self, repositories: dict[tuple[str, str], dict[str, bytes]]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories = repositories
+        self.heads: dict[tuple[str, str], str] = {}  # of main, where it is not COMMIT
+        self.older: dict[tuple[str, str, str], dict[str, bytes]] = {}  # what main was, by its commit
         self.faults: dict[str, int | str] = {}
         self.requests: list[str] = []
         self.blobs = {sha256(data): data for files in repositories.values() for data in files.values()}
         self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def move(self, kind: str, name: str, commit: str, files: dict[str, bytes]) -> None:
+        """main goes to another commit with other files; those of the commits before stay."""
+        key = kind, name
+        self.older[*key, self.heads.get(key, COMMIT)] = self.repositories[key]
+        self.repositories[key], self.heads[key] = files, commit
+        self.blobs |= {sha256(data): data for data in files.values()}
+
+    def at(self, kind: str, name: str, revision: str) -> tuple[str, dict[str, bytes] | None]:
+        """Commit and files of a revision; None without such a repository."""
+        if files := self.older.get((kind, name, revision)):
+            return revision, files
+        return self.heads.get((kind, name), COMMIT), self.repositories.get((kind, name))
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that hangs up is no event."""
@@ -130,19 +145,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)(?:/(.*))?", path):
             self.answer_api(match[1], match[2], match[3] or "", body)
         elif match := re.fullmatch(r"(?:/(datasets|spaces))?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self.answer_file(match[1] or "models", match[2], match[4], fault)
+            self.answer_file(match[1] or "models", match[2], match[3], match[4], fault)
         else:
             self.send(404, b"{}")
 
     def answer_api(self, kind: str, name: str, rest: str, body: bytes) -> None:
-        files = self.server.repositories.get((kind, name))
+        what, *words = rest.split("/")
+        commit, files = self.server.at(kind, name, words[0] if words else "main")
         if files is None:
             self.send(401, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
             return
-        what, *words = rest.split("/")
         if what in ("", "revision"):
             names = [{"rfilename": path} for path in files]
-            value = {"id": name, "sha": COMMIT, "siblings": names, "private": False, "gated": False, "tags": []}
+            value = {"id": name, "sha": commit, "siblings": names, "private": False, "gated": False, "tags": []}
         elif what == "tree":
             within = "".join(f"{word}/" for word in words[1:])
             listed = [entry(path, data) for path, data in files.items() if path.startswith(within)]
@@ -165,18 +180,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def answer_file(self, kind: str, name: str, path: str, fault: str | None) -> None:
-        data = self.server.repositories.get((kind, name), {}).get(path)
+    def answer_file(self, kind: str, name: str, revision: str, path: str, fault: str | None) -> None:
+        commit, files = self.server.at(kind, name, revision)
+        data = (files or {}).get(path)
         if data is None:
-            code = "EntryNotFound" if (kind, name) in self.server.repositories else "RepoNotFound"
-            self.send(404, b"{}", {"X-Error-Code": code, "X-Repo-Commit": COMMIT})
+            code = "RepoNotFound" if files is None else "EntryNotFound"
+            self.send(404, b"{}", {"X-Error-Code": code, "X-Repo-Commit": commit})
         elif path.endswith(LARGE):
-            linked = {"X-Linked-Etag": f'"{sha256(data)}"', "X-Linked-Size": str(len(data)), "X-Repo-Commit": COMMIT}
+            linked = {"X-Linked-Etag": f'"{sha256(data)}"', "X-Linked-Size": str(len(data)), "X-Repo-Commit": commit}
             self.send(
                 302, b"", linked | {"Location": f"http://localhost:{self.server.server_port}/cdn/{sha256(data)}"}
             )
         else:
-            self.send_file(data, git_blob(data), {"X-Repo-Commit": COMMIT}, fault)
+            self.send_file(data, git_blob(data), {"X-Repo-Commit": commit}, fault)
 
     def send_file(self, data: bytes, etag: str, headers: dict[str, str], fault: str | None) -> None:
         if fault == "other":

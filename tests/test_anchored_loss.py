@@ -1,6 +1,7 @@
 """The fused loss against the plain formula, and which positions the KL acts on."""
 
 import argparse
+import dataclasses
 
 import pytest
 import torch
@@ -8,8 +9,7 @@ from conftest import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_alignment.anchored_loss import kl_coefficient, rows_at_once, tail_mask
-from sft_train import fused_nll_kl
+from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl, rows_at_once, tail_mask
 
 
 def plain(hidden, weight, labels, ref_hidden, kl_mask, kl_coef, num_items, kl_direction="reverse", sft_loss="nll"):
@@ -221,9 +221,8 @@ def test_tail_is_each_examples_own():
 
 
 def test_kl_schedule():
-    args = argparse.Namespace(kl_coef=0.03, kl_start_step=200, kl_warmup_steps=300)
-    assert [kl_coefficient(args, t) for t in (0, 199, 200)] == [0, 0, 0]
-    assert kl_coefficient(args, 350) == pytest.approx(0.015)
-    assert kl_coefficient(args, 500) == kl_coefficient(args, 9999) == 0.03
-    args.kl_warmup_steps = 0
-    assert kl_coefficient(args, 201) == 0.03
+    anchor = AnchorSettings(kl_coef=0.03, kl_start_step=200, kl_warmup_steps=300)
+    assert [anchor.coefficient(step) for step in (0, 199, 200)] == [0, 0, 0]
+    assert anchor.coefficient(350) == pytest.approx(0.015)
+    assert anchor.coefficient(500) == anchor.coefficient(9999) == 0.03
+    assert dataclasses.replace(anchor, kl_warmup_steps=0).coefficient(201) == 0.03

@@ -7,11 +7,15 @@ from collections import defaultdict
 
 import pytest
 import torch
+from conftest import DEMO
+from toys import toy_run
 
 import dpo_train
-import sft_train
-from llm_alignment import dpo, models
+from llm_alignment import dpo, models, sft, tatqa
 from llm_alignment.batches import LengthSortedSampler, depends_on_batch, sorted_within_steps
+from llm_alignment.files import SkippedRows
+from llm_alignment.flags import LOSS_TYPES
+from llm_alignment.prompts import PromptStyle
 
 
 def test_sorting_keeps_the_examples_of_each_step():
@@ -25,19 +29,16 @@ def test_sorting_keeps_the_examples_of_each_step():
 def dpo_trainer(tmp_path_factory):
     """dpo_trainer(*more): the trainer of dpo_train.py on 17 pairs of different lengths."""
 
-    def build(*more):
-        args = dpo_train.parse_arguments(
-            dpo_train.build_parser(),
-            ["--demo", "--output_dir", str(tmp_path_factory.mktemp("trainer")), "--no_4bit", "--batch", "2"]
-            + ["--grad_acc", "3", "--epochs", "9", "--limit_pairs", "17", *more],
-            dpo_train.DPO_DEMO,
+    def build(**more):
+        setup, settings, dpo_settings = toy_run(
+            tmp_path_factory.mktemp("trainer"), batch=2, grad_acc=3, epochs=9, learning_rate=1e-3, beta=0.5, **more
         )
-        tokenizer = models.load_tokenizer(args)
-        pairs, _ = dpo_train.load_pairs(args, "train", 17)
+        contexts = tatqa.read_tatqa(DEMO / "tatqa" / "tatqa_dataset_train.json", SkippedRows())
+        pairs = dpo_train.tatqa_pairs(contexts, seed=42)[:17]
         for number, pair in enumerate(pairs):
             pair["prompt"] = "note " * (7 * number % 40) + pair["prompt"]
-        rows = dpo.fit_pairs(pairs, tokenizer, args, "\n\nQuestion:")
-        return dpo.build_trainer(args, models.load_model(args), tokenizer, rows)
+        rows = dpo.fit_pairs(pairs, setup.tokenizer, PromptStyle(use_chat_template=False), 3072, "\n\nQuestion:")
+        return dpo.build_trainer(models.load_model(setup.base), setup, rows, settings, dpo_settings)
 
     return build
 
@@ -49,7 +50,7 @@ def batches_of(trainer, epoch):
 
 
 def unsorted(monkeypatch):
-    for module in (sft_train, dpo):
+    for module in (sft, dpo):
         monkeypatch.setattr(module, "sort_by_length", lambda loader, *_: loader)
 
 
@@ -100,16 +101,17 @@ def step_gradient(trainer):
     return {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-@pytest.fixture(params=["sft", "dpo", "dpo --loss_type sft,aot"])
+@pytest.fixture(params=["sft", "sigmoid", "sft,aot"])
 def trainers(request, sft_trainer, dpo_trainer, monkeypatch):
     """A trainer whose steps are sorted by length, then one whose steps are not."""
-    method, *more = request.param.split()
-    make = {"sft": sft_trainer, "dpo": dpo_trainer}[method]
+
+    def make():
+        return sft_trainer() if request.param == "sft" else dpo_trainer(loss_type=request.param)
 
     def of_both_orders():
-        yield make(*more)
+        yield make()
         unsorted(monkeypatch)
-        yield make(*more)
+        yield make()
 
     return of_both_orders()
 
@@ -126,7 +128,7 @@ def test_a_sorted_step_has_the_same_gradient(trainers):
         assert (gradient - gradients[1][name]).norm() <= 1e-6 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("names", [*([name] for name in dpo.LOSS_TYPES), ["sigmoid", "sft"], ["ipo", "aot"]], ids=str)
+@pytest.mark.parametrize("names", [*([name] for name in LOSS_TYPES), ["sigmoid", "sft"], ["ipo", "aot"]], ids=str)
 def test_losses_that_depend_on_the_micro_batch(names):
     """TRL's own loss of six pairs of unequal lengths as three micro-batches, cut in two ways."""
     from trl import DPOTrainer

@@ -11,8 +11,11 @@ from llm_alignment import devices
 from llm_alignment.files import InputError
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
-def test_attention_of_a_card(monkeypatch, capability):
+@pytest.mark.parametrize(
+    "capability, platform, share, limit",
+    [((7, 5), "linux", None, 1.0), ((8, 0), "win32", None, 0.95), ((9, 0), "win32", 0.5, 0.5)],
+)
+def test_attention_and_memory_of_a_card(monkeypatch, capability, platform, share, limit):
     """cuDNN's attention is off everywhere; before compute capability 8 no call asks for grouped heads."""
     from transformers.integrations import sdpa_attention
 
@@ -25,8 +28,10 @@ def test_attention_of_a_card(monkeypatch, capability):
     monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)  # put back at the end
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
-        devices.prepare_cuda(torch.device("cuda", 0), 0.9)
-        assert limits == [0.9] and not torch.backends.cuda.cudnn_sdp_enabled()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "platform", platform)
+            devices.prepare_cuda(torch.device("cuda", 0), share)
+        assert limits == [limit] and not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
 

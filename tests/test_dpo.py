@@ -1,6 +1,7 @@
 """The trainer against TRL's own: loss, metrics and gradients; the loss flags; rewards of held-out pairs."""
 
 import copy
+import dataclasses
 import inspect
 import json
 import math
@@ -8,39 +9,47 @@ import random
 import re
 
 import pytest
+from toys import rows_of, toy_run
 
 import dpo_train
-from llm_alignment import dpo, models, training
+from llm_alignment import adapters, dpo, models, plans
 from llm_alignment.files import InputError
+from llm_alignment.flags import LOSS_TYPES, check_dpo_flags
+from llm_alignment.prompts import PromptStyle
 from llm_alignment.reference import add_reference
+from llm_alignment.training import training_arguments
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The trainer against TRL's own
 
 
-def demo_trainer(args, tokenizer, rows, build, adapter=None):
-    """A trainer over the demo model, by TRL alone (`build` None) or by `build_trainer`; with `adapter` it goes on."""
+def demo_trainer(run, rows, adapter=None):
+    """The trainer of a `toy_run` over the demo model; with `adapter` it goes on."""
+    setup, settings, dpo_settings = run
+    return dpo.build_trainer(loaded(setup, adapter), setup, rows, settings, dpo_settings)
+
+
+def trls_trainer(run, rows, adapter=None):
+    """The same by TRL alone."""
     import datasets
-    import torch
     from trl import DPOConfig, DPOTrainer
 
-    torch.manual_seed(0)
-    model = models.load_model(args)
-    if adapter:
-        model = models.load_adapter(model, adapter, trainable=True)
-    if build:
-        return build(args, model, tokenizer, rows)
-    config = DPOConfig(
-        **training.training_arguments(args, weight_decay=0.0, warmup_ratio=0.05, logging_steps=5, longest=99),
-        beta=args.beta,
-    )
+    setup, settings, dpo_settings = run
     return DPOTrainer(
-        model=model,
-        args=config,
+        model=loaded(setup, adapter),
+        args=DPOConfig(**training_arguments(settings, setup.base, setup.lora), beta=dpo_settings.beta),
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=None if adapter else models.lora_config(args),
+        processing_class=setup.tokenizer,
+        peft_config=None if adapter else setup.lora.config,
     )
+
+
+def loaded(setup, adapter):
+    import torch
+
+    torch.manual_seed(0)
+    model = models.load_model(setup.base)
+    return adapters.load_adapter(model, adapter, trainable=True) if adapter else model
 
 
 def move(trainer, shift):
@@ -90,13 +99,13 @@ def rows():
 
 
 @pytest.fixture(scope="module")
-def saved_adapter(demo_args, demo_tokenizer, rows, tmp_path_factory):
+def saved_adapter(tmp_path_factory):
     import torch
-    from peft import get_peft_model
 
     folder = tmp_path_factory.mktemp("adapter")
+    setup, *_ = toy_run(folder)
+    model = adapters.new_adapter(models.load_model(setup.base), setup.lora)
     torch.manual_seed(7)
-    model = get_peft_model(models.load_model(demo_args), models.lora_config(demo_args))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = 0.05 * torch.randn_like(parameter)
@@ -106,74 +115,67 @@ def saved_adapter(demo_args, demo_tokenizer, rows, tmp_path_factory):
 
 @pytest.mark.parametrize("shift", [0, 0.05])
 @pytest.mark.parametrize("continued", [False, True])
-def test_equals_trl(demo_args, demo_tokenizer, rows, saved_adapter, tmp_path, continued, shift):
-    args = copy.copy(demo_args)
-    args.batch, args.beta, args.output_dir = 4, 0.3, str(tmp_path)
-    adapter = saved_adapter if continued else None
-    expected = loss_and_gradients(demo_trainer(args, demo_tokenizer, rows, None, adapter), shift)
+def test_equals_trl(rows, saved_adapter, tmp_path, continued, shift):
+    adapter, flags = saved_adapter if continued else None, dict(batch=4, beta=0.3)
+    expected = loss_and_gradients(trls_trainer(toy_run(tmp_path, **flags), rows, adapter), shift)
     if not shift:
         assert expected[0] == pytest.approx(math.log(2), abs=1e-4)
     else:
         assert abs(expected[0] - math.log(2)) > 1e-2  # the comparison is not one of zeros
-    for args.no_prefix_sharing in (False, True):
-        trainer = demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer, adapter)
+    for apart in (False, True):
+        trainer = demo_trainer(toy_run(tmp_path, no_prefix_sharing=apart, **flags), rows, adapter)
         assert_same_step(loss_and_gradients(trainer, shift), expected)
 
 
-def test_prefix_sharing_puts_the_prompt_through_once(demo_args, demo_tokenizer, rows, tmp_path):
-    args = copy.copy(demo_args)
-    args.batch, args.output_dir = 4, str(tmp_path)
-    for args.no_prefix_sharing in (False, True):
-        trainer = demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer)
-        base = trainer.model.get_base_model()
+def test_prefix_sharing_puts_the_prompt_through_once(rows, tmp_path):
+    for apart in (False, True):
+        trainer = demo_trainer(toy_run(tmp_path, batch=4, no_prefix_sharing=apart), rows)
         seen = []
-        base.model.layers[0].register_forward_hook(
+        trainer.model.get_base_model().model.layers[0].register_forward_hook(
             lambda module, inputs, output, seen=seen: seen.append(inputs[0].shape)
         )
         batch = next(iter(trainer.get_train_dataloader()))
         trainer.compute_loss(trainer.model, batch)
         read_alone = batch["attention_mask"].sum().item()
         of_prompts = (batch["attention_mask"] - batch["completion_mask"]).sum().item() // 2
-        if args.no_prefix_sharing:
+        if apart:
             assert all(shape[0] == 8 for shape in seen)
         else:  # one row without padding, every prompt at most once
             assert all(shape[0] == 1 and shape[1] <= read_alone - of_prompts for shape in seen)
 
 
 @pytest.mark.parametrize("pairs_a_table", [1, 3, 8])
-def test_grouped_pairs_equal_trl(demo_args, demo_tokenizer, tmp_path, pairs_a_table):
+def test_grouped_pairs_equal_trl(demo_tokenizer, tmp_path, pairs_a_table):
     """Pairs on one table in a micro-batch: unequal lengths, prompts cut, both answers empty but for the end token."""
-    args = copy.copy(demo_args)
-    args.batch, args.beta, args.output_dir, args.group_by_table = 8, 0.3, str(tmp_path), True
-    args.max_prompt_length = 60
     pairs = []
     for number in range(8):
         table = number // pairs_a_table
         text = f"Table {table}: " + "net sales 12 percent of dividends " * (5 + table)
         question = "\n\nQuestion: " + "what net sales? " * (number % 4 + 1) + "Answer:"
         pairs.append({"prompt": text + question, "chosen": "12" * (number + 1), "rejected": "percent of sales"})
-    rows = dpo.fit_pairs(pairs, demo_tokenizer, args, "\n\nQuestion:")
+    style = PromptStyle(use_chat_template=False, max_prompt_length=60)
+    rows = dpo.fit_pairs(pairs, demo_tokenizer, style, 3072, "\n\nQuestion:")
     rows[2] |= {"chosen": "", "rejected": ""}
     rows[3] |= {"chosen": ""}
-    expected = loss_and_gradients(demo_trainer(args, demo_tokenizer, rows, None), 0.05)
-    trainer = demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer)
-    assert_same_step(loss_and_gradients(trainer, 0.05), expected)
+    run = toy_run(tmp_path, batch=8, beta=0.3, group_by_table=True)
+    results = [loss_and_gradients(build(run, rows), 0.05) for build in (demo_trainer, trls_trainer)]
+    assert_same_step(*results)
 
 
 @pytest.fixture(scope="module")
-def three_trainers(demo_args, demo_tokenizer, rows, tmp_path_factory):
+def three_trainers(rows, tmp_path_factory):
     """TRL's own, with and without shared prefixes, moved off the reference by the same step."""
-    args = copy.copy(demo_args)
-    args.batch, args.beta, args.output_dir = 4, 0.3, str(tmp_path_factory.mktemp("losses"))
-    trainers = [demo_trainer(args, demo_tokenizer, rows, None)]
-    for args.no_prefix_sharing in (False, True):
-        trainers.append(demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer))
+    shared, apart = (
+        toy_run(tmp_path_factory.mktemp("losses"), batch=4, beta=0.3, no_prefix_sharing=apart)
+        for apart in (False, True)
+    )
+    trainers = [trls_trainer(shared, rows), demo_trainer(shared, rows), demo_trainer(apart, rows)]
     for trainer in trainers:
         move(trainer, 0.02)
     return trainers
 
 
-@pytest.mark.parametrize("names", [*([name] for name in dpo.LOSS_TYPES), ["sigmoid", "sft"]], ids=",".join)
+@pytest.mark.parametrize("names", [*([name] for name in LOSS_TYPES), ["sigmoid", "sft"]], ids=",".join)
 def test_every_loss_equals_trl(three_trainers, names):
     results = []
     for trainer in three_trainers:
@@ -187,57 +189,54 @@ def test_the_list_of_losses_is_trls():
     from trl import DPOTrainer
 
     source = inspect.getsource(DPOTrainer._compute_loss)
-    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(dpo.LOSS_TYPES)
+    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(LOSS_TYPES)
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--loss_type", "sigmoid,kto"], "kto is unknown or needs another model"),
-        (["--loss_type", "sigmoid,"], "an empty name"),
-        (["--loss_type", "sigmoid,sft", "--loss_weights", "1"], "2 finite numbers"),
-        (["--loss_weights", "1,x"], "'x'"),
-        (["--loss_weights", "nan"], "1 finite numbers"),
-        (["--loss_weights", "0"], "not all of them 0"),
-        (["--label_smoothing", "0.1"], "does not use it"),
-        (["--loss_type", "exo_pair"], "--label_smoothing"),
-        (["--loss_type", "robust", "--label_smoothing", "0.5"], "below 0.5"),
-        (["--group_by_table", "--batch", "1"], "--batch 2 or more"),
-        (["--group_by_table", "--no_prefix_sharing"], "--no_prefix_sharing"),
-        (["--no_train", "--no-eval_baseline"], "--no-eval_baseline"),
+        ("--loss_type sigmoid,kto", "kto is unknown"),
+        ("--loss_type sigmoid,", "an empty name"),
+        ("--loss_type sigmoid,sft --loss_weights 1", "2 finite numbers"),
+        ("--loss_weights 1,x", "'x'"),
+        ("--loss_weights nan", "1 finite numbers"),
+        ("--loss_weights 0", "not all of them 0"),
+        ("--label_smoothing 0.1", "--loss_type sigmoid does not use it"),
+        ("--loss_type exo_pair", "--label_smoothing"),
+        ("--loss_type robust --label_smoothing 0.5", "below 0.5"),
+        ("--group_by_table --batch 1", "--batch 2 or more"),
+        ("--group_by_table --no_prefix_sharing", "--no_prefix_sharing"),
+        ("--no_train --no-eval_baseline", "--no-eval_baseline"),
     ],
 )
 def test_flags_that_do_not_fit(flags, words):
     with pytest.raises(InputError) as error:
-        dpo.check_flags(dpo_train.build_parser().parse_args(flags))
+        check_dpo_flags(dpo_train.build_parser().parse_args(flags.split()))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_loaded_adapter_keeps_its_own_settings(tmp_path, logged):
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    argv = ["--load_adapter", str(tmp_path), "--adapter_trainable", "--lora_r", "32"]
-    args = dpo_train.build_parser().parse_args(argv)
-    dpo.check_flags(args)
-    assert (args.lora_r, args.lora_alpha, args.target_modules) == (4, 8, "q_proj,v_proj")
+    asked = adapters.LoraSettings(lora_r=32, lora_alpha=16, lora_dropout=0.05, target_modules="q_proj,v_proj")
+    own = adapters.saved_settings(str(tmp_path), asked)
+    assert own == adapters.LoraSettings(lora_r=4, lora_alpha=8, lora_dropout=0.05, target_modules="q_proj,v_proj")
     assert "lora_r: 32 -> 4, lora_alpha: 16 -> 8" in logged.text
 
 
-def test_the_memory_plan_counts_a_shared_prompt_once(demo_args, demo_tokenizer, monkeypatch):
-    args, seen = copy.copy(demo_args), []
-    monkeypatch.setattr(dpo, "log_memory_plan", lambda args, tokens: seen.append(tokens))
+def test_the_memory_plan_counts_a_shared_prompt_once(tmp_path, demo_tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(plans, "log_memory_plan", lambda settings, base, lora: seen.append(settings.longest))
     row = {"prompt": "Where does the Volga end?", "chosen": " in the sea", "rejected": " in a lake"}
-    for args.no_prefix_sharing in (False, True):
-        dpo.log_training_plan(args, demo_tokenizer, [row])
+    for apart in (False, True):
+        setup, settings, dpo_settings = toy_run(tmp_path, no_prefix_sharing=apart)
+        plans.log_dpo_training(setup, [row], settings, dpo_settings)
     assert seen[1] - seen[0] == len(demo_tokenizer(row["prompt"])["input_ids"])
 
 
-def test_weighted_losses_reach_trl(demo_args, demo_tokenizer, rows, tmp_path):
-    args = copy.copy(demo_args)
-    args.output_dir, args.loss_type, args.loss_weights = str(tmp_path), "robust, sft", "1,0.2"
-    args.label_smoothing = 0.1
-    dpo.check_flags(args)
-    trainer = demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer)
+def test_weighted_losses_reach_trl(rows, tmp_path):
+    run = toy_run(tmp_path, loss_type="robust, sft", loss_weights="1,0.2", label_smoothing=0.1)
+    trainer = demo_trainer(run, rows)
     assert trainer.loss_types == ["robust", "sft"] and trainer.loss_weights == [1.0, 0.2]
     assert trainer.label_smoothing == 0.1
 
@@ -258,24 +257,23 @@ def two_bos(tokenizer, chat):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_one_bos_at_most(demo_args, demo_tokenizer, tmp_path, chat):
-    args = copy.copy(demo_args)
-    args.output_dir, args.use_chat_template = str(tmp_path), chat
-    demo_tokenizer = two_bos(demo_tokenizer, chat)
-    rows = dpo.fit_pairs([{"prompt": "Hi", "chosen": "Good", "rejected": "Bad"}], demo_tokenizer, args, "\0")
-    ids = demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer).train_dataset[0]["prompt_ids"]
-    assert ids.count(demo_tokenizer.bos_token_id) == 1 and ids[0] == demo_tokenizer.bos_token_id
-    assert ids == demo_tokenizer(rows[0]["prompt"])["input_ids"]  # what the evaluation shows the model
+def test_one_bos_at_most(tmp_path, chat):
+    setup, *settings = toy_run(tmp_path)
+    tokenizer = two_bos(setup.tokenizer, chat)
+    pairs = [{"prompt": "Hi", "chosen": "Good", "rejected": "Bad"}]
+    rows = dpo.fit_pairs(pairs, tokenizer, PromptStyle(use_chat_template=chat), 3072)
+    trainer = demo_trainer((dataclasses.replace(setup, tokenizer=tokenizer), *settings), rows)
+    ids = trainer.train_dataset[0]["prompt_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+    assert ids == tokenizer(rows[0]["prompt"])["input_ids"]  # what the evaluation shows the model
 
 
 @pytest.mark.parametrize("room", [2, 300])  # for the answer to the longest prompt, so the first cuts answers
-def test_held_out_rewards_are_those_of_training(demo_args, demo_tokenizer, rows, tmp_path, room):
+def test_held_out_rewards_are_those_of_training(demo_tokenizer, rows, tmp_path, room):
     import torch
 
-    args = copy.copy(demo_args)
-    args.batch, args.beta, args.output_dir = 1, 0.3, str(tmp_path)
-    args.max_length = room + max(len(demo_tokenizer(row["prompt"])["input_ids"]) for row in rows)
-    trainer = demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer)
+    length = room + max(len(demo_tokenizer(row["prompt"])["input_ids"]) for row in rows)
+    trainer = demo_trainer(toy_run(tmp_path, batch=1, beta=0.3, max_length=length), rows)
     loss_and_gradients(trainer, shift=0.05)
     trainer.model.eval()
     expected = []
@@ -283,21 +281,13 @@ def test_held_out_rewards_are_those_of_training(demo_args, demo_tokenizer, rows,
         with torch.no_grad():
             trainer.compute_loss(trainer.model, batch)
         expected += [trainer._metrics["eval"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")]
-    pairs = [{**row, "question_id": str(number), "cluster": "one"} for number, row in enumerate(rows)]
-    measured = dpo.reward_pairs(
-        trainer.model,
-        demo_tokenizer,
-        pairs,
-        path=tmp_path / "rewards.jsonl",
-        fingerprint={"adapter": "trained"},
-        beta=args.beta,
-        max_length=args.max_length,
-    )
+    pairs = [{"uid": str(number), "cluster": "one"} for number in range(len(rows))]
+    task = dpo.reward_evaluation(pairs, rows, 0.3, length)
+    measured = rows_of(task, trainer.model, demo_tokenizer, tmp_path / "rewards.jsonl")
     rewards = [row[f"{side}_reward"] for row in measured for side in ("chosen", "rejected")]
     assert sorted(rewards) == pytest.approx(sorted(expected), rel=1e-4, abs=1e-5)  # the loader shuffles
     assert max(map(abs, rewards)) > 0.1
-    settings = dict(beta=args.beta, max_length=args.max_length, path=tmp_path / "base.jsonl")
-    for row in dpo.reward_pairs(trainer.model, demo_tokenizer, pairs, fingerprint={"adapter": "none"}, **settings):
+    for row in rows_of(task, None, None, tmp_path / "base.jsonl", fingerprint={"adapter": "none"}):
         assert row["chosen_reward"] == row["rejected_reward"] == 0, "the base is its own reference"
 
 
@@ -316,13 +306,12 @@ def test_reward_accuracy_by_hand():
     assert deltas["reward_accuracy"]["p"] == pytest.approx(10 / 16)  # 3 of 4 coins, both sides
 
 
-def assert_half_precision_equals_trl(demo_args, tokenizer, rows, folder):
+def assert_half_precision_equals_trl(rows, folder):
     """Loss and gradients in bf16 within its noise; a head summed in bf16, as TRL's, is most of it."""
-    args = copy.copy(demo_args)
-    args.batch, args.beta, args.output_dir, args.dtype = 4, 0.3, str(folder), "bf16"
-    loss, gradients, _ = loss_and_gradients(demo_trainer(args, tokenizer, rows, None), 0.05)
-    for args.no_prefix_sharing in (False, True):
-        trainer = demo_trainer(args, tokenizer, rows, dpo.build_trainer)
+    flags = dict(batch=4, beta=0.3, dtype="bf16")
+    loss, gradients, _ = loss_and_gradients(trls_trainer(toy_run(folder, **flags), rows), 0.05)
+    for apart in (False, True):
+        trainer = demo_trainer(toy_run(folder, no_prefix_sharing=apart, **flags), rows)
         ours, our_gradients, _ = loss_and_gradients(trainer, 0.05)
         assert ours == pytest.approx(loss, abs=0.02)
         difference = sum((our_gradients[name] - gradient).float().norm() ** 2 for name, gradient in gradients.items())
@@ -330,8 +319,8 @@ def assert_half_precision_equals_trl(demo_args, tokenizer, rows, folder):
 
 
 @pytest.mark.slow
-def test_half_precision_equals_trl(demo_args, demo_tokenizer, rows, tmp_path):
-    assert_half_precision_equals_trl(demo_args, demo_tokenizer, rows, tmp_path)
+def test_half_precision_equals_trl(rows, tmp_path):
+    assert_half_precision_equals_trl(rows, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,34 +328,30 @@ def test_half_precision_equals_trl(demo_args, demo_tokenizer, rows, tmp_path):
 
 
 @pytest.mark.gpu
-def test_half_precision_on_a_gpu(demo_args, demo_tokenizer, rows, tmp_path):
-    assert_half_precision_equals_trl(demo_args, demo_tokenizer, rows, tmp_path)
+def test_half_precision_on_a_gpu(rows, tmp_path):
+    assert_half_precision_equals_trl(rows, tmp_path)
 
 
 @pytest.mark.gpu
-def test_4bit_training_with_checkpointing_lowers_the_loss(demo_args, demo_tokenizer, rows, tmp_path):
-    args = copy.copy(demo_args)
-    args.no_4bit, args.gradient_checkpointing, args.output_dir = False, "on", str(tmp_path)
-    args.batch, args.grad_acc, args.epochs, args.learning_rate, args.beta = 4, 1, 10, 1e-3, 0.3
-    trainer = demo_trainer(args, demo_tokenizer, rows, dpo.build_trainer)
-    add_reference(args, trainer, tmp_path)
+def test_4bit_training_with_checkpointing_lowers_the_loss(rows, tmp_path):
+    flags = dict(no_4bit=False, gradient_checkpointing="on", grad_acc=1, epochs=10, learning_rate=1e-3)
+    trainer = demo_trainer(toy_run(tmp_path, batch=4, beta=0.3, **flags), rows)
+    add_reference(trainer, tmp_path, fingerprint={}, use_cache=False)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] < 0.75 and losses[-1] < losses[0] - 0.05
 
 
 @pytest.mark.gpu
-def test_shared_prompts_take_less_memory(demo_args, demo_tokenizer, tmp_path):
+def test_shared_prompts_take_less_memory(tmp_path):
     import torch
 
-    args = copy.copy(demo_args)
-    args.batch, args.output_dir = 8, str(tmp_path)
     long_rows = [{"prompt": "Q:" + " net sales" * 150, "chosen": f" {n}", "rejected": " 12"} for n in range(8)]
     cuda, peaks = torch.cuda, {}
-    for args.no_prefix_sharing in (False, True):
-        trainer = demo_trainer(args, demo_tokenizer, long_rows, dpo.build_trainer)
+    for apart in (False, True):
+        trainer = demo_trainer(toy_run(tmp_path, batch=8, no_prefix_sharing=apart), long_rows)
         before = cuda.memory_allocated()
         cuda.reset_peak_memory_stats()
         loss_and_gradients(trainer, 0.05)
-        peaks[args.no_prefix_sharing] = cuda.max_memory_allocated() - before
+        peaks[apart] = cuda.max_memory_allocated() - before
     assert peaks[False] < 0.5 * peaks[True]

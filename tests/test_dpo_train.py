@@ -1,6 +1,6 @@
 """DPO on TAT-QA and on own pairs: the pairs, and whole runs."""
 
-import copy
+import dataclasses
 import json
 import math
 import os
@@ -20,8 +20,12 @@ from toys import context, question
 
 import dpo_train
 from dpo_train import tatqa_pairs
-from llm_alignment import dpo, generation, tatqa
+from llm_alignment import models, tatqa
+from llm_alignment.adapters import LoraSettings, saved_settings
 from llm_alignment.files import InputError, SkippedRows
+from llm_alignment.flags import check_dpo_flags
+from llm_alignment.leaks import LeakFinder
+from llm_alignment.prompts import PromptStyle, fit_prompt
 from llm_alignment.tatqa import tatqa_em_f1, tatqa_parse, tatqa_prompt
 
 REAL = ROOT.parent / "shared" / "data" / "tatqa"
@@ -99,29 +103,27 @@ def test_real_questions(split):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_a_long_prompt_keeps_its_question(demo_args, demo_tokenizer, chat):
-    args = copy.copy(demo_args)
-    args.use_chat_template = chat
-    gold = question(rel_paragraphs=["1", "2"])
+def test_a_long_prompt_keeps_its_question(demo_tokenizer, chat):
+    style, gold = PromptStyle(use_chat_template=chat), question(rel_paragraphs=["1", "2"])
     prompt = tatqa_prompt(context(gold), gold)
-    whole, _, is_cut = generation.fit_prompt(prompt, demo_tokenizer, args, tatqa.QUESTION_PREFIX)
-    assert not is_cut and prompt in whole
-    args.max_prompt_length = len(demo_tokenizer(whole)["input_ids"]) - 40
-    text, _, is_cut = generation.fit_prompt(prompt, demo_tokenizer, args, tatqa.QUESTION_PREFIX)
+    whole = fit_prompt(prompt, demo_tokenizer, style, tatqa.QUESTION_PREFIX)
+    assert not whole.is_cut and prompt in whole.text
+    longest = len(whole.tokens) - 40
+    style = dataclasses.replace(style, max_prompt_length=longest)
+    text, tokens, is_cut = fit_prompt(prompt, demo_tokenizer, style, tatqa.QUESTION_PREFIX)
     assert is_cut and "Question: What?\nAnswer:" in text and "You are a financial analyst" in text
-    assert args.max_prompt_length - 5 <= len(demo_tokenizer(text)["input_ids"]) <= args.max_prompt_length
-    args.max_prompt_length = 5
+    assert longest - 5 <= len(tokens) <= longest and tokens == demo_tokenizer(text)["input_ids"]
+    style = dataclasses.replace(style, max_prompt_length=5)
     with pytest.raises(InputError, match="--max_prompt_length 5"):
-        generation.fit_prompt(prompt, demo_tokenizer, args, tatqa.QUESTION_PREFIX)
+        fit_prompt(prompt, demo_tokenizer, style, tatqa.QUESTION_PREFIX)
 
 
-def test_a_first_character_of_several_tokens_is_cut_too(demo_args, demo_tokenizer):
-    args = copy.copy(demo_args)
+def test_a_first_character_of_several_tokens_is_cut_too(demo_tokenizer):
     prompt = "\U0001f98a what did it cost"
     whole = len(demo_tokenizer(prompt)["input_ids"])
-    for args.max_prompt_length in range(whole - 5, whole):
-        text, _, is_cut = generation.fit_prompt(prompt, demo_tokenizer, args, mark="\0")
-        assert is_cut and len(demo_tokenizer(text)["input_ids"]) <= args.max_prompt_length and text.endswith("cost")
+    for longest in range(whole - 5, whole):
+        text, tokens, is_cut = fit_prompt(prompt, demo_tokenizer, PromptStyle(False, max_prompt_length=longest))
+        assert is_cut and len(tokens) <= longest and text.endswith("cost")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,19 +131,24 @@ def test_a_first_character_of_several_tokens_is_cut_too(demo_args, demo_tokenize
 
 
 SMALL = """--demo --limit_pairs 12 --batch 2 --grad_acc 1 --save_steps 2 --eval_limit 8 --eval_max_new_tokens 6
-    --eval_pairs 7 --mtbench_limit 2 --mtbench_max_tokens 4 --instruct_limit 2 --instruct_max_tokens 4""".split()
+    --eval_pairs 7 --mtbench_limit 2 --mtbench_max_tokens 4 --instruct_limit 2 --instruct_max_tokens 4
+    --retention_limit 4 --retention_max_tokens 4""".split()
 
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
 
 @pytest.mark.slow
-def test_a_run_from_start_to_finish(tmp_path, capsys):
+def test_a_run_from_start_to_finish(tmp_path, capsys, monkeypatch):
     argv = [*SMALL, "--output_dir", "out", "--exp_log", "log.jsonl", "--eval_save_json", "new/answers.jsonl"]
+    fetch, looked_up = models.fetch_model, []
+    monkeypatch.setattr(models, "fetch_model", lambda *of: [looked_up.append(of), fetch(*of)][1])
     record = dpo_train.main(argv)
+    assert len(looked_up) == 1, "a hub's main branch may move while the run lasts"
     out = tmp_path / "out"
     assert record["status"] == "completed" and record["kept_step"] == 6
-    assert record["baseline"].keys() == record["final"].keys() == {"held_out", "tatqa", "mtbench", "instruct", "drift"}
+    names = {"held_out", "tatqa", "mtbench", "instruct", "drift", "retention", "own_drift", "health"}
+    assert record["baseline"].keys() == record["final"].keys() == names
     assert {"tatqa", "tatqa_em", "mtbench", "mtbench_raw", "instruct"} <= record["delta"].keys()
     assert record["baseline"]["held_out"] == {"accuracy": 50, "margin": 0, "n": 7}
     assert record["final"]["held_out"]["margin"] != 0
@@ -240,29 +247,25 @@ def test_bad_input_ends_before_anything_is_written(tmp_path, capsys, flags, word
     assert not (tmp_path / "out").exists() and not (tmp_path / "log.jsonl").exists()
 
 
-def test_questions_that_are_trained_on_are_measured_with_a_warning(logged):
-    argv = [*SMALL, "--no-do_mtbench", "--no-do_instruct", "--eval_pairs", "0", "--tatqa_dir", str(DEMO / "tatqa")]
-    dpo_train.table_pairs(dpo_train.build_parser().parse_args([*argv, "--eval_split", "validation"]))
-    assert "is trained on too" not in logged.text
-    dpo_train.table_pairs(dpo_train.build_parser().parse_args([*argv, "--eval_split", "train"]))
-    assert "--eval_split train is trained on too" in logged.text
+@pytest.mark.parametrize("split, is_seen", [("validation", False), ("train", True)])
+def test_questions_that_are_trained_on_are_measured_with_a_warning(capsys, split, is_seen):
+    argv = [*SMALL, "--no-do_mtbench", "--no-do_instruct", "--eval_pairs", "0", "--eval_split", split, "--dry_run"]
+    dpo_train.main(argv)
+    assert (f"--eval_split {split} is trained on" in capsys.readouterr().out) is is_seen
 
 
-@pytest.mark.parametrize(
-    "settings, flags, words",
-    [
-        ({"target_modules": ["q_proj", "lm_head"]}, [], "it changes the head"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, [], "it changes the head"),
-        ({"target_modules": ["q_proj"], "modules_to_save": 3}, ["--output_dir", "adapter"], "is --output_dir too"),
-        ({"target_modules": ["q_proj"]}, ["--output_dir", "adapter"], "is --output_dir too"),
-    ],
-)
-def test_adapters_that_cannot_be_trained_on(tmp_path, settings, flags, words):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 8, **settings}), encoding="utf-8")
-    args = dpo_train.build_parser().parse_args(["--load_adapter", "adapter", "--adapter_trainable", *flags])
-    with pytest.raises(InputError, match=words):
-        dpo.check_flags(args)
+def test_an_adapter_is_not_trained_into_its_own_folder():
+    args = dpo_train.build_parser().parse_args("--load_adapter a --adapter_trainable --output_dir a".split())
+    with pytest.raises(InputError, match="--load_adapter a is --output_dir too"):
+        check_dpo_flags(args)
+
+
+@pytest.mark.parametrize("layers", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapter_of_the_head_is_refused(tmp_path, layers):
+    config = {"r": 8, "target_modules": ["q_proj"], **layers}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match="lm_head"):
+        saved_settings(str(tmp_path), LoraSettings(8, 16, 0.05, "q_proj,v_proj"))
 
 
 @pytest.mark.slow
@@ -309,13 +312,14 @@ def test_own_pairs(tmp_path, capsys):
     assert record["final"]["tatqa"]["n"] == 8 and record["final"]["held_out"]["n"] == 6
     held_out = read_rows(Path("out/held_out_final.jsonl"))[1:]
     # the choice depends on the file alone, and no prompt is on both sides
-    args = dpo_train.build_parser().parse_args([*argv, "--seed", "7", "--tatqa_dir", str(DEMO / "tatqa")])
-    pairs, others, _ = dpo_train.own_pairs(args, [])
+    choice = dpo_train.PairChoice(False, eval_pairs=6, limit_pairs=0, seed=7, thinking=False)
+    asked = [own_rows()[-1]["question"]]
+    pairs, others, _ = dpo_train.own_pairs("own.jsonl", choice, LeakFinder({"TAT-QA question": asked}, {}))
     assert {pair["uid"] for pair in others} == {row["question_id"] for row in held_out}
     assert not {str(pair["prompt"]) for pair in pairs} & {str(pair["prompt"]) for pair in others}
     write_rows(tmp_path / "one.jsonl", own_rows()[:1])  # with nothing to hold out, one pair is enough
-    args = dpo_train.build_parser().parse_args(["--pairs", "one.jsonl", "--no-do_eval", "--no-do_mtbench"])
-    assert [pair["chosen"] for pair in dpo_train.own_pairs(args, [])[0]] == ["0"]
+    choice = dataclasses.replace(choice, eval_pairs=0)
+    assert [pair["chosen"] for pair in dpo_train.own_pairs("one.jsonl", choice, LeakFinder({}, {}))[0]] == ["0"]
     # SFT or DPO before it: the adapter that is loaded is the reference at the start
     again = [*argv, "--output_dir", "on", "--load_adapter", "out", "--adapter_trainable", "--learning_rate", "1e-9"]
     dpo_train.main(again)
@@ -346,7 +350,7 @@ def test_published_commands_parse():
     commands += [shlex.split(line)[4:] for line in re.findall(r"^(poetry run python dpo_train\.py .*)$", readme, re.M)]
     assert len(commands) >= 7
     for command in commands:
-        dpo.check_flags(dpo_train.build_parser().parse_args(command))
+        check_dpo_flags(dpo_train.build_parser().parse_args(command))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def test_flags_that_the_mix_does_not_read_are_named(logged):
 SMALL = [
     "--no_4bit", "--limit_pairs", "24", "--eval_limit", "12", "--mtbench_limit", "4", "--instruct_limit", "6",
     "--reddit_limit", "6", "--instruct_max_tokens", "12", "--reddit_max_tokens", "12", "--mtbench_max_tokens", "12",
+    "--retention_limit", "4", "--retention_max_tokens", "4",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -13,18 +14,20 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, logged_commands, read_rows, run_error
 from run_records import records
+from toys import toy_run
 
 import dpo_train_mt
 import dpo_train_mt_v2
-from dpo_train_mt_v2 import build_parser, grown_adapter, main, stage_arguments
-from llm_alignment import dpo, files, flags, models, preferences, training
+from dpo_train_mt_v2 import build_parser, main, stage_of
+from llm_alignment import adapters, dpo, files, flags, models, preferences, training
 from llm_alignment.endings import MissedGateError
+from llm_alignment.prompts import PromptStyle
 
 SMALL = [
     "--demo", "--no_4bit", "--eval_limit", "8", "--mtbench_limit", "3", "--instruct_limit", "4", "--reddit_limit", "4",
     "--eval_max_new_tokens", "6", "--instruct_max_tokens", "12", "--reddit_max_tokens", "8",
     "--mtbench_max_tokens", "8", "--limit_pairs", "16", "--finance_instruct_pairs", "16", "--batch", "2",
-    "--grad_acc", "2", "--save_steps", "2",
+    "--grad_acc", "2", "--save_steps", "2", "--retention_limit", "4", "--retention_max_tokens", "4",
 ]  # fmt: skip
 
 
@@ -34,20 +37,22 @@ def arguments(folder: Path, *argv: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache):
-    """An uninterrupted run of all stages: (its folder, its record, the bases alive after each stage's load)."""
-    folder, bases, alive = tmp_path_factory.mktemp("whole") / "run", [], []
-    load = dpo_train_mt_v2.load_model
+    """An uninterrupted run of all stages: (its folder, its record, the bases alive after each stage's load, how often
+    the base was looked up)."""
+    folder, bases, alive, looked_up = tmp_path_factory.mktemp("whole") / "run", [], [], []
+    load, fetch = models.load_model, models.fetch_model
 
-    def counting_load(args):
-        model = load(args)
+    def counting_load(base, **options):
+        model = load(base, **options)
         bases.append(weakref.ref(model))
         alive.append(sum(base() is not None for base in bases))
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dpo_train_mt_v2, "load_model", counting_load)
+        patch.setattr(models, "load_model", counting_load)
+        patch.setattr(models, "fetch_model", lambda *of: [looked_up.append(of), fetch(*of)][1])
         record = main(arguments(folder))
-    return folder, record, alive
+    return folder, record, alive, len(looked_up)
 
 
 def stopped_after(whole, stage: int, folder: Path) -> Path:
@@ -74,12 +79,11 @@ def test_logged_command_parses_with_the_published_defaults():
     assert len(commands) == 4
     args = {name: build_parser().parse_args(argv) for name, argv in commands.items()}["progressive-quickstart"]
     assert args.output_dir == "qwen3_3stage_progressive_experiment"
-    stages = [stage_arguments(args, stage) for stage in (1, 2, 3)]
-    assert [stage.lora_r for stage in stages] == [8, 12, 16]
-    assert [stage.lora_alpha for stage in stages] == [16, 24, 32]
-    assert [stage.beta for stage in stages] == [0.01, 0.018, 0.025]
-    assert [stage.learning_rate for stage in stages] == [2e-6, 3.5e-6, 4e-6]
-    assert [stage.epochs for stage in stages] == [0.25, 0.75, 1.0]
+    stages = [stage_of(args, number).args for number in (1, 2, 3)]
+    assert [(stage["lora_r"], stage["lora_alpha"]) for stage in stages] == [(8, 16), (12, 24), (16, 32)]
+    assert [stage["beta"] for stage in stages] == [0.01, 0.018, 0.025]
+    assert [stage["learning_rate"] for stage in stages] == [2e-6, 3.5e-6, 4e-6]
+    assert [stage["epochs"] for stage in stages] == [0.25, 0.75, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -128,10 +132,9 @@ def test_the_demo_fills_only_flags_that_there_are(tmp_path, monkeypatch):
 def test_a_grown_adapter_computes_what_the_smaller_one_did(tmp_path):
     """In float64, where sums in another order do not blur the comparison."""
     import torch
-    from peft import get_peft_model
 
-    args = dpo_train_mt.parse(["--demo", "--no_4bit", "--lora_r", "8", "--lora_alpha", "16"])
-    model = get_peft_model(models.load_model(args), models.lora_config(args))
+    setup, *_ = toy_run(tmp_path, lora_r=8, lora_alpha=16)
+    model = adapters.new_adapter(models.load_model(setup.base), setup.lora)
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -141,11 +144,12 @@ def test_a_grown_adapter_computes_what_the_smaller_one_did(tmp_path):
     before = model.double().eval()(ids).logits
     with model.disable_adapter():
         assert (before - model(ids).logits).abs().max() > 0.1
-    for args.lora_r, args.lora_alpha in [(12, 24), (16, 8), (8, 16)]:
-        grown = grown_adapter(models.load_model(args), tmp_path, args)
-        assert grown.peft_config["default"].r == args.lora_r
+    for rank, alpha in [(12, 24), (16, 8), (8, 16)]:
+        lora = dataclasses.replace(setup.lora, lora_r=rank, lora_alpha=alpha)
+        grown = adapters.grown_adapter(models.load_model(setup.base), tmp_path, lora, seed=42)
+        assert grown.peft_config["default"].r == rank
         assert (grown.double().eval()(ids).logits - before).abs().max() < 1e-12 * before.abs().max()
-        fresh = [p[8:] for name, p in grown.named_parameters() if "lora_A" in name and args.lora_r > 8]
+        fresh = [p[8:] for name, p in grown.named_parameters() if "lora_A" in name and rank > 8]
         assert all((row != 0).any() for row in fresh)
 
 
@@ -156,14 +160,15 @@ def test_a_stage_begins_as_the_policy_that_the_last_one_ended_with(whole, stage)
     import torch
 
     folder, *_ = whole
-    args = stage_arguments(dpo_train_mt_v2_args(folder), stage)
-    tokenizer = models.load_tokenizer(args)
+    args = stage_of(dpo_train_mt_v2_args(folder), stage).args
+    setup, settings, dpo_settings = toy_run(**{"folder": folder, **args})
     lines = (flags.DEMO_DIR / "orca_pairs.jsonl").read_text("utf-8").split("\n")[:4]
-    rows = dpo.fit_chats(preferences.general_pairs([json.loads(line) for line in lines]), tokenizer, args)
+    pairs = preferences.general_pairs([json.loads(line) for line in lines])
+    rows = dpo.fit_pairs(pairs, setup.tokenizer, PromptStyle(), dpo_settings.max_length)
     previous = folder / f"stage{stage - 1}"
 
     def first_step(model) -> tuple[float, torch.Tensor]:
-        trainer = dpo.build_trainer(args, model, tokenizer, rows)
+        trainer = dpo.build_trainer(model, setup, rows, settings, dpo_settings)
         batch = next(iter(trainer.get_train_dataloader()))
         inputs = {name: tensor for name, tensor in batch.items() if torch.is_tensor(tensor)}
         loss = trainer.compute_loss(trainer.model, dict(batch)).item()
@@ -175,14 +180,15 @@ def test_a_stage_begins_as_the_policy_that_the_last_one_ended_with(whole, stage)
             )  # fmt: skip
         return loss, output.log_probs
 
-    _, ended = first_step(models.load_adapter(models.load_model(args), str(previous), trainable=True))
-    loss, begins = first_step(grown_adapter(models.load_model(args), previous, args))
+    base = setup.base
+    _, ended = first_step(adapters.load_adapter(models.load_model(base), str(previous), trainable=True))
+    loss, begins = first_step(adapters.grown_adapter(models.load_model(base), previous, setup.lora, settings.seed))
     assert (begins - ended).abs().mean() < 1e-6
     # a product with 12 columns adds up in another order than one with 8: last places of logits of 20 and more
     assert torch.allclose(begins, ended, rtol=1e-6, atol=1e-5)
     assert abs(loss - math.log(2)) < 1e-4
-    _, base = first_step(models.load_model(args))
-    assert (begins - base).abs().max() > 1e-4  # the stages before did change the policy
+    _, of_base = first_step(models.load_model(base))
+    assert (begins - of_base).abs().max() > 1e-4  # the stages before did change the policy
 
 
 def dpo_train_mt_v2_args(folder: Path):
@@ -191,11 +197,11 @@ def dpo_train_mt_v2_args(folder: Path):
 
 @pytest.mark.slow
 def test_the_record_holds_every_domain_at_every_stage(whole, capsys):
-    folder, record, _ = whole
+    folder, record, *_ = whole
     assert record["status"] == "completed" and [entry["stage"] for entry in record["stages"]] == [1, 2, 3]
-    names = {"tatqa", "mtbench", "finance_instruct", "reddit"}
+    names = {"tatqa", "mtbench", "finance_instruct", "reddit", "drift", "retention", "own_drift"}
     for entry in record["stages"]:
-        assert set(entry["baseline"]) == set(entry["final"]) == names | {"drift"} and names <= set(entry["delta"])
+        assert set(entry["baseline"]) == set(entry["final"]) == names | {"health"} and names <= set(entry["delta"])
     for before, after in zip(record["stages"][:-1], record["stages"][1:], strict=True):
         assert after["baseline"] == before["final"]
     assert record["baseline"] == record["stages"][0]["baseline"]
@@ -206,8 +212,8 @@ def test_the_record_holds_every_domain_at_every_stage(whole, capsys):
 
 
 @pytest.mark.slow
-def test_a_stage_frees_its_model_before_the_next_one_loads(whole):
-    assert whole[2] == [1, 1, 1]
+def test_a_stage_frees_its_model_before_the_next_one_loads_and_the_base_is_looked_up_once(whole):
+    assert whole[2:] == ([1, 1, 1], 1)
 
 
 @pytest.mark.slow
@@ -339,14 +345,12 @@ def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_missed_gate_says_what_to_do(stage):
-    args = build_parser().parse_args([])
     with pytest.raises(MissedGateError) as stop:
-        dpo_train_mt_v2.check_gate(args, {"stage": stage, "gate": "MT-Bench -1"})
+        dpo_train_mt_v2.check_gate({"stage": stage, "gate": "MT-Bench -1"}, force_continue=False)
     assert "MT-Bench -1" in str(stop.value)
     assert ("--resume_from_stage 3 --force_continue" in str(stop.value)) is (stage == 2)
-    args.force_continue = True
-    dpo_train_mt_v2.check_gate(args, {"stage": stage, "gate": "MT-Bench -1"})
-    dpo_train_mt_v2.check_gate(args, {"stage": stage, "gate": ""})
+    dpo_train_mt_v2.check_gate({"stage": stage, "gate": "MT-Bench -1"}, force_continue=True)
+    dpo_train_mt_v2.check_gate({"stage": stage, "gate": ""}, force_continue=False)
 
 
 def test_a_dry_run_prints_every_stage(tmp_path, capsys):
@@ -360,15 +364,15 @@ def test_a_dry_run_prints_every_stage(tmp_path, capsys):
 def test_a_stage_takes_no_more_gpu_memory_than_the_one_before(tmp_path, cache, monkeypatch):
     import torch
 
-    memory, load = [], dpo_train_mt_v2.load_model
+    memory, load = [], models.load_model
 
-    def measured_load(args):
+    def measured_load(base, **options):
         before = torch.cuda.memory_allocated()
-        model = load(args)
+        model = load(base, **options)
         memory.append((before, torch.cuda.memory_allocated()))
         return model
 
-    monkeypatch.setattr(dpo_train_mt_v2, "load_model", measured_load)
+    monkeypatch.setattr(models, "load_model", measured_load)
     main(arguments(tmp_path / "run", "--force_continue"))
     (before, first), (_, second), (_, third) = memory
     assert third - second < (first - before) / 2, "in the second one the libraries' own memory is there already"

@@ -4,14 +4,18 @@ import json
 
 import pytest
 import torch
+from toys import rows_of
 
-from llm_alignment import drift, evaluation, models
+from llm_alignment import adapters, drift, models
+from llm_alignment.evaluation import Evaluation
+from llm_alignment.prompts import PromptStyle
 
 
 @pytest.fixture(scope="module")
-def model(demo_args):
+def model(demo_base):
     torch.manual_seed(0)
-    return models.new_adapter(models.load_model(demo_args), demo_args).eval()
+    lora = adapters.LoraSettings(lora_r=8, lora_alpha=16, lora_dropout=0.05, target_modules="q_proj,v_proj")
+    return adapters.new_adapter(models.load_model(demo_base), lora).eval()
 
 
 @pytest.fixture
@@ -68,39 +72,36 @@ def test_drift_is_the_plain_formula(tuned):
 
 def test_rows_summary_difference_and_restart(tuned, demo_tokenizer, tmp_path):
     task = drift.drift_evaluation(ROWS)
-    measured = {
-        name: task.answer(tuned, demo_tokenizer, path=tmp_path / f"{name}.jsonl", fingerprint={"adapter": adapter})
-        for name, adapter in (("baseline", "none"), ("final", "abc"))
-    }
-    assert task.summarise(measured["baseline"]) == {"drift": 0.0}
+    before, after = (
+        rows_of(task, tuned, demo_tokenizer, tmp_path / f"{adapter}.jsonl", fingerprint={"adapter": adapter})
+        for adapter in ("none", "abc")
+    )
+    assert task.summarise(before) == {"drift": 0.0}
     sums = [plain_drift(tuned, row["input_ids"], row["labels"]) for row in ROWS]
     total = sum(kl for kl, _ in sums) / 5
-    assert task.summarise(measured["final"])["drift"] == pytest.approx(total, rel=1e-4)
-    delta = task.compare(measured["baseline"], measured["final"])["drift"]
+    assert task.summarise(after)["drift"] == pytest.approx(total, rel=1e-4)
+    delta = task.compare(before, after)["drift"]
     assert delta["mean"] == pytest.approx(total, rel=1e-4) and delta["n"] == 2
-    whole = (tmp_path / "final.jsonl").read_bytes()
-    (tmp_path / "final.jsonl").write_bytes(whole[:-9])
-    task.answer(tuned, demo_tokenizer, path=tmp_path / "final.jsonl", fingerprint={"adapter": "abc"})
-    assert (tmp_path / "final.jsonl").read_bytes() == whole
-    assert not tuned.training
+    whole = (tmp_path / "abc.jsonl").read_bytes()
+    (tmp_path / "abc.jsonl").write_bytes(whole[:-9])
+    rows_of(task, tuned, demo_tokenizer, tmp_path / "abc.jsonl", fingerprint={"adapter": "abc"})
+    assert (tmp_path / "abc.jsonl").read_bytes() == whole and not tuned.training
 
 
-def test_drift_is_measured_on_reference_answers(demo_args, demo_tokenizer, logged):
+def test_drift_is_measured_on_reference_answers(demo_tokenizer, logged):
     turns = [{"role": "user", "content": "What is a bond?"}]
-    tasks = [
-        evaluation.Evaluation(
-            "tatqa", 1, None, None, None, [("q1", "Table. Question: How much? Answer:", " 12", "t1")]
-        ),
-        evaluation.Evaluation("mtbench", 1, None, None, None),
-        evaluation.Evaluation("finance_instruct", 1, None, None, None, [("f1", turns, "A loan.", "f1")]),
-    ]
-    (task,) = drift.reference_drift(demo_args, demo_tokenizer, tasks)
-    rows = task.answer.keywords["rows"]
-    assert [row["question_id"] for row in rows] == ["tatqa q1", "finance_instruct f1"]
-    assert json.dumps(rows)  # plain numbers
-    shown = [demo_tokenizer.decode(row["input_ids"]) for row in rows]
+    references = {
+        "tatqa": [("q1", "Table. Question: How much? Answer:", " 12", "t1")],
+        "mtbench": [],
+        "finance_instruct": [("f1", turns, "A loan.", "f1")],
+    }
+    tasks = [Evaluation(name=name, items=[], read=list, references=answers) for name, answers in references.items()]
+    (task,) = drift.reference_drift(demo_tokenizer, tasks, PromptStyle(), 3072)
+    assert [row["question_id"] for row in task.items] == ["tatqa q1", "finance_instruct f1"]
+    assert json.dumps(task.items)  # plain numbers
+    shown = [demo_tokenizer.decode(row["input_ids"]) for row in task.items]
     assert shown[0].endswith("Answer: 12") and shown[1].endswith("A loan.") and "What is a bond?" in shown[1]
-    targets = [demo_tokenizer.decode([label for label in row["labels"] if label != -100]).strip() for row in rows]
-    assert targets == ["12", "A loan."]
-    assert drift.reference_drift(demo_args, demo_tokenizer, tasks[1:2]) == []
+    targets = [[label for label in row["labels"] if label != -100] for row in task.items]
+    assert [demo_tokenizer.decode(ids).strip() for ids in targets] == ["12", "A loan."]
+    assert drift.reference_drift(demo_tokenizer, tasks[1:2], PromptStyle(), 3072) == []
     assert "drift is not measured" in logged.text

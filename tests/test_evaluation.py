@@ -1,11 +1,134 @@
-"""The frame of before and after: metrics, rows by id, the table and its words, plots."""
+"""The frame of before and after: the one runner of rows, metrics, rows by id, the table and its words, plots."""
 
+import itertools
 import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import rows_of, toy_model
 
 from llm_alignment import evaluation, files, stats
-from llm_alignment.evaluation import METRICS, Evaluation, TableRow, print_table, verdict
+from llm_alignment.evaluation import METRICS, Evaluation, TableRow, measure, print_table, verdict
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The runner of rows
+
+
+def read(model, tokenizer, items):
+    """Rows that name their batch: a sampled text, and the last bits of every figure, depend on it."""
+    assert not model.training
+    model.batches.append([item["question_id"] for item in items])
+    for item in items:
+        yield {"question_id": item["question_id"], "batch": model.batches[-1]}
+
+
+def task_of(contexts: list[int], at_once: int = 3, **changes) -> Evaluation:
+    """Questions that are read context by context, those of high numbers first."""
+    items = [{"question_id": n, "context": context} for n, context in enumerate(contexts)]
+    more = dict(unit="context", order=lambda item: -item["context"], rows_at_once=lambda model: at_once)
+    return Evaluation(name="tatqa", items=items, read=read, **more | changes)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.integers(1, 5), st.integers(0, 9), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_killed_evaluation_has_the_rows_and_batches_of_an_uninterrupted_one(contexts, at_once, kept, is_torn):
+    task, first, second = task_of(contexts, at_once), toy_model(), toy_model()
+    with tempfile.TemporaryDirectory() as folder:
+        whole, cut = Path(folder) / "whole.jsonl", Path(folder) / "cut.jsonl"
+        rows = rows_of(task, first, None, whole)
+        assert [row["question_id"] for row in rows] == list(range(len(contexts))) and first.training
+        units = [[n for n, _ in unit] for _, unit in itertools.groupby(enumerate(contexts), key=lambda pair: pair[1])]
+        assert all(any(set(unit) <= set(batch) for batch in first.batches) for unit in units)
+        assert max(map(len, first.batches)) < at_once + max(map(len, units))
+        order = [contexts[n] for batch in first.batches for n in batch]
+        assert order == sorted(order, reverse=True)
+        lines = whole.read_bytes().splitlines(keepends=True)
+        kept = min(kept, len(contexts))
+        cut.write_bytes(b"".join(lines[: 1 + kept]) + b"".join(lines[1 + kept :])[:9] * is_torn)
+        assert rows_of(task, second, None, cut) == rows and cut.read_bytes() == whole.read_bytes()
+        stored = {json.loads(line)["question_id"] for line in lines[1 : 1 + kept]}
+        assert second.batches == [batch for batch in first.batches if set(batch) - stored]
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """measured(task, place, **options): the rows, and the batches that were read for them."""
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+
+    def run(task, place, **options):
+        model, (folder, stage) = toy_model(), place.split("/")
+        options = {"fingerprint": {"model": "m"}, "with_adapter": True} | options
+        return measure(model, None, [task], (tmp_path / folder, stage), **options)["tatqa"], model.batches
+
+    return run
+
+
+def test_what_is_known_of_the_base_is_not_read(measured):
+    task = task_of([0, 1], of_base=lambda item: {**item, "is_known": True})
+    rows, batches = measured(task, "run/baseline", with_adapter=False)
+    assert rows == [{**item, "is_known": True} for item in task.items] and not batches
+    with pytest.MonkeyPatch.context() as patch:  # a toy without PEFT's adapter
+        patch.setattr("llm_alignment.adapters.adapter_sha256", lambda model: "trained")
+        assert measured(task, "run/final")[1] == [[1, 0]]
+
+
+def test_rows_of_the_base_are_shared_by_runs_but_sampled_ones_are_not(measured, tmp_path):
+    for task, is_read, cached in ((task_of([0, 1]), 0, 1), (task_of([0, 1, 2], is_cached=False), 1, 1)):
+        options = dict(use_cache=True, with_adapter=False)
+        rows = [measured(task, f"{name}{is_read}/baseline", **options) for name in ("one", "two")]
+        assert rows[0][0] == rows[1][0] and len(rows[0][1]) == 1 and len(rows[1][1]) == is_read
+        one, two = (tmp_path / f"{name}{is_read}" / "tatqa_baseline.jsonl" for name in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+        assert len([*(tmp_path / "cache").rglob("*.jsonl")]) == cached
+    for n, changes in enumerate([{"use_cache": False}, {"with_adapter": True}, {"fingerprint": {"model": "other"}}]):
+        assert measured(task_of([0, 1]), f"{n}/baseline", **{**options, **changes})[1]
+
+
+def test_rows_of_an_earlier_stage_are_taken_if_nothing_changed(measured):
+    rows, _ = measured(task_of([0, 1]), "run/step_2")
+    assert measured(task_of([0, 1]), "run/final", measured_as="step_2") == (rows, [])
+    other = task_of([0, 1], settings={"temperature": 1})
+    assert measured(other, "run/other", measured_as="step_2")[1] == [[1, 0]]
+    assert measured(task_of([0, 1]), "run/later", measured_as="step_9")[1] == [[1, 0]]
+
+
+SHARED = """
+import json, os, pathlib, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_evaluation import rows_of, task_of, toy_model
+folder, model = pathlib.Path(sys.argv[1]), toy_model()
+rows = rows_of(task_of([0, 0, 1, 2, 2, 3, 4, 5, 5, 6]), model, None, folder / "rows.jsonl")
+(folder / f"rank{{os.environ['RANK']}}.json").write_text(json.dumps([rows, model.batches]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_what_is_missing_of_one(tmp_path):
+    alone, task = toy_model(), task_of([0, 0, 1, 2, 2, 3, 4, 5, 5, 6])
+    rows = rows_of(task, alone, None, tmp_path / "alone.jsonl")
+    lines = (tmp_path / "alone.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_bytes(b"".join(lines[:3]))
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED.format(root=str(ROOT), tests=str(ROOT / "tests")), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, *launcher, str(script), str(tmp_path)], check=True, env=environment, timeout=300)
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text("utf-8")) for rank in (0, 1)]
+    assert [of_rank[0] for of_rank in ranks] == [rows, rows], "every process gets the rows"
+    assert all(batches for _, batches in ranks)
+    assert sorted(ranks[0][1] + ranks[1][1]) == sorted(alone.batches)
+    assert sorted((tmp_path / "rows.jsonl").read_bytes().splitlines(keepends=True)) == sorted(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table and the report
 
 
 def delta(mean, low, high, p, n=80, changed=60, clusters=None, changed_clusters=None) -> dict:
@@ -81,21 +204,21 @@ def test_rows_are_paired_by_id():
 def test_the_report_fills_record_metrics_and_table(tmp_path, capsys):
     def compare(before, after):
         pairs = evaluation.pair_rows(before, after)
-        return {"tatqa": stats.paired_delta(*([row["x"] for row in side] for side in zip(*pairs, strict=True)))}
+        return {"val_loss": stats.paired_delta(*([row["x"] for row in side] for side in zip(*pairs, strict=True)))}
 
     def summarise(rows):
-        return {"tatqa": {"em_like": sum(row["x"] for row in rows) / len(rows)}}
+        return {"val_loss": sum(row["x"] for row in rows) / len(rows)}
 
-    task = Evaluation("tatqa", 8, None, summarise, compare)
+    task = Evaluation(name="validation", items=[], read=read, summarise=summarise, compare=compare)
     rows = [[{"question_id": n, "x": n + shift} for n in range(8)] for shift in (0, 2)]
     record = {"baseline": {}, "final": {"drift": 0.25}, "delta": {}, "runtime_s": {"train": 3}}
-    evaluation.report(record, tmp_path, [task], {"tatqa": rows[0]}, {"tatqa": rows[1][::-1]})
-    assert record["baseline"] == {"tatqa": {"em_like": 3.5}} and record["final"]["tatqa"] == {"em_like": 5.5}
-    assert record["delta"]["tatqa"]["mean"] == 2 and record["delta"]["tatqa"]["n"] == 8
+    evaluation.report(record, tmp_path, [task], {"validation": rows[0]}, {"validation": rows[1][::-1]})
+    assert record["baseline"] == {"val_loss": 3.5} and record["final"] == {"val_loss": 5.5, "drift": 0.25}
+    assert record["delta"]["val_loss"]["mean"] == 2 and record["delta"]["val_loss"]["n"] == 8
     metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
     assert metrics == {key: record[key] for key in ("baseline", "final", "delta")}
     out = capsys.readouterr().out
-    assert METRICS["tatqa"].title in out and METRICS["drift"].title in out and "perplexity" not in out
+    assert METRICS["val_loss"].title in out and METRICS["drift"].title in out and "perplexity" not in out
 
 
 def test_turns_and_categories_get_a_line_each():

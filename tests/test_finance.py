@@ -15,11 +15,14 @@ import pytest
 from conftest import ROOT, finance_args, finance_data, read_rows, run_error, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import setup_of, toy_model
 
 from dpo_train_mt import main, parse
-from llm_alignment import finance, generation, hub, models, reddit
+from llm_alignment import finance, generation, hub, reddit
 from llm_alignment.files import InputError
 from llm_alignment.finance import mix_counts
+from llm_alignment.flags import fill
+from llm_alignment.models import BaseFlags, resolve_base
 from llm_alignment.reddit import reddit_pairs
 
 
@@ -222,71 +225,78 @@ def test_what_is_asked_and_trained_on_does_not_depend_on_the_order_of_rows(tmp_p
 # The base model's own answers
 
 
+def answered(args, instructions: list[dict], wanted: int, tokenizer=None) -> list[dict]:
+    """The pairs of the base's own answers, as dpo_train_mt.py asks for them."""
+    base, answers = resolve_base(fill(BaseFlags, args)), fill(finance.AnswerSettings, args)
+    return finance.finance_pairs(base, tokenizer, Path(args.output_dir), instructions, wanted, answers)
+
+
 GENERATE_AND_DIE = """
 import os, sys
-sys.path.insert(0, {root!r})
-import dpo_train_mt
-from llm_alignment import files, finance, models
-from mtbench_eval import load_questions
-append, written = files.ResultFile.append, []
-def append_and_die(self, row):
-    append(self, row)
-    written.append(row)
-    if len(written) == 7:
-        os._exit(9)
-files.ResultFile.append = append_and_die
-args = dpo_train_mt.parse({argv!r})
-instructions = finance.load_data(args, {{"finance"}}, load_questions(args.mtbench_file)).items["finance"]
-finance.answered_by_base(args, models.load_tokenizer(args), instructions, 24)
+sys.path[:0] = [{root!r}, {tests!r}]
+from conftest import finance_data
+from test_finance import answered, parse
+from toys import setup_of
+from llm_alignment import results
+append, written = results.ResultFile.append, []
+def append_and_die(self, *rows):
+    for row in rows:
+        append(self, row)
+        written.append(row)
+        if len(written) == 7:
+            os._exit(9)
+results.ResultFile.append = append_and_die
+args = parse({argv!r})
+answered(args, finance_data(args, {{"finance"}}).items["finance"], 24, setup_of(vars(args)).tokenizer)
 """
 
 
 @pytest.mark.slow
 def test_a_killed_generation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     argv = ["--demo", "--no_4bit", "--instruct_max_tokens", "12", "--output_dir", str(tmp_path / "run")]
+    argv += ["--eval_batch_size", "4"]
     args = parse(argv)
-    instructions = finance_data(args, {"finance"}).items["finance"]
-    tokenizer = models.load_tokenizer(args)
+    instructions, tokenizer = finance_data(args, {"finance"}).items["finance"], setup_of(vars(args)).tokenizer
     generate, asked = generation.generate, []
 
-    def counting(model, tokenizer, conversations, **settings):
+    def counting(model, tokenizer, conversations, decoding):
         asked.extend(conversation[0]["content"] for conversation in conversations)
-        return generate(model, tokenizer, conversations, **settings)
+        return generate(model, tokenizer, conversations, decoding)
 
     monkeypatch.setattr(finance, "generate", counting)
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "whole"))
-    whole = finance.answered_by_base(args, tokenizer, instructions, 24)
+    whole = answered(args, instructions, 24, tokenizer)
     assert len(whole) == 24 and len(asked) == len(set(asked))
     assert all(pair["rejected"] not in {"", pair["chosen"]} for pair in whole)
 
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "killed"))
     shutil.rmtree(tmp_path / "run")
-    killed = subprocess.run([sys.executable, "-c", GENERATE_AND_DIE.format(root=str(ROOT), argv=argv)], check=False)
-    assert killed.returncode == 9
-    stored = tmp_path / "run" / "finance_answers.jsonl"
-    before = [json.loads(line)["prompt"] for line in stored.read_text("utf-8").split("\n")[1:] if line]
+    script = GENERATE_AND_DIE.format(root=str(ROOT), tests=str(ROOT / "tests"), argv=argv)
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    before = [row["prompt"] for row in read_rows(tmp_path / "run" / "finance_answers.jsonl")[1:]]
     assert len(before) == 7
     first_time, asked[:] = list(asked), []
-    assert finance.answered_by_base(args, tokenizer, instructions, 24) == whole
-    assert sorted(asked + before) == sorted(first_time)
+    assert answered(args, instructions, 24, tokenizer) == whole
+    # what was stored is not asked again, but for the batch that the kill came into
+    assert set(asked) | set(before) == set(first_time) and len(set(asked) & set(before)) == 7 % 4
 
     asked.clear()  # another run on this base, with fewer pairs and another beta
     args.beta, args.output_dir = 0.5, str(tmp_path / "other")
-    assert finance.answered_by_base(args, tokenizer, instructions, 10) == whole[:10] and asked == []
+    assert answered(args, instructions, 10, tokenizer) == whole[:10] and asked == []
 
 
 def fake_generate(monkeypatch, answer_of):
     """The base answers `answer_of(prompt)`, a (text, finished); returns the batches of prompts that were asked."""
     batches = []
 
-    def generate(model, tokenizer, conversations, **settings):
+    def generate(model, tokenizer, conversations, decoding):
         batches.append([conversation[0]["content"] for conversation in conversations])
         for index, prompt in reversed(list(enumerate(batches[-1]))):  # in an order of its own
             text, finished = answer_of(prompt)
             yield generation.Answer(index, text, 3, finished, 8)
 
     monkeypatch.setattr(finance, "generate", generate)
-    monkeypatch.setattr(finance, "load_model", lambda args: None)
+    monkeypatch.setattr(finance, "load_model", lambda base: toy_model())
     return batches
 
 
@@ -305,19 +315,20 @@ def test_answers_that_are_empty_cut_or_equal_are_not_used(tmp_path, monkeypatch,
 
     batches = fake_generate(monkeypatch, answer_of)
     args = finance_args(tmp_path, "--no_baseline_cache")
-    pairs = finance.answered_by_base(args, None, numbered(40), 10)
+    pairs = answered(args, numbered(40), 10)
     assert [pair["prompt"] for pair in pairs] == [f"Q{n}" for n in range(1, 20, 2)]
     assert all(pair["rejected"] == "good" and pair["uid"].startswith("finance:") for pair in pairs)
     assert sum(map(len, batches)) == 20 and "instead of 10" not in logged.text
-    pairs = finance.answered_by_base(args, None, numbered(40), 12)
+    pairs = answered(args, numbered(40), 12)
     assert [pair["prompt"] for pair in pairs] == [f"Q{n}" for n in range(1, 24, 2)]
-    assert sum(map(len, batches)) == 24  # the others were stored
+    # the others were stored; a batch that lacks an answer is generated as a whole
+    assert sum(map(len, batches)) == 26 and len(read_rows(tmp_path / "run" / "finance_answers.jsonl")) == 1 + 24
 
 
 def test_generation_ends_after_twice_the_wanted_number(tmp_path, monkeypatch, logged):
     batches = fake_generate(monkeypatch, lambda prompt: ("cut", prompt == "Q3"))
     args = finance_args(tmp_path, "--no_baseline_cache")
-    pairs = finance.answered_by_base(args, None, numbered(500), 10)
+    pairs = answered(args, numbered(500), 10)
     assert [pair["prompt"] for pair in pairs] == ["Q3"] and sum(map(len, batches)) == 20
     assert "1 Finance-Instruct pairs instead of 10" in logged.text and "of 20 instructions answered" in logged.text
 
@@ -326,11 +337,11 @@ def test_sampled_answers_do_not_depend_on_a_kill(tmp_path, monkeypatch):
     """At --finance_temperature 0.8 a text depends on its batch, so the batches stay the same after a restart."""
     batches = fake_generate(monkeypatch, lambda prompt: (f"{prompt} in a batch from {batches[-1][0]}", True))
     args = finance_args(tmp_path, "--finance_temperature", "0.8")
-    whole = finance.answered_by_base(args, None, numbered(200), 40)
+    whole = answered(args, numbered(200), 40)
     assert len(whole) == 40 and max(map(len, batches)) == finance.SAMPLED_AT_ONCE
     stored = tmp_path / "run" / "finance_answers.jsonl"
     lines = stored.read_text("utf-8").splitlines(keepends=True)
     stored.write_text("".join(lines[:8]), encoding="utf-8")
-    assert finance.answered_by_base(args, None, numbered(200), 40) == whole
+    assert answered(args, numbered(200), 40) == whole
     assert sorted(stored.read_text("utf-8").splitlines()) == sorted("".join(lines).splitlines())
     assert json.loads(lines[0])["fingerprint"]["generation"]["temperature"] == 0.8

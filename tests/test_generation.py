@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import json
@@ -15,15 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEMO, ROOT
-from toys import CHATML, WORDS, chats, make_tokenizer, plain_answers, save_reward_model
+from toys import CHATML, WORDS, chats, make_tokenizer, plain_answers, save_reward_model, toy_base
 
-from llm_alignment import flags, generation, models
+from llm_alignment import generation, models
+from llm_alignment.adapters import LoraSettings, new_adapter
+from llm_alignment.generation import Decoding
 from llm_alignment.prefixes import add_prefix_sharing
+from llm_alignment.prompts import strip_thinking
 
 
-def texts(*args, **kwargs) -> list[str]:
+def texts(model, tokenizer, conversations, max_new_tokens: int = 24, **decoding) -> list[str]:
     """The texts of `generate`, in the order of the conversations."""
-    return [answer.text for answer in sorted(generation.generate(*args, **kwargs))]
+    answers = generation.generate(model, tokenizer, conversations, Decoding(max_new_tokens, **decoding))
+    return [answer.text for answer in sorted(answers)]
 
 
 def test_greedy_answers_do_not_depend_on_the_batch(model, tokenizer):
@@ -47,7 +50,7 @@ def test_finished_rows_leave_the_batch(model, tokenizer, monkeypatch):
     monkeypatch.setattr(
         model, "forward", lambda *args, **kw: batches.append(len(kw["input_ids"])) or forward(*args, **kw)
     )
-    for answer in generation.generate(model, tokenizer, conversations, max_new_tokens=40, batch_size=8):
+    for answer in generation.generate(model, tokenizer, conversations, Decoding(40, batch_size=8)):
         answers[answer.index] = answer.tokens, answer.finished
     ends = [[*eos, 2].count(answer[-1]) > 0 for answer in expected]
     assert 1 < sum(ends) and len({len(answer) for answer in expected}) > 2
@@ -128,7 +131,7 @@ def test_out_of_memory_after_some_rows_have_ended_gives_every_answer_once(model,
     full_at_the_second_call.left = 1
     monkeypatch.setattr(model, "generate", full_at_the_second_call)
     again = {}
-    for answer in generation.generate(model, tokenizer, conversations, max_new_tokens=30, batch_size=12):
+    for answer in generation.generate(model, tokenizer, conversations, Decoding(30, batch_size=12)):
         taken.append(answer.index)
         again[answer.index] = answer.text
     assert full_at_the_second_call.left == 0 and [again[index] for index in range(12)] == answers
@@ -152,7 +155,7 @@ def test_continuous_batching_gives_the_same_tokens(model, tokenizer):
 
 def test_a_limit_beyond_half_of_the_context_is_lowered_and_said(model, tokenizer, monkeypatch, logged):
     monkeypatch.setattr(model.config, "max_position_embeddings", 40)
-    (answer,) = generation.generate(model, tokenizer, chats(1), max_new_tokens=30)
+    (answer,) = generation.generate(model, tokenizer, chats(1), Decoding(30))
     assert answer.tokens <= 20 and "answers get 20 new tokens, not 30" in logged.text
 
 
@@ -162,7 +165,7 @@ def test_a_prompt_beyond_the_context_loses_its_beginning(model, tokenizer):
     assert len(ids) > 512
     with torch.no_grad():
         first = int(model(torch.tensor([ids[-(512 - 8) :]])).logits[0, -1].argmax())
-    (answer,) = generation.generate(model, tokenizer, [long], max_new_tokens=8)
+    (answer,) = generation.generate(model, tokenizer, [long], Decoding(8))
     assert answer.text.startswith(tokenizer.decode([first]).strip()) or first <= 3
     assert answer.tokens <= 8
 
@@ -178,13 +181,13 @@ def test_a_prompt_beyond_the_context_loses_its_beginning(model, tokenizer):
     ],
 )
 def test_thinking_is_removed(text, stripped):
-    assert generation.strip_thinking(text) == stripped
+    assert strip_thinking(text) == stripped
 
 
 def test_a_block_that_the_template_opens_is_seen(model, tokenizer):
     opening = make_tokenizer(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"))
     (text,) = texts(model, opening, chats(1), max_new_tokens=4)
-    assert text.startswith("<think>") and generation.strip_thinking(text) == ""
+    assert text.startswith("<think>") and strip_thinking(text) == ""
 
 
 def test_prompts_are_read_outside_of_the_trainer_s_autocast(model):
@@ -206,7 +209,7 @@ def test_a_model_whose_forward_folds_pairs_answers_as_before(model, tokenizer):
     folded = copy.deepcopy(model)
     add_prefix_sharing(folded)
     groups = [[list(range(5, 30)), [*range(5, 20), 3, 4]]]
-    settings = generation.decoding_settings(model, tokenizer, temperature=0.0, top_p=1.0)
+    settings = generation.generation_config(model, tokenizer, Decoding(6))
     answers = [generation.generate_grouped(of, groups, settings, 6) for of in (model, folded)]
     assert answers[0] == answers[1] and all(len(tokens) > 0 for tokens in answers[0][0])
 
@@ -215,25 +218,21 @@ def test_a_model_whose_forward_folds_pairs_answers_as_before(model, tokenizer):
 SPLIT = """
 import json, os, pathlib, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-from toys import make_model, make_tokenizer, sentences
-import mtbench_eval
-from llm_alignment import generation, models, rewards, tatqa
+from toys import make_model, make_tokenizer, rows_of, sentences
+from llm_alignment import processes, rewards, scores, tatqa
+from llm_alignment.generation import Decoding
+from llm_alignment.prompts import PromptStyle
 folder = pathlib.Path(sys.argv[1])
 folder.mkdir(exist_ok=True)
-model, tokenizer = make_model(), make_tokenizer()
-texts = sentences(26, seed=2)
+texts, tokenizer = sentences(26, seed=2), make_tokenizer()
 questions = [dict(question_id=n, category="a", turns=texts[2 * n : 2 * n + 2]) for n in range(13)]
-reward_model = rewards.RewardModel({reward!r}) if models.main_process() else None
-rows = mtbench_eval.score_questions(
-    model, tokenizer, reward_model, questions, path=folder / "mtbench.jsonl", fingerprint=dict(model="m"),
-    max_new_tokens=6, batch_size=3,
-)
 tables = [dict(question_id=f"{{n}}-{{k}}", context=n, question="q", answer_type="span", scale="", answer=["the"],
                tokens=tokenizer(texts[n] + " ask " + texts[k]).input_ids) for n in range(7) for k in range(3)]
-graded = tatqa.answer_tatqa(
-    model, tokenizer, tables, path=folder / "tatqa.jsonl", fingerprint=dict(model="m"), max_new_tokens=5, batch_size=6
-)
-(folder / f"rank{{os.environ.get('RANK', '0')}}.json").write_text(json.dumps([rows, graded]))
+judge = rewards.load_reward_model({reward!r})
+tasks = [scores.scored_evaluation("mtbench", questions, Decoding(6, batch_size=3), judge),
+         tatqa.tatqa_evaluation(tables, Decoding(5, batch_size=6), PromptStyle())]
+got = [rows_of(task, make_model(), tokenizer, folder / f"{{task.name}}.jsonl") for task in tasks]
+(folder / f"rank{{os.environ.get('RANK', '0')}}.json").write_text(json.dumps(got))
 """
 
 
@@ -271,14 +270,6 @@ def test_two_processes_share_the_questions_and_go_on_as_one_does(tmp_path, token
 # on a GPU
 
 
-@pytest.fixture
-def demo_args():
-    parser = argparse.ArgumentParser()
-    flags.add_model_flags(parser)
-    flags.add_lora_flags(parser)
-    return lambda *more: parser.parse_args(["--model", str(DEMO / "model"), *more])
-
-
 def demo_chats(n: int) -> list[list[dict]]:
     rows = json.loads("[" + ",".join((DEMO / "mt_bench_ru.jsonl").read_text("utf-8").split("\n")[:n]) + "]")
     return [[{"role": "user", "content": row["turns"][0]}] for row in rows]
@@ -286,9 +277,9 @@ def demo_chats(n: int) -> list[list[dict]]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_gpu_batched_answers_are_those_of_one_by_one(demo_args, dtype):
-    args = demo_args("--no_4bit", "--dtype", dtype)
-    model, tokenizer = models.load_model(args), models.load_tokenizer(args)
+def test_gpu_batched_answers_are_those_of_one_by_one(dtype):
+    base = toy_base(dtype=dtype)
+    model, tokenizer = models.load_model(base), models.load_tokenizer(base)
     conversations = demo_chats(24)
     alone = texts(model, tokenizer, conversations, max_new_tokens=24, batch_size=1)
     batched = texts(model, tokenizer, conversations, max_new_tokens=24)
@@ -298,10 +289,10 @@ def test_gpu_batched_answers_are_those_of_one_by_one(demo_args, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("four_bits", [False, True])
-def test_gpu_continuous_batching_is_simple_or_is_not_used(demo_args, four_bits, logged):
-    args = demo_args(*([] if four_bits else ["--no_4bit"]))
-    tokenizer = models.load_tokenizer(args)
-    model = models.new_adapter(models.load_model(args), args)
+def test_gpu_continuous_batching_is_simple_or_is_not_used(four_bits, logged):
+    base = toy_base(no_4bit=not four_bits)
+    tokenizer = models.load_tokenizer(base)
+    model = new_adapter(models.load_model(base), LoraSettings(8, 16, 0.05, "q_proj,v_proj"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -313,9 +304,8 @@ def test_gpu_continuous_batching_is_simple_or_is_not_used(demo_args, four_bits, 
 
 
 @pytest.mark.gpu
-def test_gpu_out_of_memory_halves_the_batch(demo_args, logged):
-    args = demo_args("--no_4bit")
-    model, tokenizer = models.load_model(args), models.load_tokenizer(args)
+def test_gpu_out_of_memory_halves_the_batch(demo_base, demo_tokenizer, logged):
+    model, tokenizer = models.load_model(demo_base), demo_tokenizer
     conversations = demo_chats(24)
     expected = texts(model, tokenizer, conversations, max_new_tokens=24, batch_size=2)
     total = torch.cuda.get_device_properties(0).total_memory

@@ -43,6 +43,8 @@ def hub(server: local_hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     server.faults.clear()
     server.requests.clear()
+    server.heads.clear()
+    server.older.clear()
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -75,6 +77,41 @@ def test_a_dry_run_takes_everything_from_the_hub_once(script, hub, capsys):
     main(argv)
     assert fetched(hub) == []
     assert capsys.readouterr().out.count("\n") <= shown.count("\n") + 1
+
+
+@pytest.mark.slow
+def test_a_main_that_moves_while_a_run_lasts_changes_nothing_for_it(hub, monkeypatch):
+    """It moves before the weights are first read; three stages follow, each with a model of its own."""
+    from test_dpo_train_mt_v2 import SMALL
+
+    import dpo_train_mt_v2
+    from llm_alignment import models
+
+    name, load, asked = "Qwen/Qwen3-1.7B", models.load_model, "/api/models/Qwen/Qwen3-1.7B/revision/"
+    whole = hub.repositories["models", name]
+    template = whole["chat_template.jinja"] + b"{# another #}"
+
+    def load_after_the_move(*args, **options):
+        if not hub.older:
+            hub.move("models", name, "2" * 40, whole | {"chat_template.jinja": template})
+        return load(*args, **options)
+
+    monkeypatch.setattr(models, "load_model", load_after_the_move)
+    try:
+        record = dpo_train_mt_v2.main([*SMALL, "--model", name, "--output_dir", "run", "--exp_log", "log.jsonl"])
+    finally:
+        hub.repositories["models", name] = whole
+    assert sum(asked in line for line in hub.requests) == 1 and hub.older
+    assert record["commits"]["model"] == local_hub.COMMIT
+    runs = [json.loads(path.read_text("utf-8")) for path in sorted(Path("run").glob("stage*/run.json"))]
+    assert len(runs) == 3 and {run["commits"]["model"] for run in runs} == {local_hub.COMMIT}
+    results = sorted(Path("run").rglob("*_*.jsonl"))
+    heads = [json.loads(path.read_text("utf-8").split("\n")[0]).get("fingerprint") for path in results]
+    prints = {(head["weights"], head["tokenizer"]) for head in heads if head and "weights" in head}
+    first = models.resolve_base(models.BaseFlags(name, local_hub.COMMIT, no_4bit=True))
+    expected = models.base_fingerprint(first, thinking=False)
+    assert len(results) > 12 and prints == {(expected["weights"], expected["tokenizer"])}
+    assert first.folder.name == local_hub.COMMIT and (first.folder / "chat_template.jinja").read_bytes() != template
 
 
 def ask(what: str) -> object:

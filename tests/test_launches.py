@@ -9,6 +9,7 @@ import functools
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llm_alignment import prefixes
 
@@ -74,19 +75,18 @@ def test_operators_of_a_layer(part):
     assert len(three) - len(two) <= CEILINGS[part]
 
 
-@pytest.mark.parametrize("most_unseen, calls, ceiling", [(0, 9, 119), (prefixes.MOST_UNSEEN, 1, 78)])
+@pytest.mark.parametrize("most_unseen, calls, ceiling", [(0, 9, 119), (prefixes.MOST_UNSEEN["cuda"], 1, 78)])
 def test_operators_of_a_fold(most_unseen, calls, ceiling, monkeypatch):
     """Of a layer that reads eight pairs of one table, block by block and in one call, forward."""
-    monkeypatch.setattr(prefixes, "MOST_UNSEEN", most_unseen)
+    monkeypatch.setitem(prefixes.MOST_UNSEEN, "cpu", most_unseen)
     rows = [[*range(40), 40 + pair % 8, 50 + side] for side in (0, 1) for pair in range(8)]
     ids = torch.tensor(rows)
     labels = ids.masked_fill(torch.arange(42) < 41, -100)
     names = []
     for layers in (3, 2):
+        model = adapted(layers).train()
         with torch.autocast("cpu", torch.bfloat16), Operators() as counted:
-            adapted(layers).train()(
-                input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True
-            )
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True)
         names.append(counted.names)
     assert sum("attention" in name for name in names[0]) - sum("attention" in name for name in names[1]) == calls
     assert len(names[0]) - len(names[1]) <= ceiling
@@ -114,3 +114,35 @@ def test_sft_reads_padding_without_a_mask(sft_trainer, monkeypatch):
     batches, items = trainer.get_batch_samples(iter([batch]), 1, "cpu")
     trainer.compute_loss(model, dict(batches[0]), num_items_in_batch=items)
     assert masks == [None] * len(masks) and len(masks) == 2 * model.config.num_hidden_layers
+
+
+def test_held_out_answers_are_read_without_full_logits():
+    """Their log-probabilities are those of the full logits, and no tensor has more than 256 rows of the vocabulary."""
+    from toys import make_model
+
+    from llm_alignment import dpo
+
+    class Words:
+        eos_token = " end"
+
+        def __call__(self, text):
+            return {"input_ids": [sum(map(ord, word)) % 8192 for word in text.split()]}
+
+    class Largest(Operators):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.names += [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            return result
+
+    model = make_model(vocab_size=8192, max_position_embeddings=2048).requires_grad_(False)
+    answers = [" ".join(f"{side}{number}" for number in range(length)) for side, length in (("a", 900), ("b", 700))]
+    pair = {"prompt": "what is it ", "chosen": answers[0], "rejected": answers[1]}
+    with Largest() as largest:
+        found = dpo.answer_log_probs(model, Words(), pair, 800)
+    expected = []
+    for side in ("chosen", "rejected"):
+        ids = torch.tensor(Words()(pair["prompt"] + pair[side] + Words.eos_token)["input_ids"][:800])
+        log_probs = model(ids[None]).logits[0].double().log_softmax(-1)
+        expected.append(log_probs[torch.arange(2, len(ids) - 1), ids[3:]].sum().item())
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert max(largest.names) <= 256 * 8192

@@ -26,11 +26,11 @@ def test_a_stop_and_a_restart_sample_no_prompt_twice_and_give_the_same_pairs(tmp
     assert mine(whole, prompts) == 0
     generate, calls = mine_pairs.generate, []
 
-    def stopping(model, tokenizer, chats, **settings):
+    def stopping(model, tokenizer, chats, *settings, **more):
         calls.append(len(chats))
         if len(calls) == 7:  # in the second chunk of four samples
             raise KeyboardInterrupt
-        return generate(model, tokenizer, chats, **settings)
+        return generate(model, tokenizer, chats, *settings, **more)
 
     monkeypatch.setattr(mine_pairs, "generate", stopping)
     assert mine(stopped, prompts) == 130

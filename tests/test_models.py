@@ -1,8 +1,7 @@
-"""Models: what would not load as it should is found, by name and before anything runs; types of weights; adapters."""
+"""Models: what would not load as it should is found, by name and before anything runs; types of weights."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
@@ -14,16 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEVICES
-from toys import CHATML, make_model, make_tokenizer, save_reward_model, tiny_config
+from toys import CHATML, make_model, make_tokenizer, save_reward_model, tiny_config, toy_base
 
-from llm_alignment import files, flags, generation, models, rewards
+from llm_alignment import adapters, files, generation, models, processes, rewards
+from llm_alignment.generation import Decoding
 
 
-def arguments(folder: Path | str, *more: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    flags.add_model_flags(parser)
-    flags.add_lora_flags(parser)
-    return parser.parse_args(["--model", str(folder), "--no_4bit", *more])
+def base_of(folder: Path, **flags: object) -> models.Base:
+    return toy_base(model=str(folder), **flags)
+
+
+def check(folder: Path) -> None:
+    """What a run looks at before it loads weights."""
+    base = base_of(folder)
+    adapters.check_model(base, models.load_tokenizer(base))
 
 
 @pytest.fixture(scope="module")
@@ -157,30 +160,28 @@ DAMAGES = {
 @pytest.mark.parametrize("damage, message", DAMAGES.values(), ids=DAMAGES)
 def test_a_model_that_is_not_whole_is_told_without_reading_its_weights(copied, damage, message):
     damage(copied)
-    args = arguments(copied)
-    error = error_of(lambda: models.check_model(args, models.load_tokenizer(args)))
+    error = error_of(lambda: check(copied))
     assert error.startswith(f"--model {copied}: ") and all(part in error for part in message), error
 
 
 def test_a_whole_model_passes_also_in_shards(copied):
-    args = arguments(copied)
-    models.check_model(args, models.load_tokenizer(args))
+    check(copied)
     make_model(tie_word_embeddings=False).save_pretrained(copied / "two", max_shard_size="50KB")
     (copied / "model.safetensors").unlink()
     for path in (copied / "two").iterdir():
         path.rename(copied / path.name)
     assert (copied / "model.safetensors.index.json").exists()
-    models.check_model(args, models.load_tokenizer(args))
-    models.load_model(args)
+    check(copied)
+    models.load_model(base_of(copied))
 
 
 def test_weights_that_are_not_finite_are_told(copied):
     model = make_model(tie_word_embeddings=False)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     model.save_pretrained(copied)
-    args = arguments(copied)
-    for args.no_4bit in (True, False):  # in 4 bits the value would be another one, and finite
-        assert "model.layers.0.mlp.up_proj.weight holds values" in error_of(lambda: models.load_model(args))
+    for no_4bit in (True, False):  # in 4 bits the value would be another one, and finite
+        base = base_of(copied, no_4bit=no_4bit)
+        assert "up_proj.weight holds values" in error_of(lambda base=base: models.load_model(base))
 
 
 def test_code_of_a_repository_needs_its_flag_and_nobody_is_asked(copied, monkeypatch):
@@ -189,8 +190,8 @@ def test_code_of_a_repository_needs_its_flag_and_nobody_is_asked(copied, monkeyp
     auto = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     auto["AutoModelForSequenceClassification"] = "code.Model"
     change_json(copied / "config.json", model_type="of_its_own", auto_map=auto)
-    args = arguments(copied)
-    assert "--trust_remote_code" in error_of(lambda: models.load_model(args))
+    base = base_of(copied)
+    assert "--trust_remote_code" in error_of(lambda: models.load_model(base))
     assert "--trust_remote_code" in error_of(lambda: rewards.RewardModel(str(copied)))
 
 
@@ -211,144 +212,8 @@ def test_a_reward_model_that_is_not_whole_is_told(tmp_path):
     assert "score.weight holds values" in error_of(lambda: rewards.RewardModel(str(tmp_path / "not finite")))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# adapters
-
-
-@pytest.fixture
-def adapter(folder, tmp_path) -> Path:
-    """An adapter of the toy model whose tensors are not zero."""
-    torch.manual_seed(3)
-    model = models.new_adapter(models.load_model(arguments(folder)), arguments(folder))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def change_tensors(adapter: Path, change: Callable[[dict], dict]) -> None:
-    from safetensors.torch import load_file, save_file
-
-    save_file(change(load_file(adapter / "adapter_model.safetensors")), adapter / "adapter_model.safetensors")
-
-
-def with_nan(tensors: dict) -> dict:
-    first = next(iter(tensors))
-    return {**tensors, first: tensors[first] * float("nan")}
-
-
-def with_layer_9(tensors: dict) -> dict:
-    return tensors | {name.replace("layers.1", "layers.9"): tensor.clone() for name, tensor in tensors.items()}
-
-
-ADAPTERS = {
-    "other names": (
-        lambda f: change_tensors(f, lambda t: {k.replace("layers", "blocks"): v for k, v in t.items()}),
-        ["none of its tensors"],
-    ),
-    "half of the layers": (
-        lambda f: change_tensors(f, lambda t: {k: v for k, v in t.items() if "layers.0" in k}),
-        ["lacks 4 of 8 tensors", "layers.1"],
-    ),
-    "more layers": (lambda f: change_tensors(f, with_layer_9), ["holds 4 tensors", "layers.9"]),
-    "not finite": (lambda f: change_tensors(f, with_nan), ["not finite"]),
-    "other sizes": (
-        lambda f: change_tensors(f, lambda t: {k: v[:, :4].contiguous() if "B" in k else v for k, v in t.items()}),
-        ["does not fit"],
-    ),
-    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), ["adapter_model.safetensors is missing"]),
-    "an LFS pointer": (lambda f: (f / "adapter_model.safetensors").write_text(LFS), ["LFS"]),
-    "weights cut off": (cut("adapter_model.safetensors"), ["cut off"]),
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), ["no adapter_config.json"]),
-    "a config cut off": (cut("adapter_config.json"), ["adapter_config.json", "JSON"]),
-    "no type": (lambda f: change_json(f / "adapter_config.json", peft_type=None), ["peft_type"]),
-    "an unknown type": (lambda f: change_json(f / "adapter_config.json", peft_type="LORAX"), ["peft_type", "LORAX"]),
-    "a list": (lambda f: (f / "adapter_config.json").write_text("[1]"), ["adapter_config.json", "object"]),
-    "a scale that is no number": (
-        lambda f: change_json(f / "adapter_config.json", lora_alpha=float("nan")),
-        ["lora_alpha nan"],
-    ),
-    "a scale of 0": (lambda f: change_json(f / "adapter_config.json", lora_alpha=0), ["lora_alpha 0"]),
-    "a rank that is a text": (lambda f: change_json(f / "adapter_config.json", r="8"), ["does not fit"]),
-    "an unknown bias": (lambda f: change_json(f / "adapter_config.json", bias="some"), ["does not fit"]),
-    "layers by a broken pattern": (
-        lambda f: change_json(f / "adapter_config.json", target_modules="("),
-        ["does not fit"],
-    ),
-    "layers that are not there": (
-        lambda f: change_json(f / "adapter_config.json", target_modules=["query"]),
-        ["does not fit"],
-    ),
-}
-
-
-@pytest.mark.parametrize("damage, message", ADAPTERS.values(), ids=ADAPTERS)
-def test_an_adapter_that_does_not_fit_is_told_before_and_when_it_is_loaded(folder, adapter, damage, message):
-    damage(adapter)
-    args = arguments(folder)
-    before = error_of(lambda: models.check_model(args, models.load_tokenizer(args), adapter=str(adapter)))
-    loaded = error_of(lambda: models.load_adapter(models.load_model(args), str(adapter)))
-    assert before == loaded
-    assert before.startswith(f"adapter {adapter}") and all(part in before for part in message), before
-
-
-def test_logits_that_are_not_finite_are_told(folder, adapter):
-    """Greedy answers of such a model are one token again and again, and get a score."""
-    change_tensors(adapter, lambda tensors: {name: tensor * 1e30 for name, tensor in tensors.items()})
-    model = models.load_model(arguments(folder))
-    models.check_logits(model, "--model toy")
-    assert "logits are not finite" in error_of(lambda: models.load_adapter(model, str(adapter)))
-
-
 def test_a_folder_has_no_revision(folder):
-    args = arguments(folder, "--model_revision", "v2")
-    assert "--model_revision v2" in error_of(lambda: models.load_tokenizer(args))
-
-
-def test_an_adapter_that_fits_is_loaded_as_it_is(folder, adapter, logged):
-    from safetensors.torch import load_file
-
-    args = arguments(folder)
-    change_json(adapter / "adapter_config.json", of_a_later_peft=True)
-    models.check_model(args, models.load_tokenizer(args), adapter=str(adapter))
-    model = models.load_adapter(models.load_model(args), str(adapter), trainable=True)
-    weights = load_file(adapter / "adapter_model.safetensors")
-    for name, tensor in weights.items():
-        name = name.replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default")
-        assert torch.equal(model.state_dict()[name], tensor)
-    assert any(parameter.requires_grad for parameter in model.parameters())
-    assert logged.text.count("does not know these settings of it: of_a_later_peft") == 1
-    assert "was trained on" not in logged.text
-    change_json(adapter / "adapter_config.json", base_model_name_or_path="Qwen/Another")
-    models.load_adapter(models.load_model(args), str(adapter))
-    assert f"was trained on Qwen/Another, not on {folder}" in logged.text
-
-
-@pytest.mark.parametrize(
-    "layers, message",
-    [
-        ("q_proj,v_porj", "no layer 'v_porj'"),
-        ("q_proj,lm_head", "lm_head, cannot be trained"),
-        ("q_proj,,v_proj", "no layer ''"),
-        ("proj", "no layer 'proj'"),
-    ],
-)
-def test_target_modules_that_are_not_there_are_told(folder, layers, message):
-    args = arguments(folder, "--target_modules", layers)
-    error = error_of(lambda: models.check_model(args, models.load_tokenizer(args)))
-    assert error.startswith(f"--target_modules {layers}: ") and message in error
-    assert error == error_of(lambda: models.new_adapter(models.load_model(args), args))
-
-
-def test_target_modules_may_have_blanks(folder):
-    def trained(layers: str) -> set[str]:
-        args = arguments(folder, "--target_modules", layers)
-        model = models.new_adapter(models.load_model(args), args)
-        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-    assert trained("q_proj, v_proj ") == trained("q_proj,v_proj") and len(trained("q_proj,v_proj")) == 8
-    assert len(trained("all-linear")) == 28
+    assert "--model_revision v2" in error_of(lambda: base_of(folder, model_revision="v2"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,17 +258,17 @@ def make_scaled(model):
 
 
 def test_an_answer_ends_where_the_template_ends_a_turn(copied, logged):
-    args = arguments(copied)
+    base = base_of(copied)
     turns = [{"role": "user", "content": "ask"}]
-    as_chat = models.load_tokenizer(args)
+    as_chat = models.load_tokenizer(base)
     assert as_chat.eos_token == "<|im_end|>" and not logged.records
     change_json(copied / "tokenizer_config.json", eos_token="<|endoftext|>", pad_token=None)
     for name in ("config.json", "generation_config.json"):
         change_json(copied / name, eos_token_id=0)
-    as_base = models.load_tokenizer(args)
+    as_base = models.load_tokenizer(base)
     assert (as_base.eos_token, as_base.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert "<|im_end|>" in logged.text
-    settings = generation.decoding_settings(models.load_model(args), as_base, temperature=0.0, top_p=1.0)
+    settings = generation.generation_config(models.load_model(base), as_base, Decoding(4))
     assert settings.eos_token_id == [0, 2]
     assert as_base.apply_chat_template(turns) == as_chat.apply_chat_template(turns)
 
@@ -434,31 +299,27 @@ def test_every_type_works_on_cpu_in_4_bits_too(folder):
     chats = [[{"role": "user", "content": text}] for text in ("ask the model", "the Ob and Lake Baikal")]
     for choice, dtype in (("auto", "float32"), ("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")):
         for four_bits in (False, True):
-            args = arguments(folder, "--dtype", choice)
-            args.no_4bit = not four_bits
-            model = models.load_model(args)
+            base = base_of(folder, dtype=choice, no_4bit=not four_bits)
+            model = models.load_model(base)
             assert str(model.dtype) == f"torch.{dtype}"
-            assert models.model_fingerprint(args, "none")["dtype"] == dtype
-            answers = sorted(generation.generate(model, tokenizer, chats, max_new_tokens=4))
+            assert models.base_fingerprint(base, thinking=False)["dtype"] == dtype
+            answers = sorted(generation.generate(model, tokenizer, chats, Decoding(4)))
             assert [answer.index for answer in answers] == [0, 1]
 
 
 def test_the_fingerprint_follows_weights_template_and_type(copied):
-    args = arguments(copied)
-    prints = [
-        models.model_fingerprint(args, "none"),
-        models.model_fingerprint(arguments(copied, "--dtype", "bf16"), "none"),
-    ]
+    base = base_of(copied)
+    prints = [models.base_fingerprint(each, thinking=False) for each in (base, base_of(copied, dtype="bf16"))]
     (copied / "chat_template.jinja").write_text(CHATML + " ", encoding="utf-8")
-    prints.append(models.model_fingerprint(args, "none"))
+    prints.append(models.base_fingerprint(base, thinking=False))
     without("lm_head.weight")(copied)
-    prints.append(models.model_fingerprint(args, "none"))
+    prints.append(models.base_fingerprint(base, thinking=False))
     assert len({json.dumps(value) for value in prints}) == 4
 
 
 def test_a_former_model_is_freed_before_the_next_is_loaded(folder, monkeypatch):
-    args = arguments(folder)
-    previous = models.load_model(args)
+    base = base_of(folder)
+    previous = models.load_model(base)
     previous.held_by = {"the model": previous}  # a cycle, as trainers and patched methods make them
     alive = weakref.ref(previous)
     del previous
@@ -466,7 +327,7 @@ def test_a_former_model_is_freed_before_the_next_is_loaded(folder, monkeypatch):
     try:
         seen = []
         monkeypatch.setattr(models, "from_pretrained", lambda *_, **__: seen.append(alive()) or make_model())
-        models.load_model(args)
+        models.load_model(base)
     finally:
         gc.enable()
     assert seen == [None]
@@ -478,7 +339,7 @@ def test_products_of_half_types_are_summed_in_float32(half, device):
     """As the loss has them: float32 states, the head transposed, into a part of a buffer."""
     states, weight = (torch.rand(n, 4096, generator=torch.Generator().manual_seed(n)).to(device) for n in (5, 7))
     weight, buffer = weight.to(half), torch.empty(9, 7, device=device)
-    product = models.matmul_float32(states, weight.T, out=buffer[:5])
+    product = processes.matmul_float32(states, weight.T, out=buffer[:5])
     assert product.dtype == torch.float32 and product.data_ptr() == buffer.data_ptr()
     exact = states.to(half).double() @ weight.double().T
     torch.testing.assert_close(product.double(), exact, rtol=1e-5, atol=0)  # rounded to bf16: 4e-3

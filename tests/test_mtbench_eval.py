@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, write_rows
-from toys import save_reward_model, sentences
+from toys import rows_of, save_reward_model, sentences
 
 import mtbench_eval as me
-from llm_alignment import files, generation, rewards
+from llm_alignment import files, generation, prompts, rewards, scores
+from llm_alignment.generation import Decoding
 
 # ---------------------------------------------------------------------------------------------------------------------
 # questions
@@ -76,11 +77,12 @@ def test_a_column_that_is_null_counts_as_absent(tmp_path):
 
 
 def test_greedy_results_are_those_of_every_seed():
-    def fingerprint(temperature, seed):
+    def task(temperature, seed):
         reward_model = SimpleNamespace(fingerprint={})
-        return me.evaluation_fingerprint({}, [], reward_model, temperature=temperature, seed=seed)
+        return scores.scored_evaluation("mtbench", [], Decoding(8, temperature, seed=seed), reward_model)
 
-    assert fingerprint(0.0, 1) == fingerprint(0.0, 2) and fingerprint(0.7, 1) != fingerprint(0.7, 2)
+    assert task(0.0, 1).settings == task(0.0, 2).settings and task(0.7, 1).settings != task(0.7, 2).settings
+    assert task(0.0, 1).is_cached and not task(0.7, 1).is_cached
 
 
 def test_the_limit_is_a_seeded_sample_in_file_order(tmp_path):
@@ -121,62 +123,54 @@ def questions():
 
 
 @pytest.fixture
-def evaluate(model, tokenizer, reward_model, questions, tmp_path, monkeypatch):
-    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
-
-    def run(path="results.jsonl", *, fingerprint="m", questions=questions, **changes):
-        return me.score_questions(
-            model,
-            tokenizer,
-            reward_model,
-            questions,
-            path=tmp_path / path,
-            fingerprint={"model": fingerprint},
-            **dict(max_new_tokens=10, batch_size=4) | changes,
-        )
+def evaluate(model, tokenizer, reward_model, questions, tmp_path):
+    def run(path="results.jsonl", *, questions=questions, model=model, tokens=10, **options):
+        decoding = Decoding(tokens, batch_size=4)
+        task = scores.scored_evaluation("mtbench", questions, decoding, reward_model)
+        options = {"fingerprint": {"model": "m"}} | options
+        return rows_of(task, model, tokenizer, tmp_path / path, **options)
 
     return run
 
 
-def test_two_turns_with_their_history(evaluate, model, tokenizer, reward_model, questions):
+def test_two_turns_with_their_history(evaluate, model, tokenizer, reward_model):
     rows = evaluate()
     assert [row["question_id"] for row in rows] == list(range(9))
     for row in rows:
         conversation: list[dict] = []
         for turn, (asked, answer) in enumerate(zip(row["turns"], row["answers"], strict=True)):
             conversation.append({"role": "user", "content": asked})
-            (alone,) = generation.generate(model, tokenizer, [conversation], max_new_tokens=10)
-            assert generation.strip_thinking(alone.text) == answer
+            (alone,) = generation.generate(model, tokenizer, [conversation], Decoding(10))
+            assert prompts.strip_thinking(alone.text) == answer
             conversation.append({"role": "assistant", "content": answer})
             assert reward_model.score([conversation])[0] == pytest.approx(row["rewards"][turn], abs=1e-4)
         assert row["scores"] == [rewards.to_score(r) for r in row["rewards"]]
         assert row["scores_logged"] == [rewards.to_logged_scale(r) for r in row["rewards"]]
         assert len(row["finished"]) == len(row["answer_tokens"]) == len(row["turns"])
-    summary = me.summarise(rows)
+    summary = scores.summarise(rows)
     assert summary["n"] == 9 and set(summary["by_category"]) == {"a", "b"} and len(summary["by_turn"]) == 2
     per_question = [sum(row["scores"]) / len(row["scores"]) for row in rows]
     assert summary["avg"] == pytest.approx(sum(per_question) / 9)
     assert summary["by_turn"][1] == pytest.approx(sum(row["scores"][1] for row in rows if row["question_id"] != 4) / 8)
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_rows(evaluate, tmp_path, reward_model, monkeypatch):
+def test_an_interrupted_evaluation_goes_on_to_the_same_rows(evaluate, tmp_path):
     whole = evaluate("whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_bytes().split(b"\n")
-    for kept in (1, 3, 6, 9):  # the fingerprint, part of the first chunk, ..., and half a line
+    for kept in (1, 3, 6, 9):  # the fingerprint, part of the first batch, ..., and half a line
         path = tmp_path / f"cut{kept}.jsonl"
         path.write_bytes(b"\n".join(lines[:kept]) + b"\n" + lines[kept][:17])
         assert evaluate(path.name) == whole
         assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    monkeypatch.setattr(me, "generate", None)
-    assert evaluate("whole.jsonl") == whole, "a finished evaluation asks nothing again"
+    assert evaluate("whole.jsonl", model=None) == whole, "a finished evaluation asks nothing again"
 
 
 def test_another_fingerprint_is_refused_by_name(evaluate, questions, tmp_path):
     evaluate()
     content = (tmp_path / "results.jsonl").read_bytes()
     for change, key in (
-        ({"fingerprint": "other"}, "model"),
-        ({"max_new_tokens": 11}, "generation"),
+        ({"fingerprint": {"model": "other"}}, "model"),
+        ({"tokens": 11}, "generation"),
         ({"questions": questions[1:]}, "questions"),
     ):
         with pytest.raises(files.InputError, match=key):
@@ -185,45 +179,28 @@ def test_another_fingerprint_is_refused_by_name(evaluate, questions, tmp_path):
 
 
 def test_a_resumed_run_measures_anew_and_keeps_what_it_had(evaluate, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    evaluate(path=path)
+    path, other = tmp_path / "rows.jsonl", {"model": "m", "adapter": "other"}
+    evaluate(path)
     earlier = path.read_bytes()
     with pytest.raises(files.InputError, match="adapter"):
-        evaluate(path=path, fingerprint={"model": "m", "adapter": "other"})
+        evaluate(path, fingerprint=other)
     assert path.read_bytes() == earlier
-    evaluate(path=path, fingerprint={"model": "m", "adapter": "other"}, renew=True)
+    evaluate(path, fingerprint=other, renew=True)
     assert path.with_name("rows.jsonl.old").read_bytes() == earlier
     assert path.read_bytes().count(b"\n") == earlier.count(b"\n") and b"other" in path.read_bytes()
 
 
-def test_the_baseline_cache(evaluate, tmp_path, logged, monkeypatch):
-    first = evaluate("one.jsonl", use_cache=True)
-    assert "baseline cache" not in logged.text
-    generate = generation.generate
-    monkeypatch.setattr(me, "generate", None)
-    assert evaluate("two.jsonl", use_cache=True) == first
-    assert "taken from the baseline cache" in logged.text
-    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
-    with pytest.raises(TypeError):
-        evaluate("three.jsonl", use_cache=False)
-    with pytest.raises(TypeError):
-        evaluate("four.jsonl", use_cache=True, fingerprint="other")
-    monkeypatch.setattr(me, "generate", generate)
-    evaluate("five.jsonl", use_cache=True, temperature=1.0)
-    assert len(list((tmp_path / "cache").rglob("*.jsonl"))) == 1, "samples are not kept"
-
-
 def test_an_answer_that_only_thinks_scores_as_empty(evaluate, questions, reward_model, monkeypatch):
-    def thinker(model, tokenizer, conversations, **_):
+    def thinker(model, tokenizer, conversations, *_, **__):
         for index in range(len(conversations)):
             yield generation.Answer(index, "<think>and so on", 10, False, 8)
 
-    monkeypatch.setattr(me, "generate", thinker)
+    monkeypatch.setattr(generation, "generate", thinker)
     row = evaluate(questions=questions[:1])[0]
     asked = {"role": "user", "content": questions[0]["turns"][0]}
     empty = reward_model.score([[asked, {"role": "assistant", "content": ""}]])[0]
     assert row["answers"][0] == "" and row["rewards"][0] == pytest.approx(empty, abs=1e-4)
-    assert me.summarise([row])["unfinished"] == 1.0
+    assert scores.summarise([row])["unfinished"] == 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,7 +222,7 @@ def flags(folder: Path, reward_folder: str, output: Path, *more: str) -> list[st
     return [
         *("--model", str(folder / "model"), "--no_4bit", "--reward_model", reward_folder),
         *("--questions", str(folder / "questions.jsonl"), "--output_dir", str(output)),
-        *("--exp_log", str(output.parent / "log.jsonl"), "--mtbench_max_tokens", "12", *more),
+        *("--exp_log", str(output.parent / "log.jsonl"), "--mtbench_max_tokens", "12", "--no-do_retention", *more),
     ]
 
 
@@ -257,15 +234,11 @@ def test_the_command_line(cli_folder, reward_folder, tmp_path, monkeypatch, caps
     second = me.main(
         flags(cli_folder, reward_folder, tmp_path / "two", "--limit", "6", "--mtbench_max_tokens", "4")
         + ["--compare", earlier, "--eval_batch_size", "3", "--exp_tag", "short"]
+        + ["--do_retention", "--retention_limit", "5"]
     )
     assert second["delta"]["mtbench"]["n"] == 6 and second["tag"] == "short"
-    assert {p.name for p in (tmp_path / "two").iterdir()} == {
-        "mtbench.jsonl",
-        "metrics.json",
-        "mtbench.png",
-        "run.json",
-        "run.log",
-    }
+    names = {"mtbench.jsonl", "retention.jsonl", "metrics.json", "mtbench.png", "run.json", "run.log"}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == names and second["final"]["retention"]["n"] == 5
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text("utf-8"))
     assert metrics["final"]["mtbench"] == second["final"]["mtbench"]
     assert metrics["delta"]["mtbench"]["mean"] == pytest.approx(
@@ -385,7 +358,7 @@ def test_a_turn_reads_the_conversation_before_it(tokenizer):
     questions = [{"turns": ["rivers", "and lakes"]}, {"turns": ["rivers"]}]
     first, second = (len(tokenizer(text)["input_ids"]) for text in ("rivers", "and lakes"))
     expected = (first + 10) + (first + 10 + second + 10) + (first + 10)
-    assert me.conversation_tokens(questions, 10, tokenizer) == expected
+    assert scores.conversation_tokens(questions, 10, tokenizer) == expected
 
 
 @pytest.mark.slow

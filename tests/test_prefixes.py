@@ -88,14 +88,14 @@ def prefix_trees(draw):
 @given(prefix_trees(), st.sampled_from([0, 3]))
 def test_random_trees_equal_plain_forward_passes(tree, most_unseen):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefixes, "MOST_UNSEEN", most_unseen)  # 0: block by block
+        patch.setitem(prefixes.MOST_UNSEEN, "cpu", most_unseen)  # 0: block by block
         assert_equal_to_plain(*tree)
 
 
 @pytest.mark.parametrize("most_unseen", [0, 99])
 @pytest.mark.parametrize("pairs", [1, 2, 5, 8])
 def test_pairs_of_one_table(pairs, most_unseen, monkeypatch):
-    monkeypatch.setattr(prefixes, "MOST_UNSEEN", most_unseen)
+    monkeypatch.setitem(prefixes.MOST_UNSEEN, "cpu", most_unseen)
     table = [1 + number % 7 for number in range(40)]
     prompts = [table + [8 + pair % 3, *range(9, 9 + pair)] for pair in range(pairs)]
     answers = [([20 + pair, *range(pair), 31], [31]) for pair in range(pairs)]  # 31 alone: an empty answer's end token
@@ -106,9 +106,10 @@ def test_a_pair_without_a_prompt_predicts_all_but_the_first_token():
     assert_equal_to_plain([[], [1, 2, 3]], [([4, 5], [6, 7, 8]), ([4], [5])])
 
 
-def test_the_row_holds_what_is_shared_once():
+def test_the_row_holds_what_is_shared_once(monkeypatch):
     import torch
 
+    monkeypatch.setitem(prefixes.MOST_UNSEEN, "cpu", 3)
     batch = trl_batch([[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 3]], [([7, 7], [8, 8, 8]), ([7, 7, 7], [8])])
     fold = prefixes.fold_pairs(**batch, dtype=torch.float32)
     assert fold.input_ids.tolist() == [[1, 1, 1, 1, 2, 2, 7, 7, 8, 8, 8, 3, 7, 7, 7, 8]]

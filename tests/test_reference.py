@@ -1,15 +1,16 @@
 """Reference log-probabilities: computed once, reused, the same numbers as a reference in every step."""
 
-import copy
 import json
 import math
 
 import pytest
-from conftest import DEMO, read_rows
+from conftest import read_rows
+from toys import toy_run
 
 import dpo_train
-from llm_alignment import dpo, models, reference
-from llm_alignment.files import baseline_cache
+from llm_alignment import adapters, dpo, models, reference
+from llm_alignment.prompts import PromptStyle
+from llm_alignment.results import baseline_cache
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
@@ -66,29 +67,24 @@ def test_the_reference_is_read_once(reference_passes, monkeypatch, capsys, tmp_p
     assert difference(whole, adapter_of("third")) == 0
 
     # a reference in every step, as TRL's, comes to the same
-    monkeypatch.setattr(dpo, "add_reference", lambda args, trainer, folder: None)
+    monkeypatch.setattr(dpo, "add_reference", lambda *args, **options: None)
     dpo_train.main([*TRAIN_ALONE, "--output_dir", "fourth", "--epochs", "2"])
     assert len(reference_passes) > 20
     assert difference(whole, adapter_of("fourth")) < 2e-6
 
 
-@pytest.fixture(scope="module")
-def demo():
-    args = dpo_train.build_parser().parse_args(["--model", str(DEMO / "model"), "--no_4bit", "--batch", "2"])
-    texts = ["net sales", "12 percent", "of dividends", "sales of 12", "percent"] * 4
-    pairs = [{"prompt": f"Q: {text} {n}", "chosen": text, "rejected": f"{n}"} for n, text in enumerate(texts)]
-    return args, models.load_tokenizer(args), pairs
+TEXTS = ["net sales", "12 percent", "of dividends", "sales of 12", "percent"] * 4
+PAIRS = [{"prompt": f"Q: {text} {n}", "chosen": text, "rejected": f"{n}"} for n, text in enumerate(TEXTS)]
 
 
-def trainer_with_reference(demo, folder, adapter=""):
-    args, tokenizer, pairs = demo
-    args = copy.copy(args)
-    args.output_dir = str(folder)
-    model = models.load_model(args)
+def trainer_with_reference(folder, adapter=""):
+    setup, *settings = toy_run(folder)
+    model = models.load_model(setup.base)
     if adapter:
-        model = models.load_adapter(model, adapter, trainable=True)
-    trainer = dpo.build_trainer(args, model, tokenizer, dpo.fit_pairs(pairs, tokenizer, args, "\0"))
-    reference.add_reference(args, trainer, folder)
+        model = adapters.load_adapter(model, adapter, trainable=True)
+    rows = dpo.fit_pairs(PAIRS, setup.tokenizer, PromptStyle(use_chat_template=False), 3072)
+    trainer = dpo.build_trainer(model, setup, rows, *settings)
+    reference.add_reference(trainer, folder, fingerprint={"model": "demo"}, use_cache=True)
     return trainer
 
 
@@ -96,38 +92,35 @@ def values(trainer):
     return [trainer.train_dataset[f"ref_{side}_logps"][:] for side in ("chosen", "rejected")]
 
 
-def test_killed_while_the_reference_is_computed(demo, tmp_path, reference_passes, monkeypatch):
-    whole = values(trainer_with_reference(demo, tmp_path / "whole"))
+def test_killed_while_the_reference_is_computed(tmp_path, reference_passes, monkeypatch):
+    whole = values(trainer_with_reference(tmp_path / "whole"))
     passes = len(reference_passes)
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "other"))
     lines = (tmp_path / "whole" / "reference.jsonl").read_bytes().split(b"\n")
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / "reference.jsonl").write_bytes(b"\n".join(lines[:11]) + b"\n" + lines[11][:9])
-    assert values(trainer_with_reference(demo, tmp_path / "killed")) == whole
+    assert values(trainer_with_reference(tmp_path / "killed")) == whole
     assert passes < len(reference_passes) < 2 * passes
 
 
-def test_a_damaged_cache_is_computed_again(demo, tmp_path, logged):
-    whole = values(trainer_with_reference(demo, tmp_path / "whole"))
-    fingerprint = json.loads((tmp_path / "whole" / "reference.jsonl").read_text("utf-8").splitlines()[0])[
-        "fingerprint"
-    ]
-    cached = baseline_cache(fingerprint)
+def test_a_damaged_cache_is_computed_again(tmp_path, logged):
+    whole = values(trainer_with_reference(tmp_path / "whole"))
+    cached = baseline_cache(read_rows(tmp_path / "whole" / "reference.jsonl")[0]["fingerprint"])
     cached.write_bytes(b"\0damaged" + cached.read_bytes()[:50])
-    assert values(trainer_with_reference(demo, tmp_path / "again")) == whole
+    assert values(trainer_with_reference(tmp_path / "again")) == whole
     assert "damaged" in logged.text
 
 
-def test_the_reference_of_an_adapter_is_that_adapter(demo, tmp_path):
+def test_the_reference_of_an_adapter_is_that_adapter(tmp_path):
     import torch
 
-    first = trainer_with_reference(demo, tmp_path / "first")
+    first = trainer_with_reference(tmp_path / "first")
     torch.manual_seed(2)
     for parameter in first.model.parameters():
         if parameter.requires_grad:
             parameter.data = 0.05 * torch.randn_like(parameter)
     first.model.save_pretrained(tmp_path / "adapter")
-    on = trainer_with_reference(demo, tmp_path / "on", adapter=str(tmp_path / "adapter"))
+    on = trainer_with_reference(tmp_path / "on", adapter=str(tmp_path / "adapter"))
     assert values(on)[0] != pytest.approx(values(first)[0], rel=1e-3)
     assert list(on.model.peft_config) == ["default"]
     loss = on.compute_loss(on.model, next(iter(on.get_train_dataloader())))
@@ -136,5 +129,5 @@ def test_the_reference_of_an_adapter_is_that_adapter(demo, tmp_path):
     # the same tensors at another scale are another policy
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text("utf-8"))
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 64}), "utf-8")
-    scaled = trainer_with_reference(demo, tmp_path / "scaled", adapter=str(tmp_path / "adapter"))
+    scaled = trainer_with_reference(tmp_path / "scaled", adapter=str(tmp_path / "adapter"))
     assert values(scaled)[0] != pytest.approx(values(on)[0], rel=1e-3)

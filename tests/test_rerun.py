@@ -295,7 +295,7 @@ def test_a_grid_is_every_combination_with_folder_tag_and_row_of_its_own_and_cont
     rows = [f"S4-kl_coef{kl}-learning_rate{rate}, 2 seeds" for kl in ("0", "0.3") for rate in ("1e-5", "1e-4")]
     (saved,) = (fake_sft / "experiments" / records.REPORT).glob("campaign_*.md")
     table = saved.read_text("utf-8")
-    assert all(f"\n| {row} |" in table for row in rows) and "0.2500 \\[-0.1250, 0.6250]" in table
+    assert all(f"\n| {row} |" in table for row in rows) and "0.2500 \\[-0.1711, 0.6711]" in table
     words = " ".join(capfd.readouterr().out.split())
     assert words.count("S4 kl_coef 0.3 learning_rate 1e-4 seed 2") >= 2
 

@@ -1,5 +1,6 @@
 """sft_train.py from end to end on the demo's files: data, runs, bad input, and runs that are killed and go on."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,11 +12,15 @@ from pathlib import Path
 import pytest
 from conftest import DEMO, ROOT, chat, logged_commands, read_rows, write_rows
 from run_records import records
+from toys import setup_of
 
 import sft_train
-from llm_alignment import files, models
+from llm_alignment import files, models, sft
+from llm_alignment.anchored_loss import AnchorSettings
 from llm_alignment.encoder import ChatEncoder
 from llm_alignment.files import SkippedRows
+from llm_alignment.flags import fill
+from llm_alignment.training import TrainingSettings
 
 TWIX = [row for _, row in files.read_rows(DEMO / "twix.jsonl", SkippedRows())]
 FOLDER = tempfile.TemporaryDirectory()
@@ -84,7 +89,7 @@ def test_a_run_measures_trains_and_leaves_everything(tmp_path, capsys):
     assert record["kept_step"] == max(scores, key=scores.get)
     assert metrics["final"]["mtbench"]["avg"] == scores[record["kept_step"]]
     steps = [entry for entry in history if "kl_coef" in entry]
-    assert [entry["kl_coef"] for entry in steps] == pytest.approx([0.05, 0.2, 0.2, 0.2])
+    assert [entry["kl_coef"] for entry in steps] == pytest.approx([0, 0.05, 0.2, 0.2, 0.2])  # the first, every fourth
     assert steps[-1]["kl"] > 0 and steps[-1]["loss"] == pytest.approx(
         steps[-1]["nll"] + 0.2 * steps[-1]["kl"], rel=1e-4
     )
@@ -94,9 +99,7 @@ def test_a_run_measures_trains_and_leaves_everything(tmp_path, capsys):
 def test_early_stopping_asks_a_sample_and_the_end_asks_all(tmp_path, monkeypatch):
     """2 of 6 questions at the steps; the score is compared with the base's on the same 2."""
     folder, compared = tmp_path / "run", []
-    monkeypatch.setattr(
-        sft_train, "early_stop_reason", lambda baseline, scores, patience: compared.append(baseline) and None
-    )
+    monkeypatch.setattr(sft, "early_stop_reason", lambda baseline, *_: compared.append(baseline))
     argv = flags(folder, "--mtbench_ru", str(DEMO / "mt_bench_ru.jsonl"), "--mtbench_questions_limit", "6")
     argv += ["--mtbench_midtrain_questions", "2", "--early_stop_patience", "3", "--eval_steps", "8"]
     argv += ["--mtbench_max_tokens", "8"]
@@ -120,7 +123,7 @@ def test_the_anchor_starts_from_no_divergence(whole_run):
     """The reference is the base: before the first KL step moves the adapter far, the KL is near 0, and it grows."""
     _, folder = whole_run
     history = read_rows(folder / "train_log.jsonl")
-    kl = [entry["kl"] for entry in history if "kl" in entry]
+    kl = [entry["kl"] for entry in history if entry.get("kl_coef")]
     assert 0 < kl[0] < kl[-1]
 
 
@@ -156,17 +159,29 @@ def test_packed_examples_do_not_see_one_another(tmp_path):
     import datasets
     import torch
 
-    args = sft_train.build_parser().parse_args(
-        ["--model", str(DEMO / "model"), "--no_4bit", "--packing", "--batch", "2", "--kl_warmup_steps", "0"]
-        + ["--max_seq_length", "64", "--kl_limit_seq", "5", "--output_dir", str(tmp_path), "--lora_dropout", "0"]
-    )
-    tokenizer = models.load_tokenizer(args)
-    encoder = ChatEncoder(tokenizer, thinking=False, assistant_only=False)
+    argv = [
+        "--model",
+        str(DEMO / "model"),
+        "--no_4bit",
+        "--batch",
+        "2",
+        "--kl_warmup_steps",
+        "0",
+        "--kl_limit_seq",
+        "5",
+    ]
+    argv += ["--max_seq_length", "64", "--output_dir", str(tmp_path), "--lora_dropout", "0"]
+    args = sft_train.build_parser().parse_args(argv)
+    setup = setup_of(vars(args))
+    encoder = ChatEncoder(setup.tokenizer, thinking=False, assistant_only=False)
     rows = datasets.Dataset.from_list([encoder(chat(f"Привет, {n}", "ответ " * (n + 3))) for n in range(9)])
+    settings = fill(TrainingSettings, args, longest=64)
     losses = []
     for packing in (True, False):
-        args.packing = packing
-        trainer = sft_train.build_trainer(args, models.load_model(args), tokenizer, rows, rows)
+        trainer = sft.build_trainer(
+            models.load_model(setup.base), setup, {"train": rows, "validation": rows}, settings,
+            sft=sft.SftSettings(64, packing, 1), anchor=fill(AnchorSettings, args),
+        )  # fmt: skip
         torch.manual_seed(0)
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
@@ -179,6 +194,19 @@ def test_packed_examples_do_not_see_one_another(tmp_path):
         losses.append((sum(parts), trainer.kl_since_log, int(items), int(trainer.kl_items)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][3] == 9 * 5
+
+
+@pytest.mark.parametrize("marks", [[False, False], [True, False]])
+def test_an_anchor_on_replay_rows_where_a_step_has_none(marks, sft_trainer):
+    import torch
+
+    trainer = sft_trainer("--kl_warmup_steps", "0", "--kl_limit_seq", "5")
+    batch = trainer.data_collator([trainer.train_dataset[number] for number in range(2)])
+    trainer.anchor, trainer.state.global_step = dataclasses.replace(trainer.anchor, kl_on="replay"), 1
+    (batch,), items = trainer.get_batch_samples(iter([batch | {"replay": torch.tensor(marks)}]), 1, "cpu")
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).item()
+    assert batch["kl_mask"].sum(dim=1).tolist() == [5 * mark for mark in marks]
+    assert loss == pytest.approx(trainer.nll_since_log) and trainer.kl_since_log == pytest.approx(0, abs=1e-6)
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
@@ -302,7 +330,10 @@ def bad_inputs(tmp_path):
     return {
         "no such dataset": (["--dataset", str(tmp_path / "nowhere.jsonl")], "nowhere.jsonl"),
         "an empty dataset": (["--dataset", str(empty)], "no usable row"),
-        "no usable row": (["--dataset", str(broken)], "broken.jsonl:1 (no messages); broken.jsonl:2 (not valid JSON)"),
+        "no usable row": (
+            ["--dataset", str(broken)],
+            "broken.jsonl:1 (messages holds no turns); broken.jsonl:2 (not valid JSON)",
+        ),
         "a broken Parquet file": (["--dataset", str(parquet)], "not a readable Parquet file"),
         "a subset without rows": (["--subset", "reasoning", "--dataset", str(few(tmp_path))], "'general': 3"),
         "a ratio above 1": (["--sample_ratio", "1.5"], "not within 0..1"),
@@ -311,15 +342,15 @@ def bad_inputs(tmp_path):
         "layers that the model lacks": (["--target_modules", "nope"], "--target_modules nope"),
         "answers beyond the length": (
             ["--assistant_only_loss", "--max_seq_length", "2"],
-            "no training row has an answer within --max_seq_length 2",
+            "row has an answer within --max_seq_length 2",
         ),
         "packed answers beyond the length": (
             ["--assistant_only_loss", "--max_seq_length", "2", "--packing"],
-            "no training row has an answer within --max_seq_length 2",
+            "row has an answer within --max_seq_length 2",
         ),
         "a length of one token": (
             ["--max_seq_length", "1"],
-            "no training row has an answer within --max_seq_length 1",
+            "row has an answer within --max_seq_length 1",
         ),
         "a sample of nothing": (["--sample_ratio", "0"], "0 prompts left"),
         "an empty question file": (["--mtbench_ru", str(empty)], "no questions"),
@@ -335,7 +366,7 @@ def bad_inputs(tmp_path):
         "packing a stream": (["--packing", "--streaming", "--dry_run"], "--packing"),
         "a stream of answers beyond the length": (
             ["--assistant_only_loss", "--max_seq_length", "2", "--streaming"],
-            "no training row has an answer within --max_seq_length 2",
+            "row has an answer within --max_seq_length 2",
         ),
         "a checkpoint that is none": (["--resume_from_checkpoint", str(tmp_path)], "it was not finished"),
     }
@@ -392,13 +423,20 @@ def test_logged_commands_parse():
         assert args.output_dir.startswith("qwen3_") and args.no_4bit is False
 
 
+def stops(metric, baseline, scores, patience=2):
+    return sft.early_stop_reason(baseline, scores, patience, *sft.RULES[metric])
+
+
 def test_early_stopping_rule():
-    assert sft_train.early_stop_reason(5.0, [4.9], 2) is None
-    assert sft_train.early_stop_reason(5.0, [4.69], 2).startswith("MT-Bench 4.690 is more than 0.30 below")
-    assert sft_train.early_stop_reason(None, [1.0], 1) is None
-    assert sft_train.early_stop_reason(5.0, [5.0, 5.04, 5.02], 2) == "2 evaluations without a gain of 0.05"
-    assert sft_train.early_stop_reason(5.0, [5.0, 5.04, 5.08], 2) is None  # small gains add up
-    assert sft_train.early_stop_reason(5.0, [5.0, 4.8, 5.1, 5.0], 2) is None
+    assert stops("mtbench", 5.0, [4.9]) is None
+    assert stops("mtbench", 5.0, [4.69]).startswith("MT-Bench 4.690 is more than 0.30")
+    assert stops("mtbench", None, [1.0], 1) is None
+    assert stops("mtbench", 5.0, [5.0, 5.04, 5.02]).startswith("2 evaluations without a gain of 0.05")
+    assert stops("mtbench", 5.0, [5.0, 5.04, 5.08]) is None  # small gains add up
+    assert stops("mtbench", 5.0, [5.0, 4.8, 5.1, 5.0]) is None
+    assert stops("val_loss", 2.0, [2.0, 1.9, 1.8]) is None and stops("val_loss", 2.0, [2.06]).startswith("validation")
+    assert stops("val_loss", 2.0, [1.8, 1.81, 1.8]).startswith("2 evaluations without a gain of 0.005")
+    assert stops("retention", 80.0, [75.5]) is None and stops("retention", 80.0, [74.9]).startswith("retention 74.900")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

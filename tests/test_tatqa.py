@@ -7,11 +7,13 @@ import pytest
 from conftest import DEMO
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import context, question
+from toys import context, question, rows_of
 
 from llm_alignment import generation, models, tatqa
 from llm_alignment.files import InputError, SkippedRows
-from llm_alignment.tatqa import tatqa_em_f1, tatqa_em_like, tatqa_parse, tatqa_prompt
+from llm_alignment.generation import Decoding
+from llm_alignment.prompts import PromptStyle
+from llm_alignment.tatqa import PromptContent, tatqa_em_f1, tatqa_em_like, tatqa_parse, tatqa_prompt
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The official metric, each rule worked by hand
@@ -233,28 +235,32 @@ def test_prompt_shows_table_and_passages_within_the_limits():
     text = tatqa_prompt(context(gold), gold)
     assert "|  | 2019 | 2018 |\n| --- | --- | --- |\n| Sales | $1,496.5 | (59.9) |" in text
     assert "First passage" in text and "Second" not in text and text.endswith("Question: What?\nAnswer:")
-    text = tatqa_prompt(context(gold), gold, table_rows=2, table_cols=2, para_chars=15, only_rel_paras=False)
+    small = PromptContent(tatqa_table_rows=2, tatqa_table_cols=2, tatqa_para_chars=15, tatqa_only_rel_paras=False)
+    text = tatqa_prompt(context(gold), gold, small)
     assert "| Sales | $1,496.5 |\n\n" in text and "Costs" not in text
     assert "Text:\nFirst passage\n" in text  # in order, cut at a word
-    assert "Text:\nFir\n" in tatqa_prompt(context(gold), gold, para_chars=3)
-    assert "Text:" not in tatqa_prompt(context(gold), gold, para_chars=0)
+    assert "Text:\nFir\n" in tatqa_prompt(context(gold), gold, PromptContent(tatqa_para_chars=3))
+    assert "Text:" not in tatqa_prompt(context(gold), gold, PromptContent(tatqa_para_chars=0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
+PLAIN = PromptStyle(use_chat_template=False)
+
+
 @pytest.fixture(scope="module")
-def questions(demo_args, demo_tokenizer):
+def questions(demo_tokenizer):
     contexts = tatqa.read_tatqa(DEMO / "tatqa" / "tatqa_dataset_dev.json", SkippedRows())
     chosen = tatqa.tatqa_questions(contexts, limit=20, seed=1)
     assert tatqa.tatqa_questions(contexts[::-1], limit=20, seed=1) == chosen
-    return tatqa.fit_questions(chosen, demo_tokenizer, demo_args)
+    return tatqa.fit_questions(chosen, demo_tokenizer, PLAIN)
 
 
 @pytest.fixture(scope="module")
-def model(demo_args):
-    return models.load_model(demo_args).eval()
+def model(demo_base):
+    return models.load_model(demo_base).eval()
 
 
 def prompt_tokens_read(model, run):
@@ -271,16 +277,14 @@ def prompt_tokens_read(model, run):
 
 @pytest.mark.slow
 def test_reading_a_table_once_changes_no_answer(model, demo_tokenizer, questions, tmp_path, monkeypatch):
-    answers, read, grouped = {}, {}, tatqa.generate_grouped
+    answers, read, grouped = {}, {}, generation.generate_grouped
     for share in (True, False):
-        monkeypatch.setattr(tatqa, "generate_grouped", functools.partial(grouped, share_prefix=share))
+        monkeypatch.setattr(generation, "generate_grouped", functools.partial(grouped, share_prefix=share))
         for one_line in (True, False):
-            settings = dict(path=tmp_path / f"{share}_{one_line}.jsonl", fingerprint={}, max_new_tokens=12)
+            task = tatqa.tatqa_evaluation(questions, Decoding(12), PromptStyle(use_chat_template=not one_line))
+            path = tmp_path / f"{share}_{one_line}.jsonl"
             rows, read[share] = prompt_tokens_read(
-                model,
-                lambda settings=settings, one_line=one_line: tatqa.answer_tatqa(
-                    model, demo_tokenizer, questions, one_line=one_line, **settings
-                ),
+                model, lambda task=task, path=path: rows_of(task, model, demo_tokenizer, path)
             )
             assert [row["question_id"] for row in rows] == [question["question_id"] for question in questions]
             answers[share, one_line] = [row["answer"] for row in rows]
@@ -289,10 +293,8 @@ def test_reading_a_table_once_changes_no_answer(model, demo_tokenizer, questions
     assert read[True] < 0.7 * read[False]
 
 
-def test_a_row_holds_what_a_reader_needs(model, demo_tokenizer, questions, tmp_path):
-    rows = tatqa.answer_tatqa(
-        model, demo_tokenizer, questions[:2], path=tmp_path / "rows.jsonl", fingerprint={}, max_new_tokens=6
-    )
+def test_a_row_holds_what_a_reader_needs(model, demo_tokenizer, questions):
+    rows = tatqa.answer_questions(model, demo_tokenizer, questions[:2], decoding=Decoding(6), one_line=True)
     for row, asked in zip(rows, questions, strict=False):
         assert set(row) == {
             "question_id", "context", "question", "answer_type", "scale", "gold", "answer", "em_like", "em", "f1",
@@ -304,20 +306,19 @@ def test_a_row_holds_what_a_reader_needs(model, demo_tokenizer, questions, tmp_p
 
 
 @pytest.mark.parametrize("opens", [True, False])
-def test_a_thought_is_no_answer(demo_tokenizer, questions, tmp_path, monkeypatch, model, opens):
+def test_a_thought_is_no_answer(demo_tokenizer, questions, monkeypatch, model, opens):
     """Templates of thinking models may open the block themselves: what the model writes then closes it alone."""
     text = "It is 5.\n</think>\n\n7" if opens else "<think>It is 5.\n</think>\n\n7"
     tokens = demo_tokenizer(text)["input_ids"] + [demo_tokenizer.eos_token_id]
-    monkeypatch.setattr(tatqa, "generate_grouped", lambda model, groups, *_: [[tokens] * len(g) for g in groups])
+    monkeypatch.setattr(generation, "generate_grouped", lambda model, groups, *_: [[tokens] * len(g) for g in groups])
     prompt = demo_tokenizer("Answer:<think>\n" if opens else "Answer:")["input_ids"]
-    rows = tatqa.answer_tatqa(
-        model, demo_tokenizer, [{**questions[0], "tokens": prompt}], path=tmp_path / "rows.jsonl", fingerprint={}
-    )
+    asked = [{**questions[0], "tokens": prompt}]
+    rows = tatqa.answer_questions(model, demo_tokenizer, asked, decoding=Decoding(64), one_line=False)
     assert [row["answer"] for row in rows] == ["7"]
 
 
 def test_groups_of_one_prompt_or_without_a_common_beginning(model, demo_tokenizer):
-    settings = generation.decoding_settings(model, demo_tokenizer, temperature=0.0, top_p=1.0)
+    settings = generation.generation_config(model, demo_tokenizer, Decoding(8))
     texts = [
         ["What is 3 + 4?"],
         ["Name the capital of France.", "Spell the word house."],
@@ -334,16 +335,15 @@ def test_groups_of_one_prompt_or_without_a_common_beginning(model, demo_tokenize
 
 
 def test_an_evaluation_goes_on_where_it_stopped(model, demo_tokenizer, questions, tmp_path):
-    settings = dict(fingerprint={"model": "demo"}, max_new_tokens=8)
-    whole = tatqa.answer_tatqa(model, demo_tokenizer, questions, path=tmp_path / "whole.jsonl", **settings)
+    task = tatqa.tatqa_evaluation(questions, Decoding(8), PLAIN)
+    whole = rows_of(task, model, demo_tokenizer, tmp_path / "whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_bytes().split(b"\n")
     cut = tmp_path / "cut.jsonl"
     cut.write_bytes(b"\n".join(lines[:9]) + b"\n" + lines[9][:20])  # killed in the middle of a context and of a line
-    assert tatqa.answer_tatqa(model, demo_tokenizer, questions, path=cut, **settings) == whole
-    ids = [json.loads(line)["question_id"] for line in cut.read_text("utf-8").split("\n")[1:] if line]
-    assert sorted(ids) == sorted(question["question_id"] for question in questions)
+    assert rows_of(task, model, demo_tokenizer, cut) == whole
+    assert sorted(cut.read_bytes().split(b"\n")) == sorted(lines)
     with pytest.raises(InputError, match="max_new_tokens"):
-        tatqa.answer_tatqa(model, demo_tokenizer, questions, path=cut, **{**settings, "max_new_tokens": 9})
+        rows_of(tatqa.tatqa_evaluation(questions, Decoding(9), PLAIN), model, demo_tokenizer, cut)
 
 
 def test_summary_and_comparison_by_answer_type():

@@ -1,5 +1,6 @@
 """Checkpoints, resume, signals: runs of sft_train.py on the demo's files that end early and go on."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,10 +16,11 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import DEMO, ROOT, run_error
+from toys import toy_run
 
 import dpo_train
 import sft_train
-from llm_alignment import files, training
+from llm_alignment import files, sft, training
 
 EARLY_STOP = [
     "--early_stop_patience", "1", "--eval_steps", "2", "--mtbench_questions_limit", "2", "--mtbench_max_tokens", "4",
@@ -193,7 +195,6 @@ def test_a_finished_run_that_is_resumed_changes_nothing(more, flags, whole, tmp_
     folder = tmp_path / "run" if more else whole
     if more:
         sft_train.main(flags(folder, *more))
-    (folder / "README.md").write_text("the tags in the order of another process", encoding="utf-8")
     before = contents(folder)
     for _ in range(2):
         sft_train.main(flags(folder, *more, "--resume_from_checkpoint", "auto"))
@@ -239,7 +240,7 @@ def test_other_damage_is_skipped_too(flags, whole, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_that_stopped_early_is_not_trained_on(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sft_train, "early_stop_reason", lambda *scores: "enough" if len(scores[1]) == 2 else None)
+    monkeypatch.setattr(sft, "early_stop_reason", lambda _, scores, *rest: "enough" if len(scores) == 2 else None)
     record = sft_train.main(flags(tmp_path / "run", *EARLY_STOP))
     for path in [*(tmp_path / "run").glob("adapter_*"), tmp_path / "run" / "mtbench_final.jsonl"]:
         path.unlink()  # as if killed after the stop
@@ -263,17 +264,17 @@ def test_a_resume_with_other_flags_names_them(flags, whole, capsys):
 
 
 def test_a_resume_on_other_data_names_what_differs(flags, dataset, whole, capsys):
-    before = contents(whole)
-    text = dataset.read_text("utf-8")
-    try:
-        dataset.write_text(text.replace("а", "о"), encoding="utf-8")
-        error = run_error(capsys, sft_train.main, *flags(whole, "--resume_from_checkpoint", "auto"))
-        assert "data sha256: " in error and "learning_rate" not in error
-        dataset.write_text("".join(text.splitlines(keepends=True)[:15]), encoding="utf-8")
-        error = run_error(capsys, sft_train.main, *flags(whole, "--resume_from_checkpoint", "auto"))
-        assert "data rows: " in error and "'general_train': 18" in error
-    finally:
+    before, text = contents(whole), dataset.read_text("utf-8")
+    for changed, named in (
+        (text.replace("а", "о"), "data sha256: "),
+        ("".join(text.splitlines(keepends=True)[:15]), "'general_train': 18"),
+    ):
+        dataset.write_text(changed, encoding="utf-8")
+        with pytest.raises(SystemExit) as stop:
+            sft_train.main(flags(whole, "--resume_from_checkpoint", "auto"))
         dataset.write_text(text, encoding="utf-8")
+        error = capsys.readouterr().err.splitlines()[-1]  # after the bar of the validation rows
+        assert stop.value.code == 2 and error.startswith("error: ") and named in error and "learning_rate" not in error
     assert contents(whole) == before
 
 
@@ -312,6 +313,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(flags,
 def test_fp16_steps_that_are_skipped_without_end_stop_the_run(sft_trainer):
     trainer, control = sft_trainer(), transformers.TrainerControl()
     keeper = training.RunKeeper(trainer, None)
+    keeper.on_train_begin(trainer.args, trainer.state, control)
     for skipped in [True] * 19 + [False] + [True] * 19:  # a whole step between: the count begins again
         trainer.accelerator = types.SimpleNamespace(optimizer_step_was_skipped=skipped)
         keeper.on_step_end(trainer.args, trainer.state, control)
@@ -324,7 +326,8 @@ import sys, time
 sys.path.insert(0, {root!r})
 import torch, transformers
 import sft_train
-save, step, steps = transformers.Trainer._save_rng_state, sft_train.fused_nll_kl, 0
+from llm_alignment import sft
+save, step, steps = transformers.Trainer._save_rng_state, sft.fused_nll_kl, 0
 def late(self, folder):
     time.sleep(2 * self.args.process_index)
     save(self, folder)
@@ -334,7 +337,7 @@ def poisoned(*args, **kwargs):
     loss, *rest = step(*args, **kwargs)
     return (loss * (float("nan") if steps == 6 and torch.distributed.get_rank() == 1 else 1), *rest)
 transformers.Trainer._save_rng_state = late
-sft_train.fused_nll_kl = poisoned
+sft.fused_nll_kl = poisoned
 sft_train.main({argv!r})
 """
 
@@ -376,18 +379,21 @@ def test_the_gradient_checkpointing_flag(text, choice):
 @pytest.mark.parametrize("more, others, is_on", [(1, [], False), (-1, [], True), (1, [2**40], False), (1, [0], True)])
 def test_auto_checkpointing_where_training_does_not_fit(monkeypatch, more, others, is_on):
     """1.15 times the estimate and 1 GiB, `more` or less, are free here; in the process with the least it decides."""
-    args = sft_train.build_parser().parse_args(["--model", str(DEMO / "model"), "--no_4bit", "--batch", "1"])
-    assert training.uses_checkpointing(args, 1000) is False  # on CPU
-    needed = training.memory_of(args, 1000)
+    setup, settings, _ = toy_run("run", batch=1)
+    settings = dataclasses.replace(settings, longest=1000)
+
+    def uses(choice: str) -> bool:
+        asked = dataclasses.replace(settings, gradient_checkpointing=choice)
+        return training.uses_checkpointing(asked, setup.base, setup.lora)
+
+    assert not uses("auto")  # on CPU
+    needed = training.memory_of(settings, setup.base, setup.lora)
     free = 1.15 * (needed["adapter"] + needed["activations"] + needed["logits"]) + 2**30 + more
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(training, "memory_of", lambda *_: needed)
     monkeypatch.setattr(training, "free_memory", lambda: (free, 10 * free))
     monkeypatch.setattr(training, "gathered", lambda items: [*items, *others])
-    assert training.uses_checkpointing(args, 1000) is is_on
-    for choice in ("on", "off"):
-        args.gradient_checkpointing = choice
-        assert training.uses_checkpointing(args, 1000) is (choice == "on")
+    assert uses("auto") is is_on and uses("on") and not uses("off")
 
 
 def peak_bytes(run, parameters):
@@ -432,15 +438,12 @@ def measured_step(sft_trainer, model, batch, tokens, checkpointing):
         with trainer.accelerator.autocast():
             trainer.training_step(trainer.model, {"input_ids": ids, "labels": ids.clone()}, ids.numel())
 
-    args = sft_train.build_parser().parse_args([*more, "--no_4bit", "--target_modules", "all-linear"])
-    args.lora_dropout = 0.0
-    needed = training.memory_of(args, tokens)
-    gradients = needed["adapter"] / 4
-    return (
-        trainer,
-        step,
-        needed["checkpointed" if checkpointing == "on" else "activations"] + needed["logits"] + gradients,
+    setup, settings, _ = toy_run(
+        "run", model=model, batch=batch, lora_r=8, target_modules="all-linear", lora_dropout=0
     )
+    needed = training.memory_of(dataclasses.replace(settings, longest=tokens), setup.base, setup.lora)
+    kept = needed["checkpointed" if checkpointing == "on" else "activations"]
+    return trainer, step, kept + needed["logits"] + needed["adapter"] / 4  # of which the gradients are a quarter
 
 
 @pytest.mark.slow

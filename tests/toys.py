@@ -1,11 +1,19 @@
-"""Toy models: a tokenizer, a random Qwen3, a random reward model, and texts for them; a TAT-QA table."""
+"""Toy models: a tokenizer, a random Qwen3, a random reward model, and texts for them; a TAT-QA table; a small run."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from conftest import DEMO
+
+if TYPE_CHECKING:
+    from llm_alignment.dpo import DpoSettings
+    from llm_alignment.evaluation import Evaluation
+    from llm_alignment.models import Base
+    from llm_alignment.training import Setup, TrainingSettings
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -119,3 +127,48 @@ def context(*questions) -> dict:
     table = [["", "2019", "2018"], ["Sales", "$1,496.5", "(59.9)"], ["Costs", "1,202.9", "1,107.7"]]
     paragraphs = [{"order": 2, "text": "Second passage."}, {"order": 1, "text": "First passage of words."}]
     return {"table": {"uid": "t", "table": table}, "paragraphs": paragraphs, "questions": list(questions)}
+
+
+def toy_base(**flags) -> Base:
+    """The demo's model, not quantised, as the base of a run; `flags` are those of BaseFlags."""
+    from llm_alignment.models import BaseFlags, resolve_base
+
+    return resolve_base(BaseFlags(**{"model": str(DEMO / "model"), "no_4bit": True} | flags))
+
+
+def setup_of(values: dict) -> Setup:
+    """What a run with these flags stands on; no earlier run is looked for."""
+    from llm_alignment.adapters import LoraSettings
+    from llm_alignment.flags import fill
+    from llm_alignment.models import BaseFlags, load_tokenizer, resolve_base
+    from llm_alignment.training import Setup
+
+    base = resolve_base(fill(BaseFlags, values))
+    return Setup(base, load_tokenizer(base), fill(LoraSettings, values), Path(values["output_dir"]), None, {})
+
+
+def toy_run(folder: Path | str, **flags) -> tuple[Setup, TrainingSettings, DpoSettings]:
+    """What dpo_train.py makes of these flags, on the demo's model where they name no other."""
+    import dpo_train
+    from llm_alignment.dpo import DpoSettings
+    from llm_alignment.flags import fill
+    from llm_alignment.training import TrainingSettings
+
+    demo = {"model": str(DEMO / "model"), "no_4bit": True, "output_dir": str(folder)}
+    values = {**vars(dpo_train.build_parser().parse_args([])), **demo, **flags}
+    return setup_of(values), fill(TrainingSettings, values, longest=99), fill(DpoSettings, values)
+
+
+def toy_model() -> torch.nn.Module:
+    """A model for what reads no text: on CPU, with a list for the batches that it is given."""
+    model = torch.nn.Linear(1, 1)
+    model.device, model.batches = torch.device("cpu"), []
+    return model
+
+
+def rows_of(evaluation: Evaluation, model, tokenizer, path: Path, **options) -> list[dict]:
+    """What `read_items` gives of an adapter, in a file that is not to hold another evaluation."""
+    from llm_alignment.evaluation import read_items
+
+    options = {"fingerprint": {"adapter": "trained"}, "renew": False} | options
+    return read_items(evaluation, lambda: model, tokenizer, path, **options)

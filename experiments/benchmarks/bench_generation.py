@@ -16,8 +16,8 @@ import time
 from harness import SHAPES, device_name
 
 from llm_alignment.flags import positive
-from llm_alignment.generation import free_batch_size, generate
-from llm_alignment.models import device_and_dtype
+from llm_alignment.generation import Decoding, free_batch_size, generate
+from llm_alignment.processes import device_and_dtype
 from mtbench_eval import load_questions
 
 
@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None) -> None:
 
     model, tokenizer = load(args)
     questions = load_questions(args.questions, language=args.language, limit=args.limit)
-    settings = dict(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, backend=args.backend)
+    decoding = Decoding(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, backend=args.backend)
     ways = {
         "alone": lambda chats: one_at_a_time(model, tokenizer, chats, args.max_new_tokens),
-        "batched": lambda chats: [answer.text for answer in sorted(generate(model, tokenizer, chats, **settings))],
+        "batched": lambda chats: [answer.text for answer in sorted(generate(model, tokenizer, chats, decoding))],
     }
     warm_up = [[{"role": "user", "content": questions[0]["turns"][0]}]] * 2
     for way in ways.values():

@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
                     seconds, peak = (statistics.median(values) for values in list(zip(*results, strict=True))[:2])
                     shown.append(f"{seconds:6.1f} s CPU, {peak:5.0f} MiB ({peak / size:.2f} x the file)")
                 if options.other:
-                    ratios = [statistics.median(ours[n] / other[n] for ours, other in runs) for n in range(2)]
+                    pairs = [(ours[0] / other[0], ours[1] / other[1]) for ours, other in runs]
+                    ratios = map(statistics.median, zip(*pairs, strict=True))
                     shown.append("ratios {:.2f} and {:.2f}".format(*ratios))
                     assert len({result[2] for pair in runs for result in pair}) == 1, "other rows were chosen"
                 print(" | ".join(shown), flush=True)

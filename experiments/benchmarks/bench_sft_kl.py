@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
+import dataclasses
 import functools
 import statistics
 import tempfile
 from collections.abc import Callable
 
-from harness import SHAPES, device_name, in_turns, time_ratio
+from harness import SHAPES, device_name, in_turns, sft_trainer, time_ratio
+
+from llm_alignment.anchored_loss import AnchorSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,27 +50,23 @@ class Bench:
         from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
         from trl import SFTTrainer
 
-        import sft_train
-        from llm_alignment.models import device_and_dtype, load_model
+        from llm_alignment.processes import device_and_dtype
 
         shape = SHAPES[options.shape]
         torch.manual_seed(0)
         self.device, self.dtype = device_and_dtype("auto")
         config = Qwen3Config(tie_word_embeddings=True, max_position_embeddings=4096, **shape)
         Qwen3ForCausalLM(config).to(self.dtype).save_pretrained(folder)
-        flags = [
-            "--model", folder, "--output_dir", f"{folder}/out", "--batch", str(options.batch), "--grad_acc", "1",
-            "--kl_coef", "0.03", "--kl_warmup_steps", "1", "--kl_limit_seq", str(options.tail), "--lora_dropout", "0",
-            "--learning_rate", "1e-4", "--max_seq_length", str(options.tokens),
-        ]  # fmt: skip
-        self.args = sft_train.build_parser().parse_args(flags + ([] if options.four_bit else ["--no_4bit"]))
-        self.asft_args = copy.copy(self.args)
-        self.asft_args.kl_limit_seq, self.asft_args.sft_loss, self.asft_args.kl_direction = 0, "dft", "forward"
+        self.anchor = AnchorSettings(kl_coef=0.03, kl_warmup_steps=1, kl_limit_seq=options.tail)
+        self.asft = dataclasses.replace(self.anchor, kl_limit_seq=0, sft_loss="dft", kl_direction="forward")
         tokenizer = toy_tokenizer(PreTrainedTokenizerFast)
         size = (options.batch, options.tokens)
         ids = torch.randint(10, shape["vocab_size"], size, generator=torch.Generator().manual_seed(1))
         rows = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
-        self.ours = sft_train.build_trainer(self.args, load_model(self.args), tokenizer, rows, rows, options.batch)
+        self.ours = sft_trainer(
+            folder, tokenizer, rows, batch=options.batch, grad_acc=1, tokens=options.tokens, anchor=self.anchor,
+            four_bit=options.four_bit,
+        )  # fmt: skip
         self.model = self.ours.model.train()
         with torch.no_grad():  # an adapter that has moved, so that the KL is not 0
             for name, parameter in self.model.named_parameters():
@@ -85,8 +83,8 @@ class Bench:
         whole = self.dtype == torch.float32
         self.autocast = contextlib.nullcontext() if whole else torch.autocast(self.device.type, self.dtype)
 
-    def step_ours(self, step: int, args: argparse.Namespace) -> float:
-        self.ours.state.global_step, self.ours.flags = step, args
+    def step_ours(self, step: int, anchor: AnchorSettings) -> float:
+        self.ours.state.global_step, self.ours.anchor = step, anchor
         iterator = iter([{**self.batch, "labels": self.labels}])
         (prepared,), num_items = self.ours.get_batch_samples(iterator, 1, self.device)
         return self.ours.training_step(self.model, prepared, num_items).item()
@@ -107,7 +105,7 @@ class Bench:
             loss = torch.nn.functional.cross_entropy(flat, self.labels[:, 1:].flatten())
             log_p = torch.log_softmax(logits[:, -self.tail - 1 : -1].float(), -1)
             log_r = torch.log_softmax(reference[:, -self.tail - 1 : -1].float(), -1)
-            loss = loss + self.args.kl_coef * (log_p.exp() * (log_p - log_r)).sum(-1).mean()
+            loss = loss + self.anchor.kl_coef * (log_p.exp() * (log_p - log_r)).sum(-1).mean()
         loss.backward()
         return loss.item()
 
@@ -119,7 +117,7 @@ class Bench:
             log_p, log_r = torch.log_softmax(logits, -1), torch.log_softmax(reference, -1)
             picked = log_p.gather(-1, self.labels[:, 1:, None])
             loss = -(picked.exp().detach() * picked).mean()
-            loss = loss + self.args.kl_coef * (log_r.exp() * (log_r - log_p)).sum(-1).mean()
+            loss = loss + self.anchor.kl_coef * (log_r.exp() * (log_r - log_p)).sum(-1).mean()
         loss.backward()
         return loss.item()
 
@@ -136,7 +134,7 @@ class Bench:
             student, teacher = (h[:, -self.tail - 1 : -1].flatten(0, 1) for h in hidden)
             hook.remove()
             divergence, _ = ChunkedDivergenceFunction.apply(student, weight, None, teacher, weight, None, 1.0)
-            loss = output.loss + self.args.kl_coef * divergence.mean()
+            loss = output.loss + self.anchor.kl_coef * divergence.mean()
         loss.backward()
         return loss.item()
 
@@ -145,12 +143,12 @@ class Bench:
 
     def variants(self) -> dict[str, Callable[[], float]]:
         return {
-            "ours": lambda: self.step_ours(10, self.args),
-            "ours, no KL": lambda: self.step_ours(0, self.args),
+            "ours": lambda: self.step_ours(10, self.anchor),
+            "ours, no KL": lambda: self.step_ours(0, self.anchor),
             "published": self.step_published,
             "TRL NLL+KL": self.step_trl_kl,
             "TRL NLL": self.step_trl,
-            "ours, ASFT": lambda: self.step_ours(10, self.asft_args),
+            "ours, ASFT": lambda: self.step_ours(10, self.asft),
             "LLaMA-Factory": self.step_llama_factory,
         }
 

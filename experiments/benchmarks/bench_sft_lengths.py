@@ -20,7 +20,7 @@ import itertools
 import tempfile
 from collections.abc import Callable
 
-from harness import ROOT, SHAPES, device_name, in_turns, time_ratio
+from harness import ROOT, SHAPES, device_name, in_turns, sft_trainer, time_ratio
 
 DEMO = ROOT / "experiments" / "demo"
 OTHERS = ("unsorted", "TRL", "published")  # than sorted, which the others are compared with
@@ -48,9 +48,9 @@ class Bench:
         from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
         from trl import SFTTrainer
 
-        import sft_train
+        from llm_alignment.anchored_loss import AnchorSettings
         from llm_alignment.encoder import ChatEncoder
-        from llm_alignment.models import device_and_dtype, load_model
+        from llm_alignment.processes import device_and_dtype
         from llm_alignment.twix import RowChoice, load_data, tokenise
 
         torch.manual_seed(0)
@@ -59,32 +59,29 @@ class Bench:
         config = Qwen3Config(tie_word_embeddings=True, max_position_embeddings=4096, **SHAPES["even"])
         Qwen3ForCausalLM(config).to(self.dtype).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-        self.args = sft_train.build_parser().parse_args([
-            "--model", folder, "--output_dir", f"{folder}/out", "--batch", str(options.batch), "--no_4bit",
-            "--grad_acc", str(options.grad_acc), "--max_seq_length", str(options.tokens), "--lora_dropout", "0",
-            "--kl_coef", "0.03", "--kl_warmup_steps", "1", "--kl_limit_seq", str(options.tail),
-        ])  # fmt: skip
         encoder = ChatEncoder(tokenizer, thinking=False, assistant_only=False)
         _, examples = load_data(RowChoice(options.data, subset="both"), encoder)
         rows = tokenise(examples("train"), encoder, 1, longest=options.tokens)
         rows = rows.map(lambda row: {name: [token % 4090 for token in row[name]] for name in ("input_ids", "labels")})
         tokenizer.pad_token_id = 4095
-        self.ours = sft_train.build_trainer(self.args, load_model(self.args), tokenizer, rows, rows)
+        self.anchor = AnchorSettings(kl_coef=0.03, kl_warmup_steps=1, kl_limit_seq=options.tail)
+        self.grad_acc, sizes = options.grad_acc, {"batch": options.batch, "tokens": options.tokens}
+        self.ours = sft_trainer(folder, tokenizer, rows, grad_acc=self.grad_acc, anchor=self.anchor, **sizes)
         self.model = self.ours.model.train()
         self.second = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype).to(self.device)
         self.stock = SFTTrainer(model=self.model, args=self.ours.args, train_dataset=rows, processing_class=tokenizer)
         # the Trainer makes the accelerator's loaders when it trains; the steps here take batches from their own
         self.loaders = {
             "sorted": self.ours.get_train_dataloader(),
-            "unsorted": super(sft_train.AnchoredTraining, self.ours).get_train_dataloader(),  # type: ignore[misc]
+            "unsorted": SFTTrainer.get_train_dataloader(self.ours),
         }
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.0)
 
     def batches(self, order: str, step: int) -> list[dict]:
         """The micro-batches of an optimiser step."""
-        start = step * self.args.grad_acc
+        start = step * self.grad_acc
         self.loaders[order].set_epoch(0)
-        return list(itertools.islice(self.loaders[order], start, start + self.args.grad_acc))
+        return list(itertools.islice(self.loaders[order], start, start + self.grad_acc))
 
     def step(self, trainer, batches: list[dict]) -> None:
         """A step of this project's trainer or of TRL's."""
@@ -104,8 +101,8 @@ class Bench:
             with torch.no_grad():
                 reference = self.second(**inputs, use_cache=False).logits[:, :-1].float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-            log_p, log_r = (torch.log_softmax(x[:, -self.args.kl_limit_seq :], -1) for x in (logits, reference))
-            loss = loss + self.args.kl_coef * (log_p.exp() * (log_p - log_r)).sum(-1).mean()
+            log_p, log_r = (torch.log_softmax(x[:, -self.anchor.kl_limit_seq :], -1) for x in (logits, reference))
+            loss = loss + self.anchor.kl_coef * (log_p.exp() * (log_p - log_r)).sum(-1).mean()
             (loss / len(batches)).backward()
 
     def variants(self) -> dict[str, tuple[str, Callable[[list[dict]], None]]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import harness  # noqa: F401  (puts the project on the path)
 
 import dpo_train
-from llm_alignment import files, flags, generation, models, tatqa
+from llm_alignment import flags, generation, models, prompts, tatqa
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,17 +31,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--contexts", type=int, default=12, help="tables to answer on (%(default)s)")
     parser.set_defaults(no_4bit=True, tatqa_dir=str(flags.DEMO_DIR / "tatqa"))
     args: argparse.Namespace = parser.parse_args(argv)
-    contexts = tatqa.read_tatqa(tatqa.tatqa_file(args, args.eval_split), files.SkippedRows())
-    questions = tatqa.tatqa_questions(contexts, limit=0, seed=args.seed, **tatqa.prompt_options(args))
-    tokenizer, model = models.load_tokenizer(args), models.load_model(args).eval()
-    questions = tatqa.fit_questions(questions, tokenizer, args)
+    base = models.resolve_base(flags.fill(models.BaseFlags, args))
+    tokenizer, model = models.load_tokenizer(base), models.load_model(base).eval()
+    style, content = flags.fill(prompts.PromptStyle, args), flags.fill(tatqa.PromptContent, args)
+    path = tatqa.tatqa_file(args.tatqa_dir, args.eval_split)
+    questions = tatqa.evaluation_questions(path, tokenizer, style, content, limit=0, seed=args.seed)
     by_context = [[*group] for _, group in itertools.groupby(questions, key=lambda question: question["context"])]
     groups = sorted(by_context[: args.contexts], key=lambda group: len(group[0]["tokens"]))
-    size, _ = tatqa.groups_at_once(model, groups, args.eval_max_new_tokens, args.eval_batch_size)
-    prompts = [[question["tokens"] for question in group] for group in groups]
-    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    settings = generation.decoding_settings(model, tokenizer, temperature=0.0, top_p=1.0)
-    line_break = None if args.use_chat_template else generation.line_break_tokens(model, tokenizer)
+    decoding = generation.Decoding(max_new_tokens=args.eval_max_new_tokens, batch_size=args.eval_batch_size)
+    size = tatqa.tatqa_evaluation(questions, decoding, style).rows_at_once(model) // max(map(len, groups)) or 1
+    tables = [[question["tokens"] for question in group] for group in groups]
+    batches = [tables[start : start + size] for start in range(0, len(tables), size)]
+    settings = generation.generation_config(model, tokenizer, decoding)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    line_break = None if args.use_chat_template else generation.line_break_tokens(tokenizer, vocabulary)
 
     def answer(batch: list[list[list[int]]], share: bool) -> list[list[list[int]]]:
         return generation.generate_grouped(

@@ -7,8 +7,10 @@ Samples are drawn where the truth is known. First tables, of the 95 % interval: 
 truth, in which the truth is below it (an excluded loss is there; a gate at the true difference is passed), and in
 which it is above it; and whether "a loss above X is excluded" is printed at all with so many units. Last table: gates
 one and two standard errors below the truth: how many are undecided, and in which share of these a new sample with as
-many questions as `judge` asks for decides. Where the true difference is 0 and skewed ("clusters of 6"), the interval errs
-as the sign-flip test does, whose verdict it follows; a difference that is called clear prints no excluded loss.
+many questions as `judge` asks for decides.
+
+Where the true difference is 0 and skewed ("clusters of 6"), the interval errs as the sign-flip test does, whose
+verdict it follows. A difference that the test calls clear is printed without an excluded loss.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ KINDS: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], float]]
 # rows of a validation -> mean loss before in nats, its standard deviation over rows, mean change
 VALIDATIONS = {"as published": (1.8, 0.5, -0.35), "much is learned": (9.8, 0.8, -5.0), "nothing is": (2.5, 0.7, 0.0)}
 TABLES = ("intervals", "perplexity", "gates")
-MOST_QUESTIONS = 2_000  # a gate that needs more is not tried again
+MOST_QUESTIONS = 2_000  # a gate that asks for more is tried with so many: fewer than asked for
 
 
 def perplexity_deltas(kind: str, n: int, samples: int) -> tuple[Iterator[dict], float]:
@@ -113,8 +115,8 @@ def print_gates(kind: str, n: int, samples: int) -> None:
         limit, verdicts = truth - distance * error, []
         for sample, delta in enumerate(deltas):
             gate = judge(delta, limit)
-            if gate["verdict"] == "undecided" and 0 < (gate["questions"] or 0) <= MOST_QUESTIONS:
-                units = math.ceil(gate["questions"] * n / delta["n"])
+            if gate["verdict"] == "undecided" and gate["questions"]:
+                units = math.ceil(min(gate["questions"], MOST_QUESTIONS) * n / delta["n"])
                 again = next(deltas_of(kind, units, 1, seed=sample + 1))
                 verdicts.append(judge(again, limit)["verdict"] != "undecided")
         cells += [len(verdicts), float(np.mean(verdicts))]

@@ -102,3 +102,29 @@ def device_name() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+
+
+def sft_trainer(
+    folder: str,
+    tokenizer: Any,
+    rows: Any,
+    *,
+    batch: int,
+    grad_acc: int,
+    tokens: int,
+    anchor: Any,
+    four_bit: bool = False,
+) -> Any:
+    """This project's SFT trainer over the model in `folder` and rows of token ids, with a fresh adapter on q and v."""
+    from llm_alignment import models, sft, training
+    from llm_alignment.adapters import LoraSettings
+
+    base = models.resolve_base(models.BaseFlags(folder, no_4bit=not four_bit))
+    lora, output = LoraSettings(8, 16, 0.0, "q_proj,v_proj"), Path(folder) / "out"
+    setup = training.Setup(base, tokenizer, lora, output, None, {})
+    settings = training.TrainingSettings(
+        output_dir=str(output), epochs=1.0, batch=batch, grad_acc=grad_acc, max_steps=0, learning_rate=1e-4,
+        save_steps=1000, seed=42, report_to="none", exp_tag="", gradient_checkpointing="auto", longest=tokens,
+    )  # fmt: skip
+    both, sizes = {"train": rows, "validation": rows}, sft.SftSettings(tokens, False, 1)
+    return sft.build_trainer(models.load_model(base), setup, both, settings, sft=sizes, anchor=anchor)

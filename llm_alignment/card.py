@@ -1,0 +1,68 @@
+"""The model card of a finished run."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from pathlib import Path
+
+from llm_alignment.evaluation import SCORED, pair_rows, table_rows, table_texts
+from llm_alignment.files import SkippedRows, parse_json, write_atomic
+from llm_alignment.results import read_results
+
+TEMPLATE = Path(__file__).parent / "data" / "card.md.jinja"
+LONGEST = 600  # characters of an answer that is shown
+
+
+def write_card(run_folder: Path, merged: Path | None = None, scale: float = 1.0) -> None:
+    """Writes README.md into the folder of a run that was measured, or into the folder `merged` of
+    its model, into which the adapter was merged at `scale`.
+
+    It says base, data, command, the headline figures, two answers before and after, and how to load it.
+    """
+    from jinja2 import Environment
+
+    run, metrics = (parse_json((run_folder / name).read_bytes()) for name in ("run.json", "metrics.json"))
+    args, data, folder = run["args"], run["data"], merged or run_folder
+    mixed = [args[f"{source}_dataset"] for source in ("reddit", "finance", "general") if source in data["rows"]]
+    sources = [data["source"]] if "source" in data else mixed
+    rows = table_rows(metrics["baseline"], metrics["final"], metrics["delta"], headline=True)
+    environment = Environment(trim_blocks=False, keep_trailing_newline=True)
+    environment.filters["quoted"] = lambda text: "\n> ".join(text.splitlines())
+    text = environment.from_string(TEMPLATE.read_text("utf-8")).render(
+        name=folder.name,
+        merged=merged is not None,
+        scale=scale,
+        base=args["model"],
+        commit=(run.get("commits") or {}).get("model"),
+        method="SFT" if run["script"] == "sft_train.py" else "DPO",
+        sources=sources,
+        datasets=[name for name in sources if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
+        rows=", ".join(f"{count} {kind}" for kind, count in data["rows"].items()),
+        command=shlex.join(["python", run["script"], *run["argv"]]),
+        table=[(cells + ["-"] * 3)[:6] for cells in table_texts(rows)[0]],
+        has_plot=(folder / "loss.png").exists(),
+        samples=list(itertools.islice(changed_answers(run_folder), 2)),
+        thinking=args["thinking"],
+    )
+    write_atomic(folder / "README.md", text)
+
+
+def changed_answers(folder: Path) -> list[dict[str, str]]:
+    """The first questions of a run that are answered otherwise after training, with both answers."""
+    for name in (*SCORED, "retention"):
+        before, after = folder / f"{name}_baseline.jsonl", max(folder.glob(f"stage?/{name}_final.jsonl"), default=None)
+        after = after or folder / f"{name}_final.jsonl"
+        if before.exists() and after.exists():
+            pairs = pair_rows(*(read_results(path, SkippedRows())[1] for path in (before, after)))
+            return [
+                {
+                    "question": new["turns"][0][:LONGEST],
+                    "before": old["answers"][0][:LONGEST],
+                    "after": new["answers"][0][:LONGEST],
+                }
+                for old, new in pairs
+                if old["answers"][0] != new["answers"][0]
+            ]
+    return []

@@ -1,0 +1,164 @@
+"""Replay: dialogues of before among the training rows, which the base wrote itself or the user gives.
+
+Sources: arXiv 2602.20162 and 2605.26097; that a chat model writes its own questions after the opening of a user's
+turn: Magpie, arXiv 2406.08464.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_alignment.conversations import read_conversation
+from llm_alignment.evaluation import Evaluation, read_items
+from llm_alignment.files import InputError, SkippedRows
+from llm_alignment.health import ends_in_a_loop
+from llm_alignment.hub import open_dataset
+from llm_alignment.leaks import LeakFinder
+from llm_alignment.prompts import strip_thinking
+from llm_alignment.results import baseline_cache
+from llm_alignment.texts import normalise_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llm_alignment.encoder import ChatEncoder
+
+log = logging.getLogger("llm_alignment")
+
+MOST = 1000  # different dialogues that the base writes; more rows repeat them
+TRIES = 8  # for each dialogue that is asked for: a chat model ends about one of three well
+TOKENS = 512  # of a question, and of an answer
+AT_ONCE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplaySettings:
+    """The flags of that name."""
+
+    replay_ratio: float  # share of the training rows
+    replay: str  # "self", or a file of rows
+    seed: int
+    eval_batch_size: int
+    no_baseline_cache: bool
+
+    def wanted(self, rows: int) -> int:
+        """How many replay rows stand beside `rows` others."""
+        return math.ceil(self.replay_ratio / (1 - self.replay_ratio) * rows - 1e-9)
+
+
+def given_dialogues(file: str, encoder: ChatEncoder, finder: LeakFinder) -> list[list[dict]]:
+    """The conversations of --replay FILE, rows as in --dataset. Raises InputError when none can be used."""
+    skipped, found = SkippedRows(), []
+    for place, row in open_dataset(file, "--replay", skipped):
+        try:
+            turns = read_conversation(row)[1]
+            if reason := encoder.refusal(turns) or finder.find(*(text for _, text in turns)):
+                raise ValueError(reason)
+        except ValueError as error:
+            skipped.add(place, str(error))
+        else:
+            found.append([{"role": role, "content": text} for role, text in turns])
+    if not found:
+        raise InputError(
+            f"--replay {file}: no usable row ({'; '.join(skipped.places) or 'it is empty'}); name another"
+        )
+    skipped.report("rows of --replay")
+    return found
+
+
+def own_dialogues(
+    model: PreTrainedModel, encoder: ChatEncoder, finder: LeakFinder, wanted: int, folder: Path, *,
+    fingerprint: dict, settings: ReplaySettings,
+) -> list[list[dict]]:  # fmt: skip
+    """`wanted` conversations of one question and answer, or as many as it finds, that the base `model` writes.
+
+    It continues the template's opening of a user's turn (temperature 1, top_p 0.9) and answers greedily. What does not
+    end within 512 tokens, loops, repeats another question or holds an evaluation's is dropped. Every try is kept in
+    `folder`/replay.jsonl and in the cache by base and seed: a restart continues, and another run tries nothing again.
+    """
+    tokenizer = encoder.tokenizer
+    kept: dict[str, list[dict]] = {}
+    what = {"replay": {"seed": settings.seed, "tokens": TOKENS}}
+    cache = None if settings.no_baseline_cache else baseline_cache({**fingerprint, **what})
+    tried = 0
+    while len(kept) < wanted and tried < TRIES * wanted:
+        items = [{"question_id": number} for number in range(tried, tried + AT_ONCE)]
+        evaluation = Evaluation(
+            name="replay", items=items, read=functools.partial(write_dialogues, settings=settings), settings=what,
+            rows_at_once=lambda model: AT_ONCE,
+        )  # fmt: skip
+        rows = read_items(
+            evaluation, lambda: model, tokenizer, folder / "replay.jsonl", fingerprint=fingerprint, cache=cache
+        )
+        tried += len(items)
+        for row in rows:
+            turns = [("user", row["question"]), ("assistant", row["answer"])]
+            is_whole = row["finished"] and all(text.strip() for _, text in turns) and not ends_in_a_loop(row["answer"])
+            if is_whole and not (encoder.refusal(turns) or finder.find(row["question"], row["answer"])):
+                kept.setdefault(normalise_text(row["question"]), [{"role": r, "content": text} for r, text in turns])
+    if not kept:
+        raise InputError(
+            f"--replay self: none of {tried} dialogues that the base wrote can be used (they do not end, loop, repeat "
+            "or hold an evaluation's question); give rows by --replay FILE"
+        )
+    log.info("replay: %d of %d dialogues that the base wrote can be used", len(kept), tried)
+    return list(kept.values())[:wanted]
+
+
+def write_dialogues(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[dict], *, settings: ReplaySettings
+) -> Iterator[dict]:
+    """Yields {"question_id", "question", "answer", "finished"} of each try; an unfinished question has no answer."""
+    import torch
+
+    from llm_alignment.generation import Decoding, batched_answers, generate, generation_config, text_of
+
+    opening = tokenizer.apply_chat_template([{"role": "user", "content": "QUESTION"}], tokenize=False)
+    prompt = tokenizer(opening.partition("QUESTION")[0], add_special_tokens=False)["input_ids"]
+    sampling = generation_config(model, tokenizer, Decoding(TOKENS, temperature=1.0, top_p=0.9))
+    torch.manual_seed(settings.seed ^ zlib.crc32(str(items[0]["question_id"]).encode()))
+    questions = {}
+    for place, tokens in batched_answers(model, [prompt] * len(items), sampling, TOKENS):
+        end = next((n for n, token in enumerate(tokens) if token in sampling.eos_token_id), None)
+        if end is not None:
+            questions[place] = text_of(tokens[:end], tokenizer, prompt)
+    asked = [place for place in sorted(questions) if questions[place]]
+    chats = [[{"role": "user", "content": questions[place]}] for place in asked]
+    decoding = Decoding(TOKENS, batch_size=settings.eval_batch_size)
+    answers = {asked[answer.index]: answer for answer in generate(model, tokenizer, chats, decoding)}
+    for place, item in enumerate(items):
+        answer = answers.get(place)
+        text, finished = (strip_thinking(answer.text), answer.finished) if answer else ("", False)
+        yield {**item, "question": questions.get(place, ""), "answer": text, "finished": finished}
+
+
+def with_replay(rows: Any, dialogues: list[list[dict]], wanted: int) -> Any:
+    """`rows` of "messages" and "length" (a `datasets.Dataset`) with `wanted` dialogues, taken in turn, and a column
+    "replay" that tells them apart."""
+    import datasets
+
+    taken = [dialogues[number % len(dialogues)] for number in range(wanted)]
+    lengths = [sum(len(message["content"]) for message in messages) for messages in taken]
+    added = datasets.Dataset.from_dict({"messages": taken, "length": lengths}, features=rows.features)
+    log.info("replay: %d of %d training rows, %d of them different; one of them:\n%s",
+             wanted, wanted + len(rows), min(wanted, len(dialogues)), taken[0])  # fmt: skip
+    both = datasets.concatenate_datasets([rows, added])
+    return both.add_column("replay", [False] * len(rows) + [True] * wanted)
+
+
+def replay_rows(
+    rows: Any, settings: ReplaySettings, encoder: ChatEncoder, finder: LeakFinder,
+    write: Callable[[int], list[list[dict]]],
+) -> Any:  # fmt: skip
+    """The training rows with their replay rows; `write(wanted)` gives the dialogues of --replay self."""
+    wanted = settings.wanted(len(rows))
+    own = settings.replay == "self"
+    dialogues = write(min(wanted, MOST)) if own else given_dialogues(settings.replay, encoder, finder)
+    return with_replay(rows, dialogues, wanted)
