@@ -39,6 +39,8 @@ from llm_alignment.evaluation import (
 )
 from llm_alignment.files import (
     InputError,
+    SkippedRows,
+    differing,
     digest,
     remove_left_over,
     replace,
@@ -62,6 +64,7 @@ from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process, on_main_process
 from llm_alignment.prompts import PromptStyle
+from llm_alignment.results import read_results
 from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
 from llm_alignment.runs import begin, check_writable, recorded_run, timed
 from llm_alignment.tatqa import PromptContent, question_texts, tatqa_file
@@ -254,6 +257,21 @@ def finished_stage(stage: Stage, base: Base, *, force_continue: bool) -> dict:
     return record
 
 
+def check_measured_alike(folder: Path, evaluations: list[Evaluation]) -> None:
+    """Raises InputError when the stage in `folder` was measured on other questions or settings than these."""
+    for evaluation in evaluations:
+        path = folder / f"{evaluation.name}_final.jsonl"
+        if path.exists():
+            now = json.loads(json.dumps(evaluation.settings))
+            measured, _ = read_results(path, SkippedRows())
+            before = {name: measured.get(name) for name in now}
+            if before != now:
+                raise InputError(
+                    f"{folder}: it was measured on other {METRICS[evaluation.name].title} questions or settings "
+                    f"({differing(before, now)}), so no difference could be told; measure both alike"
+                )
+
+
 def missed_gate(stage: int, delta: dict[str, dict], evaluations: list[Evaluation]) -> str:
     """By how much a stage misses its gate; "" when it passes."""
     missed = []
@@ -382,6 +400,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
             raise InputError(f"{stage.folder}: {other_stage(stage.number)}")
     pairs, evaluations, data = pairs_and_evaluations(args, record, setup, stages)
     gates = asked_gates(args.gates, evaluations)
+    check_measured_alike(stage_folder(Path(args.output_dir), first.number - 1), evaluations)
     if args.dry_run:
         plans.log_gates(gates, Path(args.exp_log), args.model)
         for stage in stages:

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llm_alignment.sft import EarlyStopping
+    from llm_alignment.training import Setup
 
 
 log = logging.getLogger("llm_alignment")
@@ -196,15 +197,13 @@ def run(args: argparse.Namespace, record: dict) -> None:
     neutral = neutral_flags(build_parser(), *(["measured"] if args.early_stop_patience else []))
     setup = training.set_up(args, record, neutral, longest=args.max_seq_length)
     setup.check_folder()
-    task = task_of(args, setup.tokenizer)
-    counts = {f"{subset}_{side}": count for (subset, side), count in sorted(task.selection.counts.items())}
-    data = {"source": args.dataset, "rows": counts, "sha256": task.selection.sha256}
-    setup.check_folder(data)
+    task = task_of(args, setup)
     checkpoint = training.newest_complete(setup.folder, setup.resume)
     gates = asked_gates(args.gates, task.compared)
     settings = fill(training.TrainingSettings, args, weight_decay=0.01, logging_steps=args.kl_log_interval,
                     longest=args.max_seq_length)  # fmt: skip
-    anchor, sizes = fill(AnchorSettings, args), fill(sft.SftSettings, args)
+    kl_asked = any(flag.partition("=")[0] == "--kl_coef" for flag in record["argv"])
+    anchor, sizes = fill(AnchorSettings, args), fill(sft.SftSettings, args, kl_asked=kl_asked)
     if args.dry_run:
         shown, rounds = (task.selection, task.examples("train"), task.encoder), fill(plans.Rounds, args)
         plans.print_sft_plan(setup, shown, task.questions, settings=settings, sft=sizes, anchor=anchor, rounds=rounds)
@@ -220,8 +219,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     )
     early = early_stopping(args, measured, task.midtrain, before) if args.early_stop_patience else None
     trainer = sft.build_trainer(model, setup, rows, settings, sft=sizes, anchor=anchor, early=early)
-    folder = begin(record, data, setup.base)
-    log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in counts.items()))
+    folder = begin(record, task.data, setup.base)
+    log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in task.data["rows"].items()))
     final = [*task.compared, *task.final]
     if not args.skip_baseline_eval:
         with timed(record, "baseline"):
@@ -240,6 +239,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if main_process():
         title = f"{record['output_dir']}, step {record['kept_step']}"
         report(record, folder, final, before, after, title=title, details=args.table == "full")
+        kept = record["final"]
+        log.info("validation loss on all %d held-out rows: %.4f", kept["val_rows_full"], kept["val_loss_full"])
         history = {"": with_validation(trainer.state.log_history, record)}
         save_figure(plot_curves("training", history, LOSS), folder / "loss.png")
         save_figure(plot_curves("training", history, KL), folder / "kl.png")
@@ -251,6 +252,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
 class Task:
     """What is trained on, and what is measured."""
 
+    data: dict  # the fingerprint of the data
     encoder: ChatEncoder
     finder: LeakFinder
     selection: Selection
@@ -262,18 +264,22 @@ class Task:
     midtrain: list[Evaluation]  # at the steps of early stopping
 
 
-def task_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The task that the flags ask for."""
+def task_of(args: argparse.Namespace, setup: Setup) -> Task:
+    """The task that the flags ask for. Raises InputError when the folder holds a run on other data."""
+    tokenizer = setup.tokenizer
     questions, retention = questions_of(args), fill(RetentionSettings, args)
     finder = finder_of(questions, retention.questions())
     encoder = ChatEncoder(tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
     selection, examples = load_data(fill(RowChoice, args), encoder, finder)
+    counts = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
+    data = {"source": args.dataset, "rows": counts, "sha256": selection.sha256}
+    setup.check_folder(data)
     validation = tokenised(args, examples("validation"), encoder, "validation")
     evaluations = all_evaluations(tokenizer, validation, questions, args)
     kept = retention_evaluations(retention.questions(), retention)
     evaluations["compared"] += kept
     evaluations["midtrain"] += kept if args.early_stop_metric == "retention" else []
-    return Task(encoder, finder, selection, examples, validation, questions, **evaluations)
+    return Task(data, encoder, finder, selection, examples, validation, questions, **evaluations)
 
 
 def questions_of(args: argparse.Namespace) -> list[dict]:

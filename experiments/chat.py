@@ -69,13 +69,15 @@ def typed_prompts() -> Iterator[str]:
 
 def answer_both(run: FinishedRun, model: PeftModel, chats: Chats, decoding: Decoding) -> tuple[str, str]:
     """The base's answer to its turns and the tuned model's to its own."""
-    texts = []
-    for chat, context in zip(chats, (adapter_off(model), contextlib.nullcontext()), strict=True):
-        system = getattr(run.args, "system_prompt", "")
+
+    def answer(chat: list[dict]) -> str:
+        system = run.args.system_prompt
         turns = [{"role": "system", "content": system}, *chat] if system else chat
-        with context:
-            texts += [answer.text for answer in generate(model, run.tokenizer, [turns], decoding)]
-    return texts[0], texts[1]
+        return next(generate(model, run.tokenizer, [turns], decoding)).text
+
+    with adapter_off(model):
+        base = answer(chats[0])
+    return base, answer(chats[1])
 
 
 def show(base: str, tuned: str) -> None:

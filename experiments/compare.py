@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import statistics
@@ -56,10 +57,19 @@ def answer_files(name: str, files: list[Path]) -> dict[str, Path]:
     return found
 
 
-def load_answers(path: Path) -> tuple[dict, list[dict]]:
-    """The settings and the rows of a per-question file."""
+def load_answers(key: str, path: Path) -> tuple[dict, list[dict]]:
+    """The settings and the rows of a per-question file; a row that lacks something counts as damaged."""
     skipped = SkippedRows()
-    fingerprint, rows = read_results(path, skipped)
+    fingerprint, stored = read_results(path, skipped)
+    rows = []
+    for row in stored:
+        try:
+            question_view(key, row, row)
+            summary_of(key, [row])
+            json.dumps(row, allow_nan=False)
+            rows.append(row)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            skipped.add(f"question_id {row['question_id']}", f"{type(error).__name__}: {error}")
     skipped.report(f"damaged lines of {path}")
     measured_on = ("model", "weights", "adapter", "questions", "pairs")
     return {key: value for key, value in flatten(fingerprint).items() if key not in measured_on}, rows
@@ -110,7 +120,7 @@ def slug(name: str) -> str:
 
 def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict | None:
     """One evaluation of the page, the questions with the largest changes first; None without a shared question."""
-    (settings_a, rows_a), (settings_b, rows_b) = load_answers(path_a), load_answers(path_b)
+    (settings_a, rows_a), (settings_b, rows_b) = load_answers(key, path_a), load_answers(key, path_b)
     pairs = shared_questions(rows_a, rows_b)
     if not pairs:
         return None

@@ -9,8 +9,9 @@ weights would be rounded a second time. Then the folder is loaded as any program
 few prompts as base plus adapter does: the mean KL divergence of the next-token distributions over the answers stays
 below 0.05 nats in bf16 and 0.0001 in fp32. If it does not, nothing is left behind and the exit code is 2.
 
-DIR gets the weights, the tokenizer with its chat template, and the generation settings: transformers, vLLM and
-llama.cpp's converter read it.
+DIR gets the weights, the tokenizer with its chat template, the generation settings, the model card and a Modelfile:
+transformers, vLLM, llama.cpp's converter and Ollama read it. After a run without --thinking its chat template leaves
+thinking off unless it is asked for.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING
 from commands import exit_code
 
 from llm_alignment.adapters import adapter_config, adapter_off, load_adapter, scaled
+from llm_alignment.card import write_card
 from llm_alignment.endings import console_and_log
 from llm_alignment.files import InputError, SkippedRows, parse_json, replace
 from llm_alignment.flags import not_negative, positive
@@ -142,6 +144,7 @@ def merge(args: argparse.Namespace, base: Base, folder: Path) -> None:
         with adapter_off(model):
             adapter_effect = mean_kl(wanted, [next_token_log_probs(model, *row) for row in rows])
         write_merged(model, tokenizer, folder)
+    describe(args.run_folder, tokenizer, folder, args.scale)
     del model
     gc.collect()
     verify(folder, args, chats, answers, rows, wanted, adapter_effect)
@@ -171,6 +174,56 @@ def write_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
         reason = " ".join(str(error).split())
         raise InputError(f"the base's generation_config.json cannot be written again ({reason}); repair it") from error
     tokenizer.save_pretrained(folder)
+
+
+NO_THINKING = "{%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}"
+
+
+def describe(run_folder: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, scale: float) -> None:
+    """Writes into the merged `folder` the chat template that serves what was trained, a Modelfile and the card."""
+    run = parse_json((run_folder / "run.json").read_bytes()) if (run_folder / "run.json").is_file() else {}
+    thinking = run.get("args", {}).get("thinking", True)  # of an adapter that no script here trained nothing is known
+    if not thinking and "enable_thinking" in tokenizer.chat_template:
+        tokenizer.chat_template = NO_THINKING + tokenizer.chat_template
+        tokenizer.save_pretrained(folder)
+    if text := modelfile(tokenizer, thinking=thinking):
+        (folder / "Modelfile").write_text(text, "utf-8")
+    else:
+        log.info("no Modelfile for Ollama: this chat template cannot be put into its language")
+    if (run_folder / "metrics.json").is_file():
+        write_card(run_folder, folder, scale)
+
+
+def modelfile(tokenizer: PreTrainedTokenizerBase, *, thinking: bool) -> str:
+    """How Ollama reads the folder: the chat template in Ollama's language, greedy answers, the end of a turn.
+
+    "" for a template that cannot be put so: one that refuses a system turn, or joins turns. Source:
+    https://github.com/ollama/ollama/blob/main/docs/modelfile.md
+    """
+
+    def rendered(*roles: str, prompt: bool = True) -> str:
+        turns = [{"role": role, "content": "{{ .Content }}"} for role in roles]
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=prompt, enable_thinking=thinking
+        ).removeprefix(tokenizer.bos_token or "")  # Ollama writes it
+
+    try:
+        system = rendered("system", prompt=False)
+        user = rendered("system", "user", prompt=False).removeprefix(system)
+        default = rendered("user", prompt=False).removesuffix(user)  # a system turn that the template adds
+        assistant = rendered("user", "assistant", "user", prompt=False).removeprefix(default + user).removesuffix(user)
+        beginning = rendered("user").removeprefix(default + user)
+        is_whole = rendered("user", "assistant", "user") == default + user + assistant + user + beginning
+        is_whole &= rendered("system", "user") == system + user + beginning
+    except Exception:  # a template may raise anything
+        is_whole = False
+    if not is_whole:
+        return ""
+    parts = {"system": system, "user": user, "assistant": assistant}
+    turns = "".join(f'{{{{ if eq .Role "{role}" }}}}{text}{{{{ end }}}}' for role, text in parts.items())
+    default = f"{{{{ if not .System }}}}{default}{{{{ end }}}}" if default else ""
+    template = f"{default}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{beginning}"
+    return f'FROM .\nTEMPLATE """{template}"""\nPARAMETER temperature 0\nPARAMETER stop "{tokenizer.eos_token}"\n'
 
 
 def answer_texts(

@@ -82,7 +82,7 @@ def measured(run: FinishedRun, evaluations: list[Evaluation], scales: list[float
     """The rows of every scale, by evaluation; those of 0 and 1 are the run's own where it has them."""
     is_base = not (getattr(run.args, "load_adapter", "") and run.args.adapter_trainable)  # else it began with another
     last = max(run.folder.glob("stage?"), default=run.folder)
-    own = {0: (run.folder, "baseline" if is_base else "scale_0"), 1: (last, "final")}
+    own = {0.0: (run.folder, "baseline" if is_base else "scale_0"), 1.0: (last, "final")}
     fingerprint, use_cache = base_fingerprint(run.base, thinking=run.args.thinking), not run.args.no_baseline_cache
     model, rows = run.load(), {}
     for scale in sorted({0, *scales}):

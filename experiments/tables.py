@@ -262,7 +262,7 @@ def terminal_table(header: list[str], rows: list[list[str]]) -> str:
     for row in rows:
         table.add_row(*row)
     width = shutil.get_terminal_size((120, 24)).columns
-    console = Console(width=width, color_system=None, legacy_windows=False, markup=False, highlight=False)
+    console = Console(width=width, color_system=None, legacy_windows=False, markup=False, emoji=False, highlight=False)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import (
@@ -22,17 +22,24 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.helpers import rescale_adapter_scale
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from llm_alignment.files import InputError, differing, digest, is_out_of_memory
 from llm_alignment.model_files import check_safetensors, read_json, stored_tensors
 from llm_alignment.models import Base, check_finite, check_logits, check_vocabulary, load_model, one_line
+from llm_alignment.prefixes import no_packing_reason, no_sharing_reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("llm_alignment")
+
+
+# settings of an adapter that say nothing of what it computes
+NEUTRAL = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "task_type"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +71,24 @@ def check_model(
     adapter: str = "",
     longest: int = 0,
     scale: float = 1.0,
+    packing: bool = False,
+    group_by_table: bool = False,
 ) -> None:
     """Raises InputError for a model, a saved adapter or a fresh one that would not load, or an adapter that cannot be
     `scaled`; reads no weights of the base.
 
     The model is built on torch's meta device, where loading looks at names and shapes alone. `longest`: tokens of the
-    longest example, which the model's context should hold.
+    longest example, which the model's context should hold. `packing` and `group_by_table` are the flags.
     """
     model = load_model(base, on_meta=True)
     check_vocabulary(tokenizer, model, base.what)
     context = model.config.get_text_config().max_position_embeddings
     if longest > context:
         log.warning("examples of up to %d tokens: the model's context is %d; lower the length", longest, context)
+    if packing and (reason := no_packing_reason(model)):
+        raise InputError(f"--packing: {reason}; leave it out")
+    if group_by_table and (reason := no_sharing_reason(model)):
+        raise InputError(f"--group_by_table: {reason}; leave it out")
     if adapter:
         model = load_adapter(model, adapter)
     elif lora:
@@ -97,10 +110,31 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
                 )
             if head.split(".")[-1] == layer.split(".")[-1]:
                 raise InputError(f"{what}: the head, {layer}, cannot be trained here; leave it out")
+    before = check_logits(model, model.name_or_path)
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"{what}: {one_line(error)}") from error
+    check_switched_off(adapted, before, what)
+    return adapted
+
+
+def check_switched_off(model: PeftModel, before: torch.Tensor | None, what: str) -> None:
+    """Raises InputError unless the logits of `check_logits` with the adapter off are, to the bit, those `before` it;
+    and for an adapter on the embedding or the head."""
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            raise InputError(
+                f"{what}: it changes the embedding or the head (lm_head), which the losses here take from the base; "
+                "name an adapter of other layers"
+            )
+    with model.disable_adapter():
+        after = check_logits(model, what)
+    if before is not None and not torch.equal(before, after):
+        raise InputError(
+            f"{what}: switched off it leaves the base changed; merge it into its base and name that model, or train "
+            "another adapter"
+        )
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
@@ -112,29 +146,59 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     })
 
 
+# The settings with which an adapter is low-rank matrices beside the base's layers and no more: switched off it is the
+# base, and it is saved, merged and grown as a whole. Any other setting (trained biases, whole layers, single tokens,
+# copied layers, tokens that switch it on) must be as LoraConfig has it by default.
+PLAIN = NEUTRAL | {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "lora_bias",
+    "target_parameters", "init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying",
+}  # fmt: skip
+# How its matrices began; any other way (PiSSA, OLoRA, CorDA, LoftQ, ...) takes something out of the base's weights.
+PLAIN_BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+def check_kind(config: dict, what: str) -> None:
+    """Raises InputError for an adapter that changes more than it adds, by its adapter_config.json: the base would not
+    be the base while it is off, or a part of it would not be saved, merged or grown."""
+    if config["peft_type"] != "LORA":
+        raise InputError(f"{what}: it is of the kind {config['peft_type']}; name a LoRA adapter")
+    defaults = LoraConfig().to_dict()
+    for name, value in config.items():
+        is_plain = name in PLAIN or name not in defaults or not value or value == defaults[name]
+        if name == "init_lora_weights":
+            is_plain = value in PLAIN_BEGINNINGS
+        if not is_plain:
+            raise InputError(
+                f"{what}: with {name} {value!r} it changes more than LoRA's matrices, and the base would not be the "
+                "base while it is off; merge it into its base and name that model, or train an adapter without it"
+            )
+
+
 def adapter_config(folder: str) -> dict:
-    """The adapter_config.json of a saved adapter. Raises InputError when there is none that can be read."""
+    """The adapter_config.json of a saved adapter.
+
+    Raises InputError when there is none that can be read, and for a kind that `check_kind` refuses.
+    """
     what, path = f"adapter {folder}", Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise InputError(f"{what}: no adapter_config.json in this folder; name the output folder of a training run")
-    return read_json(path, what)
+    config = read_json(path, what)
+    if config.get("peft_type") not in list(PEFT_TYPE_TO_CONFIG_MAPPING):
+        raise InputError(f"{what}: adapter_config.json names no known peft_type ({config.get('peft_type')!r})")
+    check_kind(config, what)
+    return config
 
 
 def saved_settings(folder: str, asked: LoraSettings) -> LoraSettings:
     """Rank, alpha and layers of a saved adapter, which count whatever the flags ask for; says where they differ.
 
-    Raises InputError when its adapter_config.json cannot be read, and for an adapter of the head.
+    Raises InputError when its adapter_config.json cannot be read.
     """
     config = adapter_config(folder)
     layers = config.get("target_modules")
-    lists = (value for value in (layers, config.get("modules_to_save")) if isinstance(value, list))
-    trained = [layer for value in lists for layer in value]
-    if any(str(layer).split(".")[-1] == "lm_head" for layer in trained):
-        raise InputError(
-            f"--load_adapter {folder}: it changes the head (lm_head), which the losses here take from the base; name "
-            "another adapter"
-        )
-    own = {
+    own: dict[str, Any] = {
         "lora_r": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
         "target_modules": ",".join(sorted(map(str, layers))) if isinstance(layers, list) else None,  # else a pattern
@@ -153,9 +217,7 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     tensor: PEFT itself takes what fits and leaves the rest as it was.
     """
     what, config = f"adapter {folder}", adapter_config(folder)
-    if config.get("peft_type") not in list(PEFT_TYPE_TO_CONFIG_MAPPING):
-        raise InputError(f"{what}: adapter_config.json names no known peft_type ({config.get('peft_type')!r})")
-    unknown = sorted(config.keys() - PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]].__dataclass_fields__.keys())
+    unknown = sorted(config.keys() - LoraConfig.__dataclass_fields__.keys())
     if unknown and model.device.type != "meta":
         log.warning("%s: this peft does not know these settings of it: %s", what, ", ".join(unknown))
     weights = Path(folder) / "adapter_model.safetensors"
@@ -164,6 +226,7 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     alpha = config.get("lora_alpha")
     if isinstance(alpha, int | float) and not 0 < abs(alpha) < math.inf:  # with 0 it would change nothing
         raise InputError(f"{what}: lora_alpha {alpha} in adapter_config.json is no scale; train or fetch it again")
+    before = check_logits(model, model.name_or_path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of is an error below, or the meta device
@@ -178,8 +241,8 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     check_adapter_fits(adapted, weights, f"{what} of {base}")
     if base and Path(base).resolve() != Path(model.name_or_path).resolve() and model.device.type != "meta":
         log.warning("%s was trained on %s, not on %s: right only for equal weights", what, base, model.name_or_path)
-    if model.device.type != "meta":
-        check_logits(adapted, what)
+    check_switched_off(adapted, before, what)
+    check_logits(adapted, what)
     return adapted
 
 
@@ -188,7 +251,7 @@ def check_adapter_fits(model: PeftModel, weights: Path, what: str) -> None:
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     with safe_open(weights, "pt") as file:
         stored = set(file.keys())
-    foreign = sorted(stored - wanted - {f"base_model.model.{name}" for name in model.get_base_model().state_dict()})
+    foreign = sorted(stored - wanted)
     absent = sorted(wanted - stored)
     base = model.get_base_model().name_or_path
     if foreign and len(foreign) == len(stored):
@@ -224,10 +287,6 @@ def grown_adapter(model: PreTrainedModel, previous: Path, lora: LoraSettings, se
 def adapter_off(model: PreTrainedModel | PeftModel) -> contextlib.AbstractContextManager[None]:
     """A context in which the model answers as its base does."""
     return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
-
-
-# settings of an adapter that say nothing of what it computes
-NEUTRAL = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "task_type"}
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ TEMPLATE = Path(__file__).parent / "data" / "card.md.jinja"
 LONGEST = 600  # characters of an answer that is shown
 
 
-def write_card(run_folder: Path, merged: Path | None = None) -> None:
-    """Writes README.md into the folder of a run that was measured, or for its model into the folder `merged`.
+def write_card(run_folder: Path, merged: Path | None = None, scale: float = 1.0) -> None:
+    """Writes README.md into the folder of a run that was measured, or into the folder `merged` of
+    its model, into which the adapter was merged at `scale`.
 
     It says base, data, command, the headline figures, two answers before and after, and how to load it.
     """
@@ -32,6 +33,7 @@ def write_card(run_folder: Path, merged: Path | None = None) -> None:
     text = environment.from_string(TEMPLATE.read_text("utf-8")).render(
         name=folder.name,
         merged=merged is not None,
+        scale=scale,
         base=args["model"],
         commit=(run.get("commits") or {}).get("model"),
         method="SFT" if run["script"] == "sft_train.py" else "DPO",

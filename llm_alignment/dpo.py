@@ -16,19 +16,19 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, set_seed
 from trl import DPOConfig, DPOTrainer
-from trl.data_utils import common_prefix_length
 
 from llm_alignment.adapters import adapter_kept_in_float32, adapter_off, new_adapter
 from llm_alignment.anchored_loss import fused_nll_kl
 from llm_alignment.batches import depends_on_batch, sort_by_length, token_counts
 from llm_alignment.evaluation import Evaluation, pair_rows
-from llm_alignment.files import digest
+from llm_alignment.exactness import cache_problem, sharing_problem
+from llm_alignment.files import InputError, digest
 from llm_alignment.flags import losses
 from llm_alignment.models import inner_model
 from llm_alignment.plots import LOSS, REWARDS, plot_curves, save_figure
-from llm_alignment.prefixes import GroupedOrder, add_prefix_sharing, groups_of, no_sharing_reason
+from llm_alignment.prefixes import GroupedOrder, add_prefix_sharing, groups_of
 from llm_alignment.processes import main_process
-from llm_alignment.prompts import PromptStyle, fit_prompt
+from llm_alignment.prompts import PromptStyle, fit_prompt, pair_tokens
 from llm_alignment.reference import add_reference
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 from llm_alignment.training import Setup, TrainingSettings, run_training, save_adapter, training_arguments
@@ -63,9 +63,10 @@ def fit_pairs(
     for pair in pairs:
         prompt, _, is_cut = fit_prompt(pair["prompt"], tokenizer, style, mark)
         row = {"prompt": prompt, "chosen": style.gap + pair["chosen"], "rejected": style.gap + pair["rejected"]}
-        longest = max(len(tokenizer(prompt + row[side])["input_ids"]) for side in ("chosen", "rejected"))
+        tokens = pair_tokens(row, tokenizer)
+        longest = len(tokens["prompt_ids"]) + max(len(tokens["chosen_ids"]), len(tokens["rejected_ids"]))
         cut_prompts += is_cut
-        cut_answers += longest + 1 > max_length  # TRL adds the end token
+        cut_answers += longest > max_length
         rows.append(row)
     log.info(
         "%d pairs: %d prompts cut to --max_prompt_length, %d answers cut at --max_length",
@@ -93,12 +94,22 @@ class SharedPromptTrainer(DPOTrainer):
             )  # fmt: skip
             self.order = GroupedOrder(groups, self.args.seed)
 
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        return dataset.map(functools.partial(pair_tokens, tokenizer=processing_class))
+
+    def _track_num_input_tokens(self, inputs):
+        """A prompt counts once: of the rejected rows, the second half, only the answers do."""
+        read = inputs["attention_mask"].clone()
+        read[len(read) // 2 :] *= inputs["completion_mask"][len(read) // 2 :]
+        super()._track_num_input_tokens({**inputs, "attention_mask": read})
+
     def _get_train_sampler(self, dataset=None):
         return self.order or super()._get_train_sampler(dataset)
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        if self.order or depends_on_batch(self.args.loss_type):  # the order says what meets in a micro-batch
+        # the order says what meets in a micro-batch, which a router's loss looks at too
+        if self.order or depends_on_batch(self.args.loss_type) or self.aux_loss_enabled:
             return loader
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         return sort_by_length(loader, self.args, token_counts(self.train_dataset, *columns))
@@ -117,6 +128,12 @@ def build_trainer(
     with that one, and the reference is a frozen copy of it. Dropout is off, as in TRL, so that the two agree at
     the first step.
     """
+    problem = sharing_problem(model)
+    if problem and dpo.group_by_table:
+        raise InputError(f"--group_by_table: {problem}; leave it out")
+    if problem and not dpo.no_prefix_sharing:
+        log.warning("every prompt is read once for each answer: %s", problem)
+    is_shared = not problem and not dpo.no_prefix_sharing
     loss_types, loss_weights = losses(dpo.loss_type, dpo.loss_weights)
     set_seed(settings.seed)
     is_fresh = not isinstance(model, PeftModel)
@@ -133,7 +150,7 @@ def build_trainer(
     with adapter_kept_in_float32(model):
         trainer = SharedPromptTrainer(
             by_table=dpo.group_by_table,
-            is_shared=not dpo.no_prefix_sharing,
+            is_shared=is_shared,
             model=model,
             args=config,
             train_dataset=datasets.Dataset.from_list(rows),
@@ -141,10 +158,7 @@ def build_trainer(
         )
     if is_fresh:
         model.delete_adapter("ref")  # TRL copies every adapter; without the copy it switches the adapter off
-    reason = no_sharing_reason(model.get_base_model())
-    if reason and not dpo.no_prefix_sharing:
-        log.warning("every prompt is read once for each answer: %s", reason)
-    add_prefix_sharing(model.get_base_model(), sharing=not reason and not dpo.no_prefix_sharing)
+    add_prefix_sharing(model.get_base_model(), sharing=is_shared)
     return trainer
 
 
@@ -171,8 +185,8 @@ def reward_evaluation(pairs: list[dict], rows: list[dict], beta: float, max_leng
     ]
 
     def tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-        texts = [item["prompt"] + item["chosen"] + item["rejected"] for item in items]
-        return 2 * sum(map(len, tokenizer(texts)["input_ids"]))  # with the adapter and without
+        tokens = (pair_tokens(item, tokenizer) for item in items)
+        return 2 * sum(sum(map(len, pair.values())) for pair in tokens)  # with the adapter and without
 
     return Evaluation(
         name="held_out",
@@ -212,21 +226,21 @@ def answer_log_probs(
 ) -> list[float]:
     """Log-probabilities, in nats, of the chosen and the rejected answer; the prompt is read once.
 
-    An answer is what TRL trains on: it begins where the tokens part from the prompt's, has the end token, and is cut
-    at `max_length` tokens of prompt and answer.
+    An answer is what is trained on (see `pair_tokens`), cut at `max_length` tokens of prompt and answer.
     """
-    prompt = tokenizer(pair["prompt"])["input_ids"]
-    texts = [pair["prompt"] + pair[side] + tokenizer.eos_token for side in ("chosen", "rejected")]
-    rows = [tokenizer(text)["input_ids"] for text in texts]
-    start = min(common_prefix_length(prompt, row) for row in rows)
-    cut = [torch.tensor(row[:max_length], device=model.device) for row in rows]
+    prompt, *answers = pair_tokens(pair, tokenizer).values()
+    start, is_shared = len(prompt), not cache_problem(model)
+    cut = [torch.tensor([*prompt, *answer][:max_length], device=model.device) for answer in answers]
     ids = pad_sequence(cut, batch_first=True)
     cache = DynamicCache()
     base = inner_model(model)
     with torch.no_grad():
-        base.base_model(ids[:1, : start - 1], past_key_values=cache)
-        cache.batch_repeat_interleave(2)
-        hidden = base.base_model(ids[:, start - 1 :], past_key_values=cache).last_hidden_state[:, :-1]
+        if is_shared:
+            base.base_model(ids[:1, : start - 1], past_key_values=cache)
+            cache.batch_repeat_interleave(2)
+            hidden = base.base_model(ids[:, start - 1 :], past_key_values=cache).last_hidden_state[:, :-1]
+        else:
+            hidden = base.base_model(ids, use_cache=False).last_hidden_state[:, start - 1 : -1]
         # summed in float32: rounded to bf16, the logits of two answers that are about as likely tell little
         weight = base.get_output_embeddings().weight
         return [

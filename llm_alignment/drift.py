@@ -12,7 +12,7 @@ from llm_alignment.adapters import adapter_off
 from llm_alignment.anchored_loss import fused_nll_kl
 from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import digest
-from llm_alignment.prompts import PromptStyle, render
+from llm_alignment.prompts import PromptStyle, encode, render
 from llm_alignment.stats import paired_delta
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def reference_row(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, max_length: int
 ) -> dict[str, list[int]] | None:
     """{"input_ids", "labels"} of prompt and answer, cut at `max_length` tokens; None when no answer token is left."""
-    start = len(tokenizer(prompt)["input_ids"])
-    ids = tokenizer(prompt + answer)["input_ids"][:max_length]
+    start = len(encode(prompt, tokenizer))
+    ids = encode(prompt + answer, tokenizer)[:max_length]
     if len(ids) <= start:
         return None
     return {"input_ids": ids, "labels": [-100] * start + ids[start:]}

@@ -82,7 +82,7 @@ def scored_metrics(name: str, title: str) -> dict[str, Metric]:
 HEALTH = {  # printed where a share is not 0 on either side
     "loops": "loops, %",
     "foreign_letters": "foreign letters, %",
-    "other_script": "in another script, %",
+    "other_script": "other script, %",
     "unfinished": "unfinished, %",
 }
 
@@ -463,7 +463,7 @@ def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("basel
     texts, note = table_texts(rows)
     for cells in texts:
         table.add_row(*[*cells[:3], " ".join(cells[3:5]), *cells[5:]][: len(table.columns)])
-    console = Console(width=width, color_system=None, legacy_windows=False, markup=False, highlight=False)
+    console = Console(width=width, color_system=None, legacy_windows=False, markup=False, emoji=False, highlight=False)
     console.print(title, soft_wrap=True)
     console.print(table)
     if note:

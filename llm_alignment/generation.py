@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -133,9 +134,12 @@ def text_of(tokens: list[int], tokenizer: PreTrainedTokenizerBase, prompt: list[
 def generation_config(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
 ) -> GenerationConfig:
-    """Greedy at temperature 0, else sampling; every setting is written out, so none of the model's own is taken."""
-    own_eos = model.generation_config.eos_token_id
-    eos = sorted({*(own_eos if isinstance(own_eos, list) else [own_eos]), tokenizer.eos_token_id} - {None})
+    """Greedy at temperature 0, else sampling.
+
+    An answer ends with the template's end of turn (see `load_tokenizer`) or the tokenizer's own end of text.
+    """
+    own_end = tokenizer.convert_tokens_to_ids(str(tokenizer.init_kwargs.get("eos_token")))
+    eos = sorted({own_end, tokenizer.eos_token_id} - {None, tokenizer.unk_token_id})
     is_sampled = decoding.temperature > 0
     return GenerationConfig(
         do_sample=is_sampled,
@@ -150,6 +154,18 @@ def generation_config(
         use_cache=True,
         return_dict_in_generate=True,
     )
+
+
+@contextlib.contextmanager
+def only_these(model: PreTrainedModel | PeftModel, settings: GenerationConfig) -> Iterator[PreTrainedModel]:
+    """The model to generate with, while `settings` are its own: transformers fills each that is None from the model's,
+    and what a model ships with must not change its answers."""
+    inner = inner_model(model)
+    own, inner.generation_config = inner.generation_config, settings
+    try:
+        yield inner
+    finally:
+        inner.generation_config = own
 
 
 def batched_answers(
@@ -187,13 +203,14 @@ def batched_answers(
             return torch.full_like(ended, bool(ended.sum() * 4 >= len(ended)))
 
         settings.max_new_tokens = width + max_new_tokens - ids.shape[1]
-        output = model.generate(
-            ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            generation_config=settings,
-            stopping_criteria=[pause],
-        )
+        with only_these(model, settings) as alone:
+            output = alone.generate(
+                ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=settings,
+                stopping_criteria=[pause],
+            )
         ids, cache = output.sequences, output.past_key_values
         if ids.shape[1] == width + max_new_tokens:
             ended[:] = True
@@ -303,7 +320,8 @@ def continuous_answers(
 ) -> Iterator[tuple[int, list[int]]]:
     """As `batched_answers`, by transformers' continuous batching: a row that ends makes room for the next prompt."""
     settings.max_new_tokens = max_new_tokens
-    outputs = list(model.generate_batch(prompts, generation_config=settings).values())
+    with only_these(model, settings) as alone:
+        outputs = list(alone.generate_batch(prompts, generation_config=settings).values())
     if len(outputs) < len(prompts) or any(output.error for output in outputs):
         raise RuntimeError("continuous batching lost answers; take --mtbench_backend simple")
     for row, output in enumerate(outputs):

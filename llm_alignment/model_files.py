@@ -37,10 +37,7 @@ def fetch_model(name: str, revision: str | None, flag: str) -> Path:
 
 def files_sha256(folder: Path, kinds: Sequence[str] = KINDS) -> str:
     """One hash for all files of a model, or of other `kinds`: every byte of weights, tokenizer, template, configs."""
-    paths = sorted({
-        *folder.glob("additional_chat_templates/*"),
-        *(path for kind in kinds for path in folder.glob(kind)),
-    })
+    paths = sorted({path for kind in (*kinds, "additional_chat_templates/*") for path in folder.glob(kind)})
     return digest({path.relative_to(folder).as_posix(): kept_sha256(path) for path in paths})
 
 

@@ -217,6 +217,7 @@ def load_model(base: Base, *, on_meta: bool = False) -> PreTrainedModel:
         device_map="meta" if on_meta else {"": base.device},
         trust_remote_code=base.trust_remote_code,
     )
+    without_router_logits(model)
     model.name_or_path = model.config._name_or_path = base.name  # what adapter_config.json will call the base
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -228,6 +229,13 @@ def load_model(base: Base, *, on_meta: bool = False) -> PreTrainedModel:
     return model
 
 
+def without_router_logits(model: PreTrainedModel) -> None:
+    """A mixture of experts gives its router's logits only to the loss that asks for them: generation fails on them."""
+    config = model.config.get_text_config()
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
+
+
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
     """Raises InputError when a tensor of floats, one of (name, tensor), holds a value that is not finite."""
     for name, tensor in tensors:
@@ -235,12 +243,19 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None
             raise InputError(f"{what}: {name} holds values that are not finite; train or fetch it again")
 
 
-def check_logits(model: PreTrainedModel | PeftModel, what: str) -> None:
-    """Raises InputError when the logits are not finite: their answers would be one token again and again."""
+def check_logits(model: PreTrainedModel | PeftModel, what: str) -> torch.Tensor | None:
+    """The logits of a short row; None without weights, on torch's meta device.
+
+    Raises InputError when they are not finite: the model's answers would be one token again and again.
+    """
+    if model.device.type == "meta":
+        return None
     ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]), device=model.device)[None]
     with torch.no_grad(), evaluating(model):
-        if not model(input_ids=ids, use_cache=False).logits.isfinite().all():
-            raise InputError(f"{what}: its logits are not finite; take another --dtype or fetch the model again")
+        logits = model(input_ids=ids, use_cache=False).logits
+    if not logits.isfinite().all():
+        raise InputError(f"{what}: its logits are not finite; take another --dtype or fetch the model again")
+    return logits
 
 
 def check_head(model: PreTrainedModel, what: str) -> None:

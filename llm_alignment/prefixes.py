@@ -73,17 +73,13 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
     is done. The head's product is summed in float32: in bf16 the rewards of two similar answers are mostly noise.
     """
     import torch
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
     from trl.trainer.utils import add_fused_lm_head
 
     settle_head(model.device)
     add_fused_lm_head(model, cast_lm_head_to_fp32=True, outputs=HEAD_OUTPUTS)
     fused_forward = model.forward
     if sharing:
-        AttentionInterface.register("prefix_sdpa", prefix_attention)
-        AttentionMaskInterface.register("prefix_sdpa", sdpa_mask)
-        model.set_attn_implementation("prefix_sdpa")
+        register_attention(model)
 
     # generate() checks its arguments against the signature
     @functools.wraps(type(model).forward)
@@ -97,10 +93,7 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
             dtype = torch.get_autocast_dtype(device.type) if autocast else self.dtype
             fold = fold_pairs(input_ids, attention_mask, labels, dtype)
             rows = fold.predictors
-            # a mask of four dimensions is taken as it is; with blocks it is not read, so that none of (T, T) is made
-            mask = torch.empty(1, 1, 1, 1, device=device) if fold.mask is None else fold.mask
-            batch = {"input_ids": fold.input_ids, "position_ids": fold.position_ids, "attention_mask": mask}
-            batch["fold"] = fold if fold.mask is None else None
+            batch = folded_inputs(fold)
         else:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask}
             columns = torch.arange(labels.shape[1] - 1, device=device)
@@ -116,6 +109,26 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
         return output
 
     model.forward = types.MethodType(forward, model)
+
+
+def register_attention(model: PreTrainedModel) -> None:
+    """Gives the model the attention that reads a `Fold`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("prefix_sdpa", prefix_attention)
+    AttentionMaskInterface.register("prefix_sdpa", sdpa_mask)
+    model.set_attn_implementation("prefix_sdpa")
+
+
+def folded_inputs(fold: Fold) -> dict[str, Any]:
+    """The arguments with which a model that `register_attention` has seen reads a fold."""
+    import torch
+
+    # a mask of four dimensions is taken as it is; with blocks it is not read, so that none of (T, T) is made
+    mask = fold.input_ids.new_empty(1, 1, 1, 1, dtype=torch.float32) if fold.mask is None else fold.mask
+    batch = {"input_ids": fold.input_ids, "position_ids": fold.position_ids, "attention_mask": mask}
+    return {**batch, "fold": fold if fold.mask is None else None}
 
 
 def settle_head(device: torch.device) -> None:
@@ -294,13 +307,23 @@ def prefix_attention(
 
 
 def no_sharing_reason(model: PreTrainedModel) -> str | None:
-    """Why this model's attention cannot keep the two answers apart, or None when it can."""
+    """Why this model cannot read a beginning once, as far as its config tells; None when nothing speaks against it."""
     config = model.config.get_text_config()
     if config._attn_implementation not in {"sdpa", "prefix_sdpa"}:
         return f"the attention backend is {config._attn_implementation}, not sdpa"
     fields = config.to_dict()
     if fields.get("sliding_window") or set(fields.get("layer_types") or ["full_attention"]) != {"full_attention"}:
         return "the model has layers without full attention"
+    if fields.get("router_aux_loss_coef"):
+        return "the loss of its router counts every token of both answers"
+    return None
+
+
+def no_packing_reason(model: PreTrainedModel) -> str | None:
+    """Why examples in one row would see each other, as far as the config tells; None when nothing speaks for it."""
+    kinds = set(model.config.get_text_config().to_dict().get("layer_types") or [])
+    if model._is_stateful or not kinds <= {"full_attention", "sliding_attention", "chunked_attention"}:
+        return "the model has layers that carry a state from one example into the next"
     return None
 
 

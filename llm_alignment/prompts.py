@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jinja2 import TemplateError
 
 from llm_alignment.files import InputError
+from llm_alignment.prefixes import common_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,23 +37,46 @@ def strip_thinking(text: str) -> str:
 
 
 def render(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> str:
-    """The prompt as the model reads it: as it is, or as the user's turn of the chat template; turns as they are."""
+    """The prompt as the model reads it: as it is, or as the user's turn of the chat template; turns as they are.
+
+    What begins a text stands in it: the template's, or the token that the tokenizer puts before a text.
+    """
     if isinstance(prompt, str) and not style.use_chat_template:
-        return prompt
+        begins = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        return tokenizer.bos_token + prompt if begins else prompt
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if style.system:
         turns = [{"role": "system", "content": style.system}, *turns]
     try:
-        text = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True, enable_thinking=style.thinking
         )
     except TemplateError as error:
         if style.system:
             raise InputError(f"--system_prompt: the chat template refuses it ({error}); leave it out") from error
         raise
-    if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        text = text.removeprefix(tokenizer.bos_token)  # the tokenizer writes it too
-    return text
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of a text as `render` gives it, alone or with its answer. The one way from text to tokens.
+
+    A tokenizer that begins or ends every text with a token of its own does not here: a prompt ends where the model is
+    to write.
+    """
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def pair_tokens(row: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """{"prompt_ids", "chosen_ids", "rejected_ids"} of a rendered {"prompt", "chosen", "rejected"}, as TRL cuts them.
+
+    An answer begins where its tokens part from the prompt's, and ends with one end of turn.
+    """
+    end, prompt = tokenizer.eos_token, encode(row["prompt"], tokenizer)
+    chosen, rejected = (
+        encode(row["prompt"] + row[side].removesuffix(end) + end, tokenizer) for side in ("chosen", "rejected")
+    )
+    start = min(common_length([prompt, answer]) for answer in (chosen, rejected))
+    return {"prompt_ids": prompt[:start], "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
 
 
 class FittedPrompt(NamedTuple):
@@ -74,7 +98,7 @@ def fit_prompt(
     if isinstance(prompt, list):
         for first in range(0, len(prompt), 2):  # what is left begins with a user's turn
             text = render(prompt[first:], tokenizer, style)
-            tokens = tokenizer(text)["input_ids"]
+            tokens = encode(text, tokenizer)
             if len(tokens) <= style.max_prompt_length:
                 return FittedPrompt(text, tokens, is_cut=first > 0)
         chat = dataclasses.replace(style, use_chat_template=True)
@@ -83,7 +107,7 @@ def fit_prompt(
     kept, tail = (head, found + question) if found else (prompt, "")
     while True:
         text = render(kept + tail, tokenizer, style)
-        tokens = tokenizer(text)["input_ids"]
+        tokens = encode(text, tokenizer)
         excess = len(tokens) - style.max_prompt_length
         if excess <= 0:
             return FittedPrompt(text, tokens, is_cut=kept + tail != prompt)

@@ -83,7 +83,8 @@ def own_dialogues(
     end within 512 tokens, loops, repeats another question or holds an evaluation's is dropped. Every try is kept in
     `folder`/replay.jsonl and in the cache by base and seed: a restart continues, and another run tries nothing again.
     """
-    tokenizer, kept = encoder.tokenizer, {}
+    tokenizer = encoder.tokenizer
+    kept: dict[str, list[dict]] = {}
     what = {"replay": {"seed": settings.seed, "tokens": TOKENS}}
     cache = None if settings.no_baseline_cache else baseline_cache({**fingerprint, **what})
     tried = 0

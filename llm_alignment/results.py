@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class ResultFile:
         skipped.report(f"damaged lines of the baseline cache {cache}")
         return {row["question_id"]: row for row in rows}
 
-    def missing(self, questions: list[dict]) -> list[dict]:
+    def missing(self, questions: Sequence[dict]) -> list[dict]:
         """The questions without a row yet, in their order, after taking what the cache has of them."""
         done = {row["question_id"] for row in self.rows}
         absent = [question for question in questions if question["question_id"] not in done]
@@ -106,7 +107,7 @@ class ResultFile:
             write_rows(self._cache, [{"fingerprint": self.fingerprint}, *self._cached.values(), *new])
             self._cached |= {row["question_id"]: row for row in new}
 
-    def rows_of(self, questions: list[dict]) -> list[dict]:
+    def rows_of(self, questions: Sequence[dict]) -> list[dict]:
         """The rows of these questions, in their order."""
         by_id = {row["question_id"]: row for row in self.rows}
         return [by_id[question["question_id"]] for question in questions]

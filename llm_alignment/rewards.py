@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from llm_alignment.devices import tf32
 from llm_alignment.files import InputError
+from llm_alignment.hub import commit_of
 from llm_alignment.model_files import check_files, fetch_model, files_sha256
 from llm_alignment.processes import device_and_dtype, halved_when_full, main_process
 from llm_alignment.prompts import without_tokens
@@ -67,7 +68,7 @@ class RewardModel:
         self.begins_with_bos = self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
         self.fingerprint = {
             "name": name,
-            "weights": self.commit or files_sha256(folder),
+            "weights": commit_of(folder) or files_sha256(folder),
             "dtype": "float32",
         }
 

@@ -16,6 +16,9 @@ from trl import SFTConfig, SFTTrainer
 from llm_alignment.adapters import adapter_kept_in_float32, new_adapter
 from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl, rows_at_once, tail_mask
 from llm_alignment.batches import sort_by_length
+from llm_alignment.exactness import anchor_problem, packing_problem
+from llm_alignment.files import InputError
+from llm_alignment.models import without_router_logits
 from llm_alignment.training import Setup, TrainingSettings, run_training, training_arguments
 from llm_alignment.twix import LARGE_DATA, row_lengths
 from llm_alignment.validation import without_head
@@ -74,9 +77,9 @@ class AnchoredTrainer(SFTTrainer):
     def __init__(self, *, anchor: AnchorSettings, early: EarlyStopping | None, **arguments):
         self.anchor, self.early = anchor, early
         self.nll_since_log = self.kl_since_log = 0.0
-        self.steps_since_log = 0
+        self.steps_since_log = self.anchored_since_log = 0
         super().__init__(**arguments)
-        collate = self.data_collator
+        collate: Callable = self.data_collator  # type: ignore[has-type]
 
         def with_replay(examples: list[dict]) -> dict[str, torch.Tensor]:
             """TRL's collator drops columns that it does not know."""
@@ -89,7 +92,7 @@ class AnchoredTrainer(SFTTrainer):
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        if self.args.packing:  # packed rows are full
+        if self.args.packing or self.aux_loss_enabled:  # packed rows are full; a router's loss is one of a batch
             return loader
         return sort_by_length(loader, self.args, row_lengths(self.train_dataset))
 
@@ -111,18 +114,20 @@ class AnchoredTrainer(SFTTrainer):
             marked = sum(batch["kl_mask"].sum() for batch in batches)
             # a step may have no replay row
             self.kl_items = self.accelerator.gather(marked.to(self.accelerator.device)).sum().clamp(min=1)
+            self.anchored_since_log += 1
         self.steps_since_log += 1
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels, kl_mask = inputs.pop("labels")[:, 1:].flatten(), inputs.pop("kl_mask", None)
-        inputs.pop(
-            "attention_mask", None
-        )  # causal attention does not see padding on the right; no mask, no slow kernel
+        if not self.aux_loss_enabled:  # causal attention does not see padding on the right; no mask, no slow kernel
+            inputs.pop("attention_mask", None)
         peft_model = self.accelerator.unwrap_model(model)
         ref_hidden, kl_coef = None, 0.0
         with without_head(peft_model):
-            hidden = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+            with_router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+            output = model(**inputs, **with_router, use_cache=False)
+            hidden = output.logits[:, :-1].flatten(0, 1)
             if kl_mask is not None:
                 kl_mask = kl_mask.flatten()
                 kl_coef = self.kl_coef * kl_mask.sum() / self.kl_items
@@ -144,14 +149,19 @@ class AnchoredTrainer(SFTTrainer):
         if kl_mask is not None:
             self.kl_since_log += (kl * kl_mask.sum() / self.kl_items).item()
         # num_items counts the targets of all processes, whose gradients DDP averages
-        return loss * self.accelerator.num_processes
+        loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled:  # of a mixture of experts, as in TRL: a mean of the micro-batches
+            loss = loss + self.router_aux_loss_coef * output.aux_loss / self.current_gradient_accumulation_steps
+        return loss
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
             sums = torch.tensor([[self.nll_since_log, self.kl_since_log]], device=self.accelerator.device)
-            nll, kl = (self.accelerator.gather(sums).sum(0) / self.steps_since_log).tolist()
-            logs |= {"nll": nll, "kl": kl, "kl_coef": self.kl_coef}
-            self.nll_since_log = self.kl_since_log = self.steps_since_log = 0
+            nll, kl = self.accelerator.gather(sums).sum(0).tolist()
+            logs |= {"nll": nll / self.steps_since_log, "kl_coef": self.kl_coef}
+            if self.anchored_since_log:
+                logs["kl"] = kl / self.anchored_since_log
+            self.nll_since_log = self.kl_since_log = self.steps_since_log = self.anchored_since_log = 0
         super().log(logs, start_time)
 
     def evaluate(self, *_, **__):
@@ -179,6 +189,7 @@ class SftSettings:
     max_seq_length: int
     packing: bool
     num_proc: int
+    kl_asked: bool = False  # the user gave --kl_coef
 
 
 def build_trainer(
@@ -195,8 +206,15 @@ def build_trainer(
 
     `rows` of "train" and "validation" have "input_ids" and "labels", cut to a length.
     """
+    if sft.packing and (problem := packing_problem(model)):
+        raise InputError(f"--packing: {problem}; leave it out")
     set_seed(settings.seed)
     model = new_adapter(model, setup.lora)
+    if anchor.kl_coef and (problem := anchor_problem(model)):
+        if sft.kl_asked:
+            raise InputError(f"--kl_coef {anchor.kl_coef}: {problem}; give 0 or name another model")
+        log.warning("no KL anchor: %s", problem)
+        anchor = dataclasses.replace(anchor, kl_coef=0.0)
     config = SFTConfig(
         **training_arguments(settings, setup.base, setup.lora),
         max_length=sft.max_seq_length,
@@ -211,7 +229,7 @@ def build_trainer(
         greater_is_better=early.metric != "val_loss" if early else None,
     )
     with adapter_kept_in_float32(model):
-        return AnchoredTrainer(
+        trainer = AnchoredTrainer(
             anchor=anchor,
             early=early,
             model=model,
@@ -221,6 +239,8 @@ def build_trainer(
             processing_class=setup.tokenizer,
             callbacks=[EvaluateLastStep()] if early else [],
         )
+    without_router_logits(trainer.model.get_base_model())
+    return trainer
 
 
 def train(trainer: AnchoredTrainer, checkpoint: Path | None, folder: Path) -> int:

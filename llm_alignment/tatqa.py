@@ -20,7 +20,7 @@ from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import InputError, SkippedRows, digest, object_problem, open_data, parse_json
 from llm_alignment.hub import hub_files
 from llm_alignment.prefixes import shared_lengths
-from llm_alignment.prompts import PromptStyle, fit_prompt, strip_thinking
+from llm_alignment.prompts import PromptStyle, encode, fit_prompt, strip_thinking
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 from llm_alignment.texts import cut_at_word
 
@@ -362,6 +362,7 @@ def answer_questions(
     import torch
 
     from llm_alignment import generation
+    from llm_alignment.exactness import cache_problem
 
     settings = generation.generation_config(model, tokenizer, decoding)
     line_break = (
@@ -370,7 +371,9 @@ def answer_questions(
     groups = [[*group] for _, group in itertools.groupby(items, key=lambda question: question["context"])]
     torch.manual_seed(decoding.seed ^ zlib.crc32(items[0]["question_id"].encode()))
     prompts = [[question["tokens"] for question in group] for group in groups]
-    answers = generation.generate_grouped(model, prompts, settings, decoding.max_new_tokens, line_break)
+    answers = generation.generate_grouped(
+        model, prompts, settings, decoding.max_new_tokens, line_break, share_prefix=not cache_problem(model)
+    )
     for question, answer in zip(items, itertools.chain(*answers), strict=True):
         until_end = itertools.takewhile(lambda token: token not in settings.eos_token_id, answer)
         text = strip_thinking(generation.text_of([*until_end], tokenizer, question["tokens"]))
@@ -472,7 +475,7 @@ def evaluation_questions(
 
 def table_tokens(questions: list[dict], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens that go through the model at most when every table is read once."""
-    prompts = tokenizer([question["prompt"] for question in questions])["input_ids"]
+    prompts = [encode(question["prompt"], tokenizer) for question in questions]
     shared = sum(length for _, length in shared_lengths(prompts))
     return sum(map(len, prompts)) - shared + len(questions) * max_new_tokens
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
 from llm_alignment.adapters import LoraSettings, check_model, new_adapter, saved_settings
 from llm_alignment.anchored_loss import rows_at_once
@@ -32,7 +34,7 @@ from llm_alignment.files import (
 )
 from llm_alignment.flags import fill
 from llm_alignment.memory import GIB, fits_without_checkpointing, memory_estimate
-from llm_alignment.models import Base, BaseFlags, load_tokenizer, resolve_base
+from llm_alignment.models import Base, BaseFlags, load_tokenizer, one_line, resolve_base
 from llm_alignment.processes import DDP_TIMEOUT, gathered, main_process, named_device, processes
 from llm_alignment.runs import damaged_run
 
@@ -371,7 +373,8 @@ def set_up(
         record["args"] = {**record["args"], **dataclasses.asdict(lora)}
     flags = {name: value for name, value in record["args"].items() if name not in neutral}
     tokenizer = load_tokenizer(base)
-    check_model(base, tokenizer, lora=lora, adapter=adapter, longest=longest)
+    ways = {name: getattr(args, name, False) for name in ("packing", "group_by_table")}
+    check_model(base, tokenizer, lora=lora, adapter=adapter, longest=longest, **ways)
     return Setup(base, tokenizer, lora, Path(args.output_dir), args.resume_from_checkpoint, flags)
 
 
@@ -416,9 +419,30 @@ def check_same_run(folder: Path, flags: dict[str, Any], base: Base, data: dict |
     # a flag that is newer than the stored run was at its default there
     after = {name: value for name, value in after.items() if name in before or not name.startswith("--")}
     if before != after:
-        raise InputError(
-            f"{folder}: the run to resume had another base, other flags or data ({differing(before, after)})"
-        )
+        other = differing(before, after)
+        raise InputError(f"{folder}: the run to resume had another base, other flags or data ({other})")
+
+
+def state_problem(folder: Path) -> str | None:
+    """Why the files of a complete checkpoint cannot be loaded; None when they can. Only tensors and plain values are
+    read: code that a pickled object would run does not run."""
+    moments = "state1" if torch.cuda.is_available() else "exp_avg"  # of bitsandbytes' AdamW, and of torch's
+    for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+        try:
+            with safe_globals():
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged archive, or objects: anything
+            return f"{path.name} cannot be loaded ({one_line(error)})"
+        if path.name == "optimizer.pt":
+            try:
+                sizes = sorted(tuple(each[moments].shape) for each in state["state"].values())
+            except (KeyError, TypeError, AttributeError):
+                return f"{path.name} is the state of another optimiser"
+            with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+                wanted = sorted(tuple(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            if sizes != wanted:
+                return f"{path.name} is the state of an optimiser of other tensors"
+    return None
 
 
 def newest_complete(folder: Path, resume: str | None) -> Path | None:
@@ -430,14 +454,14 @@ def newest_complete(folder: Path, resume: str | None) -> Path | None:
         return None
     if resume != "auto":
         named = Path(resume)
-        problem = checkpoint_problem(named) if named.is_dir() else "no such folder"
+        problem = (checkpoint_problem(named) or state_problem(named)) if named.is_dir() else "no such folder"
         if problem:
             raise InputError(f"--resume_from_checkpoint {named}: {problem}; use auto to take the newest complete one")
         log.info("resuming from %s", named)
         return named
     steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
     for candidate in sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path])):
-        problem = checkpoint_problem(candidate)
+        problem = checkpoint_problem(candidate) or state_problem(candidate)
         if problem is None:
             log.info("resuming from %s", candidate)
             return candidate

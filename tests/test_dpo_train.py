@@ -147,10 +147,8 @@ def test_a_run_from_start_to_finish(tmp_path, capsys, monkeypatch):
     assert len(looked_up) == 1, "a hub's main branch may move while the run lasts"
     out = tmp_path / "out"
     assert record["status"] == "completed" and record["kept_step"] == 6
-    assert record["baseline"].keys() == record["final"].keys() - {"own_drift"}
-    assert record["final"].keys() == {
-        "held_out", "tatqa", "mtbench", "instruct", "drift", "retention", "own_drift"
-    }  # fmt: skip
+    names = {"held_out", "tatqa", "mtbench", "instruct", "drift", "retention", "own_drift", "health"}
+    assert record["baseline"].keys() == record["final"].keys() == names
     assert {"tatqa", "tatqa_em", "mtbench", "mtbench_raw", "instruct"} <= record["delta"].keys()
     assert record["baseline"]["held_out"] == {"accuracy": 50, "margin": 0, "n": 7}
     assert record["final"]["held_out"]["margin"] != 0

@@ -199,13 +199,9 @@ def dpo_train_mt_v2_args(folder: Path):
 def test_the_record_holds_every_domain_at_every_stage(whole, capsys):
     folder, record, *_ = whole
     assert record["status"] == "completed" and [entry["stage"] for entry in record["stages"]] == [1, 2, 3]
-    names = {"tatqa", "mtbench", "finance_instruct", "reddit"}
+    names = {"tatqa", "mtbench", "finance_instruct", "reddit", "drift", "retention", "own_drift"}
     for entry in record["stages"]:
-        assert set(entry["baseline"]) == set(entry["final"]) == names | {
-            "drift",
-            "retention",
-            "own_drift",
-        } and names <= set(entry["delta"])
+        assert set(entry["baseline"]) == set(entry["final"]) == names | {"health"} and names <= set(entry["delta"])
     for before, after in zip(record["stages"][:-1], record["stages"][1:], strict=True):
         assert after["baseline"] == before["final"]
     assert record["baseline"] == record["stages"][0]["baseline"]

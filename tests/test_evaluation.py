@@ -81,13 +81,14 @@ def test_what_is_known_of_the_base_is_not_read(measured):
 
 def test_rows_of_the_base_are_shared_by_runs_but_sampled_ones_are_not(measured, tmp_path):
     for task, is_read, cached in ((task_of([0, 1]), 0, 1), (task_of([0, 1, 2], is_cached=False), 1, 1)):
-        rows = [measured(task, f"{name}{is_read}/baseline", use_cache=True) for name in ("one", "two")]
+        options = dict(use_cache=True, with_adapter=False)
+        rows = [measured(task, f"{name}{is_read}/baseline", **options) for name in ("one", "two")]
         assert rows[0][0] == rows[1][0] and len(rows[0][1]) == 1 and len(rows[1][1]) == is_read
         one, two = (tmp_path / f"{name}{is_read}" / "tatqa_baseline.jsonl" for name in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
         assert len([*(tmp_path / "cache").rglob("*.jsonl")]) == cached
-    for options in ({}, {"use_cache": True, "fingerprint": {"model": "other"}}):
-        assert measured(task_of([0, 1]), f"{len(options)}/baseline", **options)[1]
+    for n, changes in enumerate([{"use_cache": False}, {"with_adapter": True}, {"fingerprint": {"model": "other"}}]):
+        assert measured(task_of([0, 1]), f"{n}/baseline", **{**options, **changes})[1]
 
 
 def test_rows_of_an_earlier_stage_are_taken_if_nothing_changed(measured):
@@ -203,21 +204,21 @@ def test_rows_are_paired_by_id():
 def test_the_report_fills_record_metrics_and_table(tmp_path, capsys):
     def compare(before, after):
         pairs = evaluation.pair_rows(before, after)
-        return {"tatqa": stats.paired_delta(*([row["x"] for row in side] for side in zip(*pairs, strict=True)))}
+        return {"val_loss": stats.paired_delta(*([row["x"] for row in side] for side in zip(*pairs, strict=True)))}
 
     def summarise(rows):
-        return {"tatqa": {"em_like": sum(row["x"] for row in rows) / len(rows)}}
+        return {"val_loss": sum(row["x"] for row in rows) / len(rows)}
 
-    task = Evaluation(name="tatqa", items=[], read=read, summarise=summarise, compare=compare)
+    task = Evaluation(name="validation", items=[], read=read, summarise=summarise, compare=compare)
     rows = [[{"question_id": n, "x": n + shift} for n in range(8)] for shift in (0, 2)]
     record = {"baseline": {}, "final": {"drift": 0.25}, "delta": {}, "runtime_s": {"train": 3}}
-    evaluation.report(record, tmp_path, [task], {"tatqa": rows[0]}, {"tatqa": rows[1][::-1]})
-    assert record["baseline"] == {"tatqa": {"em_like": 3.5}} and record["final"]["tatqa"] == {"em_like": 5.5}
-    assert record["delta"]["tatqa"]["mean"] == 2 and record["delta"]["tatqa"]["n"] == 8
+    evaluation.report(record, tmp_path, [task], {"validation": rows[0]}, {"validation": rows[1][::-1]})
+    assert record["baseline"] == {"val_loss": 3.5} and record["final"] == {"val_loss": 5.5, "drift": 0.25}
+    assert record["delta"]["val_loss"]["mean"] == 2 and record["delta"]["val_loss"]["n"] == 8
     metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
     assert metrics == {key: record[key] for key in ("baseline", "final", "delta")}
     out = capsys.readouterr().out
-    assert METRICS["tatqa"].title in out and METRICS["drift"].title in out and "perplexity" not in out
+    assert METRICS["val_loss"].title in out and METRICS["drift"].title in out and "perplexity" not in out
 
 
 def test_turns_and_categories_get_a_line_each():

@@ -233,17 +233,8 @@ def test_the_command_line(cli_folder, reward_folder, tmp_path, monkeypatch, caps
     earlier = str(tmp_path / "one" / "mtbench.jsonl")
     second = me.main(
         flags(cli_folder, reward_folder, tmp_path / "two", "--limit", "6", "--mtbench_max_tokens", "4")
-        + [
-            "--compare",
-            earlier,
-            "--eval_batch_size",
-            "3",
-            "--exp_tag",
-            "short",
-            "--do_retention",
-            "--retention_limit",
-            "5",
-        ]
+        + ["--compare", earlier, "--eval_batch_size", "3", "--exp_tag", "short"]
+        + ["--do_retention", "--retention_limit", "5"]
     )
     assert second["delta"]["mtbench"]["n"] == 6 and second["tag"] == "short"
     names = {"mtbench.jsonl", "retention.jsonl", "metrics.json", "mtbench.png", "run.json", "run.log"}

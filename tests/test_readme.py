@@ -12,23 +12,22 @@ import pytest
 from conftest import ROOT
 
 from llm_alignment import files
+from llm_alignment.evaluation import METRICS
 
 README = (ROOT / "README.md").read_text("utf-8")
-GUIDES = README + "".join((ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "experiments/METHODS.md"))
-SCRIPTS = ("sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2", "mtbench_eval")
-LAUNCHERS = (
-    ["poetry", "run", "python"],
-    ["poetry", "run", "torchrun", "--nproc_per_node", "2"],
-    ["python"],
-    ["poetry", "run", "accelerate", "launch", "--num_processes", "2"],
+GUIDES = README + "".join(
+    (ROOT / name).read_text("utf-8") for name in ("CONTRIBUTING.md", "experiments/METHODS.md", "experiments/SPEED.md")
 )
+SCRIPTS = ("sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2", "mtbench_eval")
+TOOLS = ("report", "rerun", "export", "mine_pairs", "frontier", "chat")
+LAUNCHED = r"((poetry|uv) run [^|]*?(python|torchrun|accelerate launch)|python) "
 
 
 def commands() -> list[str]:
     """The command lines of the README's indented blocks."""
     lines = [line.strip() for line in README.split("\n") if line.startswith("    ")]
     parts = [part.strip() for line in lines for part in line.split(" ; ")]
-    return [part for part in parts if re.match(r"(poetry run (python|torchrun|accelerate launch)|python) ", part)]
+    return [part for part in parts if re.match(LAUNCHED, part)]
 
 
 def logged() -> list[str]:
@@ -40,8 +39,11 @@ def logged() -> list[str]:
 def test_commands_parse(command, monkeypatch):
     """As written, by the script's own parser."""
     words = shlex.split(command)
-    launcher = next(launcher for launcher in LAUNCHERS if words[: len(launcher)] == launcher)
-    script, *flags = words[len(launcher) :]
+    start = next(place for place, word in enumerate(words) if word in {"-m", "-c"} or word.endswith(".py"))
+    script, *flags = words[start:]
+    if script == "-c":
+        compile(flags[0], command, "exec")
+        return
     if script == "-m":
         assert flags[0] in {"pip", "pytest"}
         return
@@ -59,14 +61,14 @@ def test_there_are_commands_for_every_script():
     text = "\n".join(commands())
     for script in SCRIPTS:
         assert f"{script}.py" in text
-    assert "    poetry install\n" in README and "poetry run python sft_train.py --demo" in README
-    assert '    python -m pip install -e ".[test]"\n    python -m pytest\n' in README
+    for line in ("uv run python sft_train.py --demo", "uv run --extra test python -m pytest", "poetry install"):
+        assert f"    {line}\n" in README
 
 
 def test_files_that_are_named_exist():
     written_by_a_run = {
         "run.json", "metrics.json", "train_log.jsonl", "mt_bench_ru.json", "mt_bench_en.json",
-        "experiments/sft_experiments.jsonl", "experiments/dpo_experiments.jsonl",
+        "experiments/sft_experiments.jsonl", "experiments/dpo_experiments.jsonl", "experiments/report/",
     }  # fmt: skip
     named = set(re.findall(r"`([\w/.-]+\.(?:py|md|jsonl|json)|[\w/]+/)`", README))
     named |= set(re.findall(r"\]\(([\w/.-]+)", README))
@@ -75,26 +77,46 @@ def test_files_that_are_named_exist():
         assert (ROOT / name).exists(), name
 
 
-def test_flags_that_are_named_exist():
-    known = " ".join(importlib.import_module(name).build_parser().format_help() for name in SCRIPTS)
+def test_flags_that_are_named_exist(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    known = " ".join(importlib.import_module(name).build_parser().format_help() for name in (*SCRIPTS, *TOOLS))
     named = {flag for text in re.findall(r"`([^`\n]+)`", GUIDES) for flag in re.findall(r"(?<![\w-])--\w+", text)}
     assert len(named) > 30
-    elsewhere = {
-        "--publish",
-        "--compare",
-        "--detect",
-        "--extra",
-        "--grid",
-        "--mine",
-        "--same_data",
-        "--seeds",
-        "--plan",
-        "--merged",
-        "--power",
-        "--import",
-        "--list",
+    for flag in named - {
         "--no",
-        "--run",
-    }
-    for flag in named - elsewhere:
+        "--extra",
+        "--data",
+        "--shape",
+        "--growth",
+    }:  # the prefix of a switch; flags of benchmarks
         assert re.search(rf"{flag}\b", known), flag
+
+
+def recorded() -> dict[str, dict]:
+    """The records of runs of this code by tag."""
+    paths = [ROOT / "experiments" / "recorded_runs.jsonl", ROOT / "experiments" / "demo" / "runs.jsonl"]
+    return {row["tag"]: row for path in paths if path.exists() for row in files.read_records(path)}
+
+
+DOCS = ("README.md", "experiments/METHODS.md", "experiments/demo/README.md")
+FIGURE = r"^\| `([\w.-]+)` \| ([^|]+) \| ([+-][\d.]+) \[([-\d.]+), ([-\d.]+)\] \|"
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_figures_are_those_of_the_record_that_they_name(name):
+    """Rows | `TAG` | measure | difference [low, high] |, to the digits that are written."""
+    names, found = {metric.title: key for key, metric in METRICS.items()}, 0
+    for tag, title, *written in re.findall(FIGURE, (ROOT / name).read_text("utf-8"), re.MULTILINE):
+        delta = recorded()[tag]["delta"][names[title]]
+        for text, key in zip(written, ("mean", "low", "high"), strict=True):
+            assert float(text) == round(delta[key], len(text.partition(".")[2])), (tag, title, key)
+        found += 1
+    assert found >= 2
+
+
+def test_every_table_of_ratios_names_the_benchmark_that_prints_it():
+    sections = (ROOT / "experiments" / "SPEED.md").read_text("utf-8").split("\n## ")[1:]
+    assert len(sections) > 4
+    for section in sections:
+        benchmarks = re.findall(r"python (experiments/benchmarks/\w+\.py)", section)
+        assert benchmarks and all((ROOT / path).is_file() for path in benchmarks), section[:60]

@@ -264,17 +264,17 @@ def test_a_resume_with_other_flags_names_them(flags, whole, capsys):
 
 
 def test_a_resume_on_other_data_names_what_differs(flags, dataset, whole, capsys):
-    before = contents(whole)
-    text = dataset.read_text("utf-8")
-    try:
-        dataset.write_text(text.replace("а", "о"), encoding="utf-8")
-        error = run_error(capsys, sft_train.main, *flags(whole, "--resume_from_checkpoint", "auto"))
-        assert "data sha256: " in error and "learning_rate" not in error
-        dataset.write_text("".join(text.splitlines(keepends=True)[:15]), encoding="utf-8")
-        error = run_error(capsys, sft_train.main, *flags(whole, "--resume_from_checkpoint", "auto"))
-        assert "data rows: " in error and "'general_train': 18" in error
-    finally:
+    before, text = contents(whole), dataset.read_text("utf-8")
+    for changed, named in (
+        (text.replace("а", "о"), "data sha256: "),
+        ("".join(text.splitlines(keepends=True)[:15]), "'general_train': 18"),
+    ):
+        dataset.write_text(changed, encoding="utf-8")
+        with pytest.raises(SystemExit) as stop:
+            sft_train.main(flags(whole, "--resume_from_checkpoint", "auto"))
         dataset.write_text(text, encoding="utf-8")
+        error = capsys.readouterr().err.splitlines()[-1]  # after the bar of the validation rows
+        assert stop.value.code == 2 and error.startswith("error: ") and named in error and "learning_rate" not in error
     assert contents(whole) == before
 
 
@@ -313,6 +313,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(flags,
 def test_fp16_steps_that_are_skipped_without_end_stop_the_run(sft_trainer):
     trainer, control = sft_trainer(), transformers.TrainerControl()
     keeper = training.RunKeeper(trainer, None)
+    keeper.on_train_begin(trainer.args, trainer.state, control)
     for skipped in [True] * 19 + [False] + [True] * 19:  # a whole step between: the count begins again
         trainer.accelerator = types.SimpleNamespace(optimizer_step_was_skipped=skipped)
         keeper.on_step_end(trainer.args, trainer.state, control)
