@@ -97,7 +97,11 @@ def card() -> dict:
         driver = subprocess.run(asked, capture_output=True, text=True).stdout.split() if shutil.which(asked[0]) else []
         about = torch.cuda.get_device_properties(0)
         found |= {"card": about.name, "memory_gib": round(about.total_memory / 2**30, 1)}
-        found |= {"capability": f"{about.major}.{about.minor}", "cuda": torch.version.cuda, "driver": " ".join(driver[:1])}
+        found |= {
+            "capability": f"{about.major}.{about.minor}",
+            "cuda": torch.version.cuda,
+            "driver": " ".join(driver[:1]),
+        }
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
     return found | {"versions": {"python": sys.version.split()[0]} | versions(*names)}
 

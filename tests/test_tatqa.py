@@ -379,7 +379,7 @@ def test_questions_on_one_table_are_one_cluster():
 
 def test_a_plan_counts_a_table_once():
     questions = [{"prompt": text} for text in ("a table, first", "another", "a table, second one")]
-    a_character_each = lambda texts, **_: {"input_ids": [list(text) for text in texts]}  # noqa: E731
+    a_character_each = lambda text, **_: {"input_ids": list(text)}  # noqa: E731
     a_character_each.bos_token_id = None
     expected = len("a table, first" + "second one" + "another") - len("a") + 3 * 5
     assert tatqa.table_tokens(questions, 5, a_character_each) == expected
