@@ -84,6 +84,14 @@ def not_negative(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+def steps_or_share(text: str) -> float:
+    """argparse type: a whole number of steps, or a share of the run's steps, which is below 1."""
+    value = not_negative(float)(text)
+    if value >= 1 and value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} is neither a whole number of steps nor a share below 1")
+    return int(value) if value == int(value) else value
+
+
 def temperature(text: str) -> float:
     """argparse type: 0, which is greedy, or a temperature by which logits can be divided."""
     value = not_negative(float)(text)
