@@ -74,8 +74,7 @@ def evaluations_of(run: FinishedRun) -> list[Evaluation]:
         return script.task_of(args, run.tokenizer).compared
     if script.__name__ == "dpo_train":
         return script.pairs_and_evaluations(args, setup)[1]
-    only_measured = argparse.Namespace(**{**vars(args), "no_train": True})
-    return script.pairs_and_evaluations(only_measured, {}, setup, {})[1]
+    return script.pairs_and_evaluations(args, {}, setup, {})[1]  # of no source or stage, so without training pairs
 
 
 def measured(run: FinishedRun, evaluations: list[Evaluation], scales: list[float]) -> dict[float, dict]:
@@ -161,7 +160,6 @@ def frontier(args: argparse.Namespace) -> None:
     run = finished_run(args.run_folder)
     for scale in args.scales:
         check_model(run.base, run.tokenizer, adapter=str(run.folder), scale=scale)
-    run.args.dry_run = False
     evaluations = evaluations_of(run)
     gates = asked_gates(run.args.gates if args.gates is None else args.gates, evaluations)
     with held_alone(run.folder / "run.lock", f"{run.folder}: another run is working in this folder; wait for its end"):
