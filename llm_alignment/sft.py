@@ -81,7 +81,10 @@ class AnchoredTrainer(SFTTrainer):
         super().__init__(**arguments)
         collate: Callable = self.data_collator  # type: ignore[has-type]
 
-        def with_replay(examples: list[dict]) -> dict[str, torch.Tensor]:
+        def create_model_card(self, *_, **__) -> None:
+        """Of no checkpoint: `write_card` writes one when the run was measured."""
+
+    def with_replay(examples: list[dict]) -> dict[str, torch.Tensor]:
             """TRL's collator drops columns that it does not know."""
             batch = collate(examples)
             if self.anchor.kl_on == "replay":
