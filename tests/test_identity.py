@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from toys import CHATML, make_tokenizer
 from transformers import GenerationConfig
 
-from llm_alignment import adapters, generation, models, prompts, training
+from llm_alignment import adapters, encoder, generation, models, prompts, training
 from llm_alignment.files import InputError
 from llm_alignment.model_files import adapter_files_sha256
 
@@ -167,7 +167,14 @@ def test_one_way_from_text_to_tokens(added, template, pad):
             special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "<|im_end|>")],
         )
     turns = [{"role": "user", "content": "the Volga"}]
-    wanted = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    written = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False).removeprefix("<s>")
+    begins = added.startswith("<s>") or template != CHATML
+    wanted = [tokenizer.bos_token_id] * begins + tokenizer(written, add_special_tokens=False)["input_ids"]
+    row = {"messages": [*turns, {"role": "assistant", "content": "the Neva"}]}
+    for only in (False, True):
+        trained = encoder.ChatEncoder(tokenizer, thinking=False, assistant_only=only)(row)
+        assert trained["input_ids"][: len(wanted)] == wanted and len(trained["labels"]) == len(trained["input_ids"])
+        assert (trained["labels"][: len(wanted)] == [-100] * len(wanted)) == only
     style = prompts.PromptStyle()
     fitted = prompts.fit_prompt("the Volga", tokenizer, style)
     end = tokenizer.eos_token_id
