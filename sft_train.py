@@ -103,7 +103,8 @@ def build_parser() -> Parser:
     add_training_flags(parser)
     add_run_flags(parser, exp_log="experiments/sft_experiments.jsonl")
     add = add_group(parser, "data", trains=True)
-    add("--dataset", default="t-tech/T-Wix", help="hub id, file or folder of {messages, subset} rows")
+    add("--dataset", default="t-tech/T-Wix", help="hub id, file or folder of rows: messages, prompt and "
+        "completion, instruction and output, or conversations")
     add("--subset", choices=["general", "reasoning", "both"], default="general",
         help="which rows; one without a subset is general")
     add("--val_split", type=ratio, default=0.01,
@@ -124,8 +125,8 @@ def build_parser() -> Parser:
     add("--sft_loss", choices=["nll", "dft"], default="nll",
         help="dft weights each token's NLL by its probability; with forward KL this is ASFT")
     add("--kl_coef", type=not_negative(float), default=0.02,
-        help="weight of the KL anchor, 0 switches it off; raise it if MT-Bench or drift gets worse, lower it if the "
-        "validation loss stops falling")
+        help="weight of the KL anchor, 0 switches it off; raise it if MT-Bench, retention or drift gets worse, "
+        "lower it if the validation loss stops falling")
     add("--kl_start_step", type=steps_or_share, default=0,
         help="step at which the anchor starts; below 1 a share of the run's steps")
     add("--kl_warmup_steps", type=steps_or_share, default=300,
