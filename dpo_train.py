@@ -302,7 +302,7 @@ def check_pairs_flags(pairs: str, no_train: bool, eval_pairs: int, argv: list[st
     if any(flag.partition("=")[0] == "--tatqa_split" for flag in argv):
         raise InputError("--pairs and --tatqa_split: both name what is trained on; leave one of them out")
     if no_train and not eval_pairs:
-        raise InputError(f"--pairs {pairs}: with --no_train it is used by --eval_pairs N alone; add it")
+        raise InputError(f"--pairs {pairs}: with --no_train it is used only by --eval_pairs N; add it")
 
 
 @dataclasses.dataclass(frozen=True)

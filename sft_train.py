@@ -159,7 +159,7 @@ def build_parser() -> Parser:
     add = add_group(parser, "early stopping", trains=True)
     add("--early_stop_patience", type=positive(int), default=None,
         help="evaluate every --eval_steps, keep the best checkpoint by MT-Bench, and stop after N evaluations without "
-        "a gain of 0.05; without it the run goes to its end")
+        "a gain of 0.05; without it the run trains to its end")
     add("--early_stop_metric", choices=["mtbench", "val_loss", "retention"], default="mtbench", help="what decides")
     parser.set_defaults(output_dir="qwen3_twix_lora_sft_ru", batch=8, grad_acc=16, learning_rate=1e-5)
     return parser

@@ -129,5 +129,5 @@ def parse_strictly(parser: argparse.ArgumentParser, arguments: list[str]) -> arg
 
     parser.error = refuse  # type: ignore[method-assign, assignment]
     if {"--help", "--help_all", "--version"} & {*arguments}:
-        raise InputError("--help is no part of a run's command")
+        raise InputError("--help is not part of a run's command")
     return parser.parse_args(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import statistics
@@ -56,10 +57,19 @@ def answer_files(name: str, files: list[Path]) -> dict[str, Path]:
     return found
 
 
-def load_answers(path: Path) -> tuple[dict, list[dict]]:
-    """The settings and the rows of a per-question file."""
+def load_answers(key: str, path: Path) -> tuple[dict, list[dict]]:
+    """The settings and the rows of a per-question file; a row that lacks something counts as damaged."""
     skipped = SkippedRows()
-    fingerprint, rows = read_results(path, skipped)
+    fingerprint, stored = read_results(path, skipped)
+    rows = []
+    for row in stored:
+        try:
+            question_view(key, row, row)
+            summary_of(key, [row])
+            json.dumps(row, allow_nan=False)
+            rows.append(row)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            skipped.add(f"question_id {row['question_id']}", f"{type(error).__name__}: {error}")
     skipped.report(f"damaged lines of {path}")
     measured_on = ("model", "weights", "adapter", "questions", "pairs")
     return {key: value for key, value in flatten(fingerprint).items() if key not in measured_on}, rows
@@ -75,7 +85,7 @@ def compare(names: list[str], files: list[Path], output_dir: Path) -> Path:
     if not shared:
         raise InputError(f"{a} has {', '.join(of_a)}, {b} has {', '.join(of_b)}: no evaluation in common to compare")
     of_both = settings_of(a, files), settings_of(b, files)
-    flags = (differing(*of_both) or "none") if all(of_both) else "not known, for want of a run.json"
+    flags = (differing(*of_both) or "none") if all(of_both) else "not known, there is no run.json"
     print(f"flags that differ, {a} -> {b}: {flags}")
     compared = {key: compare_evaluation(key, of_a[key], of_b[key]) for key in shared}
     if not any(compared.values()):
@@ -110,7 +120,7 @@ def slug(name: str) -> str:
 
 def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict | None:
     """One evaluation of the page, the questions with the largest changes first; None without a shared question."""
-    (settings_a, rows_a), (settings_b, rows_b) = load_answers(path_a), load_answers(path_b)
+    (settings_a, rows_a), (settings_b, rows_b) = load_answers(key, path_a), load_answers(key, path_b)
     pairs = shared_questions(rows_a, rows_b)
     if not pairs:
         return None
@@ -138,19 +148,29 @@ def shared_questions(rows_a: list[dict], rows_b: list[dict]) -> list[tuple[dict,
 
 def comparison_table(key: str, *sides: list[dict], beta: float) -> list[TableRow]:
     """The lines of `print_table`: every metric of A and of B, with the difference; `beta`: of held-out pairs."""
+    before, after = (summary_of(key, rows, beta) for rows in sides)
     if key == "tatqa":
-        before, after = ({key: tatqa.summarise_tatqa(rows)} for rows in sides)
         return table_rows(before, after, tatqa.compare_tatqa(*sides))
     if key == "retention":
-        before, after = map(retention.summarise_retention, sides)
         return table_rows(before, after, retention.compare_retention(*sides))
     if key == "held_out":
         from llm_alignment import dpo  # torch and TRL with it
 
-        before, after = ({key: dpo.summarise_rewards(rows, beta)} for rows in sides)
         return table_rows(before, after, dpo.compare_rewards(*sides, beta=beta))
-    before, after = (summarise_scored(key, rows) for rows in sides)
     return table_rows(before, after, compare_scored(key, *sides))
+
+
+def summary_of(key: str, rows: list[dict], beta: float = 1.0) -> dict[str, dict]:
+    """{evaluation: the figures of its rows}."""
+    if key == "tatqa":
+        return {key: tatqa.summarise_tatqa(rows)}
+    if key == "retention":
+        return retention.summarise_retention(rows)
+    if key == "held_out":
+        from llm_alignment import dpo  # torch and TRL with it
+
+        return {key: dpo.summarise_rewards(rows, beta)}
+    return summarise_scored(key, rows)
 
 
 def question_score(key: str, row: dict) -> float:
@@ -229,7 +249,9 @@ def print_power(names: list[str], files: list[Path], difference: float | None = 
             raise InputError(f"{after_path}: {len(differences)} questions shared with {before_path}; needs at least 2")
         spread = statistics.stdev(differences)
         if spread == 0:
-            print(f"{EVALUATIONS[key]}: all {len(differences)} questions changed alike, which says nothing of others")
+            print(
+                f"{EVALUATIONS[key]}: all {len(differences)} questions changed alike, which says nothing about others"
+            )
             continue
         units = {"tatqa": "percentage points", "retention": "percentage points", "held_out": "of reward margin"}
         unit = units.get(key, "points on the 1-10 scale")

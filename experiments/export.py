@@ -288,9 +288,7 @@ def verify(
             f"in {args.dtype}; nothing was written: {advice}"
         )
     if difference > adapter_effect / 2 > 0:
-        log.warning(
-            "rounding to %s changes the model about as much as the adapter does; take --dtype fp32", args.dtype
-        )
+        log.warning("rounding to %s changes the model about as much as the adapter does; use --dtype fp32", args.dtype)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ times; answers that are empty or cut by the token limit are not used. A pair is 
 chosen_reward, rejected_reward, uid}; prompts whose best and worst answer are not more than --min_margin apart give
 none and are counted.
 
-Answers and rewards of every prompt are kept in OUTPUT.samples.jsonl as they come: the same command goes on after a
+Answers and rewards of every prompt are kept in OUTPUT.samples.jsonl as they come: the same command resumes after a
 stop, and another --min_margin samples nothing again.
 """
 
@@ -126,7 +126,7 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
         prompts[key] = {"question_id": key, "prompt": turns}
     if len(prompts) < len(rows):
         twice = len(rows) - len(prompts)
-        log.info("%s: %d prompts stand there more than once; each is used once", args.prompts, twice)
+        log.info("%s: %d prompts occur more than once; each is used once", args.prompts, twice)
     counts: dict[str, int] = {}
     clean = without_leaks(list(prompts.values()), LeakFinder(asked_texts(args)), "prompts", counts)
     if not clean:

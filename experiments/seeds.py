@@ -68,7 +68,7 @@ def common_name(names: list[str]) -> str:
 
 
 def average(values: list[Any]) -> Any:
-    """Numbers averaged, key by key of those that all have; what is no number in all of them is the first one's."""
+    """Numbers averaged, key by key of those that all have; what is not a number in all of them is the first one's."""
     first = values[0]
     if all(isinstance(value, dict) for value in values):
         return {key: average([value[key] for value in values]) for key in first if all(key in v for v in values)}

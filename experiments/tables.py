@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterable
 
 from commands import shown_command
 from noise import REPEATED, Spread
-from records import PUBLISHED, Run, flatten, get_nested
+from records import HERE, PUBLISHED, Run, flatten, get_nested
 
 from llm_alignment.evaluation import METRICS, TableRow, number, table_rows, table_texts
+from llm_alignment.model_files import read_json
+
+GPU_CHECK = HERE / "benchmarks" / "gpu_check.json"  # of `pytest -m gpu`
 
 
 def text(value: object) -> str:
@@ -259,7 +262,7 @@ def terminal_table(header: list[str], rows: list[list[str]]) -> str:
     for row in rows:
         table.add_row(*row)
     width = shutil.get_terminal_size((120, 24)).columns
-    console = Console(width=width, color_system=None, legacy_windows=False, markup=False, highlight=False)
+    console = Console(width=width, color_system=None, legacy_windows=False, markup=False, emoji=False, highlight=False)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))
@@ -395,11 +398,26 @@ def results(runs: list[Run], spreads: list[Spread], plots: dict[str, str], in_sh
     if new:
         parts += ["## Differences of the new runs", deltas_table(new)]
         parts += ["## Where the new runs were made", origins_table(new)]
+    if GPU_CHECK.is_file():
+        parts += ["## Checked on a GPU", gpu_check(read_json(GPU_CHECK, "the owner's check"))]
     if remarks := notes(runs):
         parts += ["## Notes", remarks]
     parts += ["## Plots"] * bool(plots)
     parts += [f"{inert(caption)}\n\n![{inert(caption)}]({name})" for name, caption in plots.items()]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def gpu_check(check: dict) -> str:
+    """What `pytest -m gpu` found on a card: its outcome and its figures, test by test."""
+    shown = ("card", "memory_gib", "capability", "driver", "cuda", "git", "ts")
+    about = {name: check[name] for name in shown if name in check} | check["versions"]
+    rows = [
+        [name.partition("::")[2], test["outcome"], number(test["seconds"]), what, number(value), unit]
+        for name, test in check["tests"].items()
+        for what, (value, unit) in (test["figures"] or {"-": (None, "")}).items()
+    ]
+    lines = ", ".join(f"{name} {text(value)}" for name, value in about.items())
+    return f"{inert(lines)}.\n\n" + markdown_table(["Test", "Outcome", "Seconds", "Figure", "Value", "Unit"], rows)
 
 
 def experiment_log(name: str, runs: list[Run]) -> str:

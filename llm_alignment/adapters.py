@@ -225,7 +225,9 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     check_finite(stored_tensors(weights), what)
     alpha = config.get("lora_alpha")
     if isinstance(alpha, int | float) and not 0 < abs(alpha) < math.inf:  # with 0 it would change nothing
-        raise InputError(f"{what}: lora_alpha {alpha} in adapter_config.json is no scale; train or fetch it again")
+        raise InputError(
+            f"{what}: lora_alpha {alpha} in adapter_config.json is not a valid scale; train or fetch it again"
+        )
     before = check_logits(model, model.name_or_path)
     try:
         with warnings.catch_warnings():

@@ -34,9 +34,9 @@ def fused_nll_kl(
         hidden: (rows, H) the student's last hidden states, any float type.
         weight: (V, H) the LM head, frozen, shared by student and reference. The matrix products take its type; with a
             half type everything else is computed in float32.
-        labels: (rows,) int64 next tokens, already shifted; -100 is no target.
+        labels: (rows,) int64 next tokens, already shifted; -100 is not a target.
         ref_hidden: (rows, H) the reference's last hidden states; None leaves the KL out (it is 0).
-        kl_mask: (rows,) bool, the rows that the KL acts on; those that are no targets are ignored. None: all targets.
+        kl_mask: (rows,) bool, the rows that the KL acts on; those that are not targets are ignored. None: all targets.
         kl_direction: "reverse" is KL(p_student || p_reference), "forward" is KL(p_reference || p_student).
         sft_loss: "nll", or "dft": each target's NLL times its probability, which gets no gradient (Wu et al.,
             arXiv 2508.05629). "dft" with "forward" is ASFT (arXiv 2509.23753).

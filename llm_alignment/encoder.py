@@ -43,7 +43,7 @@ class ChatEncoder:
     `thinking` every answer begins as it does in evaluation, where the template's generation prompt may end with an
     empty <think></think> block, and thoughts in the data are left out. With `thinking` all thoughts stay, those of
     earlier answers too, and an answer without one has no block. With `assistant_only` the labels are the answers and
-    their end of turn alone: what the generation prompt supplies is no target.
+    their end of turn alone: what the generation prompt supplies is not a target.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, thinking: bool, assistant_only: bool) -> None:
@@ -157,7 +157,7 @@ class ChatEncoder:
                 if not answer.strip() or answer.lstrip().startswith("<think>"):
                     return "an answer has no text outside its <think> block"
                 if "<think>" in answer or "</think>" in answer or "<think>" in thought:
-                    return "an answer has a tag of thoughts within its text"
+                    return "an answer has a <think> tag within its text"
             for text in texts:
                 if found := self.own.search(text):
                     return f"a turn contains the chat template's own {found[0]!r}"
@@ -198,7 +198,7 @@ class ChatEncoder:
         return text + layout.between[-1], spans
 
     def __call__(self, row: dict) -> dict[str, list[int]]:
-        """{"input_ids", "labels"} of a row {messages: [{role, content}]}; -100 is no target."""
+        """{"input_ids", "labels"} of a row {messages: [{role, content}]}; -100 is not a target."""
         text, spans = self.write([(message["role"], message["content"]) for message in row["messages"]])
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.assistant_only)
         ids = encoded["input_ids"]

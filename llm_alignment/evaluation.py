@@ -114,7 +114,7 @@ METRICS |= {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured, and how: `measure` does the rest (files, cache, processes, going on after a kill).
+    """What is measured, and how: `measure` does the rest (files, cache, processes, resuming after a kill).
 
     `items` have a "question_id" each. `read(model, tokenizer, items)` gives the row of each item of a batch, and
     `grade(rows)` in the main process what is stored of them. `summarise(rows)` is what the record's `baseline` and
@@ -338,7 +338,7 @@ def judge_gates(record: dict, gates: dict[str, float]) -> None:
 
 
 class TableRow(NamedTuple):
-    """A line of the table: the figures before and after (None = not measured) and a delta as from `paired_delta`."""
+    """A line of the table: the figures before and after (None = not measured) and a delta of `paired_delta`."""
 
     title: str
     before: float | None

@@ -116,7 +116,7 @@ _cache_problems: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakK
 
 
 def anchor_problem(model: PeftModel) -> str:
-    """Why the KL of a fresh adapter is not 0 in training mode, as with a base that has dropout; "" when it is."""
+    """Why the KL of a fresh adapter is not 0 in training mode, where the base may have dropout; "" when it is 0."""
 
     def both_ways(inner: PreTrainedModel) -> list[torch.Tensor]:
         rows = rows_of(inner, 12)
@@ -126,4 +126,4 @@ def anchor_problem(model: PeftModel) -> str:
             with model.disable_adapter():
                 return [read(inner, rows), student]
 
-    return problem_of(model, both_ways)
+    return "the base has dropout of its own, so the KL does not begin at 0" if problem_of(model, both_ways) else ""

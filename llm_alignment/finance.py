@@ -74,7 +74,7 @@ def finance_problem(row: dict) -> str | None:
         if column not in row and column != "system":
             return f"missing columns: {column}"
         if not isinstance(row.get(column, ""), str):
-            return f"{column} is no text"
+            return f"{column} is not text"
     for column in ("user", "assistant"):
         if not row[column].strip():
             return f"empty {column}"

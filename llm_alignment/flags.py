@@ -212,8 +212,8 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
         help="compute the baseline and the reference of DPO again instead of taking them from the cache")
     if trains:
         add("--gradient_checkpointing", nargs="?", choices=["auto", "on", "off"], const="on", default="auto",
-            help="recompute activations, slower with less memory; auto: only where the GPU would otherwise have less "
-            "than a quarter of its memory free")
+            help="recompute activations, slower with less memory; auto: only where training would not fit "
+            "without it")
         add("--no-gradient_checkpointing", dest="gradient_checkpointing", action="store_const", const="off",
             default=argparse.SUPPRESS, help="the same as --gradient_checkpointing off")
 
@@ -452,7 +452,7 @@ def parse_arguments(parser: Parser, argv: list[str] | None, demo: dict[str, Any]
     """Parses `argv`, or the command line; with --demo flags that the user did not give take their values from `demo`.
 
     A demo's output folder is the first free one of NAME_1, NAME_2, ..., so that the demo can be run again; one that
-    goes on, from a checkpoint or a stage, takes the last one. A text that is empty, as of a shell variable that is not
+    resumes, from a checkpoint or a stage, takes the last one. A text that is empty, as of a shell variable that is not
     set, is an error: as a path it would be the working folder.
     """
     words = parser.expand(sys.argv[1:] if argv is None else argv)

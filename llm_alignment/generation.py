@@ -179,7 +179,7 @@ def batched_answers(
 ) -> Iterator[tuple[int, list[int]]]:
     """Generates from left-padded token lists; yields (row, new tokens), the end token included, as rows end.
 
-    `model.generate` pauses whenever a quarter of its rows has ended: they leave, and the others go on from their
+    `model.generate` pauses whenever a quarter of its rows has ended: they leave, and the others continue from their
     part of the key-value cache. `cache` may hold the prompts, left-padded, but for their last tokens. With
     `line_break`, a bool for each token id, an answer also ends with its first line that is not empty.
     """
@@ -323,7 +323,7 @@ def continuous_answers(
     with only_these(model, settings) as alone:
         outputs = list(alone.generate_batch(prompts, generation_config=settings).values())
     if len(outputs) < len(prompts) or any(output.error for output in outputs):
-        raise RuntimeError("continuous batching lost answers; take --mtbench_backend simple")
+        raise RuntimeError("continuous batching lost answers; use --mtbench_backend simple")
     for row, output in enumerate(outputs):
         yield row, output.generated_tokens
 

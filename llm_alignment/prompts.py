@@ -60,10 +60,12 @@ def render(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, style: 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids of a text as `render` gives it, alone or with its answer. The one way from text to tokens.
 
-    A tokenizer that begins or ends every text with a token of its own does not here: a prompt ends where the model is
-    to write.
+    A tokenizer that ends every text with a token of its own does not here: a prompt ends where the model is to write.
+    One that begins every text so does once, also where the template has written it.
     """
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
+    begins = bos is not None and ids[:1] != [bos] and tokenizer("")["input_ids"][:1] == [bos]
+    return [bos, *ids] if begins else ids
 
 
 def pair_tokens(row: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:

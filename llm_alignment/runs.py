@@ -29,7 +29,15 @@ from llm_alignment.files import (
     write_json,
 )
 from llm_alignment.hub import COMMITS
-from llm_alignment.processes import all_processes, main_process, named_device, processes, versions
+from llm_alignment.processes import (
+    all_processes,
+    gathered,
+    main_process,
+    named_device,
+    on_main_process,
+    processes,
+    versions,
+)
 
 if TYPE_CHECKING:
     from llm_alignment.models import Base
@@ -255,8 +263,27 @@ def begin(record: dict, data: dict, base: Base) -> Path:
         if not (record["args"].get("resume_from_checkpoint") and (folder / "run.json").exists()):
             write_json(folder / "run.json", {key: record[key] for key in keys if key in record})
         open_log(folder / "run.log")
+    if processes() > 1:
+        check_shared(folder, record["args"])
     add_untimed(record, "load")
     return folder
+
+
+def check_shared(folder: Path, flags: dict[str, Any]) -> None:
+    """Warns where a process, on another machine, does not see the main one's folder.
+
+    Raises InputError where it would have to read what the main one writes there: a checkpoint or an earlier stage.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder) if main_process() else contextlib.nullcontext() as file:
+        name = on_main_process(lambda: Path(file.name).name)
+        apart = gathered([] if (folder / name).exists() else [all_processes().process_index])
+    if not apart:
+        return
+    line = f"--output_dir {folder} is not shared: process {', '.join(map(str, apart))} has a folder of its own there"
+    readers = [name for name in ("resume_from_checkpoint", "early_stop_patience") if flags.get(name)]
+    if readers or "resume_from_stage" in flags:
+        raise InputError(f"{line}; name one that all machines share{f', or leave out --{readers[0]}' * bool(readers)}")
+    log.warning("%s; the run cannot be resumed", line)
 
 
 @contextlib.contextmanager

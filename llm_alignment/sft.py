@@ -81,10 +81,7 @@ class AnchoredTrainer(SFTTrainer):
         super().__init__(**arguments)
         collate: Callable = self.data_collator  # type: ignore[has-type]
 
-        def create_model_card(self, *_, **__) -> None:
-        """Of no checkpoint: `write_card` writes one when the run was measured."""
-
-    def with_replay(examples: list[dict]) -> dict[str, torch.Tensor]:
+        def with_replay(examples: list[dict]) -> dict[str, torch.Tensor]:
             """TRL's collator drops columns that it does not know."""
             batch = collate(examples)
             if self.anchor.kl_on == "replay":
@@ -92,6 +89,9 @@ class AnchoredTrainer(SFTTrainer):
             return batch
 
         self.data_collator = with_replay
+
+    def create_model_card(self, *_, **__) -> None:
+        """Of no checkpoint: `write_card` writes one when the run was measured."""
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
@@ -215,8 +215,8 @@ def build_trainer(
     model = new_adapter(model, setup.lora)
     if anchor.kl_coef and (problem := anchor_problem(model)):
         if sft.kl_asked:
-            raise InputError(f"--kl_coef {anchor.kl_coef}: in training {problem}, so no anchor can hold it; give 0")
-        log.warning("no KL anchor: in training, %s", problem)
+            raise InputError(f"--kl_coef {anchor.kl_coef}: {problem}; give 0 or name another model")
+        log.warning("no KL anchor: %s", problem)
         anchor = dataclasses.replace(anchor, kl_coef=0.0)
     config = SFTConfig(
         **training_arguments(settings, setup.base, setup.lora),

@@ -177,7 +177,7 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
     """Trains, from `checkpoint` if given, with complete checkpoints and a log on disk.
 
     A checkpoint of the last step is loaded and no further step is taken. Ctrl-C, SIGTERM and SIGHUP finish the
-    micro-batch in hand, save a checkpoint of the last whole optimiser step and raise Interrupted; a second signal,
+    current micro-batch, save a checkpoint of the last whole optimiser step and raise Interrupted; a second signal,
     a second or more later, stops at once. A loss or gradient that is not finite in any process raises NotFiniteError
     in all of them at the same step.
     """

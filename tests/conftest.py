@@ -10,6 +10,9 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,15 +36,74 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests last, so that a plain mistake shows early. Those marked `gpu` are skipped where there is none."""
+    """Slow tests last, so that a plain mistake shows early. Those marked `gpu` are skipped where there is none; with
+    LLM_ALIGNMENT_GPU_TESTS=cpu those marked `gpu(cpu=True)` run on the CPU."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
-    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    for_gpu = [(item, marker) for item in items if (marker := item.get_closest_marker("gpu"))]
     if for_gpu:
         import torch
 
+        on_cpu = os.environ.get("LLM_ALIGNMENT_GPU_TESTS") == "cpu"
         if not torch.cuda.is_available():
-            for item in for_gpu:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+            for item, marker in for_gpu:
+                if not (on_cpu and marker.kwargs.get("cpu")):
+                    item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The owner's check: what the tests marked `gpu` measured, in one file
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str, float | str, str], None]:
+    """figure(name, value, unit): something that the test measured, for the file of the owner's check."""
+    return lambda name, value, unit="": record_property(name, [value, unit])
+
+
+CHECKED: dict[str, dict] = {}  # test: {"outcome", "seconds", "figures"}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if "gpu" in report.keywords and (report.when == "call" or report.failed):
+        about = {"outcome": report.outcome, "seconds": round(report.duration, 1)}
+        CHECKED[report.nodeid] = about | {"figures": dict(report.user_properties)}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Writes gpu_check.json, or the file that LLM_ALIGNMENT_GPU_CHECK names; a check on the CPU only the latter."""
+    named = os.environ.get("LLM_ALIGNMENT_GPU_CHECK")
+    if not CHECKED or hasattr(session.config, "workerinput"):
+        return
+    import torch
+
+    if named or torch.cuda.is_available():
+        from llm_alignment.files import write_json
+
+        path = Path(named) if named else ROOT / "experiments" / "benchmarks" / "gpu_check.json"
+        write_json(path, card() | {"tests": CHECKED})
+        print(f"\nfigures in {path}")
+
+
+def card() -> dict:
+    """The card, or the CPU, with its driver, and the versions of what the check ran with."""
+    import torch
+
+    from llm_alignment.processes import versions
+    from llm_alignment.runs import git_commit
+
+    found = {"ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "git": git_commit(), "card": "cpu"}
+    if torch.cuda.is_available():
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(asked, capture_output=True, text=True).stdout.split() if shutil.which(asked[0]) else []
+        about = torch.cuda.get_device_properties(0)
+        found |= {"card": about.name, "memory_gib": round(about.total_memory / 2**30, 1)}
+        found |= {
+            "capability": f"{about.major}.{about.minor}",
+            "cuda": torch.version.cuda,
+            "driver": " ".join(driver[:1]),
+        }
+    names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
+    return found | {"versions": {"python": sys.version.split()[0]} | versions(*names)}
 
 
 @pytest.fixture(autouse=True, scope="session")

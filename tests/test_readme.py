@@ -82,7 +82,13 @@ def test_flags_that_are_named_exist(monkeypatch):
     known = " ".join(importlib.import_module(name).build_parser().format_help() for name in (*SCRIPTS, *TOOLS))
     named = {flag for text in re.findall(r"`([^`\n]+)`", GUIDES) for flag in re.findall(r"(?<![\w-])--\w+", text)}
     assert len(named) > 30
-    for flag in named - {"--no", "--extra", "--data", "--shape", "--growth"}:  # the prefix of a switch; flags of benchmarks
+    for flag in named - {
+        "--no",
+        "--extra",
+        "--data",
+        "--shape",
+        "--growth",
+    }:  # the prefix of a switch; flags of benchmarks
         assert re.search(rf"{flag}\b", known), flag
 
 
