@@ -240,10 +240,10 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
         base = config.get("base_model_name_or_path")
         raise InputError(f"{what} of {base} does not fit {model.name_or_path} ({reason})") from error
     base = config.get("base_model_name_or_path")
+    check_switched_off(adapted, before, what)
     check_adapter_fits(adapted, weights, f"{what} of {base}")
     if base and Path(base).resolve() != Path(model.name_or_path).resolve() and model.device.type != "meta":
         log.warning("%s was trained on %s, not on %s: right only for equal weights", what, base, model.name_or_path)
-    check_switched_off(adapted, before, what)
     check_logits(adapted, what)
     return adapted
 

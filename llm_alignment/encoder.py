@@ -13,6 +13,7 @@ import jinja2
 
 from llm_alignment.conversations import Turns
 from llm_alignment.files import InputError
+from llm_alignment.prompts import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +50,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, thinking: bool, assistant_only: bool) -> None:
         self.tokenizer, self.thinking, self.assistant_only = tokenizer, thinking, assistant_only
         self.layouts: dict[tuple[str, ...], Layout | str] = {}  # by the order of roles; a text: why there is none
+        self.first = encode("", tokenizer)  # what begins every text, once
         self.header = self.supplied = ""  # what begins every assistant turn, and what the generation prompt adds
         question, answer = ("user", "QUESTION"), ("assistant", "<think>\nTHOUGHT\n</think>\n\nANSWER")
         try:
@@ -202,13 +204,14 @@ class ChatEncoder:
         text, spans = self.write([(message["role"], message["content"]) for message in row["messages"]])
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.assistant_only)
         ids = encoded["input_ids"]
+        first = [] if ids[:1] == self.first else self.first
         if not self.assistant_only:
-            return {"input_ids": ids, "labels": ids}
+            return {"input_ids": first + ids, "labels": first + ids}
         labels = [-100] * len(ids)
-        for place, (first, last) in enumerate(encoded["offset_mapping"]):
-            if any(start <= first < last <= end for start, end in spans):
+        for place, (begin, last) in enumerate(encoded["offset_mapping"]):
+            if any(start <= begin < last <= end for start, end in spans):
                 labels[place] = ids[place]
-        return {"input_ids": ids, "labels": labels}
+        return {"input_ids": first + ids, "labels": [-100] * len(first) + labels}
 
     def marked(self, row: dict, max_length: int) -> str:
         """A row as the model reads it, cut to `max_length` tokens; what is trained on stands in [[ ]]."""

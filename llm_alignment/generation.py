@@ -22,6 +22,7 @@ from llm_alignment.devices import free_memory
 from llm_alignment.models import evaluating, inner_model
 from llm_alignment.prefixes import common_length
 from llm_alignment.processes import halved_when_full, main_process
+from llm_alignment.prompts import PromptStyle, encode, render
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -83,9 +84,8 @@ def generate(
             "answers get %d new tokens, not %d: half of the model's context; lower the limit",
             max_new_tokens, decoding.max_new_tokens,
         )  # fmt: skip
-    prompts = tokenizer.apply_chat_template(
-        conversations, add_generation_prompt=True, return_dict=False, enable_thinking=decoding.thinking
-    )
+    style = PromptStyle(thinking=decoding.thinking)
+    prompts = [encode(render(turns, tokenizer, style), tokenizer) for turns in conversations]
     cut = sum(len(prompt) > context - max_new_tokens for prompt in prompts)
     if cut:
         log.warning("%d prompts lost their beginning: the model's context is %d tokens", cut, context)

@@ -37,13 +37,9 @@ def strip_thinking(text: str) -> str:
 
 
 def render(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> str:
-    """The prompt as the model reads it: as it is, or as the user's turn of the chat template; turns as they are.
-
-    What begins a text stands in it: the template's, or the token that the tokenizer puts before a text.
-    """
+    """The prompt as the model reads it: as it is, or as the user's turn of the chat template; turns as they are."""
     if isinstance(prompt, str) and not style.use_chat_template:
-        begins = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        return tokenizer.bos_token + prompt if begins else prompt
+        return prompt
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if style.system:
         turns = [{"role": "system", "content": style.system}, *turns]
