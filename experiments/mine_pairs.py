@@ -85,10 +85,12 @@ def build_parser() -> Parser:
     add("--prompts", default="", metavar="FILE", help="prompts to answer")
     add("--samples", type=positive(int), default=4, help="answers to a prompt (default: %(default)s)")
     add("--output", default="pairs.jsonl", metavar="FILE", help="pairs (default: %(default)s)")
-    add("--temperature", type=positive_temperature, default=0.8, help="of sampling (default: %(default)s)")
-    add("--top_p", type=positive_ratio, default=0.95, help="of sampling (default: %(default)s)")
+    add("--temperature", type=positive_temperature, default=0.8, help="of the sampled answers (default: %(default)s)")
+    add("--top_p", type=positive_ratio, default=0.95, help="of the sampled answers (default: %(default)s)")
     add("--max_new_tokens", type=positive(int), default=512, help="longest answer (default: %(default)s)")
-    add("--min_margin", type=not_negative(float), default=0.0, help="of raw rewards, at least (%(default)s)")
+    add(
+        "--min_margin", type=not_negative(float), default=0.0, help="least difference of the raw rewards (%(default)s)"
+    )
     add(
         "--questions",
         nargs="+",

@@ -192,11 +192,18 @@ class AnchorSettings:
 
     sft_loss: str = "nll"
     kl_coef: float = 0.02
-    kl_start_step: int = 0
-    kl_warmup_steps: int = 300
+    kl_start_step: float = 0  # below 1 a share of the run's steps
+    kl_warmup_steps: float = 300
     kl_limit_seq: int = 0
     kl_direction: str = "reverse"
     kl_on: str = "all"  # or "replay": replay rows alone
+
+    def over(self, steps: int) -> AnchorSettings:
+        """The settings of a run of so many steps: shares become steps."""
+        start, warmup = (
+            round(value * steps) if value < 1 else value for value in (self.kl_start_step, self.kl_warmup_steps)
+        )
+        return dataclasses.replace(self, kl_start_step=start, kl_warmup_steps=warmup)
 
     def coefficient(self, step: int) -> float:
         """c(t): 0 before `kl_start_step`, then a linear rise to `kl_coef` over `kl_warmup_steps`."""

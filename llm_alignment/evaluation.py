@@ -254,7 +254,9 @@ def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> dict
         path = folder / f"{evaluation.name}_{stage}.jsonl"
         if path.exists():
             skipped = SkippedRows()
-            _, rows[evaluation.name] = read_results(path, skipped)
+            by_id = {row["question_id"]: row for row in read_results(path, skipped)[1]}
+            ids = [item["question_id"] for item in evaluation.items]
+            rows[evaluation.name] = [by_id[each] for each in ids if each in by_id]  # in the order of `measure`
             skipped.report(f"damaged lines of {path}")
     return rows
 

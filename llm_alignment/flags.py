@@ -84,6 +84,14 @@ def not_negative(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+def steps_or_share(text: str) -> float:
+    """argparse type: a whole number of steps, or a share of the run's steps, which is below 1."""
+    value = not_negative(float)(text)
+    if value >= 1 and value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} is neither a whole number of steps nor a share below 1")
+    return int(value) if value == int(value) else value
+
+
 def temperature(text: str) -> float:
     """argparse type: 0, which is greedy, or a temperature by which logits can be divided."""
     value = not_negative(float)(text)
@@ -137,7 +145,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--no_4bit", action="store_true", help="load the base unquantised: faster, and four times the memory")
     add("--quant_type", choices=["nf4", "fp4"], default="nf4", help="4-bit format")
     add("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
-        help="of weights and computing; auto: bf16 where the GPU has it, else fp16; fp32 on CPU")
+        help="number type of weights and computing; auto: bf16 where the GPU has it, else fp16; fp32 on CPU")
     add("--liger", action="store_true", help="fused kernels on a GPU, faster with less memory; pip install -e .[fast]")
     add("--trust_remote_code", action="store_true", help="run code that a model's repository ships")
     add("--thinking", action="store_true",
@@ -327,7 +335,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = add_group(parser, "Finance-Instruct", trains=True)
     add("--finance_dataset", default="Josephgflowers/Finance-Instruct-500k", help="hub id, file or folder")
     add = add_group(parser, "Finance-Instruct pairs", trains="finance")
-    add("--finance_instruct_pairs", type=positive(int), default=2000, help="most pairs of it")
+    add("--finance_instruct_pairs", type=positive(int), default=2000, help="at most N pairs of it")
     add("--finance_temperature", type=temperature, default=0.0,
         help="temperature of the base's own answers, which are rejected; the published runs used 0.8")
     add = add_group(parser, "general pairs", trains="general")

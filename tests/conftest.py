@@ -232,11 +232,12 @@ def sft_trainer(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     from llm_alignment.flags import fill, parse_arguments
     from llm_alignment.training import TrainingSettings
 
-    def build(*more: str) -> Trainer:
+    def build(*more: str, no_4bit: bool = True) -> Trainer:
         folder = tmp_path_factory.mktemp("trainer")
         args = parse_arguments(
             sft_train.build_parser(),
-            ["--demo", "--output_dir", str(folder), "--dataset", str(dataset), "--sample_ratio", "1", "--no_4bit"]
+            ["--demo", "--output_dir", str(folder), "--dataset", str(dataset), "--sample_ratio", "1"]
+            + ["--no_4bit"] * no_4bit
             + ["--val_split", "0.1", "--batch", "2", "--grad_acc", "3", "--epochs", "9", "--learning_rate", "1e-3"]
             + ["--max_seq_length", "64", "--kl_coef", "0.2", "--kl_limit_seq", "9", *more],
             sft_train.DEMO,

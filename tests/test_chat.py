@@ -13,7 +13,7 @@ from llm_alignment.adapters import LoraSettings, new_adapter
 
 @pytest.fixture
 def asked(monkeypatch, tokenizer):
-    """asked(argv, system): the exit code, and of every call of `generate` its turns, whether the adapter was on, and how.
+    """asked(argv, system): the exit code, and of every call of `generate` its turns, its adapter and its settings.
 
     Every answer is "base" or "tuned".
     """

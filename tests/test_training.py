@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import DEMO, ROOT, run_error
-from toys import toy_run
+from toys import peak_bytes, toy_run
 
 import dpo_train
 import sft_train
@@ -394,34 +394,6 @@ def test_auto_checkpointing_where_training_does_not_fit(monkeypatch, more, other
     monkeypatch.setattr(training, "free_memory", lambda: (free, 10 * free))
     monkeypatch.setattr(training, "gathered", lambda items: [*items, *others])
     assert uses("auto") is is_on and uses("on") and not uses("off")
-
-
-def peak_bytes(run, parameters):
-    """The most bytes that tensors made by `run()` took at once; `parameters` are not counted."""
-    import weakref
-
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    sizes, top = {}, 0
-    known = {parameter.untyped_storage()._cdata for parameter in parameters}
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal top
-            result = function(*args, **(kwargs or {}))
-            for leaf in tree_leaves(result):
-                if hasattr(leaf, "untyped_storage"):
-                    storage = leaf.untyped_storage()
-                    if storage._cdata not in known and storage._cdata not in sizes:
-                        sizes[storage._cdata] = storage.nbytes()
-                        weakref.finalize(storage, sizes.pop, storage._cdata, None)
-            top = max(top, sum(sizes.values()))
-            return result
-
-    with Count():
-        run()
-    return top
 
 
 def measured_step(sft_trainer, model, batch, tokens, checkpointing):

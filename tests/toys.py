@@ -172,3 +172,31 @@ def rows_of(evaluation: Evaluation, model, tokenizer, path: Path, **options) -> 
 
     options = {"fingerprint": {"adapter": "trained"}, "renew": False} | options
     return read_items(evaluation, lambda: model, tokenizer, path, **options)
+
+
+def peak_bytes(run, parameters):
+    """The most bytes that tensors made by `run()` took at once; `parameters` are not counted."""
+    import weakref
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    sizes, top = {}, 0
+    known = {parameter.untyped_storage()._cdata for parameter in parameters}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal top
+            result = function(*args, **(kwargs or {}))
+            for leaf in tree_leaves(result):
+                if hasattr(leaf, "untyped_storage"):
+                    storage = leaf.untyped_storage()
+                    if storage._cdata not in known and storage._cdata not in sizes:
+                        sizes[storage._cdata] = storage.nbytes()
+                        weakref.finalize(storage, sizes.pop, storage._cdata, None)
+            top = max(top, sum(sizes.values()))
+            return result
+
+    with Count():
+        run()
+    return top
