@@ -73,7 +73,7 @@ def plan_runs(
     """The runs of `names` with `changes`, each in every cell of the grid at every seed (at its own without `seeds`).
 
     `grid`: {"kl_coef": ["0", "0.03"]}. A run with a grid or seeds goes to OUTPUT_DIR_kl_coef0.03_seed1 and is tagged
-    TAG-kl_coef0.03-seed1. Raises InputError for a run that is not known, a value that stands twice, a flag that is
+    TAG-kl_coef0.03-seed1. Raises InputError for a run that is not known, a value that is given twice, a flag that is
     given in two ways, and two runs with one output folder.
     """
     axes = {**(grid or {}), **({"seed": [str(seed) for seed in seeds]} if seeds else {})}

@@ -1,4 +1,4 @@
-"""A run's command: with some flags changed, and written so that PowerShell and bash read it alike."""
+"""A run's command: with some flags changed, and written so that PowerShell and bash read the same arguments."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ def print_power(names: list[str], files: list[Path], difference: float | None = 
         before_path = after_path.with_name(f"{key}_baseline.jsonl") if len(names) == 1 else finals[0].get(key)
         if before_path is None or not before_path.is_file():
             raise InputError(f"{names[-1]}: {EVALUATIONS[key]} has nothing to compare with; name a second run")
-        before, after = load_answers(before_path)[1], load_answers(after_path)[1]
+        before, after = load_answers(key, before_path)[1], load_answers(key, after_path)[1]
         shared = shared_questions(before, after)
         differences = [question_score(key, new) - question_score(key, old) for old, new in shared]
         if len(differences) < 2:

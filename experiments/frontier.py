@@ -6,7 +6,7 @@
 The adapter is scaled (WiSE-FT, https://arxiv.org/abs/2109.01903) and the model measured with the settings of the run:
 validation loss or held-out pairs, retention, drift, MT-Bench. Scale 0 is the run's baseline and 1 its final
 measurement; their files are used where they are there. The rows of scale 0.25 are kept in NAME_scale_0.25.jsonl, so
-that the same command goes on after a stop. RUN_FOLDER gets frontier.jsonl, a line for each scale, and frontier.png.
+that the same command resumes after a stop. RUN_FOLDER gets frontier.jsonl, a line for each scale, and frontier.png.
 With gates (the run's own unless --gates names others) the largest scale that passes all of them is named; export.py
 --scale and mtbench_eval.py --adapter_scale use it. Start it in the folder that the run was started in.
 """

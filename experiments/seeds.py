@@ -33,7 +33,8 @@ def merge_seeds(runs: list[Run]) -> list[Run]:
         key = f"alone {len(groups)}"
         if run.origin == "new" and isinstance(run.params.get("seed"), int):
             settings = {name: value for name, value in run.params.items() if name not in NO_SETTINGS}
-            key = json.dumps([run.script, settings], sort_keys=True, default=str)
+            stood_on = run.source.get("base"), (run.source.get("data") or {}).get("adapter")  # not its name alone
+            key = json.dumps([run.script, settings, stood_on], sort_keys=True, default=str)
         groups.setdefault(key, []).append(run)
     merged = []
     for members in groups.values():

@@ -35,7 +35,7 @@ def prepare_cuda(device: torch.device, memory_share: float | None = None) -> Non
     import torch
     from transformers.integrations import sdpa_attention
 
-    torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper and Blackwell it plans anew, for 1 s, for every shape
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper and Blackwell it plans again, for 1 s, for every shape
     memory_share = memory_share or (0.95 if sys.platform == "win32" else 1.0)
     torch.cuda.set_per_process_memory_fraction(memory_share, device)
     if torch.cuda.get_device_capability(device) < (8, 0):

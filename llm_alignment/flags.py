@@ -268,7 +268,7 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
     add("--use_chat_template", action="store_true", help="wrap prompts in it (plain text, as published)")
     add("--no_prefix_sharing", action="store_true", help="read a pair's prompt once for each answer")
     add("--group_by_table", action=ON_OFF, default=False,
-        help="train on pairs whose prompts begin alike (one table, one system prompt) one after the other and read "
+        help="train on pairs whose prompts share a beginning (one table, one system prompt) together and read "
         "what they share once; it changes which pairs meet in an optimiser step")
     add("--limit_pairs", type=not_negative(int), default=0, help="a sample of N pairs; 0 = all")
     if not in_stages:
@@ -340,7 +340,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="temperature of the base's own answers, which are rejected; the published runs used 0.8")
     add = add_group(parser, "general pairs", trains="general")
     add("--general_dataset", default="Intel/orca_dpo_pairs",
-        help="hub id, file or folder with question (or prompt), chosen and rejected, and perhaps system; or with "
+        help="hub id, file or folder with question (or prompt), chosen and rejected, and optionally system; or with "
         "chosen and rejected dialogues, as Anthropic/hh-rlhf")
     add = add_group(parser, "what is measured on Reddit", trains="asked")
     add("--do_reddit", action=ON_OFF, default=True, help="replies to held-out posts")

@@ -22,8 +22,8 @@ from llm_alignment.texts import normalise_text
 log = logging.getLogger("llm_alignment")
 
 GENERAL_COLUMNS = (
-    "question, chosen, rejected and perhaps system (as Intel/orca_dpo_pairs); prompt, chosen, rejected; or chosen and "
-    "rejected, two dialogues that differ in their last answer (as Anthropic/hh-rlhf)"
+    "question, chosen, rejected and optionally system (as Intel/orca_dpo_pairs); prompt, chosen, rejected; or chosen "
+    "and rejected, two dialogues that differ in their last answer (as Anthropic/hh-rlhf)"
 )
 COLUMNS = ("system", "question", "prompt", "chosen", "rejected")
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))

@@ -140,7 +140,7 @@ def uses_checkpointing(settings: TrainingSettings, base: Base, lora: LoraSetting
         return settings.gradient_checkpointing == "on"
     if not torch.cuda.is_available():
         return False
-    free = min(gathered([free_memory()[0]]))  # ranks that decide differently wait for each other for ever
+    free = min(gathered([free_memory()[0]]))  # ranks that decide differently wait for each other forever
     is_on = not fits_without_checkpointing(memory_of(settings, base, lora), free)
     log.info("gradient checkpointing %s: %.1f GiB are free", "on" if is_on else "off", free / GIB)
     return is_on

@@ -192,7 +192,7 @@ def test_general_pairs_of_every_shape(row, prompt):
 def test_general_rows_that_cannot_be_used(row, tmp_path):
     assert preferences.general_problem(row)
     path = write_rows(tmp_path / "pairs.jsonl", [row])
-    with pytest.raises(InputError, match="question, chosen, rejected and perhaps system.*prompt, chosen, rejected"):
+    with pytest.raises(InputError, match="question, chosen, rejected.*system.*prompt, chosen, rejected"):
         preferences.read_pairs(str(path), "--general_dataset")
 
 
