@@ -68,10 +68,10 @@ def build_parser() -> Parser:
 def evaluations_of(run: FinishedRun) -> list[Evaluation]:
     """What the run measured before and after training, built as its script builds it."""
     args, script = run.args, run.script
-    # no adapter is made from it
-    setup = Setup(run.base, run.tokenizer, LoraSettings(1, 1, 0, ""), run.folder, None, {})
+    # no adapter is made from it, and its folder holds no run that would be in the way
+    setup = Setup(run.base, run.tokenizer, LoraSettings(1, 1, 0, ""), run.folder / "frontier", None, {})
     if script.__name__ == "sft_train":
-        return script.task_of(args, run.tokenizer).compared
+        return script.task_of(args, setup).compared
     if script.__name__ == "dpo_train":
         return script.pairs_and_evaluations(args, setup)[1]
     return script.pairs_and_evaluations(args, {}, setup, {})[1]  # of no source or stage, so without training pairs
@@ -173,15 +173,8 @@ def frontier(args: argparse.Namespace) -> None:
         metric = METRICS[name]
         for line in lines[1:] if name in {*LEARNED, *LOST} else []:
             before, after = map(metric.read, (line["baseline"], line["final"]))
-            table.append(
-                TableRow(
-                    f"{metric.title}, {line['scale']:g}",
-                    before,
-                    after,
-                    line["delta"].get(name),
-                    metric.lower_is_better,
-                )
-            )
+            title, delta = f"{metric.title}, {line['scale']:g}", line["delta"].get(name)
+            table.append(TableRow(title, before, after, delta, metric.lower_is_better))
     print_table(f"{run.folder}, by the scale of its adapter", table, ("base", "scaled"))
     for line in lines:
         for name, gate in line["gates"].items():
