@@ -3,7 +3,7 @@
     L = -log sigmoid(beta * (log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)))
 
 The reference is the same 4-bit base with the adapter switched off; its log-probabilities are computed once and kept
-for later runs. The pairs of a micro-batch go through the model as one row in which every prompt stands once, with the
+for later runs. The pairs of a micro-batch go through the model as one row in which every prompt appears once, with the
 answers hidden from each other; only the answers go through the LM head. With --pairs the pairs are your own. TAT-QA,
 MT-Bench, instruction following and, with --eval_pairs, the rewards of held-out pairs against the base are measured
 before and after.
@@ -302,7 +302,7 @@ def check_pairs_flags(pairs: str, no_train: bool, eval_pairs: int, argv: list[st
     if any(flag.partition("=")[0] == "--tatqa_split" for flag in argv):
         raise InputError("--pairs and --tatqa_split: both name what is trained on; leave one of them out")
     if no_train and not eval_pairs:
-        raise InputError(f"--pairs {pairs}: with --no_train it is used by --eval_pairs N alone; add it")
+        raise InputError(f"--pairs {pairs}: with --no_train it is used only by --eval_pairs N; add it")
 
 
 @dataclasses.dataclass(frozen=True)

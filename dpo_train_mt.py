@@ -236,7 +236,7 @@ def pairs_and_evaluations(
             return finance.finance_pairs(setup.base, setup.tokenizer, setup.folder, instructions, wanted, answers)
 
     pairs: list[dict] = []
-    if not args.no_train:
+    if sources:
         limits = {"finance": args.finance_instruct_pairs, "general": args.general_pairs}
         pairs = finance.mixed_pairs(data, shares, limits, args.mix_policy, answered)
         pairs = sample(pairs, args.limit_pairs or len(pairs), args.seed)

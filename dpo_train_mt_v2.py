@@ -268,7 +268,7 @@ def check_measured_alike(folder: Path, evaluations: list[Evaluation]) -> None:
             if before != now:
                 raise InputError(
                     f"{folder}: it was measured on other {METRICS[evaluation.name].title} questions or settings "
-                    f"({differing(before, now)}), so no difference could be told; measure both alike"
+                    f"({differing(before, now)}), so no difference could be told; measure both in the same way"
                 )
 
 

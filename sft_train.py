@@ -37,6 +37,7 @@ from llm_alignment.flags import (
     positive,
     ratio,
     seed,
+    steps_or_share,
 )
 from llm_alignment.leaks import LeakFinder, asked_passages
 from llm_alignment.parser import Parser, add_group, neutral_flags
@@ -102,7 +103,8 @@ def build_parser() -> Parser:
     add_training_flags(parser)
     add_run_flags(parser, exp_log="experiments/sft_experiments.jsonl")
     add = add_group(parser, "data", trains=True)
-    add("--dataset", default="t-tech/T-Wix", help="hub id, file or folder of {messages, subset} rows")
+    add("--dataset", default="t-tech/T-Wix", help="hub id, file or folder of rows: messages, prompt and "
+        "completion, instruction and output, or conversations")
     add("--subset", choices=["general", "reasoning", "both"], default="general",
         help="which rows; one without a subset is general")
     add("--val_split", type=ratio, default=0.01,
@@ -123,10 +125,12 @@ def build_parser() -> Parser:
     add("--sft_loss", choices=["nll", "dft"], default="nll",
         help="dft weights each token's NLL by its probability; with forward KL this is ASFT")
     add("--kl_coef", type=not_negative(float), default=0.02,
-        help="weight of the KL anchor, 0 switches it off; raise it if MT-Bench or drift gets worse, lower it if the "
-        "validation loss stops falling")
-    add("--kl_start_step", type=not_negative(int), default=0, help="step at which the anchor starts")
-    add("--kl_warmup_steps", type=not_negative(int), default=300, help="steps until the anchor has its full weight")
+        help="weight of the KL anchor, 0 switches it off; raise it if MT-Bench, retention or drift gets worse, "
+        "lower it if the validation loss stops falling")
+    add("--kl_start_step", type=steps_or_share, default=0,
+        help="step at which the anchor starts; below 1 a share of the run's steps")
+    add("--kl_warmup_steps", type=steps_or_share, default=300,
+        help="steps until the anchor has its full weight; below 1 a share of the run's steps")
     add("--kl_limit_seq", type=not_negative(int), default=0,
         help="the anchor acts on the last N target tokens of each example; 0 = all")
     add("--kl_direction", choices=["reverse", "forward"], default="reverse",
@@ -159,7 +163,7 @@ def build_parser() -> Parser:
     add = add_group(parser, "early stopping", trains=True)
     add("--early_stop_patience", type=positive(int), default=None,
         help="evaluate every --eval_steps, keep the best checkpoint by MT-Bench, and stop after N evaluations without "
-        "a gain of 0.05; without it the run goes to its end")
+        "a gain of 0.05; without it the run trains to its end")
     add("--early_stop_metric", choices=["mtbench", "val_loss", "retention"], default="mtbench", help="what decides")
     parser.set_defaults(output_dir="qwen3_twix_lora_sft_ru", batch=8, grad_acc=16, learning_rate=1e-5)
     return parser
@@ -203,7 +207,11 @@ def run(args: argparse.Namespace, record: dict) -> None:
     settings = fill(training.TrainingSettings, args, weight_decay=0.01, logging_steps=args.kl_log_interval,
                     longest=args.max_seq_length)  # fmt: skip
     kl_asked = any(flag.partition("=")[0] == "--kl_coef" for flag in record["argv"])
-    anchor, sizes = fill(AnchorSettings, args), fill(sft.SftSettings, args, kl_asked=kl_asked)
+    sizes = fill(sft.SftSettings, args, kl_asked=kl_asked)
+    replay = fill(ReplaySettings, args).wanted(task.selection.rows("train")) if args.replay_ratio else 0
+    steps = training.optimiser_steps(settings, task.selection.rows("train") + replay)
+    anchor = fill(AnchorSettings, args).over(steps)
+    warn_of_small_runs(steps, len(task.validation), anchor, settings.warmup_ratio)
     if args.dry_run:
         shown, rounds = (task.selection, task.examples("train"), task.encoder), fill(plans.Rounds, args)
         plans.print_sft_plan(setup, shown, task.questions, settings=settings, sft=sizes, anchor=anchor, rounds=rounds)
@@ -239,13 +247,28 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if main_process():
         title = f"{record['output_dir']}, step {record['kept_step']}"
         report(record, folder, final, before, after, title=title, details=args.table == "full")
-        kept = record["final"]
-        log.info("validation loss on all %d held-out rows: %.4f", kept["val_rows_full"], kept["val_loss_full"])
+        log.info("validation loss on all %(val_rows_full)d held-out rows: %(val_loss_full).4f", record["final"])
         history = {"": with_validation(trainer.state.log_history, record)}
         save_figure(plot_curves("training", history, LOSS), folder / "loss.png")
         save_figure(plot_curves("training", history, KL), folder / "kl.png")
         write_card(folder)
         judge_gates(record, gates)
+
+
+def warn_of_small_runs(steps: int, held_out: int, anchor: AnchorSettings, warmup_ratio: float) -> None:
+    """Names what makes a run teach, hold or measure little; with --packing it is said of the rows."""
+    if steps < 20:
+        log.warning("%d optimiser steps are few: lower --batch or --grad_acc, or raise --epochs", steps)
+    if held_out < 30:
+        log.warning("%d validation rows are few to tell a difference by: raise --val_split or add rows", held_out)
+    reached = max(map(anchor.coefficient, range(steps)), default=0.0)
+    if reached < anchor.kl_coef / 2:
+        log.warning(
+            "the KL anchor reaches %.2g of its weight %.2g: lower --kl_start_step and --kl_warmup_steps (0.1: a tenth "
+            "of the steps)", reached, anchor.kl_coef,
+        )  # fmt: skip
+    if warmup_ratio == 1:
+        log.warning("--warmup_ratio 1: the learning rate reaches its peak at the last step; lower it")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ class PlannedRun:
 
     def resuming(self) -> list[str]:
         """The arguments, with --resume_from_checkpoint auto where an earlier start has left something."""
-        if self.output_dir.exists() and self.script != "mtbench_eval.py":  # there the same command simply goes on
+        if self.output_dir.exists() and self.script != "mtbench_eval.py":  # there the same command simply resumes
             return apply_changes(self.arguments, RESUME)
         return self.arguments
 
@@ -73,7 +73,7 @@ def plan_runs(
     """The runs of `names` with `changes`, each in every cell of the grid at every seed (at its own without `seeds`).
 
     `grid`: {"kl_coef": ["0", "0.03"]}. A run with a grid or seeds goes to OUTPUT_DIR_kl_coef0.03_seed1 and is tagged
-    TAG-kl_coef0.03-seed1. Raises InputError for a run that is not known, a value that stands twice, a flag that is
+    TAG-kl_coef0.03-seed1. Raises InputError for a run that is not known, a value that is given twice, a flag that is
     given in two ways, and two runs with one output folder.
     """
     axes = {**(grid or {}), **({"seed": [str(seed) for seed in seeds]} if seeds else {})}
@@ -81,7 +81,7 @@ def plan_runs(
     for flag, values in axes.items():
         twice = [value for value in values if values.count(value) > 1]
         if twice:
-            raise InputError(f"--{flag} {twice[0]} stands twice; give every value once")
+            raise InputError(f"--{flag} {twice[0]} is given twice; give every value once")
         if flag in changed or (flag == "seed" and "seed" in (grid or {})):
             raise InputError(f"--{flag} is given twice; name its values in one place")
         if flag in {"output_dir", "exp_tag", "exp_log"}:
@@ -152,7 +152,7 @@ def execute(script: str, arguments: list[str]) -> tuple[int, int]:
 
 
 def run_campaign(title: str, runs: list[PlannedRun]) -> int:
-    """Runs what is not completed, goes on after failures, prints the results and saves them under the title.
+    """Runs what is not completed, continues after failures, prints the results and saves them under the title.
 
     The exit code is 0 when all are completed, 130 or 143 when it was stopped, else 1.
     """
@@ -167,10 +167,10 @@ def run_campaign(title: str, runs: list[PlannedRun]) -> int:
         code, received = execute(run.script, arguments)
         if received or code in {130, 143}:  # Windows has another exit code for Ctrl-C
             stopped = 128 + received if received else code
-            print(f"stopped at {run.name}; the same command goes on from there", flush=True)
+            print(f"stopped at {run.name}; the same command resumes there", flush=True)
             break
         if code:
-            print(f"{run.name} ended with exit code {code}; going on with the next run", flush=True)
+            print(f"{run.name} ended with exit code {code}; continuing with the next run", flush=True)
     print_results(title, runs)
     left = [run.name for run in runs if not run.completed()]
     if left:

@@ -4,9 +4,9 @@
     poetry run python experiments/chat.py RUN_FOLDER --prompts prompts.txt
 
 One model is in memory: the base answers with the adapter off, the tuned model with it on, both greedily, by the run's
-template and thinking. Each goes on from its own answers. An empty line begins a new conversation; /quit or the end of
-the input ends. --prompts FILE prints both answers to each prompt and ends: a .txt file with a prompt a line, or rows
-with prompt, question or messages as JSONL, JSON or Parquet.
+template and thinking. Each continues from its own answers. An empty line begins a new conversation; /quit or the end
+of the input ends. --prompts FILE prints both answers to each prompt and ends: a .txt file with a prompt a line, or
+rows with prompt, question or messages as JSONL, JSON or Parquet.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run's command: with some flags changed, and written so that PowerShell and bash read it alike."""
+"""A run's command: with some flags changed, and written so that PowerShell and bash read the same arguments."""
 
 from __future__ import annotations
 
@@ -129,5 +129,5 @@ def parse_strictly(parser: argparse.ArgumentParser, arguments: list[str]) -> arg
 
     parser.error = refuse  # type: ignore[method-assign, assignment]
     if {"--help", "--help_all", "--version"} & {*arguments}:
-        raise InputError("--help is no part of a run's command")
+        raise InputError("--help is not part of a run's command")
     return parser.parse_args(arguments)

@@ -85,7 +85,7 @@ def compare(names: list[str], files: list[Path], output_dir: Path) -> Path:
     if not shared:
         raise InputError(f"{a} has {', '.join(of_a)}, {b} has {', '.join(of_b)}: no evaluation in common to compare")
     of_both = settings_of(a, files), settings_of(b, files)
-    flags = (differing(*of_both) or "none") if all(of_both) else "not known, for want of a run.json"
+    flags = (differing(*of_both) or "none") if all(of_both) else "not known, there is no run.json"
     print(f"flags that differ, {a} -> {b}: {flags}")
     compared = {key: compare_evaluation(key, of_a[key], of_b[key]) for key in shared}
     if not any(compared.values()):
@@ -148,19 +148,29 @@ def shared_questions(rows_a: list[dict], rows_b: list[dict]) -> list[tuple[dict,
 
 def comparison_table(key: str, *sides: list[dict], beta: float) -> list[TableRow]:
     """The lines of `print_table`: every metric of A and of B, with the difference; `beta`: of held-out pairs."""
+    before, after = (summary_of(key, rows, beta) for rows in sides)
     if key == "tatqa":
-        before, after = ({key: tatqa.summarise_tatqa(rows)} for rows in sides)
         return table_rows(before, after, tatqa.compare_tatqa(*sides))
     if key == "retention":
-        before, after = map(retention.summarise_retention, sides)
         return table_rows(before, after, retention.compare_retention(*sides))
     if key == "held_out":
         from llm_alignment import dpo  # torch and TRL with it
 
-        before, after = ({key: dpo.summarise_rewards(rows, beta)} for rows in sides)
         return table_rows(before, after, dpo.compare_rewards(*sides, beta=beta))
-    before, after = (summarise_scored(key, rows) for rows in sides)
     return table_rows(before, after, compare_scored(key, *sides))
+
+
+def summary_of(key: str, rows: list[dict], beta: float = 1.0) -> dict[str, dict]:
+    """{evaluation: the figures of its rows}."""
+    if key == "tatqa":
+        return {key: tatqa.summarise_tatqa(rows)}
+    if key == "retention":
+        return retention.summarise_retention(rows)
+    if key == "held_out":
+        from llm_alignment import dpo  # torch and TRL with it
+
+        return {key: dpo.summarise_rewards(rows, beta)}
+    return summarise_scored(key, rows)
 
 
 def question_score(key: str, row: dict) -> float:
@@ -232,14 +242,16 @@ def print_power(names: list[str], files: list[Path], difference: float | None = 
         before_path = after_path.with_name(f"{key}_baseline.jsonl") if len(names) == 1 else finals[0].get(key)
         if before_path is None or not before_path.is_file():
             raise InputError(f"{names[-1]}: {EVALUATIONS[key]} has nothing to compare with; name a second run")
-        before, after = load_answers(before_path)[1], load_answers(after_path)[1]
+        before, after = load_answers(key, before_path)[1], load_answers(key, after_path)[1]
         shared = shared_questions(before, after)
         differences = [question_score(key, new) - question_score(key, old) for old, new in shared]
         if len(differences) < 2:
             raise InputError(f"{after_path}: {len(differences)} questions shared with {before_path}; needs at least 2")
         spread = statistics.stdev(differences)
         if spread == 0:
-            print(f"{EVALUATIONS[key]}: all {len(differences)} questions changed alike, which says nothing of others")
+            print(
+                f"{EVALUATIONS[key]}: all {len(differences)} questions changed alike, which says nothing about others"
+            )
             continue
         units = {"tatqa": "percentage points", "retention": "percentage points", "held_out": "of reward margin"}
         unit = units.get(key, "points on the 1-10 scale")

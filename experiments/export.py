@@ -64,9 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run_folder", type=Path, metavar="RUN_FOLDER", help="output folder of a training run")
     add("--merged", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
-    add("--dtype", choices=["bf16", "fp32"], default="bf16", help="of the weights (default: %(default)s)")
+    add("--dtype", choices=["bf16", "fp32"], default="bf16", help="number type of the weights (default: %(default)s)")
     add("--scale", type=not_negative(float), default=1.0, help="strength of the adapter: 0 is the base, 1 the run")
-    add("--model", default="", help="the base, where it is not where the adapter says (hub id or folder)")
+    add("--model", default="", help="the base, if it is not where the adapter says (hub id or folder)")
     add("--model_revision", default=None, help="branch, tag or commit on the hub (default: main)")
     add("--trust_remote_code", action="store_true", help="run code that the model's repository ships")
     add("--max_new_tokens", type=positive(int), default=32, help="tokens of an answer of the check (%(default)s)")
@@ -288,9 +288,7 @@ def verify(
             f"in {args.dtype}; nothing was written: {advice}"
         )
     if difference > adapter_effect / 2 > 0:
-        log.warning(
-            "rounding to %s changes the model about as much as the adapter does; take --dtype fp32", args.dtype
-        )
+        log.warning("rounding to %s changes the model about as much as the adapter does; use --dtype fp32", args.dtype)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -43,7 +43,9 @@ def finished_run(folder: Path) -> FinishedRun:
         if name not in TRAINED or not parse_json((folder / "metrics.json").read_bytes())["final"]:
             raise ValueError("nothing was measured after training")
         script = importlib.import_module(name)
-        args = argparse.Namespace(**vars(script.build_parser().parse_args([])) | run["args"])
+        parser = script.build_parser()
+        parser.set_defaults(**run["args"])
+        args = parser.parse_args([])
         commit = (run.get("commits") or {}).get("model")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{Path(error.filename).name} is not there" if isinstance(error, FileNotFoundError) else repr(error)

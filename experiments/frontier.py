@@ -6,7 +6,7 @@
 The adapter is scaled (WiSE-FT, https://arxiv.org/abs/2109.01903) and the model measured with the settings of the run:
 validation loss or held-out pairs, retention, drift, MT-Bench. Scale 0 is the run's baseline and 1 its final
 measurement; their files are used where they are there. The rows of scale 0.25 are kept in NAME_scale_0.25.jsonl, so
-that the same command goes on after a stop. RUN_FOLDER gets frontier.jsonl, a line for each scale, and frontier.png.
+that the same command resumes after a stop. RUN_FOLDER gets frontier.jsonl, a line for each scale, and frontier.png.
 With gates (the run's own unless --gates names others) the largest scale that passes all of them is named; export.py
 --scale and mtbench_eval.py --adapter_scale use it. Start it in the folder that the run was started in.
 """
@@ -74,8 +74,7 @@ def evaluations_of(run: FinishedRun) -> list[Evaluation]:
         return script.task_of(args, run.tokenizer).compared
     if script.__name__ == "dpo_train":
         return script.pairs_and_evaluations(args, setup)[1]
-    only_measured = argparse.Namespace(**{**vars(args), "no_train": True})
-    return script.pairs_and_evaluations(only_measured, {}, setup, {})[1]
+    return script.pairs_and_evaluations(args, {}, setup, {})[1]  # of no source or stage, so without training pairs
 
 
 def measured(run: FinishedRun, evaluations: list[Evaluation], scales: list[float]) -> dict[float, dict]:
@@ -161,7 +160,6 @@ def frontier(args: argparse.Namespace) -> None:
     run = finished_run(args.run_folder)
     for scale in args.scales:
         check_model(run.base, run.tokenizer, adapter=str(run.folder), scale=scale)
-    run.args.dry_run = False
     evaluations = evaluations_of(run)
     gates = asked_gates(run.args.gates if args.gates is None else args.gates, evaluations)
     with held_alone(run.folder / "run.lock", f"{run.folder}: another run is working in this folder; wait for its end"):

@@ -11,7 +11,7 @@ times; answers that are empty or cut by the token limit are not used. A pair is 
 chosen_reward, rejected_reward, uid}; prompts whose best and worst answer are not more than --min_margin apart give
 none and are counted.
 
-Answers and rewards of every prompt are kept in OUTPUT.samples.jsonl as they come: the same command goes on after a
+Answers and rewards of every prompt are kept in OUTPUT.samples.jsonl as they come: the same command resumes after a
 stop, and another --min_margin samples nothing again.
 """
 
@@ -85,10 +85,12 @@ def build_parser() -> Parser:
     add("--prompts", default="", metavar="FILE", help="prompts to answer")
     add("--samples", type=positive(int), default=4, help="answers to a prompt (default: %(default)s)")
     add("--output", default="pairs.jsonl", metavar="FILE", help="pairs (default: %(default)s)")
-    add("--temperature", type=positive_temperature, default=0.8, help="of sampling (default: %(default)s)")
-    add("--top_p", type=positive_ratio, default=0.95, help="of sampling (default: %(default)s)")
+    add("--temperature", type=positive_temperature, default=0.8, help="of the sampled answers (default: %(default)s)")
+    add("--top_p", type=positive_ratio, default=0.95, help="of the sampled answers (default: %(default)s)")
     add("--max_new_tokens", type=positive(int), default=512, help="longest answer (default: %(default)s)")
-    add("--min_margin", type=not_negative(float), default=0.0, help="of raw rewards, at least (%(default)s)")
+    add(
+        "--min_margin", type=not_negative(float), default=0.0, help="least difference of the raw rewards (%(default)s)"
+    )
     add(
         "--questions",
         nargs="+",
@@ -126,7 +128,7 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
         prompts[key] = {"question_id": key, "prompt": turns}
     if len(prompts) < len(rows):
         twice = len(rows) - len(prompts)
-        log.info("%s: %d prompts stand there more than once; each is used once", args.prompts, twice)
+        log.info("%s: %d prompts occur more than once; each is used once", args.prompts, twice)
     counts: dict[str, int] = {}
     clean = without_leaks(list(prompts.values()), LeakFinder(asked_texts(args)), "prompts", counts)
     if not clean:

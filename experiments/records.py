@@ -38,7 +38,7 @@ def record_files() -> list[Path]:
 def load_records(path: Path) -> list[dict]:
     """The runs of a record file, each with its `place` ("sft_experiments.jsonl:3") added.
 
-    Lines that a crash cut off and lines that are no record are skipped with a warning.
+    Lines that a crash cut off and lines that are not records are skipped with a warning.
     """
     skipped = SkippedRows()
     records = []
@@ -56,7 +56,7 @@ def load_records(path: Path) -> list[dict]:
 
 
 def record_problem(row: dict) -> str | None:
-    """Why an object is no record that can be shown, such as one that somebody edited, or None."""
+    """Why an object is not a record that can be shown, such as one that somebody edited, or None."""
     wrong = next((key for key, kind in KINDS.items() if not isinstance(row.get(key), kind)), None)
     if wrong:
         return f"not a run record: its {wrong} is missing or of another kind"

@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=seed, default=[], metavar="N", help="run each run with each seed")
     about = "at the commits of the hub that the run's record names"
     parser.add_argument("--same_data", action="store_true", help=about)
-    about = "run each run with each of these values of a flag; may stand several times"
+    about = "run each run with each of these values of a flag; may be given several times"
     parser.add_argument("--grid", action="append", default=[], type=grid, metavar="FLAG=V,V", help=about)
     return parser
 
@@ -116,7 +116,7 @@ def run(argv: list[str] | None) -> int:
     names, changes = [*args.runs, *words[:first_flag]], words[first_flag:]
     import_file = getattr(args, "import")
     if (import_file or args.list) and (names or changes or args.seeds or args.grid):
-        parser.error("--list and --import stand alone: no run, seed or change goes with them")
+        parser.error("--list and --import take no run, seed or change; leave these out")
     if import_file:
         new, known = import_records(import_file)
         print(f"imported {new} records into {IMPORTED}, {known} were there already")
@@ -131,7 +131,7 @@ def run(argv: list[str] | None) -> int:
     if args.same_data:
         parser.error("--same_data goes with one run")
     if len(dict(args.grid)) < len(args.grid):
-        parser.error("a flag stands in two --grid; name all its values in one")
+        parser.error("a flag is in two --grid; name all its values in one")
     runs = plan_runs(names, args.seeds, changes, dict(args.grid))
     if args.print_only:
         for planned in runs:

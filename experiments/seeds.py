@@ -33,7 +33,8 @@ def merge_seeds(runs: list[Run]) -> list[Run]:
         key = f"alone {len(groups)}"
         if run.origin == "new" and isinstance(run.params.get("seed"), int):
             settings = {name: value for name, value in run.params.items() if name not in NO_SETTINGS}
-            key = json.dumps([run.script, settings], sort_keys=True, default=str)
+            stood_on = run.source.get("base"), (run.source.get("data") or {}).get("adapter")  # not its name alone
+            key = json.dumps([run.script, settings, stood_on], sort_keys=True, default=str)
         groups.setdefault(key, []).append(run)
     merged = []
     for members in groups.values():
@@ -68,7 +69,7 @@ def common_name(names: list[str]) -> str:
 
 
 def average(values: list[Any]) -> Any:
-    """Numbers averaged, key by key of those that all have; what is no number in all of them is the first one's."""
+    """Numbers averaged, key by key of those that all have; what is not a number in all of them is the first one's."""
     first = values[0]
     if all(isinstance(value, dict) for value in values):
         return {key: average([value[key] for value in values]) for key in first if all(key in v for v in values)}

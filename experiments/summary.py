@@ -72,7 +72,7 @@ def new_lines(new: list[Run], *, published: bool) -> list[str]:
     if demo:
         lines.append(
             "The demo shows that the code works. Its base was trained for it, its rates and its anchor are many times "
-            "those of the recipes: it says nothing of what a recipe gives."
+            "those of the recipes: it says nothing about what a recipe gives."
         )
     return lines
 

@@ -130,7 +130,7 @@ def check_switched_off(model: PeftModel, before: torch.Tensor | None, what: str)
             )
     with model.disable_adapter():
         after = check_logits(model, what)
-    if before is not None and not torch.equal(before, after):
+    if before is not None and after is not None and not torch.equal(before, after):
         raise InputError(
             f"{what}: switched off it leaves the base changed; merge it into its base and name that model, or train "
             "another adapter"
@@ -225,7 +225,9 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     check_finite(stored_tensors(weights), what)
     alpha = config.get("lora_alpha")
     if isinstance(alpha, int | float) and not 0 < abs(alpha) < math.inf:  # with 0 it would change nothing
-        raise InputError(f"{what}: lora_alpha {alpha} in adapter_config.json is no scale; train or fetch it again")
+        raise InputError(
+            f"{what}: lora_alpha {alpha} in adapter_config.json is not a valid scale; train or fetch it again"
+        )
     before = check_logits(model, model.name_or_path)
     try:
         with warnings.catch_warnings():
@@ -238,10 +240,10 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
         base = config.get("base_model_name_or_path")
         raise InputError(f"{what} of {base} does not fit {model.name_or_path} ({reason})") from error
     base = config.get("base_model_name_or_path")
+    check_switched_off(adapted, before, what)
     check_adapter_fits(adapted, weights, f"{what} of {base}")
     if base and Path(base).resolve() != Path(model.name_or_path).resolve() and model.device.type != "meta":
         log.warning("%s was trained on %s, not on %s: right only for equal weights", what, base, model.name_or_path)
-    check_switched_off(adapted, before, what)
     check_logits(adapted, what)
     return adapted
 

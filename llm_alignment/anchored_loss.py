@@ -34,9 +34,9 @@ def fused_nll_kl(
         hidden: (rows, H) the student's last hidden states, any float type.
         weight: (V, H) the LM head, frozen, shared by student and reference. The matrix products take its type; with a
             half type everything else is computed in float32.
-        labels: (rows,) int64 next tokens, already shifted; -100 is no target.
+        labels: (rows,) int64 next tokens, already shifted; -100 is not a target.
         ref_hidden: (rows, H) the reference's last hidden states; None leaves the KL out (it is 0).
-        kl_mask: (rows,) bool, the rows that the KL acts on; those that are no targets are ignored. None: all targets.
+        kl_mask: (rows,) bool, the rows that the KL acts on; those that are not targets are ignored. None: all targets.
         kl_direction: "reverse" is KL(p_student || p_reference), "forward" is KL(p_reference || p_student).
         sft_loss: "nll", or "dft": each target's NLL times its probability, which gets no gradient (Wu et al.,
             arXiv 2508.05629). "dft" with "forward" is ASFT (arXiv 2509.23753).
@@ -192,11 +192,18 @@ class AnchorSettings:
 
     sft_loss: str = "nll"
     kl_coef: float = 0.02
-    kl_start_step: int = 0
-    kl_warmup_steps: int = 300
+    kl_start_step: float = 0  # below 1 a share of the run's steps
+    kl_warmup_steps: float = 300
     kl_limit_seq: int = 0
     kl_direction: str = "reverse"
     kl_on: str = "all"  # or "replay": replay rows alone
+
+    def over(self, steps: int) -> AnchorSettings:
+        """The settings of a run of so many steps: shares become steps."""
+        start, warmup = (
+            round(value * steps) if value < 1 else value for value in (self.kl_start_step, self.kl_warmup_steps)
+        )
+        return dataclasses.replace(self, kl_start_step=start, kl_warmup_steps=warmup)
 
     def coefficient(self, step: int) -> float:
         """c(t): 0 before `kl_start_step`, then a linear rise to `kl_coef` over `kl_warmup_steps`."""

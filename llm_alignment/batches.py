@@ -27,8 +27,8 @@ def sorted_within_steps(order: list[int], lengths: Sequence[int], *, batch: int,
     return result
 
 
-# TRL's DPO losses that are no mean over pairs: "sft" is a mean over the answers' tokens of a micro-batch, and the two
-# others sort the log-ratios of its pairs (dpo_trainer.py, `_compute_loss`).
+# TRL's DPO losses that are not a mean over pairs: "sft" is a mean over the answers' tokens of a micro-batch, and the
+# two others sort the log-ratios of its pairs (dpo_trainer.py, `_compute_loss`).
 LOSSES_OVER_BATCHES = {"sft", "aot", "aot_unpaired"}
 
 

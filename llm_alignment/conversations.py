@@ -67,7 +67,7 @@ def read_turns(value: Any, role: str, name: str) -> Turns:
     if messages is None and role and isinstance(value, str):
         messages = [{"role": role, "content": value}]
     if messages is None:
-        raise ValueError(f"{name} holds no turns" if not role else f"{name} is no text and holds no turns")
+        raise ValueError(f"{name} holds no turns" if not role else f"{name} is neither text nor a list of turns")
     turns = []
     for message in messages:
         role = ROLES.get(message["role"], message["role"]) if isinstance(message["role"], str) else message["role"]

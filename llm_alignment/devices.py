@@ -35,7 +35,7 @@ def prepare_cuda(device: torch.device, memory_share: float | None = None) -> Non
     import torch
     from transformers.integrations import sdpa_attention
 
-    torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper and Blackwell it plans anew, for 1 s, for every shape
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper and Blackwell it plans again, for 1 s, for every shape
     memory_share = memory_share or (0.95 if sys.platform == "win32" else 1.0)
     torch.cuda.set_per_process_memory_fraction(memory_share, device)
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -91,7 +91,10 @@ def unused_card() -> str | None:
             f"{name} is not used: its driver {driver} is too old for CUDA {torch.version.cuda}; install driver "
             f"{needed} or newer"
         )
-    return f"{name} is not used: torch finds no CUDA device with driver {driver}; restart, or install the driver anew"
+    return (
+        f"{name} is not used: torch finds no CUDA device with driver {driver}; restart the computer, or install the "
+        "driver again"
+    )
 
 
 @functools.cache
@@ -110,7 +113,7 @@ def apply_liger(model_type: str, device: torch.device) -> bool:
         raise InputError(f'--liger: it cannot be imported ({error}); pip install -e ".[fast]"') from error
     patch = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
     if patch is None:
-        log.warning("--liger: Liger does not know models of type %s; going on without it", model_type)
+        log.warning("--liger: Liger does not know models of type %s; continuing without it", model_type)
         return False
     module, expected = small_step(model_type, device)
     before = dict(vars(module))
@@ -124,7 +127,7 @@ def apply_liger(model_type: str, device: torch.device) -> bool:
         problem = str(error).strip().partition("\n")[0] or type(error).__name__
     if problem:
         vars(module).update(before)
-        log.warning("--liger: its kernels do not work here (%s); going on without them", problem)
+        log.warning("--liger: its kernels do not work here (%s); continuing without them", problem)
     return problem is None
 
 

@@ -94,6 +94,9 @@ class SharedPromptTrainer(DPOTrainer):
             )  # fmt: skip
             self.order = GroupedOrder(groups, self.args.seed)
 
+    def create_model_card(self, *_, **__) -> None:
+        """Of no checkpoint: `write_card` writes one when the run was measured."""
+
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset.map(functools.partial(pair_tokens, tokenizer=processing_class))
 

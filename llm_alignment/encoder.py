@@ -13,6 +13,7 @@ import jinja2
 
 from llm_alignment.conversations import Turns
 from llm_alignment.files import InputError
+from llm_alignment.prompts import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,12 +44,13 @@ class ChatEncoder:
     `thinking` every answer begins as it does in evaluation, where the template's generation prompt may end with an
     empty <think></think> block, and thoughts in the data are left out. With `thinking` all thoughts stay, those of
     earlier answers too, and an answer without one has no block. With `assistant_only` the labels are the answers and
-    their end of turn alone: what the generation prompt supplies is no target.
+    their end of turn alone: what the generation prompt supplies is not a target.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, thinking: bool, assistant_only: bool) -> None:
         self.tokenizer, self.thinking, self.assistant_only = tokenizer, thinking, assistant_only
         self.layouts: dict[tuple[str, ...], Layout | str] = {}  # by the order of roles; a text: why there is none
+        self.first = encode("", tokenizer)  # what begins every text, once
         self.header = self.supplied = ""  # what begins every assistant turn, and what the generation prompt adds
         question, answer = ("user", "QUESTION"), ("assistant", "<think>\nTHOUGHT\n</think>\n\nANSWER")
         try:
@@ -157,7 +159,7 @@ class ChatEncoder:
                 if not answer.strip() or answer.lstrip().startswith("<think>"):
                     return "an answer has no text outside its <think> block"
                 if "<think>" in answer or "</think>" in answer or "<think>" in thought:
-                    return "an answer has a tag of thoughts within its text"
+                    return "an answer has a <think> tag within its text"
             for text in texts:
                 if found := self.own.search(text):
                     return f"a turn contains the chat template's own {found[0]!r}"
@@ -198,17 +200,18 @@ class ChatEncoder:
         return text + layout.between[-1], spans
 
     def __call__(self, row: dict) -> dict[str, list[int]]:
-        """{"input_ids", "labels"} of a row {messages: [{role, content}]}; -100 is no target."""
+        """{"input_ids", "labels"} of a row {messages: [{role, content}]}; -100 is not a target."""
         text, spans = self.write([(message["role"], message["content"]) for message in row["messages"]])
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.assistant_only)
         ids = encoded["input_ids"]
+        first = [] if ids[:1] == self.first else self.first
         if not self.assistant_only:
-            return {"input_ids": ids, "labels": ids}
+            return {"input_ids": first + ids, "labels": first + ids}
         labels = [-100] * len(ids)
-        for place, (first, last) in enumerate(encoded["offset_mapping"]):
-            if any(start <= first < last <= end for start, end in spans):
+        for place, (begin, last) in enumerate(encoded["offset_mapping"]):
+            if any(start <= begin < last <= end for start, end in spans):
                 labels[place] = ids[place]
-        return {"input_ids": ids, "labels": labels}
+        return {"input_ids": first + ids, "labels": [-100] * len(first) + labels}
 
     def marked(self, row: dict, max_length: int) -> str:
         """A row as the model reads it, cut to `max_length` tokens; what is trained on stands in [[ ]]."""

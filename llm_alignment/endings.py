@@ -202,7 +202,10 @@ def console_and_log() -> Iterator[None]:
     # What libraries say to one another: their deprecations, and bitsandbytes missing an optional CPU kernel.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    raise_exceptions, logging.raiseExceptions = logging.raiseExceptions, False  # a log on a full disk is no traceback
+    raise_exceptions, logging.raiseExceptions = (
+        logging.raiseExceptions,
+        False,
+    )  # a log on a full disk gives no traceback
     with lasting_console():
         held = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
         log.handlers = [logging.StreamHandler(sys.stdout), held] if main_process() else [logging.NullHandler()]

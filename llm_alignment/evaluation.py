@@ -114,7 +114,7 @@ METRICS |= {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured, and how: `measure` does the rest (files, cache, processes, going on after a kill).
+    """What is measured, and how: `measure` does the rest (files, cache, processes, resuming after a kill).
 
     `items` have a "question_id" each. `read(model, tokenizer, items)` gives the row of each item of a batch, and
     `grade(rows)` in the main process what is stored of them. `summarise(rows)` is what the record's `baseline` and
@@ -254,7 +254,9 @@ def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> dict
         path = folder / f"{evaluation.name}_{stage}.jsonl"
         if path.exists():
             skipped = SkippedRows()
-            _, rows[evaluation.name] = read_results(path, skipped)
+            by_id = {row["question_id"]: row for row in read_results(path, skipped)[1]}
+            ids = [item["question_id"] for item in evaluation.items]
+            rows[evaluation.name] = [by_id[each] for each in ids if each in by_id]  # in the order of `measure`
             skipped.report(f"damaged lines of {path}")
     return rows
 
@@ -336,7 +338,7 @@ def judge_gates(record: dict, gates: dict[str, float]) -> None:
 
 
 class TableRow(NamedTuple):
-    """A line of the table: the figures before and after (None = not measured) and a delta as from `paired_delta`."""
+    """A line of the table: the figures before and after (None = not measured) and a delta of `paired_delta`."""
 
     title: str
     before: float | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,7 @@ def sharing_problem(model: PreTrainedModel | PeftModel) -> str:
         return [plain, folded]
 
     for prompts in ([start + first, start + second], [first, second]):  # in one call, and block by block
-        if problem := problem_of(model, lambda inner, prompts=prompts: both_ways(inner, prompts)):
+        if problem := problem_of(model, functools.partial(both_ways, prompts=prompts)):
             return problem
     return ""
 

@@ -167,7 +167,7 @@ def data_files(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_data(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a data file for reading bytes, through gzip when it is packed. Raises InputError when it is no data."""
+    """Opens a data file for reading bytes, through gzip when it is packed. Raises InputError when it is not data."""
     try:
         if path.exists() and not path.is_file():  # it would be waited for, or never end
             raise InputError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or a device'}; name a file")
@@ -240,7 +240,7 @@ DECODER = json.JSONDecoder(parse_int=whole_number)  # json.loads would make one 
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError when it is none, also for bytes that are no UTF-8."""
+    """The value of a JSON text. Raises ValueError when it is not JSON, also for bytes that are not UTF-8."""
     text = (text if isinstance(text, str) else text.decode("utf-8-sig")).strip(" \t\r\n")
     try:
         value, end = DECODER.raw_decode(text)  # `decode` looks for the blanks by a regular expression, twice a row
@@ -255,7 +255,7 @@ TOO_DEEP = "nested too deeply"
 
 
 def object_problem(row: Any, source: str | None = None) -> str | None:
-    """Why a JSON value is no row, or None: no object, or one that cannot be written again.
+    """Why a JSON value is not a row, or None: not an object, or one that cannot be written again.
 
     An escape can spell an unpaired surrogate, which UTF-8 cannot, and nesting that the parser just bore may be too
     much later. Writing takes as long as parsing, so it is tried only where `source`, the text that the row was read

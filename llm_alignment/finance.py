@@ -59,7 +59,7 @@ def read_instructions(source: str) -> list[dict[str, str]]:
 
     `prompt` is the user's text after the system text, `chosen` the reference answer, `user` the user's text alone.
     """
-    rows = read_usable(source, "--finance_dataset", finance_problem, "user, assistant and perhaps system")
+    rows = read_usable(source, "--finance_dataset", finance_problem, "user, assistant and optionally system")
     instructions = []
     for row in rows:
         prompt, chosen = merge_system_prompt(row.get("system"), row["user"]), row["assistant"].strip()
@@ -74,7 +74,7 @@ def finance_problem(row: dict) -> str | None:
         if column not in row and column != "system":
             return f"missing columns: {column}"
         if not isinstance(row.get(column, ""), str):
-            return f"{column} is no text"
+            return f"{column} is not text"
     for column in ("user", "assistant"):
         if not row[column].strip():
             return f"empty {column}"

@@ -84,6 +84,14 @@ def not_negative(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+def steps_or_share(text: str) -> float:
+    """argparse type: a whole number of steps, or a share of the run's steps, which is below 1."""
+    value = not_negative(float)(text)
+    if value >= 1 and value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} is neither a whole number of steps nor a share below 1")
+    return int(value) if value == int(value) else value
+
+
 def temperature(text: str) -> float:
     """argparse type: 0, which is greedy, or a temperature by which logits can be divided."""
     value = not_negative(float)(text)
@@ -137,7 +145,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--no_4bit", action="store_true", help="load the base unquantised: faster, and four times the memory")
     add("--quant_type", choices=["nf4", "fp4"], default="nf4", help="4-bit format")
     add("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
-        help="of weights and computing; auto: bf16 where the GPU has it, else fp16; fp32 on CPU")
+        help="number type of weights and computing; auto: bf16 where the GPU has it, else fp16; fp32 on CPU")
     add("--liger", action="store_true", help="fused kernels on a GPU, faster with less memory; pip install -e .[fast]")
     add("--trust_remote_code", action="store_true", help="run code that a model's repository ships")
     add("--thinking", action="store_true",
@@ -212,8 +220,8 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
         help="compute the baseline and the reference of DPO again instead of taking them from the cache")
     if trains:
         add("--gradient_checkpointing", nargs="?", choices=["auto", "on", "off"], const="on", default="auto",
-            help="recompute activations, slower with less memory; auto: only where the GPU would otherwise have less "
-            "than a quarter of its memory free")
+            help="recompute activations, slower with less memory; auto: only where training would not fit "
+            "without it")
         add("--no-gradient_checkpointing", dest="gradient_checkpointing", action="store_const", const="off",
             default=argparse.SUPPRESS, help="the same as --gradient_checkpointing off")
 
@@ -260,7 +268,7 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
     add("--use_chat_template", action="store_true", help="wrap prompts in it (plain text, as published)")
     add("--no_prefix_sharing", action="store_true", help="read a pair's prompt once for each answer")
     add("--group_by_table", action=ON_OFF, default=False,
-        help="train on pairs whose prompts begin alike (one table, one system prompt) one after the other and read "
+        help="train on pairs whose prompts share a beginning (one table, one system prompt) together and read "
         "what they share once; it changes which pairs meet in an optimiser step")
     add("--limit_pairs", type=not_negative(int), default=0, help="a sample of N pairs; 0 = all")
     if not in_stages:
@@ -327,12 +335,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = add_group(parser, "Finance-Instruct", trains=True)
     add("--finance_dataset", default="Josephgflowers/Finance-Instruct-500k", help="hub id, file or folder")
     add = add_group(parser, "Finance-Instruct pairs", trains="finance")
-    add("--finance_instruct_pairs", type=positive(int), default=2000, help="most pairs of it")
+    add("--finance_instruct_pairs", type=positive(int), default=2000, help="at most N pairs of it")
     add("--finance_temperature", type=temperature, default=0.0,
         help="temperature of the base's own answers, which are rejected; the published runs used 0.8")
     add = add_group(parser, "general pairs", trains="general")
     add("--general_dataset", default="Intel/orca_dpo_pairs",
-        help="hub id, file or folder with question (or prompt), chosen and rejected, and perhaps system; or with "
+        help="hub id, file or folder with question (or prompt), chosen and rejected, and optionally system; or with "
         "chosen and rejected dialogues, as Anthropic/hh-rlhf")
     add = add_group(parser, "what is measured on Reddit", trains="asked")
     add("--do_reddit", action=ON_OFF, default=True, help="replies to held-out posts")
@@ -452,7 +460,7 @@ def parse_arguments(parser: Parser, argv: list[str] | None, demo: dict[str, Any]
     """Parses `argv`, or the command line; with --demo flags that the user did not give take their values from `demo`.
 
     A demo's output folder is the first free one of NAME_1, NAME_2, ..., so that the demo can be run again; one that
-    goes on, from a checkpoint or a stage, takes the last one. A text that is empty, as of a shell variable that is not
+    resumes, from a checkpoint or a stage, takes the last one. A text that is empty, as of a shell variable that is not
     set, is an error: as a path it would be the working folder.
     """
     words = parser.expand(sys.argv[1:] if argv is None else argv)

@@ -21,7 +21,7 @@ def parse_gates(text: str) -> dict[str, float]:
         if not name or not equals:
             raise InputError(f"--gates {part!r} is not METRIC=DIFFERENCE, as in mtbench=-0.3")
         if name in gates:
-            raise InputError(f"--gates {name}: it stands twice; give one difference for each metric")
+            raise InputError(f"--gates {name}: it is given twice; give one difference for each metric")
         try:
             gates[name] = in_32_bits(float(number))
         except (ValueError, argparse.ArgumentTypeError):
@@ -30,7 +30,7 @@ def parse_gates(text: str) -> dict[str, float]:
 
 
 def check_gates(gates: Iterable[str], metrics: Collection[str], measured: Collection[str]) -> None:
-    """Raises InputError for a gate that is no name of `metrics`, or that the run does not measure."""
+    """Raises InputError for a gate that `metrics` does not name, or that the run does not measure."""
     for name in gates:
         if name not in measured:
             what = "this run does not measure it" if name in metrics else "there is no such metric"

@@ -22,6 +22,7 @@ from llm_alignment.devices import free_memory
 from llm_alignment.models import evaluating, inner_model
 from llm_alignment.prefixes import common_length
 from llm_alignment.processes import halved_when_full, main_process
+from llm_alignment.prompts import PromptStyle, encode, render
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -83,9 +84,8 @@ def generate(
             "answers get %d new tokens, not %d: half of the model's context; lower the limit",
             max_new_tokens, decoding.max_new_tokens,
         )  # fmt: skip
-    prompts = tokenizer.apply_chat_template(
-        conversations, add_generation_prompt=True, return_dict=False, enable_thinking=decoding.thinking
-    )
+    style = PromptStyle(thinking=decoding.thinking)
+    prompts = [encode(render(turns, tokenizer, style), tokenizer) for turns in conversations]
     cut = sum(len(prompt) > context - max_new_tokens for prompt in prompts)
     if cut:
         log.warning("%d prompts lost their beginning: the model's context is %d tokens", cut, context)
@@ -179,7 +179,7 @@ def batched_answers(
 ) -> Iterator[tuple[int, list[int]]]:
     """Generates from left-padded token lists; yields (row, new tokens), the end token included, as rows end.
 
-    `model.generate` pauses whenever a quarter of its rows has ended: they leave, and the others go on from their
+    `model.generate` pauses whenever a quarter of its rows has ended: they leave, and the others continue from their
     part of the key-value cache. `cache` may hold the prompts, left-padded, but for their last tokens. With
     `line_break`, a bool for each token id, an answer also ends with its first line that is not empty.
     """
@@ -323,7 +323,7 @@ def continuous_answers(
     with only_these(model, settings) as alone:
         outputs = list(alone.generate_batch(prompts, generation_config=settings).values())
     if len(outputs) < len(prompts) or any(output.error for output in outputs):
-        raise RuntimeError("continuous batching lost answers; take --mtbench_backend simple")
+        raise RuntimeError("continuous batching lost answers; use --mtbench_backend simple")
     for row, output in enumerate(outputs):
         yield row, output.generated_tokens
 

@@ -112,7 +112,7 @@ def read_usable(source: str, flag: str, problem: Callable[[dict], str | None], n
         reason = problem(row)
         key = None if reason else digest(row)
         if key in seen:
-            reason = "the same row stands before it"
+            reason = "the same row came before"
         if reason:
             skipped.add(place, reason)
         else:
@@ -157,7 +157,7 @@ def hub_problem(error: BaseException) -> str:
     if statuses:
         return f"the hub answers {statuses[0]}; check the name and the access rights (HF_TOKEN)"
     if any("Consistency check" in str(cause) or "peer closed" in str(cause) for cause in chain):
-        return "the download broke off; start again, which goes on with it"
+        return "the download broke off; start again, and it resumes"
     if any(isinstance(cause, OSError) and cause.filename is not None for cause in chain):
         return ""  # the disk
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in chain):
@@ -190,5 +190,5 @@ def damaged_download(source: str, kind: str, started: float) -> str:
                 hashed.update(piece)
         if hashed.hexdigest() != path.name:
             path.unlink()
-            damaged = "the hub sent another file than its ETag says; start again, which fetches it again"
+            damaged = "the hub sent another file than its ETag says; start again, and it is fetched again"
     return damaged

@@ -30,7 +30,7 @@ class LeakFinder:
     `whole`: texts by kind ("MT-Bench question") that count where all their words follow each other; a text of one or
     two words only where it is a whole turn. `passages`: texts by kind that count where 13 words in a row of them do;
     shorter ones never. Most of the 13 have three letters or more: what many programs share (for i in range(1, m + 1):
-    for j in range(1, n)) is no passage.
+    for j in range(1, n)) is not a passage.
 
     Every run of words that counts has an anchor, a few words in a row. numpy hashes all words in a row of many items
     at once, in a quarter of the time that it takes to read and hash them (experiments/benchmarks/bench_leaks.py), and

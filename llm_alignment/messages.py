@@ -69,16 +69,16 @@ def message_list(value: Any) -> list[dict] | None:
 def message_text(message: dict) -> str:
     """The text of a message; an assistant's thoughts in a field of their own stand in a <think> block before it.
 
-    Raises ValueError with the reason when the content is no text, or when a field changes what it means.
+    Raises ValueError with the reason when the content is not text, or when a field changes what it means.
     """
     refuse_needed(message, "a turn")
     text, thoughts = content_text(message.get("content")), [message[name] for name in THOUGHTS if message.get(name)]
     if text is None:
-        raise ValueError("a turn whose content is no text")
+        raise ValueError("a turn whose content is not text")
     if not thoughts or message["role"] != "assistant":
         return text
     if len(thoughts) > 1 or not isinstance(thoughts[0], str) or "<think>" in text:
-        raise ValueError("a turn whose thoughts stand twice or are no text")
+        raise ValueError("a turn whose thoughts are given twice or are not text")
     return f"<think>\n{thoughts[0].strip()}\n</think>\n\n{text.strip()}"
 
 

@@ -1,4 +1,4 @@
-"""The files of a model: fetched, whole, and with values that can be."""
+"""The files of a model: fetched, whole, and with valid values."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def adapter_files_sha256(folder: str | Path) -> str:
 def check_files(folder: Path, what: str) -> None:
     """Raises InputError for files of a model that cannot be loaded; reads no weights. `what`: the flag and its value.
 
-    That is: a config that is no JSON object, has a wrong value or names a quantisation, weights that are missing, cut
-    off, or a Git LFS pointer, and a tokenizer that is no JSON.
+    That is: a config that is not a JSON object, has a wrong value or names a quantisation, weights that are missing,
+    cut off, or a Git LFS pointer, and a tokenizer that is not JSON.
     """
     config = read_json(folder / "config.json", what)
     stored_as = config.get("quantization_config")
@@ -81,15 +81,15 @@ LEAST = {"max_position_embeddings": 2, "num_hidden_layers": 1, "model_max_length
 
 
 def check_values(config: dict, what: str) -> None:
-    """Raises InputError for a size below the `LEAST`, and for a token's id that is no whole number."""
+    """Raises InputError for a size below the `LEAST`, and for a token's id that is not a whole number."""
     for name, value in config.items():
         if value is None:
             continue
         if name in LEAST and not (isinstance(value, int | float) and value >= LEAST[name]):
-            raise InputError(f"{what} has {name} {value!r}, and {LEAST[name]} is the least; fetch it again")
+            raise InputError(f"{what} has {name} {value!r}, and it must be at least {LEAST[name]}; fetch it again")
         tokens = value if isinstance(value, list) else [value]
         if name.endswith("_token_id") and not all(type(token) is int and token < 2**31 for token in tokens):
-            raise InputError(f"{what} has {name} {value!r}, which is no number of a token; fetch it again")
+            raise InputError(f"{what} has {name} {value!r}, which is not the id of a token; fetch it again")
 
 
 def read_json(path: Path, what: str) -> dict:
@@ -101,7 +101,7 @@ def read_json(path: Path, what: str) -> dict:
         reason = LFS_POINTER if content.startswith(b"version https://git-lfs") else f"not valid JSON ({error})"
         raise InputError(f"{what}: {path.name} cannot be read: {reason}; fetch it again") from error
     if not isinstance(value, dict):
-        raise InputError(f"{what}: {path.name} is no JSON object; fetch it again")
+        raise InputError(f"{what}: {path.name} is not a JSON object; fetch it again")
     return value
 
 
@@ -117,7 +117,7 @@ def check_safetensors(path: Path, what: str) -> None:
         raise InputError(f"{what}: {path.name} is missing; fetch it again")
     try:
         with safe_open(path, "pt") as file:
-            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys() if name.endswith(".weight")}  # noqa: SIM118 - it is no dict
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys() if name.endswith(".weight")}  # noqa: SIM118 - it is not a dict
     except (SafetensorError, OSError) as error:
         with path.open("rb") as file:
             reason = LFS_POINTER if file.read(23) == b"version https://git-lfs" else f"cut off or damaged ({error})"
@@ -132,5 +132,5 @@ def stored_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - the file is no dict
+        for name in file.keys():  # noqa: SIM118 - the file is not a dict
             yield name, file.get_tensor(name)

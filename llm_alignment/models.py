@@ -184,9 +184,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
     """Raises InputError when the tokenizer has more tokens than the embedding."""
     tokens, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]
     if tokens > rows:
-        raise InputError(
-            f"{what}: the tokenizer has {tokens} tokens, the model {rows}; take the tokenizer of the model"
-        )
+        raise InputError(f"{what}: the tokenizer has {tokens} tokens, the model {rows}; use the model's own tokenizer")
 
 
 def load_model(base: Base, *, on_meta: bool = False) -> PreTrainedModel:
@@ -254,7 +252,7 @@ def check_logits(model: PreTrainedModel | PeftModel, what: str) -> torch.Tensor 
     with torch.no_grad(), evaluating(model):
         logits = model(input_ids=ids, use_cache=False).logits
     if not logits.isfinite().all():
-        raise InputError(f"{what}: its logits are not finite; take another --dtype or fetch the model again")
+        raise InputError(f"{what}: its logits are not finite; use another --dtype or fetch the model again")
     return logits
 
 

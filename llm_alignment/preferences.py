@@ -22,8 +22,8 @@ from llm_alignment.texts import normalise_text
 log = logging.getLogger("llm_alignment")
 
 GENERAL_COLUMNS = (
-    "question, chosen, rejected and perhaps system (as Intel/orca_dpo_pairs); prompt, chosen, rejected; or chosen and "
-    "rejected, two dialogues that differ in their last answer (as Anthropic/hh-rlhf)"
+    "question, chosen, rejected and optionally system (as Intel/orca_dpo_pairs); prompt, chosen, rejected; or chosen "
+    "and rejected, two dialogues that differ in their last answer (as Anthropic/hh-rlhf)"
 )
 COLUMNS = ("system", "question", "prompt", "chosen", "rejected")
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
@@ -50,7 +50,7 @@ def read_pairs(source: str, flag: str, *, thinking: bool = False) -> list[dict]:
         log.info("%s: not read: %s", source, named)
     pairs = general_pairs(rows, thinking=thinking)
     if len(pairs) < len(rows):
-        log.info("%s: %d pairs stand there again in another form; each is used once", source, len(rows) - len(pairs))
+        log.info("%s: %d pairs occur again in another form; each is used once", source, len(rows) - len(pairs))
     return pairs
 
 
@@ -75,7 +75,7 @@ def general_pairs(rows: list[dict], *, thinking: bool = False) -> list[dict]:
 
 
 def general_problem(row: dict, *, thinking: bool = False) -> str | None:
-    """The reason why a row is no preference pair; None when it is one."""
+    """The reason why a row is not a preference pair; None when it is one."""
     try:
         general_turns(row, thinking=thinking)
     except ValueError as error:
@@ -84,7 +84,7 @@ def general_problem(row: dict, *, thinking: bool = False) -> str | None:
 
 
 def general_turns(row: dict, *, thinking: bool = False) -> tuple[list[dict[str, str]], str, str]:
-    """The turns of the prompt, and both answers. Raises ValueError with the reason when a row is no preference pair.
+    """The turns of the prompt, and both answers. Raises ValueError with the reason when a row is no pair.
 
     Everything before the last answer is the prompt, and it must be the same on both sides. A column that is null or
     empty counts as absent. A system text stands before the first question, since evaluations have no system turn.
@@ -101,7 +101,7 @@ def general_turns(row: dict, *, thinking: bool = False) -> tuple[list[dict[str, 
     if prompt and prompt[-1] == {"role": "assistant", "content": ""}:  # hh-rlhf's way to end a prompt
         prompt.pop()
     if not isinstance(row.get("system"), str | None):
-        raise ValueError("system is no text")
+        raise ValueError("system is not text")
     prompt[:0] = [{"role": "system", "content": row["system"].strip()}] if row.get("system") else []
     chosen, rejected = (
         join_turns(prompt, read_turns(row[side], "assistant", side)) for side in ("chosen", "rejected")
@@ -128,7 +128,7 @@ def lose_thought(turn: dict[str, str]) -> dict[str, str]:
 def read_turns(value: Any, role: str, name: str) -> list[dict[str, str]]:
     """Turns {role, content} of a list of turns or an hh-rlhf dialogue; another text is one turn of `role`.
 
-    Raises ValueError, which names the value by `name`, for a role that is unknown and for what is no text.
+    Raises ValueError, which names the value by `name`, for a role that is unknown and for what is not text.
     """
     if value is None:
         return []

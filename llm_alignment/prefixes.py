@@ -161,7 +161,7 @@ def settle_head(device: torch.device) -> None:
     if by_kernel is not None and torch.allclose(by_kernel, run(), rtol=1e-4, atol=1e-4):
         chunked_logprob._TRITON_AVAILABLE = True
     else:
-        log.warning("TRL's Triton kernel of the LM head does not work here (%s); its tiles are taken", problem)
+        log.warning("TRL's Triton kernel of the LM head does not work here (%s); its tiles are used", problem)
 
 
 def fold_pairs(

@@ -55,7 +55,7 @@ def device_and_dtype(choice: str = "auto") -> tuple[torch.device, torch.dtype]:
     torch.cuda.set_device(device)
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if choice == "bf16" and not has_bf16:
-        raise InputError(f"--dtype bf16: {torch.cuda.get_device_name(device)} has no bf16; take --dtype fp16")
+        raise InputError(f"--dtype bf16: {torch.cuda.get_device_name(device)} has no bf16; use --dtype fp16")
     return device, getattr(torch, DTYPES.get(choice) or ("bfloat16" if has_bf16 else "float16"))
 
 

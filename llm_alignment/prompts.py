@@ -37,13 +37,9 @@ def strip_thinking(text: str) -> str:
 
 
 def render(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> str:
-    """The prompt as the model reads it: as it is, or as the user's turn of the chat template; turns as they are.
-
-    What begins a text stands in it: the template's, or the token that the tokenizer puts before a text.
-    """
+    """The prompt as the model reads it: as it is, or as the user's turn of the chat template; turns as they are."""
     if isinstance(prompt, str) and not style.use_chat_template:
-        begins = tokenizer.bos_token and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        return tokenizer.bos_token + prompt if begins else prompt
+        return prompt
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if style.system:
         turns = [{"role": "system", "content": style.system}, *turns]
@@ -60,10 +56,12 @@ def render(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, style: 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids of a text as `render` gives it, alone or with its answer. The one way from text to tokens.
 
-    A tokenizer that begins or ends every text with a token of its own does not here: a prompt ends where the model is
-    to write.
+    A tokenizer that ends every text with a token of its own does not here: a prompt ends where the model is to write.
+    One that begins every text so does once, also where the template has written it.
     """
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
+    begins = bos is not None and ids[:1] != [bos] and tokenizer("")["input_ids"][:1] == [bos]
+    return [bos, *ids] if begins else ids
 
 
 def pair_tokens(row: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:

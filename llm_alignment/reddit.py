@@ -27,7 +27,7 @@ def reddit_problem(row: dict) -> str | None:
         return "id is neither a text nor a whole number"
     for column in ("title", "body", "selftext"):
         if not isinstance(row.get(column, ""), str):
-            return f"{column} is no text"
+            return f"{column} is not text"
     for column in ("id", "title", "body"):
         if not str(row[column]).strip():
             return f"empty {column}"

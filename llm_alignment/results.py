@@ -131,8 +131,8 @@ def read_results(path: Path, skipped: SkippedRows) -> tuple[dict, list[dict]]:
             skipped.add(place, "no question_id")
     if fingerprint is None:
         raise InputError(
-            f"{path}:1: no fingerprint in the first line, so this is no result file or a damaged one; delete it or "
-            "name another"
+            f"{path}:1: no fingerprint in the first line, so this is not a result file, or a damaged one; delete it "
+            "or name another"
         )
     return fingerprint, list(by_id.values())
 

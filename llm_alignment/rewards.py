@@ -25,7 +25,7 @@ class RewardModel:
     Follows the cards of Skywork-Reward-V2: the reward model's own chat template, one BOS, the raw logit. Always in
     float32: bf16 moves scores by up to 0.1 and makes ties. `device` None takes the GPU when there is one; the model is
     on it while it scores, and in host memory else. Code of its repository runs only with `trust_remote_code`. Raises
-    InputError when `name` is no such model.
+    InputError when `name` is not such a model.
     """
 
     def __init__(

@@ -275,7 +275,7 @@ def check_shared(folder: Path, flags: dict[str, Any]) -> None:
     Raises InputError where it would have to read what the main one writes there: a checkpoint or an earlier stage.
     """
     with tempfile.NamedTemporaryFile(dir=folder) if main_process() else contextlib.nullcontext() as file:
-        name = on_main_process(lambda: Path(file.name).name)
+        name = on_main_process(lambda: Path(file.name).name if file else "")
         apart = gathered([] if (folder / name).exists() else [all_processes().process_index])
     if not apart:
         return

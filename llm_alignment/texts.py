@@ -8,7 +8,7 @@ import unicodedata
 from collections import Counter
 
 WORD = re.compile(r"[^\W_]+")
-# what may stand within a word and is no part of it: soft hyphens, marks of width 0, a stress mark on a letter
+# what may stand within a word and is not part of it: soft hyphens, marks of width 0, a stress mark on a letter
 WITHIN_WORDS = re.compile("[\u00ad\u0300-\u036f\u200b-\u200f\u2060-\u2064\ufeff]")
 
 

@@ -140,7 +140,7 @@ def uses_checkpointing(settings: TrainingSettings, base: Base, lora: LoraSetting
         return settings.gradient_checkpointing == "on"
     if not torch.cuda.is_available():
         return False
-    free = min(gathered([free_memory()[0]]))  # ranks that decide differently wait for each other for ever
+    free = min(gathered([free_memory()[0]]))  # ranks that decide differently wait for each other forever
     is_on = not fits_without_checkpointing(memory_of(settings, base, lora), free)
     log.info("gradient checkpointing %s: %.1f GiB are free", "on" if is_on else "off", free / GIB)
     return is_on
@@ -177,7 +177,7 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
     """Trains, from `checkpoint` if given, with complete checkpoints and a log on disk.
 
     A checkpoint of the last step is loaded and no further step is taken. Ctrl-C, SIGTERM and SIGHUP finish the
-    micro-batch in hand, save a checkpoint of the last whole optimiser step and raise Interrupted; a second signal,
+    current micro-batch, save a checkpoint of the last whole optimiser step and raise Interrupted; a second signal,
     a second or more later, stops at once. A loss or gradient that is not finite in any process raises NotFiniteError
     in all of them at the same step.
     """

@@ -42,7 +42,7 @@ def subset_of(row: dict) -> str:
     """The row's subset; absent or null counts as general. Raises ValueError when it is not text."""
     subset = "general" if row.get("subset") is None else row["subset"]
     if not isinstance(subset, str):
-        raise ValueError("the subset is no text")
+        raise ValueError("the subset is not text")
     return subset
 
 

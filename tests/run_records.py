@@ -13,11 +13,12 @@ from llm_alignment import files
 EXPERIMENTS = ROOT / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 MODULES = (
-    "campaign", "commands", "compare", "export", "mine_pairs", "noise", "old_records", "plots", "records", "rerun",
-    "report", "seeds", "tables",
+    "campaign", "chat", "commands", "compare", "export", "frontier", "mine_pairs", "noise",
+    "old_records", "plots", "records", "rerun", "report", "seeds", "tables",
 )  # fmt: skip
 (
-    campaign, commands, compare, export, mine_pairs, noise, old_records, plots, records, rerun, report, seeds, tables,
+    campaign, chat, commands, compare, export, frontier, mine_pairs, noise,
+    old_records, plots, records, rerun, report, seeds, tables,
 ) = map(importlib.import_module, MODULES)  # fmt: skip
 
 

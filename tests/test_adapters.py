@@ -82,7 +82,7 @@ ADAPTERS = {
     ),
     "a scale of 0": (lambda f: change_json(f / "adapter_config.json", lora_alpha=0), ["lora_alpha 0"]),
     "a rank that is a text": (lambda f: change_json(f / "adapter_config.json", r="8"), ["does not fit"]),
-    "an unknown bias": (lambda f: change_json(f / "adapter_config.json", bias="some"), ["does not fit"]),
+    "an unknown bias": (lambda f: change_json(f / "adapter_config.json", bias="some"), ["bias"]),
     "layers by a broken pattern": (
         lambda f: change_json(f / "adapter_config.json", target_modules="("),
         ["does not fit"],

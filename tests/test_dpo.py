@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import statistics
 
 import pytest
 from toys import rows_of, toy_run
@@ -15,7 +16,7 @@ import dpo_train
 from llm_alignment import adapters, dpo, models, plans
 from llm_alignment.files import InputError
 from llm_alignment.flags import LOSS_TYPES, check_dpo_flags
-from llm_alignment.prompts import PromptStyle
+from llm_alignment.prompts import PromptStyle, encode
 from llm_alignment.reference import add_reference
 from llm_alignment.training import training_arguments
 
@@ -216,7 +217,7 @@ def test_flags_that_do_not_fit(flags, words):
 
 
 def test_a_loaded_adapter_keeps_its_own_settings(tmp_path, logged):
-    config = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"]}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     asked = adapters.LoraSettings(lora_r=32, lora_alpha=16, lora_dropout=0.05, target_modules="q_proj,v_proj")
     own = adapters.saved_settings(str(tmp_path), asked)
@@ -265,7 +266,7 @@ def test_one_bos_at_most(tmp_path, chat):
     trainer = demo_trainer((dataclasses.replace(setup, tokenizer=tokenizer), *settings), rows)
     ids = trainer.train_dataset[0]["prompt_ids"]
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
-    assert ids == tokenizer(rows[0]["prompt"])["input_ids"]  # what the evaluation shows the model
+    assert ids == encode(rows[0]["prompt"], tokenizer)  # what the evaluation shows the model
 
 
 @pytest.mark.parametrize("room", [2, 300])  # for the answer to the longest prompt, so the first cuts answers
@@ -294,14 +295,25 @@ def test_held_out_rewards_are_those_of_training(demo_tokenizer, rows, tmp_path, 
 def test_reward_accuracy_by_hand():
     def rows(*rewards):
         return [
-            {"question_id": n, "chosen_reward": chosen, "rejected_reward": rejected}
+            {
+                "question_id": n,
+                "chosen": "a" * n,
+                "rejected": "b",
+                "chosen_reward": chosen,
+                "rejected_reward": rejected,
+            }
             for n, (chosen, rejected) in enumerate(rewards)
         ]
 
     before, after = rows((0, 0), (0, 0), (0, 0), (0, 0)), rows((1, 0), (-1, -3), (0, 0.5), (2, 0))
-    assert dpo.summarise_rewards(before) == {"accuracy": 50, "margin": 0, "n": 4}
-    assert dpo.summarise_rewards(after) == {"accuracy": 75, "margin": 1.125, "n": 4}
-    deltas = dpo.compare_rewards(before, after)
+    nothing = {"chosen_log_prob": 0, "margin_by_length": None}  # equal margins have no correlation
+    assert dpo.summarise_rewards(before, 0.5) == {"accuracy": 50, "margin": 0, "n": 4, **nothing}
+    found = dpo.summarise_rewards(after, 0.5)
+    assert (found["accuracy"], found["margin"], found["chosen_log_prob"]) == (75, 1.125, 2 * 0.5)
+    margins, longer = [1, 2, -0.5, 2], [-1, 0, 1, 2]
+    assert found["margin_by_length"] == pytest.approx(statistics.correlation(margins, longer))
+    deltas = dpo.compare_rewards(before, after, beta=0.5)
+    assert deltas["chosen_log_prob"]["mean"] == 1.0
     assert deltas["reward_accuracy"]["mean"] == 25 and deltas["reward_margin"]["mean"] == 1.125
     assert deltas["reward_accuracy"]["p"] == pytest.approx(10 / 16)  # 3 of 4 coins, both sides
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import toys
 from conftest import DEMO
 from run_records import export
 
@@ -152,3 +154,50 @@ def test_what_cannot_be_exported_is_one_line_and_exit_code_2(run_folder, tmp_pat
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and all(word in error for word in words), error
     assert not (tmp_path / "m").exists()
+
+
+def in_ollama(modelfile: str, turns: list[dict]) -> str:
+    """What Ollama makes of a Modelfile's template: as far as these templates go, Go's template language by hand."""
+    template = modelfile.partition('"""')[2].partition('"""')[0]
+    before, loop = template.split("{{ range .Messages }}")
+    default = before.removeprefix("{{ if not .System }}").removesuffix("{{ end }}")
+    loop, beginning = loop.rsplit("{{ end }}", 1)
+    parts = dict(re.findall(r'{{ if eq .Role "(\w+)" }}(.*?){{ end }}', loop, re.DOTALL))
+    text = "".join(parts[turn["role"]].replace("{{ .Content }}", turn["content"]) for turn in turns)
+    return ("" if turns[0]["role"] == "system" else default) + text + beginning
+
+
+@pytest.mark.parametrize("template", [toys.CHATML, toys.QWEN25, None], ids=["chatml", "qwen2.5", "qwen3"])
+def test_ollama_reads_conversations_as_the_chat_template_writes_them(template, demo_tokenizer):
+    tokenizer = toys.make_tokenizer(template) if template else demo_tokenizer
+    roles = ["system", "user", "assistant", "user", "assistant", "user"]
+    turns = [{"role": role, "content": f"text {n}"} for n, role in enumerate(roles)]
+    text = export.modelfile(tokenizer, thinking=False)
+    for chat in (turns, turns[1:], turns[1:2]):
+        wanted = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        assert in_ollama(text, chat) == wanted
+    assert f'PARAMETER stop "{tokenizer.eos_token}"' in text
+
+
+def test_a_template_that_ollama_cannot_have_gives_no_modelfile():
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + toys.CHATML
+    assert export.modelfile(toys.make_tokenizer(refusing), thinking=False) == ""
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_the_merged_template_serves_the_mode_that_was_trained(thinking, demo_tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"args": {"thinking": thinking}}), encoding="utf-8")
+    demo_tokenizer.save_pretrained(merged)
+    export.describe(run, AutoTokenizer.from_pretrained(merged), merged, 1.0)
+    chat, served = [{"role": "user", "content": "x"}], AutoTokenizer.from_pretrained(merged)
+
+    def text(tokenizer, **options):
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options)
+
+    assert text(served) == text(demo_tokenizer, enable_thinking=thinking)
+    for asked in (False, True):
+        assert text(served, enable_thinking=asked) == text(demo_tokenizer, enable_thinking=asked)

@@ -1,12 +1,12 @@
 """Gates: what is read, what an interval says of one, how many questions decide."""
 
-import argparse
 import math
 
 import numpy as np
 import pytest
 
 from llm_alignment import files, gates, stats
+from llm_alignment.files import InputError
 
 
 def delta(mean, low, high, n=80) -> dict:
@@ -22,7 +22,7 @@ def test_gates_are_read():
 
 @pytest.mark.parametrize("text", ["mtbench", "=1", "mtbench=", "mtbench=much", "a=1,a=2", "a=nan", "a=inf", "a=1=2"])
 def test_gates_that_cannot_be_read_are_one_line(text):
-    with pytest.raises(argparse.ArgumentTypeError) as error:
+    with pytest.raises(InputError) as error:
         gates.parse_gates(text)
     assert "\n" not in str(error.value)
 

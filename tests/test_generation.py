@@ -43,7 +43,14 @@ def test_finished_rows_leave_the_batch(model, tokenizer, monkeypatch):
     longest = plain_answers(model, tokenizer, conversations, [], 40)
     # any of these ends an answer, so that answers end at different places and some run to the limit
     eos = sorted({longest[0][5], longest[3][20], longest[5][30]})
-    monkeypatch.setattr(model.generation_config, "eos_token_id", eos)
+    plain_config = generation.generation_config
+
+    def with_ends(*arguments):
+        config = plain_config(*arguments)
+        config.eos_token_id = [*eos, 2]
+        return config
+
+    monkeypatch.setattr(generation, "generation_config", with_ends)
     expected = plain_answers(model, tokenizer, conversations, [*eos, 2], 40)
     batches, answers = [], {}
     forward = model.forward

@@ -123,9 +123,9 @@ def test_held_out_answers_are_read_without_full_logits():
     from llm_alignment import dpo
 
     class Words:
-        eos_token = " end"
+        eos_token, bos_token_id = " end", None
 
-        def __call__(self, text):
+        def __call__(self, text, add_special_tokens=True):
             return {"input_ids": [sum(map(ord, word)) % 8192 for word in text.split()]}
 
     class Largest(Operators):

@@ -127,7 +127,7 @@ def test_nothing_that_is_asked_is_trained_on(tmp_path, logged):
     assert any(f"finance: {expected['finance_leaks']} of" in line and "TAT-QA question" in line for line in lines)
 
     # the slow way, over every text
-    contexts = json.loads(tatqa.tatqa_file(args, "validation").read_text("utf-8"))
+    contexts = json.loads(tatqa.tatqa_file(args.tatqa_dir, "validation").read_text("utf-8"))
     asked = {normalise_text(question["question"]) for context in contexts for question in context["questions"]}
     asked |= {normalise_text(question["turns"][0]) for question in data.questions["reddit"]}
     prompts = {question["turns"][0] for question in data.questions["finance_instruct"]}

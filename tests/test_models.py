@@ -311,9 +311,9 @@ def test_the_fingerprint_follows_weights_template_and_type(copied):
     base = base_of(copied)
     prints = [models.base_fingerprint(each, thinking=False) for each in (base, base_of(copied, dtype="bf16"))]
     (copied / "chat_template.jinja").write_text(CHATML + " ", encoding="utf-8")
-    prints.append(models.base_fingerprint(base, thinking=False))
+    prints.append(models.base_fingerprint(base_of(copied), thinking=False))
     without("lm_head.weight")(copied)
-    prints.append(models.base_fingerprint(base, thinking=False))
+    prints.append(models.base_fingerprint(base_of(copied), thinking=False))
     assert len({json.dumps(value) for value in prints}) == 4
 
 

@@ -1,15 +1,15 @@
 """Preference pairs from any file: every format, turn lists, rows that cannot be used."""
 
-import argparse
 import json
 import unicodedata
 
 import pytest
 from conftest import DEMO, write_rows
 
-from llm_alignment import generation, messages, models, preferences
+from llm_alignment import messages, models, preferences
 from llm_alignment.files import InputError
 from llm_alignment.leaks import LeakFinder, without_leaks
+from llm_alignment.prompts import PromptStyle, fit_prompt
 
 LONG = "Human: Hi\n\nAssistant: Hello!\n\nHuman: Why?"
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -192,7 +192,7 @@ def test_general_pairs_of_every_shape(row, prompt):
 def test_general_rows_that_cannot_be_used(row, tmp_path):
     assert preferences.general_problem(row)
     path = write_rows(tmp_path / "pairs.jsonl", [row])
-    with pytest.raises(InputError, match="question, chosen, rejected and perhaps system.*prompt, chosen, rejected"):
+    with pytest.raises(InputError, match="question, chosen, rejected.*system.*prompt, chosen, rejected"):
         preferences.read_pairs(str(path), "--general_dataset")
 
 
@@ -305,19 +305,16 @@ def test_a_leak_in_an_earlier_turn_is_found():
 
 
 def test_a_dialogue_goes_through_the_chat_template_as_turns():
-    args = argparse.Namespace(
-        model=str(DEMO / "model"), model_revision=None, trust_remote_code=False, use_chat_template=True,
-        thinking=False, max_prompt_length=500,
-    )  # fmt: skip
-    tokenizer = models.load_tokenizer(args)
+    tokenizer = models.load_tokenizer(models.resolve_base(models.BaseFlags(model=str(DEMO / "model"))))
+    style = PromptStyle(max_prompt_length=500)
     turns = dialogue("First question?", "First answer.", "Second question of some more words?")
     whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     tokens = tokenizer(whole)["input_ids"]
-    assert generation.fit_prompt(turns, tokenizer, args, mark="\0") == (whole, tokens, False)
-    args.max_prompt_length = len(tokenizer(whole)["input_ids"]) - 1
+    assert fit_prompt(turns, tokenizer, style) == (whole, tokens, False)
+    style = PromptStyle(max_prompt_length=len(tokenizer(whole)["input_ids"]) - 1)
     alone = tokenizer.apply_chat_template(turns[2:], tokenize=False, add_generation_prompt=True, enable_thinking=False)
     tokens = tokenizer(alone)["input_ids"]  # the oldest turns go first
-    assert generation.fit_prompt(turns, tokenizer, args, mark="\0") == (alone, tokens, True)
-    args.max_prompt_length = len(tokenizer(alone)["input_ids"]) - 2
-    text, _, is_cut = generation.fit_prompt(turns, tokenizer, args, mark="\0")
+    assert fit_prompt(turns, tokenizer, style) == (alone, tokens, True)
+    style = PromptStyle(max_prompt_length=len(tokenizer(alone)["input_ids"]) - 2)
+    text, _, is_cut = fit_prompt(turns, tokenizer, style)
     assert is_cut and "more words?" in text and "Second question" not in text

@@ -9,10 +9,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from llm_alignment import files
-from llm_alignment.evaluation import METRICS
+from llm_alignment.evaluation import METRICS, table_rows, table_texts
+from llm_alignment.memory import GIB, memory_estimate
 
 README = (ROOT / "README.md").read_text("utf-8")
 GUIDES = README + "".join(
@@ -112,6 +116,50 @@ def test_figures_are_those_of_the_record_that_they_name(name):
             assert float(text) == round(delta[key], len(text.partition(".")[2])), (tag, title, key)
         found += 1
     assert found >= 2
+
+
+def test_the_noise_and_the_warning_are_those_of_the_results():
+    results = (ROOT / "experiments" / "RESULTS.md").read_text("utf-8")
+    assert "1.76, 1.48, 1.63, 1.72, 1.4 | 0.15 | 0.22 \\[0.13, 0.63]" in results
+    assert (
+        "1.76, 1.48, 1.63, 1.72 and 1.40" in README
+        and "0.22 (standard deviation; 95 % interval 0.13 to 0.63" in README
+    )
+    warning = "**No recipe has run on a GPU or on Qwen3-1.7B with this code yet.**"
+    assert (warning in results) == (warning in README)
+
+
+def test_the_demo_table_is_the_one_that_its_record_gives():
+    """The README shows some rows of the table of `readme-sft`, word for word."""
+    record = recorded()["readme-sft"]
+    texts, _ = table_texts(table_rows(record["baseline"], record["final"], record["delta"]))
+    given = {" ".join(" ".join(cells).split()) for cells in texts}
+    block = README.split("Four of its rows:")[1].split("```")[1]
+    shown = [" ".join(line.split()) for line in block.splitlines()[3:]]
+    assert len(shown) == 4 and set(shown) <= given
+    lost = [recorded()[tag]["delta"]["retention"]["lost"] for tag in ("readme-sft-nokl", "readme-sft")]
+    assert f"loses {lost[0]} of the 42 answers" in README and f"with it {lost[1]} (records" in README
+
+
+def test_the_memory_table_is_the_estimate():
+    shapes = {
+        "1.7B": {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144},
+        "8B": {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12288},
+    }
+    for size, batch, tokens, *written in re.findall(
+        r"^\| SFT, ([\d.]+B),[^|]* `--batch (\d+)`, (\d+) tokens \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE
+    ):
+        shape = {**shapes[size], "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                Qwen3Config(**shape, tie_word_embeddings=size == "1.7B"), dtype=torch.bfloat16
+            )
+            model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+        needed = memory_estimate(
+            model, tokens=int(batch) * int(tokens), width=2, in_4bit=True, dropout=True, chunk=1024
+        )
+        rest = sum(needed[part] for part in ("weights", "adapter", "logits", "context"))
+        assert [f"{(rest + needed[part]) / GIB:.1f}" for part in ("checkpointed", "activations")] == written
 
 
 def test_every_table_of_ratios_names_the_benchmark_that_prints_it():

@@ -76,7 +76,7 @@ def test_bad_input_before_the_run_leaves_nothing(tmp_path, capsys):
 def test_a_rare_error_is_one_line_and_its_traceback_is_in_run_log(tmp_path, capsys):
     import torch
 
-    base = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    base = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, identity="of the base")
     args = arguments(tmp_path, resume_from_checkpoint=None, dtype="auto")
     commits = {"model": "0" * 40}
     with pytest.raises(SystemExit) as stop, recorded_run(args, ["--flag"], "script.py") as record:
@@ -101,7 +101,7 @@ def test_a_rare_error_is_one_line_and_its_traceback_is_in_run_log(tmp_path, caps
     keys = (
         "ts tag script argv args git versions device data baseline final delta runtime_s kept_step status output_dir"
     )
-    assert set(keys.split()) | {"reason", "commits"} == set(record)
+    assert set(keys.split()) | {"reason", "commits", "base"} == set(record)
     assert (record["status"], record["commits"]) == ("failed", commits)
     seconds = record["runtime_s"]
     assert list(seconds) == ["load", "train", "other", "total"]

@@ -310,7 +310,9 @@ def test_a_thought_is_no_answer(demo_tokenizer, questions, monkeypatch, model, o
     """Templates of thinking models may open the block themselves: what the model writes then closes it alone."""
     text = "It is 5.\n</think>\n\n7" if opens else "<think>It is 5.\n</think>\n\n7"
     tokens = demo_tokenizer(text)["input_ids"] + [demo_tokenizer.eos_token_id]
-    monkeypatch.setattr(generation, "generate_grouped", lambda model, groups, *_: [[tokens] * len(g) for g in groups])
+    monkeypatch.setattr(
+        generation, "generate_grouped", lambda model, groups, *_, **__: [[tokens] * len(g) for g in groups]
+    )
     prompt = demo_tokenizer("Answer:<think>\n" if opens else "Answer:")["input_ids"]
     asked = [{**questions[0], "tokens": prompt}]
     rows = tatqa.answer_questions(model, demo_tokenizer, asked, decoding=Decoding(64), one_line=False)
@@ -377,6 +379,7 @@ def test_questions_on_one_table_are_one_cluster():
 
 def test_a_plan_counts_a_table_once():
     questions = [{"prompt": text} for text in ("a table, first", "another", "a table, second one")]
-    a_character_each = lambda texts: {"input_ids": [list(text) for text in texts]}  # noqa: E731
+    a_character_each = lambda text, **_: {"input_ids": list(text)}  # noqa: E731
+    a_character_each.bos_token_id = None
     expected = len("a table, first" + "second one" + "another") - len("a") + 3 * 5
     assert tatqa.table_tokens(questions, 5, a_character_each) == expected

@@ -1,0 +1,56 @@
+"""What a loaded model can do: shared beginnings, packing, repeated caches, an anchor; asked of many architectures."""
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from llm_alignment import adapters, exactness, prefixes
+
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16)
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
+# architecture: (settings, what it cannot do)
+KINDS = {
+    "qwen2": ({}, ""),
+    "qwen3": (dict(head_dim=16), ""),
+    "llama": ({}, ""),
+    "stablelm": (dict(num_key_value_heads=4), "share"),
+    "nemotron": ({}, "share"),
+    "falcon": ({}, "share pack"),
+    "opt": (dict(ffn_dim=128, word_embed_proj_dim=64), "pack anchor"),
+    "gpt2": (dict(n_positions=64, n_embd=64, n_layer=2, n_head=4), "anchor"),
+    "qwen3_moe": (EXPERTS, "share"),
+    "qwen3_next": ({**EXPERTS, **LINEAR, "num_hidden_layers": 4}, "share pack cache"),
+    "mistral": ({}, "share"),
+}
+
+
+def toy(kind: str) -> torch.nn.Module:
+    torch.manual_seed(1)
+    sizes = dict(vocab_size=300, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    if kind != "falcon":
+        sizes |= dict(intermediate_size=128, num_key_value_heads=2, max_position_embeddings=256)
+    tokens = dict(pad_token_id=0, eos_token_id=2, bos_token_id=None)
+    config = CONFIG_MAPPING[kind](**{**sizes, **tokens, **KINDS[kind][0]})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.08)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_short_row_tells_what_a_model_can_do(kind):
+    model = toy(kind)
+    attention = model.config._attn_implementation
+    cannot = {
+        "share": exactness.sharing_problem(model),
+        "pack": prefixes.no_packing_reason(model) or exactness.packing_problem(model),
+        "cache": exactness.cache_problem(model),
+    }
+    assert model.config._attn_implementation == attention
+    layers = "c_attn" if kind == "gpt2" else "query_key_value" if kind == "falcon" else "q_proj,v_proj"
+    adapted = adapters.new_adapter(model, adapters.LoraSettings(4, 8, 0.1, layers))
+    state = torch.get_rng_state()
+    cannot["anchor"] = exactness.anchor_problem(adapted)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert " ".join(name for name, problem in cannot.items() if problem) == KINDS[kind][1], cannot
