@@ -150,7 +150,8 @@ def test_a_run_from_start_to_finish(tmp_path, capsys, monkeypatch):
     names = {"held_out", "tatqa", "mtbench", "instruct", "drift", "retention", "own_drift", "health"}
     assert record["baseline"].keys() == record["final"].keys() == names
     assert {"tatqa", "tatqa_em", "mtbench", "mtbench_raw", "instruct"} <= record["delta"].keys()
-    assert record["baseline"]["held_out"] == {"accuracy": 50, "margin": 0, "n": 7}
+    before = {"accuracy": 50, "margin": 0, "chosen_log_prob": 0, "margin_by_length": None, "n": 7}
+    assert record["baseline"]["held_out"] == before
     assert record["final"]["held_out"]["margin"] != 0
     logged = json.loads((tmp_path / "log.jsonl").read_text("utf-8"))
     assert logged.keys() == record.keys() and records.record_problem(logged) is None
