@@ -5,10 +5,14 @@ from __future__ import annotations
 import html.parser
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from run_records import (
     EXPERIMENTS,
     compare,
@@ -526,3 +530,30 @@ def test_any_tag_can_be_drawn_and_every_run_has_its_own_picture(tmp_path):
     written = report.write_report([log, records.LOGGED_RUNS], tmp_path)
     assert sum(path.name.startswith("categories_") for path in written) == len(tags)
     assert len({path.name.lower() for path in written}) == len(written)
+
+
+@pytest.mark.slow
+def test_what_the_owner_s_check_measured_is_a_table(tmp_path, monkeypatch):
+    """One of its tests, on the CPU: its figure goes into the file, and from there into RESULTS.md."""
+    path = tmp_path / "check.json"
+    switches = {"LLM_ALIGNMENT_GPU_TESTS": "cpu", "LLM_ALIGNMENT_GPU_CHECK": str(path), "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-n",
+        "0",
+        "tests/test_gpu.py",
+        "-k",
+        "reward_scores",
+    ]
+    subprocess.run(command, cwd=ROOT, env=os.environ | switches, check=True)
+    monkeypatch.setattr(tables, "GPU_CHECK", path)
+    report.write_report([], tmp_path)
+    section = (tmp_path / "RESULTS.md").read_text("utf-8").partition("## Checked on a GPU")[2]
+    (row, *_) = markdown_tables(section)[0]
+    assert section.strip().startswith("card cpu,") and "torch 2." in section
+    assert row["Outcome"] == "passed" and row["Figure"] == "largest difference" and float(row["Value"]) < 1e-3
