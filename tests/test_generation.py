@@ -234,6 +234,7 @@ folder.mkdir(exist_ok=True)
 texts, tokenizer = sentences(26, seed=2), make_tokenizer()
 questions = [dict(question_id=n, category="a", turns=texts[2 * n : 2 * n + 2]) for n in range(13)]
 tables = [dict(question_id=f"{{n}}-{{k}}", context=n, question="q", answer_type="span", scale="", answer=["the"],
+               prompt=f"{{n}} ask {{k}}",
                tokens=tokenizer(texts[n] + " ask " + texts[k]).input_ids) for n in range(7) for k in range(3)]
 judge = rewards.load_reward_model({reward!r})
 tasks = [scores.scored_evaluation("mtbench", questions, Decoding(6, batch_size=3), judge),
