@@ -361,7 +361,7 @@ def test_a_dry_run_prints_every_stage(tmp_path, capsys):
 
 
 @pytest.mark.gpu
-def test_a_stage_takes_no_more_gpu_memory_than_the_one_before(tmp_path, cache, monkeypatch):
+def test_a_stage_takes_no_more_gpu_memory_than_the_one_before(tmp_path, cache, monkeypatch, figure):
     import torch
 
     memory, load = [], models.load_model
@@ -375,4 +375,5 @@ def test_a_stage_takes_no_more_gpu_memory_than_the_one_before(tmp_path, cache, m
     monkeypatch.setattr(models, "load_model", measured_load)
     main(arguments(tmp_path / "run", "--force_continue"))
     (before, first), (_, second), (_, third) = memory
+    figure("third stage above the second", (third - second) / 2**20, "MiB")
     assert third - second < (first - before) / 2, "in the second one the libraries' own memory is there already"

@@ -194,10 +194,13 @@ def test_gradients_are_those_of_a_cpu(name, checkpointing, sft_trainer, base, fi
     """SFT with its anchor and DPO on pairs of one table, 4 layers of the 1.7B model in 4 bits: half type and kernels
     of the card against float32 on the CPU."""
     flags = {"model": base.name, "no_4bit": False, "gradient_checkpointing": checkpointing, "batch": 4}
+    flags["lora_dropout"] = 0
     setup, settings, dpo_settings = toy_run(tmp_path / "run", **flags, beta=0.3, group_by_table=True, lora_r=8)
     if name == "sft":
         more = ["--model", base.name, "--batch", "4", "--gradient_checkpointing", checkpointing]
-        trainer = sft_trainer(*more, "--lora_r", "8", "--target_modules", setup.lora.target_modules, no_4bit=False)
+        trainer = sft_trainer(
+            *more, "--lora_dropout", "0", "--lora_r", "8", "--target_modules", setup.lora.target_modules, no_4bit=False
+        )
         trainer.state.global_step = 9  # where the anchor is at work
     else:
         table = "Table: " + "net sales 12 percent " * 40

@@ -137,6 +137,8 @@ def test_the_demo_table_is_the_one_that_its_record_gives():
     block = README.split("Four of its rows:")[1].split("```")[1]
     shown = [" ".join(line.split()) for line in block.splitlines()[3:]]
     assert len(shown) == 4 and set(shown) <= given
+    lost = [recorded()[tag]["delta"]["retention"]["lost"] for tag in ("readme-sft-nokl", "readme-sft")]
+    assert f"loses {lost[0]} of the 42 answers" in README and f"with it {lost[1]} (records" in README
 
 
 def test_the_memory_table_is_the_estimate():

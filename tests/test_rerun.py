@@ -266,7 +266,7 @@ def test_a_campaign_runs_every_seed_once_goes_on_after_a_failure_and_where_it_wa
     assert ["--resume_from_checkpoint auto" in line for line in first] == [True, False, True]  # where a folder was
     assert "--seed 2" in first[1] and "--exp_tag Exp1-1.7B-seed2" in first[1]
     printed = capfd.readouterr()
-    assert "exit code 1; going on" in printed.out and "stopped at S4 seed 1" in printed.out
+    assert "exit code 1; continuing" in printed.out and "stopped at S4 seed 1" in printed.out
     (fake_sft / folders[0] / "fails").unlink()
     (fake_sft / folders[2] / "stops").unlink()
     assert rerun.main(argv) == 0

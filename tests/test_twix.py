@@ -105,7 +105,7 @@ BAD_ROWS = [
     (b'{"messages": [{"role": "user", "content": "\xff"}]}', "not UTF-8"),
     (b"{not json", "not valid JSON"),
     (b'{"messages": [{"role": "user", "content": "q"}]}', "no answer at the end"),
-    (json.dumps(chat("q", "a", subset=["general"])).encode(), "the subset is no text"),
+    (json.dumps(chat("q", "a", subset=["general"])).encode(), "the subset is not text"),
 ]
 
 

@@ -6,10 +6,10 @@
     python experiments/benchmarks/bench_dpo.py --growth        (time and memory by prompt length and pairs a table)
 
 All weights are random. One process, the same micro-batches and adapter for all, steps interleaved, medians; the ratios
-are the result. On CPU TRL puts every token through the LM head, on CUDA the answers' tokens alone: what to expect on
-CUDA is the ratio to "its head as on CUDA". Every variant is measured on pairs grouped by table and on pairs in random
-order. Peak memory is what a step allocates on top of what it found: on CPU by torch's profiler, on CUDA by the caching
-allocator.
+are the result. On CPU TRL puts every token through the LM head, on CUDA the answers' tokens alone, as the variant "its
+head as on CUDA" does on a CPU; TRL's kernels on CUDA are not in it. Every variant is measured on pairs grouped by
+table and on pairs in random order. Peak memory is what a step allocates on top of what it found: on CPU by torch's
+profiler, on CUDA by the caching allocator.
 """
 
 from __future__ import annotations
