@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["bf16", "fp32"], default="bf16", help="number type of the weights (default: %(default)s)")
     add("--scale", type=not_negative(float), default=1.0, help="strength of the adapter: 0 is the base, 1 the run")
     add("--model", default="", help="the base, if it is not where the adapter says (hub id or folder)")
-    add("--model_revision", default=None, help="branch, tag or commit on the hub (default: main)")
+    add("--model_revision", default=None, help="branch, tag or commit on the hub (default: the run's)")
     add("--trust_remote_code", action="store_true", help="run code that the model's repository ships")
     add("--max_new_tokens", type=positive(int), default=32, help="tokens of an answer of the check (%(default)s)")
     return parser
@@ -78,7 +78,8 @@ def base_flags(args: argparse.Namespace) -> BaseFlags:
     config_file, run_file = args.run_folder / "adapter_config.json", args.run_folder / "run.json"
     try:
         base = adapter_config(str(args.run_folder))["base_model_name_or_path"]
-        trained_on = parse_json(run_file.read_bytes())["args"]["model"] if run_file.is_file() else base
+        run = parse_json(run_file.read_bytes()) if run_file.is_file() else {"args": {"model": base}}
+        trained_on, commit = run["args"]["model"], (run.get("commits") or {}).get("model")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{args.run_folder}: its files name no base ({error!r}); train or copy it again") from error
     if not isinstance(base, str):
@@ -87,7 +88,7 @@ def base_flags(args: argparse.Namespace) -> BaseFlags:
         raise InputError(f"{config_file} names the base {base}, but run.json says {trained_on}; copy the folder again")
     return BaseFlags(
         model=args.model or base,
-        model_revision=args.model_revision,
+        model_revision=args.model_revision or (None if args.model else commit),
         no_4bit=True,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,

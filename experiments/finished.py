@@ -26,7 +26,7 @@ TRAINED = ("sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2")
 class FinishedRun:
     folder: Path
     script: ModuleType
-    args: argparse.Namespace  # the run's own; flags that are newer than the run have their defaults
+    args: argparse.Namespace  # the run's own, data at its commits; flags newer than the run have their defaults
     base: Base  # at the commit of the run
     tokenizer: PreTrainedTokenizerBase
 
@@ -44,9 +44,12 @@ def finished_run(folder: Path) -> FinishedRun:
             raise ValueError("nothing was measured after training")
         script = importlib.import_module(name)
         parser = script.build_parser()
-        parser.set_defaults(**run["args"])
+        commits = run.get("commits") or {}
+        data = {
+            flag: f"{run['args'][flag].partition('@')[0]}@{commits[flag]}" for flag in commits if "dataset" in flag
+        }
+        parser.set_defaults(**run["args"] | data)
         args = parser.parse_args([])
-        commit = (run.get("commits") or {}).get("model")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{Path(error.filename).name} is not there" if isinstance(error, FileNotFoundError) else repr(error)
         raise InputError(
@@ -54,7 +57,9 @@ def finished_run(folder: Path) -> FinishedRun:
             "--resume_from_checkpoint auto"
         ) from error
     adapter_config(str(folder))
-    base = resolve_base(dataclasses.replace(fill(BaseFlags, args), model_revision=commit or args.model_revision))
+    base = resolve_base(
+        dataclasses.replace(fill(BaseFlags, args), model_revision=commits.get("model") or args.model_revision)
+    )
     tokenizer = load_tokenizer(base)
     check_model(base, tokenizer, adapter=str(folder))
     return FinishedRun(folder, script, args, base, tokenizer)
