@@ -304,7 +304,8 @@ def add_tatqa_flags(parser: argparse.ArgumentParser, *, only_measured: bool = Fa
     add("--tatqa_para_chars", type=not_negative(int), default=1200, help="characters of passages")
     add("--tatqa_only_rel_paras", action=ON_OFF, default=True, help="only the passages that a question refers to")
     add = add_group(parser, "what is measured on TAT-QA", trains="asked")
-    add("--do_eval", action=ON_OFF, default=True, help="measure TAT-QA")
+    with_pairs = "" if only_measured else "; with --pairs only when asked for"
+    add("--do_eval", action=ON_OFF, default=True, help=f"measure TAT-QA{with_pairs}")
     add("--eval_split", choices=SPLITS, default="validation", help="split to measure on")
     add = add_group(parser, "how TAT-QA is measured", trains="measured")
     add("--eval_limit", type=not_negative(int), default=1000, help="questions; 0 = all")

@@ -304,6 +304,8 @@ def test_own_pairs(tmp_path, capsys):
     write_rows(tmp_path / "own.jsonl", own_rows())
     argv = [*SMALL, "--pairs", "own.jsonl", "--eval_pairs", "6", "--limit_pairs", "0", "--no-do_mtbench"]
     argv += ["--no-do_instruct", "--exp_log", "log.jsonl", "--no_4bit"]
+    assert not dpo_train.parse(argv).do_eval  # only when asked for
+    argv += ["--do_eval"]
     record = dpo_train.main([*argv, "--output_dir", "out"])
     out = capsys.readouterr().out
     assert "pairs: 1 of 23 left out" in out
