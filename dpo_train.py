@@ -22,8 +22,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.card import write_card
-from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report, save_answers
+from llm_alignment.evaluation import Evaluation
 from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
 from llm_alignment.flags import (
     DPO_DEMO,
@@ -39,10 +38,9 @@ from llm_alignment.leaks import LeakFinder, asked_passages, without_leaks
 from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.preferences import read_pairs, transcript
-from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle
-from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
-from llm_alignment.runs import begin, check_writable, recorded_run, timed
+from llm_alignment.retention import RetentionSettings, retention_evaluations
+from llm_alignment.runs import check_writable, recorded_run
 from llm_alignment.tatqa import (
     DEFAULT_CONTENT,
     QUESTION_PREFIX,
@@ -200,8 +198,9 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def run(args: argparse.Namespace, record: dict) -> None:
-    """Load, build, measure, train, measure, report. What can be wrong with the input is found before it writes."""
-    from llm_alignment import adapters, dpo, models, plans, training
+    """Checks the flags, reads the pairs and the questions, and runs DPO on them."""
+    from llm_alignment import dpo, training
+    from llm_alignment.dpo_run import RunFlags, run_dpo
 
     check_dpo_flags(args)
     check_pairs_flags(args.pairs, args.no_train, args.eval_pairs, record["argv"])
@@ -213,48 +212,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
     setup.check_folder()
     rows, evaluations, data = pairs_and_evaluations(args, setup)
     setup.check_folder(data)
-    checkpoint = training.newest_complete(setup.folder, setup.resume)
     longest_answer = args.max_length - args.max_prompt_length
     settings = fill(training.TrainingSettings, args, longest=args.max_length, longest_answer=longest_answer)
-    gates = asked_gates(args.gates, evaluations)
-    if args.dry_run:
-        plans.print_dpo_plan(setup, rows, evaluations, settings, fill(dpo.DpoSettings, args))
-        plans.log_gates(gates, Path(args.exp_log), args.model)
-        return
-    model = models.load_model(setup.base)
-    models.check_head(model, setup.base.what)
-    if args.load_adapter:
-        model = adapters.load_adapter(model, args.load_adapter, trainable=args.adapter_trainable)
-    trainer = None if args.no_train else dpo.build_trainer(model, setup, rows, settings, fill(dpo.DpoSettings, args))
-    folder = begin(record, data, setup.base)
-    fingerprint, use_cache = models.base_fingerprint(setup.base, thinking=args.thinking), not args.no_baseline_cache
-    before: dict[str, list[dict]] = {}
-    after: dict[str, list[dict]] = {}
-    is_continued = args.adapter_trainable and trainer is not None
-
-    def measured(stage: str, *, with_adapter: bool) -> dict[str, list[dict]]:
-        with timed(record, stage):
-            return measure(
-                trainer.model if trainer else model, setup.tokenizer, evaluations, (folder, stage),
-                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache,
-            )  # fmt: skip
-
-    if args.eval_baseline:  # an adapter that is trained on is its own baseline
-        before = measured("baseline", with_adapter=is_continued)
-        if not is_continued:
-            evaluations = with_own_drift(evaluations, before, setup.tokenizer, thinking=args.thinking)
-    if trainer:
-        with timed(record, "train"):
-            dpo.train(trainer, checkpoint, folder, fingerprint=fingerprint, use_cache=use_cache)
-        record["kept_step"] = trainer.state.global_step
-    if trainer or args.load_adapter:
-        after = measured("final", with_adapter=True)
-    if main_process():
-        report(record, folder, evaluations, before, after, details=args.table == "full")
-        save_answers(args.eval_save_json, before, after)
-        if trainer:
-            write_card(folder)
-        judge_gates(record, gates)
+    run_dpo(record, setup, rows, evaluations, data, settings, fill(dpo.DpoSettings, args), fill(RunFlags, args))
 
 
 def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[dict], list[Evaluation], dict]:

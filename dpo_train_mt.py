@@ -22,8 +22,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.card import write_card
-from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report, save_answers
+from llm_alignment.evaluation import Evaluation
 from llm_alignment.files import InputError, sample, write_rows
 from llm_alignment.flags import (
     FINANCE_DEMO,
@@ -36,14 +35,11 @@ from llm_alignment.flags import (
     positive,
     ratio,
 )
-from llm_alignment.leaks import asked_passages
 from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle
-from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
-from llm_alignment.runs import begin, check_writable, recorded_run, timed
-from llm_alignment.tatqa import PromptContent, question_texts, tatqa_file
+from llm_alignment.runs import check_writable, recorded_run, timed
 from mtbench_eval import load_questions, sample_questions
 
 if TYPE_CHECKING:
@@ -136,8 +132,9 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def run(args: argparse.Namespace, record: dict) -> None:
-    """Load, mix, measure, train, measure, report. What can be wrong with the input is found before it writes."""
-    from llm_alignment import adapters, dpo, models, plans, training
+    """Checks the flags, reads and mixes the sources, and runs DPO on the pairs."""
+    from llm_alignment import dpo, training
+    from llm_alignment.dpo_run import RunFlags, run_dpo
 
     shares = asked_shares(args)
     warn_of_unused_flags(args, record["argv"])
@@ -152,48 +149,11 @@ def run(args: argparse.Namespace, record: dict) -> None:
     rows = dpo.fit_pairs(pairs, setup.tokenizer, chat, args.max_length)
     longest_answer = args.max_length - args.max_prompt_length
     settings = fill(training.TrainingSettings, args, longest=args.max_length, longest_answer=longest_answer)
-    gates = asked_gates(args.gates, evaluations)
-    if args.dry_run:
-        plans.print_dpo_plan(setup, rows, evaluations, settings, fill(dpo.DpoSettings, args))
-        plans.log_gates(gates, Path(args.exp_log), args.model)
-        return
-    setup.check_folder(data)
-    checkpoint = training.newest_complete(setup.folder, setup.resume)
-    model = models.load_model(setup.base)
-    models.check_head(model, setup.base.what)
-    if args.load_adapter:
-        model = adapters.load_adapter(model, args.load_adapter, trainable=args.adapter_trainable)
-    trainer = None if args.no_train else dpo.build_trainer(model, setup, rows, settings, fill(dpo.DpoSettings, args))
-    folder = begin(record, data, setup.base)
-    fingerprint, use_cache = models.base_fingerprint(setup.base, thinking=args.thinking), not args.no_baseline_cache
-    before: dict[str, list[dict]] = {}
-    after: dict[str, list[dict]] = {}
-    is_continued = args.adapter_trainable and trainer is not None
-
-    def measured(stage: str, *, with_adapter: bool) -> dict[str, list[dict]]:
-        with timed(record, stage):
-            return measure(
-                trainer.model if trainer else model, setup.tokenizer, evaluations, (folder, stage),
-                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache,
-            )  # fmt: skip
-
-    if args.eval_baseline:  # an adapter that is trained on is its own baseline
-        before = measured("baseline", with_adapter=is_continued)
-        if not is_continued:
-            evaluations = with_own_drift(evaluations, before, setup.tokenizer, thinking=args.thinking)
-    if trainer:
-        with timed(record, "train"):
-            dpo.train(trainer, checkpoint, folder, fingerprint=fingerprint, use_cache=use_cache)
-        record["kept_step"] = trainer.state.global_step
-    if trainer or args.load_adapter:
-        after = measured("final", with_adapter=True)
-    if main_process():
-        report(record, folder, evaluations, before, after, details=args.table == "full")
-        save_answers(args.eval_save_json, before, after)
-        if trainer:
-            write_card(folder)
-        judge_gates(record, gates)
-        write_rows(folder / "train_pairs.jsonl", pairs)
+    if not args.dry_run:  # which generates no answers to Finance-Instruct
+        setup.check_folder(data)
+    run_dpo(record, setup, rows, evaluations, data, settings, fill(dpo.DpoSettings, args), fill(RunFlags, args))
+    if not args.dry_run and main_process():
+        write_rows(setup.folder / "train_pairs.jsonl", pairs)
 
 
 def pairs_and_evaluations(
@@ -202,33 +162,10 @@ def pairs_and_evaluations(
     """(training pairs, what is measured, fingerprint of the data)."""
     from llm_alignment import domains, finance
 
-    tatqa = (tatqa_file(args.tatqa_dir, args.eval_split), fill(PromptContent, args)) if args.do_eval else None
-    mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
     sources = set() if args.no_train else set(shares)
-    retention = fill(RetentionSettings, args)
-    kept = retention.questions()
-    data = finance.load_data(
-        fill(finance.DataSettings, args),
-        sources,
-        {
-            "MT-Bench question": [question["turns"][0] for question in mtbench],
-            "retention question": [row["turns"][-1] for row in kept],
-            "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
-        },
-        {"MT-Bench question": asked_passages(mtbench)},
-    )
-    evaluations = domains.dpo_evaluations(
-        setup.tokenizer,
-        fill(domains.MeasuringSettings, args),
-        fill(PromptStyle, args),
-        tatqa=tatqa,
-        asked={
-            "mtbench": (sample_questions(mtbench, args.mtbench_limit, args.seed), args.mtbench_max_tokens),
-            "finance_instruct": (data.questions.get("finance_instruct", []), args.instruct_max_tokens),
-            "reddit": (data.questions.get("reddit", []), args.reddit_max_tokens),
-        },
-    )
-    evaluations += retention_evaluations(kept, retention)
+    mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
+    asked = [mtbench, sample_questions(mtbench, args.mtbench_limit, args.seed)]
+    data, evaluations = domains.data_and_evaluations(args, setup.tokenizer, sources, asked)
 
     def answered(instructions: list[dict], wanted: int) -> list[dict]:
         answers = fill(finance.AnswerSettings, args)

@@ -59,15 +59,13 @@ from llm_alignment.flags import (
     parse_arguments,
     positive,
 )
-from llm_alignment.leaks import asked_passages
 from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process, on_main_process
 from llm_alignment.prompts import PromptStyle
 from llm_alignment.results import read_results
-from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
+from llm_alignment.retention import with_own_drift
 from llm_alignment.runs import begin, check_writable, recorded_run, timed
-from llm_alignment.tatqa import PromptContent, question_texts, tatqa_file
 from mtbench_eval import load_questions, sample_questions
 
 if TYPE_CHECKING:
@@ -468,32 +466,10 @@ def pairs_and_evaluations(
     from llm_alignment import domains, finance
 
     numbers = [stage.number for stage in stages]
-    tatqa = (tatqa_file(args.tatqa_dir, args.eval_split), fill(PromptContent, args)) if args.do_eval else None
+    sources = set().union(*(SOURCES[number] for number in numbers))
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-    retention = fill(RetentionSettings, args)
-    kept = retention.questions()
-    data = finance.load_data(
-        fill(finance.DataSettings, args),
-        set().union(*(SOURCES[number] for number in numbers)),
-        {
-            "MT-Bench question": [question["turns"][0] for question in mtbench],
-            "retention question": [row["turns"][-1] for row in kept],
-            "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
-        },
-        {"MT-Bench question": asked_passages(mtbench)},
-    )
-    evaluations = domains.dpo_evaluations(
-        setup.tokenizer,
-        fill(domains.MeasuringSettings, args),
-        fill(PromptStyle, args),
-        tatqa=tatqa,
-        asked={
-            "mtbench": (sample_questions(mtbench, args.mtbench_limit, args.seed), args.mtbench_max_tokens),
-            "finance_instruct": (data.questions.get("finance_instruct", []), args.instruct_max_tokens),
-            "reddit": (data.questions.get("reddit", []), args.reddit_max_tokens),
-        },
-    )
-    evaluations += retention_evaluations(kept, retention)
+    asked = [mtbench, sample_questions(mtbench, args.mtbench_limit, args.seed)]
+    data, evaluations = domains.data_and_evaluations(args, setup.tokenizer, sources, asked)
     answered: list[dict] = []  # the base answers the Finance-Instruct prompts once, for both their stages
     if any("finance" in SOURCES[number] for number in numbers):
         answers = fill(finance.AnswerSettings, args)

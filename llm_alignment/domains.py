@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_alignment import finance
 from llm_alignment.drift import reference_drift
 from llm_alignment.evaluation import Evaluation
+from llm_alignment.flags import fill
 from llm_alignment.generation import Decoding
+from llm_alignment.leaks import asked_passages
 from llm_alignment.prompts import PromptStyle
+from llm_alignment.retention import RetentionSettings, retention_evaluations
 from llm_alignment.rewards import load_reward_model
 from llm_alignment.scores import scored_evaluation
-from llm_alignment.tatqa import PromptContent, evaluation_questions, tatqa_evaluation
+from llm_alignment.tatqa import PromptContent, evaluation_questions, question_texts, tatqa_evaluation, tatqa_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,3 +84,38 @@ def dpo_evaluations(
         )
         evaluations.append(scored_evaluation(name, questions, decoding, reward_model))
     return evaluations + reference_drift(tokenizer, evaluations, style, settings.max_length)
+
+
+def data_and_evaluations(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, sources: set[str], mtbench: list[list[dict]]
+) -> tuple[finance.TrainingData, list[Evaluation]]:
+    """The rows of the finance scripts' `sources` without what is asked, and what is measured.
+
+    `mtbench`: all the questions, none of which may be trained on, and those that are asked.
+    """
+    tatqa = (tatqa_file(args.tatqa_dir, args.eval_split), fill(PromptContent, args)) if args.do_eval else None
+    all_questions, asked = mtbench
+    retention = fill(RetentionSettings, args)
+    kept = retention.questions()
+    data = finance.load_data(
+        fill(finance.DataSettings, args),
+        sources,
+        {
+            "MT-Bench question": [question["turns"][0] for question in all_questions],
+            "retention question": [row["turns"][-1] for row in kept],
+            "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
+        },
+        {"MT-Bench question": asked_passages(all_questions)},
+    )
+    evaluations = dpo_evaluations(
+        tokenizer,
+        fill(MeasuringSettings, args),
+        fill(PromptStyle, args),
+        tatqa=tatqa,
+        asked={
+            "mtbench": (asked, args.mtbench_max_tokens),
+            "finance_instruct": (data.questions.get("finance_instruct", []), args.instruct_max_tokens),
+            "reddit": (data.questions.get("reddit", []), args.reddit_max_tokens),
+        },
+    )
+    return data, evaluations + retention_evaluations(kept, retention)

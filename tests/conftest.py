@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llm_alignment.rewards import RewardModel
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
+os.environ["COLUMNS"] = "120"  # of the tables, whatever started the tests
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "experiments" / "demo"
