@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -43,6 +44,11 @@ if TYPE_CHECKING:
     from llm_alignment.models import Base
 
 log = logging.getLogger("llm_alignment")
+
+NEXT = """adapter in {run}; next: talk to it, compare it with another run, export it
+    python experiments/chat.py {run}
+    python experiments/report.py --compare {run} ANOTHER_RUN
+    python experiments/export.py {run} --merged MERGED_FOLDER"""
 
 
 @contextlib.contextmanager
@@ -80,6 +86,8 @@ def recorded_run(args: argparse.Namespace, argv: list[str] | None, script: str) 
                 print(f"error: the run is complete{problem}", file=sys.stderr)
                 raise SystemExit(1)
             log.info("record appended to %s", args.exp_log)
+            if (Path(record["output_dir"]) / "adapter_config.json").exists():
+                log.info(NEXT.format(run=shlex.quote(record["output_dir"])))
 
 
 def new_record(flags: dict[str, Any], argv: list[str], script: str) -> dict:

@@ -163,7 +163,8 @@ def test_a_run_from_start_to_finish(tmp_path, capsys, monkeypatch):
         assert len(lines) == 8 and {"question_id", "answer", "gold", "em"} <= json.loads(lines[0]).keys()
     log = read_rows(out / "train_log.jsonl")
     assert "rewards/margins" in log[0] and log[0]["loss"] == pytest.approx(math.log(2), abs=0.05)
-    assert "TAT-QA, official EM" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "TAT-QA, official EM" in printed and "experiments/chat.py out\n" in printed
 
     # the same base again: the baseline comes from the cache; then the adapter of that run is trained on, and measured
     capsys.readouterr()
