@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-Batch = dict[str, Any]
-
 
 def rows_of(model: PreTrainedModel, *lengths: int) -> list[list[int]]:
     """Rows of these lengths of tokens that a model has; no two begin alike."""
