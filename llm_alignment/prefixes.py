@@ -343,7 +343,7 @@ def groups_of(prompts: Sequence[Sequence]) -> list[list[int]]:
 
 
 class GroupedOrder:
-    """A sampler: group after group, the groups in an order that seed and epoch choose."""
+    """A sampler: group after group; seed and epoch choose the order of the groups, and the order within each."""
 
     def __init__(self, groups: list[list[int]], seed: int) -> None:
         self.groups = groups
@@ -359,4 +359,6 @@ class GroupedOrder:
 
     def __iter__(self) -> Iterator[int]:
         rng = random.Random(f"{self.seed}:{self.epoch}")
-        return itertools.chain.from_iterable(rng.sample(self.groups, len(self.groups)))
+        groups = rng.sample(self.groups, len(self.groups))
+        # a long system prompt makes one group of all pairs, whose topics must not come one after the other
+        return itertools.chain.from_iterable(rng.sample(group, len(group)) for group in groups)

@@ -183,6 +183,8 @@ def test_groups_share_half_of_their_prompt():
         order.set_epoch(epoch)
         orders.add(tuple(order))
     assert len(orders) > 1 and first in map(list, orders)
+    alone = [prefixes.GroupedOrder([list(range(30))], seed) for seed in (1, 2)]  # all under one system prompt
+    assert list(alone[0]) != list(alone[1]) and list(range(30)) not in map(list, alone)
 
 
 @pytest.mark.parametrize("rest", [4, 150])
