@@ -222,7 +222,7 @@ def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[
     from llm_alignment import domains, dpo
 
     style, content, choice = fill(PromptStyle, args), fill(PromptContent, args), fill(PairChoice, args)
-    tatqa = (tatqa_file(args.tatqa_dir, args.eval_split), content) if args.do_eval else None
+    measuring = fill(domains.MeasuringSettings, args)
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
     retention = fill(RetentionSettings, args)
     kept = retention.questions()
@@ -231,7 +231,7 @@ def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[
     if args.pairs:
         mark, style_of_pairs = "", dataclasses.replace(style, use_chat_template=True, system=args.system_prompt)
         forbidden = {
-            "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
+            "TAT-QA question": question_texts(measuring.tatqa) if measuring.tatqa else [],
             "MT-Bench question": [question["turns"][0] for question in mtbench],
             "retention question": [row["turns"][-1] for row in kept],
             "instruction": [row["turns"][0] for row in instruct_questions(0, args.seed)] if instructions else [],
@@ -240,7 +240,7 @@ def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[
         pairs, held_out, data = own_pairs(args.pairs, choice, finder)
     else:
         pairs, held_out, data = table_pairs(args.tatqa_dir, args.tatqa_split, args.eval_split, choice, content)
-        if pairs and tatqa and args.eval_split == args.tatqa_split:
+        if pairs and args.do_eval and args.eval_split == args.tatqa_split:
             log.warning(
                 "--eval_split %s is trained on too, so TAT-QA is measured on questions that were seen; name another",
                 args.eval_split,
@@ -252,13 +252,10 @@ def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[
     )
     evaluations = domains.dpo_evaluations(
         setup.tokenizer,
-        fill(domains.MeasuringSettings, args),
+        measuring,
         style,
-        tatqa=tatqa,
-        asked={
-            "mtbench": (sample_questions(mtbench, args.mtbench_limit, args.seed), args.mtbench_max_tokens),
-            "instruct": (instructions, args.instruct_max_tokens),
-        },
+        content,
+        asked={"mtbench": sample_questions(mtbench, args.mtbench_limit, args.seed), "instruct": instructions},
         held_out=[dpo.reward_evaluation(held_out, held_out_rows, args.beta, args.max_length)] if held_out else [],
     )
     evaluations += retention_evaluations(kept, retention)

@@ -39,7 +39,9 @@ from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle
+from llm_alignment.retention import RetentionSettings
 from llm_alignment.runs import check_writable, recorded_run, timed
+from llm_alignment.tatqa import PromptContent
 from mtbench_eval import load_questions, sample_questions
 
 if TYPE_CHECKING:
@@ -165,7 +167,16 @@ def pairs_and_evaluations(
     sources = set() if args.no_train else set(shares)
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
     asked = [mtbench, sample_questions(mtbench, args.mtbench_limit, args.seed)]
-    data, evaluations = domains.data_and_evaluations(args, setup.tokenizer, sources, asked)
+    data, evaluations = domains.data_and_evaluations(
+        setup.tokenizer,
+        sources,
+        asked,
+        data=fill(finance.DataSettings, args),
+        measuring=fill(domains.MeasuringSettings, args),
+        style=fill(PromptStyle, args),
+        content=fill(PromptContent, args),
+        retention=fill(RetentionSettings, args),
+    )
 
     def answered(instructions: list[dict], wanted: int) -> list[dict]:
         answers = fill(finance.AnswerSettings, args)

@@ -64,8 +64,9 @@ from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process, on_main_process
 from llm_alignment.prompts import PromptStyle
 from llm_alignment.results import read_results
-from llm_alignment.retention import with_own_drift
+from llm_alignment.retention import RetentionSettings, with_own_drift
 from llm_alignment.runs import begin, check_writable, recorded_run, timed
+from llm_alignment.tatqa import PromptContent
 from mtbench_eval import load_questions, sample_questions
 
 if TYPE_CHECKING:
@@ -469,7 +470,16 @@ def pairs_and_evaluations(
     sources = set().union(*(SOURCES[number] for number in numbers))
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
     asked = [mtbench, sample_questions(mtbench, args.mtbench_limit, args.seed)]
-    data, evaluations = domains.data_and_evaluations(args, setup.tokenizer, sources, asked)
+    data, evaluations = domains.data_and_evaluations(
+        setup.tokenizer,
+        sources,
+        asked,
+        data=fill(finance.DataSettings, args),
+        measuring=fill(domains.MeasuringSettings, args),
+        style=fill(PromptStyle, args),
+        content=fill(PromptContent, args),
+        retention=fill(RetentionSettings, args),
+    )
     answered: list[dict] = []  # the base answers the Finance-Instruct prompts once, for both their stages
     if any("finance" in SOURCES[number] for number in numbers):
         answers = fill(finance.AnswerSettings, args)

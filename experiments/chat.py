@@ -18,12 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from commands import exit_code
+from commands import logged_exit_code
 from finished import FinishedRun, finished_run
 from mine_pairs import prompt_problem, prompt_turns
 
 from llm_alignment.adapters import adapter_off, scaled
-from llm_alignment.endings import console_and_log
 from llm_alignment.files import InputError
 from llm_alignment.flags import not_negative, positive
 from llm_alignment.generation import Decoding, generate
@@ -121,12 +120,7 @@ def chat(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-
-    def run() -> None:
-        with console_and_log():
-            chat(args)
-
-    return exit_code(run)
+    return logged_exit_code(lambda: chat(args))
 
 
 if __name__ == "__main__":

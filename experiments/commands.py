@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from llm_alignment.endings import disk_problem, interrupt, lasting_console, signals_go_to
+from llm_alignment.endings import console_and_log, disk_problem, interrupt, lasting_console, signals_go_to
 from llm_alignment.files import InputError
 
 
@@ -80,6 +80,16 @@ def join_empty(arguments: list[str]) -> list[str]:
         else:
             joined.append(word)
     return joined
+
+
+def logged_exit_code(run: Callable[[], None]) -> int:
+    """`exit_code` of a program that loads models, so that it logs as the scripts do."""
+
+    def logged() -> None:
+        with console_and_log():
+            run()
+
+    return exit_code(logged)
 
 
 def exit_code(run: Callable[[], int | None]) -> int:

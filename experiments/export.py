@@ -25,11 +25,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from commands import exit_code
+from commands import logged_exit_code
 
 from llm_alignment.adapters import adapter_config, adapter_off, load_adapter, scaled
 from llm_alignment.card import write_card
-from llm_alignment.endings import console_and_log
 from llm_alignment.files import InputError, SkippedRows, parse_json, replace
 from llm_alignment.flags import not_negative, positive
 from llm_alignment.generation import Decoding, generate
@@ -294,12 +293,7 @@ def verify(
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-
-    def run() -> None:
-        with console_and_log():
-            export(args)
-
-    return exit_code(run)
+    return logged_exit_code(lambda: export(args))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commands import exit_code
+from commands import logged_exit_code
 from finished import FinishedRun, finished_run
 
 from llm_alignment.adapters import LoraSettings, check_model, scaled
-from llm_alignment.endings import console_and_log
 from llm_alignment.evaluation import (
     ANSWERED,
     METRICS,
@@ -188,12 +187,7 @@ def frontier(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-
-    def run() -> None:
-        with console_and_log():
-            frontier(args)
-
-    return exit_code(run)
+    return logged_exit_code(lambda: frontier(args))
 
 
 if __name__ == "__main__":

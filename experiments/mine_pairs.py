@@ -27,10 +27,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commands import exit_code, shown_command
+from commands import logged_exit_code, shown_command
 
 from llm_alignment.adapters import adapter_sha256, load_adapter
-from llm_alignment.endings import console_and_log
 from llm_alignment.evaluation import Evaluation, read_items
 from llm_alignment.files import InputError, digest, write_rows
 from llm_alignment.flags import (
@@ -298,11 +297,7 @@ def write_pairs(args: argparse.Namespace, prompts: list[dict], pairs_file: Path,
 
 
 def main(argv: list[str] | None = None) -> int:
-    def run() -> None:
-        with console_and_log():
-            mine(parse(argv))
-
-    return exit_code(run)
+    return logged_exit_code(lambda: mine(parse(argv)))
 
 
 if __name__ == "__main__":

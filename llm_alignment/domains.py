@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from llm_alignment import finance
 from llm_alignment.drift import reference_drift
 from llm_alignment.evaluation import Evaluation
-from llm_alignment.flags import fill
 from llm_alignment.generation import Decoding
 from llm_alignment.leaks import asked_passages
 from llm_alignment.prompts import PromptStyle
@@ -26,38 +25,48 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class MeasuringSettings:
-    """How a DPO script measures: the flags of that name."""
+    """What a DPO script measures, and how: the flags of that name."""
 
+    do_eval: bool
+    tatqa_dir: str
+    eval_split: str
     eval_limit: int
     eval_max_new_tokens: int
     eval_temperature: float
     eval_top_p: float
     eval_batch_size: int
+    mtbench_max_tokens: int
+    instruct_max_tokens: int
     max_length: int
     seed: int
     reward_model: str
     trust_remote_code: bool
     dry_run: bool
+    reddit_max_tokens: int = 0  # where Reddit posts are asked
+
+    @functools.cached_property
+    def tatqa(self) -> Path | None:
+        """The file of TAT-QA's questions; None when they are not asked."""
+        return tatqa_file(self.tatqa_dir, self.eval_split) if self.do_eval else None
 
 
 def dpo_evaluations(
     tokenizer: PreTrainedTokenizerBase,
     settings: MeasuringSettings,
     style: PromptStyle,
+    content: PromptContent,
     *,
-    tatqa: tuple[Path, PromptContent] | None,
-    asked: dict[str, tuple[list[dict], int]],
+    asked: dict[str, list[dict]],
     held_out: Sequence[Evaluation] = (),
 ) -> list[Evaluation]:
     """`held_out`, TAT-QA from a file, what is `asked`, and the drift on the reference answers of these.
 
-    `asked`: {name in EVALUATIONS: (questions, new tokens of an answer)}.
+    `content`: of TAT-QA's prompts. `asked`: {name in EVALUATIONS: questions}.
     """
     evaluations = [*held_out]
-    if tatqa:
-        file, content = tatqa
+    if settings.tatqa:
         questions = evaluation_questions(
-            file, tokenizer, style, content, limit=settings.eval_limit, seed=settings.seed
+            settings.tatqa, tokenizer, style, content, limit=settings.eval_limit, seed=settings.seed
         )
         decoding = Decoding(
             max_new_tokens=settings.eval_max_new_tokens,
@@ -67,7 +76,13 @@ def dpo_evaluations(
             batch_size=settings.eval_batch_size,
         )
         evaluations.append(tatqa_evaluation(questions, decoding, style))
-    asked = {name: (questions, tokens) for name, (questions, tokens) in asked.items() if questions}
+    max_new_tokens = {
+        "mtbench": settings.mtbench_max_tokens,
+        "instruct": settings.instruct_max_tokens,
+        "finance_instruct": settings.instruct_max_tokens,
+        "reddit": settings.reddit_max_tokens,
+    }
+    asked = {name: questions for name, questions in asked.items() if questions}
     if asked:
         reward_model = load_reward_model(
             settings.reward_model,
@@ -75,9 +90,9 @@ def dpo_evaluations(
             trust_remote_code=settings.trust_remote_code,
             on_meta=settings.dry_run,
         )
-    for name, (questions, max_new_tokens) in asked.items():
+    for name, questions in asked.items():
         decoding = Decoding(
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens[name],
             seed=settings.seed,
             thinking=style.thinking,
             batch_size=settings.eval_batch_size,
@@ -87,35 +102,32 @@ def dpo_evaluations(
 
 
 def data_and_evaluations(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, sources: set[str], mtbench: list[list[dict]]
+    tokenizer: PreTrainedTokenizerBase,
+    sources: set[str],
+    mtbench: list[list[dict]],
+    *,
+    data: finance.DataSettings,
+    measuring: MeasuringSettings,
+    style: PromptStyle,
+    content: PromptContent,
+    retention: RetentionSettings,
 ) -> tuple[finance.TrainingData, list[Evaluation]]:
     """The rows of the finance scripts' `sources` without what is asked, and what is measured.
 
     `mtbench`: all the questions, none of which may be trained on, and those that are asked.
     """
-    tatqa = (tatqa_file(args.tatqa_dir, args.eval_split), fill(PromptContent, args)) if args.do_eval else None
     all_questions, asked = mtbench
-    retention = fill(RetentionSettings, args)
     kept = retention.questions()
-    data = finance.load_data(
-        fill(finance.DataSettings, args),
+    rows = finance.load_data(
+        data,
         sources,
         {
             "MT-Bench question": [question["turns"][0] for question in all_questions],
             "retention question": [row["turns"][-1] for row in kept],
-            "TAT-QA question": question_texts(tatqa[0]) if tatqa else [],
+            "TAT-QA question": question_texts(measuring.tatqa) if measuring.tatqa else [],
         },
         {"MT-Bench question": asked_passages(all_questions)},
     )
-    evaluations = dpo_evaluations(
-        tokenizer,
-        fill(MeasuringSettings, args),
-        fill(PromptStyle, args),
-        tatqa=tatqa,
-        asked={
-            "mtbench": (asked, args.mtbench_max_tokens),
-            "finance_instruct": (data.questions.get("finance_instruct", []), args.instruct_max_tokens),
-            "reddit": (data.questions.get("reddit", []), args.reddit_max_tokens),
-        },
-    )
-    return data, evaluations + retention_evaluations(kept, retention)
+    both = {name: rows.questions.get(name, []) for name in ("finance_instruct", "reddit")}
+    evaluations = dpo_evaluations(tokenizer, measuring, style, content, asked={"mtbench": asked} | both)
+    return rows, evaluations + retention_evaluations(kept, retention)

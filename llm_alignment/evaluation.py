@@ -309,8 +309,9 @@ def add_health(record: dict, name: str, before: list[dict], after: list[dict]) -
         if rows:
             record[side].setdefault("health", {})[name] = summarise_health(rows)
     if before and after:
-        deltas = compare_health(*zip(*pair_rows(before, after), strict=True))
-        record["delta"] |= {f"{name}_{kind}": delta for kind, delta in deltas.items() if kind in HEALTH}
+        olds, news = map(list, zip(*pair_rows(before, after), strict=True))
+        deltas = compare_health(olds, news, [*HEALTH])
+        record["delta"] |= {f"{name}_{kind}": delta for kind, delta in deltas.items()}
 
 
 def asked_gates(text: str, evaluations: list[Evaluation]) -> dict[str, float]:

@@ -189,8 +189,8 @@ def summarise_health(rows: list[dict]) -> dict[str, float]:
     return {**shares, "n": len(answers)}
 
 
-def compare_health(before: list[dict], after: list[dict]) -> dict[str, dict]:
-    """Paired differences, in percentage points, by the names of `summarise_health`; the same questions in one order.
+def compare_health(before: list[dict], after: list[dict], measures: Sequence[str] = MEASURES) -> dict[str, dict]:
+    """Paired differences of `measures`, in percentage points; the same questions in one order.
 
     The answers to one question are one cluster.
     """
@@ -200,7 +200,7 @@ def compare_health(before: list[dict], after: list[dict]) -> dict[str, dict]:
         for old, new in zip(row_health(one), row_health(other), strict=True)
     ]
     deltas = {}
-    for name in MEASURES:
+    for name in measures:
         known = [(n, old[name], new[name]) for n, old, new in pairs if None not in (old[name], new[name])]
         if known:
             clusters, *sides = zip(*known, strict=True)

@@ -133,7 +133,8 @@ class AnchoredTrainer(SFTTrainer):
             hidden = output.logits[:, :-1].flatten(0, 1)
             if kl_mask is not None:
                 kl_mask = kl_mask.flatten()
-                kl_coef = self.kl_coef * kl_mask.sum() / self.kl_items
+                marked = kl_mask.sum()
+                kl_coef = self.kl_coef * marked / self.kl_items
                 with torch.no_grad(), peft_model.disable_adapter():
                     ref_hidden = peft_model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
         loss, nll, kl = fused_nll_kl(
@@ -150,7 +151,7 @@ class AnchoredTrainer(SFTTrainer):
         )
         self.nll_since_log += nll.item()
         if kl_mask is not None:
-            self.kl_since_log += (kl * kl_mask.sum() / self.kl_items).item()
+            self.kl_since_log += (kl * marked / self.kl_items).item()
         # num_items counts the targets of all processes, whose gradients DDP averages
         loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled:  # of a mixture of experts, as in TRL: a mean of the micro-batches

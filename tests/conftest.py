@@ -283,6 +283,17 @@ def chat(prompt: str, answer: str, subset: str = "general", system: str | None =
     return {"messages": turns, "subset": subset}
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy model with a head of its own, as a folder."""
+    from toys import make_model, make_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    make_model(tie_word_embeddings=False).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def finance_args(tmp_path: Path, *argv: str) -> argparse.Namespace:
     """The arguments of dpo_train_mt.py's demo, which writes into `tmp_path`."""
     import dpo_train_mt

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from test_models import LFS, base_of, change_json, cut, error_of
-from toys import make_model, make_tokenizer
 
 from llm_alignment import adapters, models
 from llm_alignment.adapters import LoraSettings
@@ -16,14 +15,6 @@ from llm_alignment.adapters import LoraSettings
 
 def lora(layers: str = "q_proj,v_proj") -> LoraSettings:
     return LoraSettings(lora_r=8, lora_alpha=16, lora_dropout=0.05, target_modules=layers)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_model(tie_word_embeddings=False).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -29,14 +29,6 @@ def check(folder: Path) -> None:
     adapters.check_model(base, models.load_tokenizer(base))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_model(tie_word_embeddings=False).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def copied(folder, tmp_path) -> Path:
     return shutil.copytree(folder, tmp_path / "model")
