@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import shlex
 from pathlib import Path
@@ -16,11 +15,8 @@ LONGEST = 600  # characters of an answer that is shown
 
 
 def write_card(run_folder: Path, merged: Path | None = None, scale: float = 1.0) -> None:
-    """Writes README.md into the folder of a run that was measured, or into the folder `merged` of
-    its model, into which the adapter was merged at `scale`.
-
-    It says base, data, command, the headline figures, two answers before and after, and how to load it.
-    """
+    """Writes README.md into the folder of a run that was measured, or of the model, `merged` at `scale`: base, data,
+    command, the headline figures, two answers before and after, and how to load it."""
     from jinja2 import Environment
 
     run, metrics = (parse_json((run_folder / name).read_bytes()) for name in ("run.json", "metrics.json"))
@@ -29,7 +25,7 @@ def write_card(run_folder: Path, merged: Path | None = None, scale: float = 1.0)
     sources = [data["source"]] if "source" in data else mixed
     rows = table_rows(metrics["baseline"], metrics["final"], metrics["delta"], headline=True)
     rows = [row for row in rows if not row.title.startswith(" ")]  # without the parts of a metric
-    environment = Environment(trim_blocks=False, keep_trailing_newline=True)
+    environment = Environment(keep_trailing_newline=True)
     environment.filters["quoted"] = lambda text: "\n> ".join(text.splitlines())
     text = environment.from_string(TEMPLATE.read_text("utf-8")).render(
         name=folder.name,
@@ -44,7 +40,7 @@ def write_card(run_folder: Path, merged: Path | None = None, scale: float = 1.0)
         command=shlex.join(["python", run["script"], *run["argv"]]),
         table=[(cells + ["-"] * 3)[:6] for cells in table_texts(rows)[0]],
         has_plot=(folder / "loss.png").exists(),
-        samples=list(itertools.islice(changed_answers(run_folder), 2)),
+        samples=changed_answers(run_folder)[:2],
         thinking=args["thinking"],
     )
     write_atomic(folder / "README.md", text)
@@ -57,13 +53,7 @@ def changed_answers(folder: Path) -> list[dict[str, str]]:
         after = after or folder / f"{name}_final.jsonl"
         if before.exists() and after.exists():
             pairs = pair_rows(*(read_results(path, SkippedRows())[1] for path in (before, after)))
-            return [
-                {
-                    "question": new["turns"][0][:LONGEST],
-                    "before": old["answers"][0][:LONGEST],
-                    "after": new["answers"][0][:LONGEST],
-                }
-                for old, new in pairs
-                if old["answers"][0] != new["answers"][0]
-            ]
+            texts = [(new["turns"][0], old["answers"][0], new["answers"][0]) for old, new in pairs]
+            changed = [[text[:LONGEST] for text in each] for each in texts if each[1] != each[2]]
+            return [dict(zip(("question", "before", "after"), each, strict=True)) for each in changed]
     return []

@@ -28,6 +28,10 @@ class NotFiniteError(Exception):
     """The loss or a gradient is not finite; training stops with exit code 1 and the last checkpoint stays."""
 
 
+class MissedGateError(Exception):
+    """The run is complete and its figures are worse than it was asked for; exit code 1."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop; the exit code is 128 + `signum`."""
 
@@ -44,8 +48,8 @@ def signal_name(signum: int) -> str:
 def signals_go_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Inside, Ctrl-C, SIGTERM and SIGHUP call `handler(signum, frame)`; what `nohup` ignores stays ignored.
 
-    Python handles signals in the main thread alone, so in another one nothing changes. An Interrupted that is raised
-    where Python drops errors, as in a `__del__`, comes again.
+    In another thread than the main one nothing changes. An Interrupted that is raised where Python drops errors, as in
+    a `__del__`, comes again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -75,10 +79,6 @@ def interrupt(signum: int, frame: Any) -> None:
     raise Interrupted(signum)
 
 
-class MissedGateError(Exception):
-    """The run is complete and its figures are worse than it was asked for; exit code 1."""
-
-
 class Ending(NamedTuple):
     """Exit code, reason for the record, what the user can do; `is_rare` when only the traceback explains it."""
 
@@ -89,8 +89,9 @@ class Ending(NamedTuple):
 
     @property
     def line(self) -> str:
-        kind = "interrupted" if self.code > 128 else "error"
-        return f"{kind}: {self.reason}" + (f"; {self.advice}" if self.advice else "")
+        return f"{'interrupted' if self.code > 128 else 'error'}: {self.reason}" + f"; {self.advice}" * bool(
+            self.advice
+        )
 
 
 def ending(error: BaseException, folder: str) -> Ending:
@@ -100,13 +101,11 @@ def ending(error: BaseException, folder: str) -> Ending:
     """
     resume = f"the same command resumes in {folder}, training with --resume_from_checkpoint auto"
     named = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-    if isinstance(error, InputError):
-        return Ending(2, str(error))
+    if isinstance(error, InputError | MissedGateError):
+        return Ending(2 if isinstance(error, InputError) else 1, str(error))
     if isinstance(error, KeyboardInterrupt):
-        signum = error.signum if isinstance(error, Interrupted) else signal.SIGINT
+        signum = getattr(error, "signum", signal.SIGINT)
         return Ending(128 + signum, signal_name(signum), resume)
-    if isinstance(error, MissedGateError):
-        return Ending(1, str(error))
     if isinstance(error, NotFiniteError):
         return Ending(1, str(error), f"the last checkpoint in {folder} is whole: lower --learning_rate and rerun")
     if is_out_of_memory(error):
@@ -114,8 +113,8 @@ def ending(error: BaseException, folder: str) -> Ending:
         advice += "--output_dir with half of --batch and twice --grad_acc; in an evaluation lower --eval_batch_size"
         return Ending(1, f"out of memory ({named})", advice)
     if reason := disk_problem(error):
-        is_name = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
-        return Ending(2 if is_name else 1, reason, f"free space, give write access or name another place; {resume}")
+        code = 2 if getattr(error, "errno", 0) == errno.ENAMETOOLONG else 1
+        return Ending(code, reason, f"free space, give write access or name another place; {resume}")
     if isinstance(error, ImportError):
         return Ending(2, f"{error.name} cannot be imported ({error})", "install it again: pip install -e .")
     if Path(folder).exists() and shutil.disk_usage(folder).free < 2**20:  # libraries only quote the system's error
@@ -138,9 +137,7 @@ def explain(end: Ending, error: BaseException) -> str:
     return ""
 
 
-DISK_ERRORS = {
-    "EACCES", "EDQUOT", "EFBIG", "EIO", "EISDIR", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EPERM", "EROFS", "ESTALE",
-}  # fmt: skip
+DISK_ERRORS = "EACCES EDQUOT EFBIG EIO EISDIR ENAMETOOLONG ENOSPC ENOTDIR EPERM EROFS ESTALE".split()
 
 
 def disk_problem(error: BaseException) -> str:
@@ -163,13 +160,13 @@ class Console:
             stream.reconfigure(errors="replace")
 
     def write(self, text: str) -> int:
-        self._attempt(self.stream.write, text)
+        self.attempt(self.stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        self._attempt(self.stream.flush)
+        self.attempt(self.stream.flush)
 
-    def _attempt(self, action: Callable[..., object], *values: str) -> None:
+    def attempt(self, action: Callable[..., object], *values: str) -> None:
         try:
             action(*values)
         except OSError as error:
@@ -202,10 +199,7 @@ def console_and_log() -> Iterator[None]:
     # What libraries say to one another: their deprecations, and bitsandbytes missing an optional CPU kernel.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    raise_exceptions, logging.raiseExceptions = (
-        logging.raiseExceptions,
-        False,
-    )  # a log on a full disk gives no traceback
+    raise_exceptions, logging.raiseExceptions = logging.raiseExceptions, False  # no traceback for a full disk
     with lasting_console():
         held = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
         log.handlers = [logging.StreamHandler(sys.stdout), held] if main_process() else [logging.NullHandler()]

@@ -27,61 +27,33 @@ def fill(kind: type[T], args: argparse.Namespace | dict[str, Any], **more: Any) 
     return kind(**{name: value for name, value in values.items() if name in names} | more)
 
 
-def ratio(text: str) -> float:
-    """argparse type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not within 0..1")
-    return value
+def number(kind: type, low: float, high: float = 2**31, ends: str = "[)") -> Callable[[str], Any]:
+    """argparse type: an int or float between `low` and `high`, which count ("[", "]") or do not ("(", ")")."""
 
+    def parse(text: str) -> Any:
+        value = kind(text)
+        is_above = value > low if ends[0] == "(" else value >= low
+        if not is_above or not (value < high if ends[1] == ")" else value <= high):
+            raise argparse.ArgumentTypeError(f"{text} is not within {ends[0]}{low}, {high}{ends[1]}")
+        return value
 
-def dropout(text: str) -> float:
-    """argparse type: a share of what is dropped, which leaves something to train on."""
-    value = ratio(text)
-    if value == 1:
-        raise argparse.ArgumentTypeError("1 drops everything, so that nothing is trained")
-    return value
-
-
-def in_32_bits(value: float) -> float:
-    """The number itself. Raises ArgumentTypeError for one that is not finite, or larger than what counts here."""
-    if not abs(value) < 2**31:
-        raise argparse.ArgumentTypeError(f"not a finite number below {2**31}")
-    return value
-
-
-def positive_ratio(text: str) -> float:
-    """argparse type: a number above 0, up to 1."""
-    value = ratio(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def positive(kind: type) -> Callable[[str], Any]:
-    """argparse type: an int or float above 0."""
-
-    def parse(text: str) -> Any:
-        value = in_32_bits(kind(text))
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    parse.__name__ = f"positive {kind.__name__}"
-    return parse
+    return number(kind, 0, ends="()")
 
 
 def not_negative(kind: type) -> Callable[[str], Any]:
-    """argparse type: an int or float of 0 or more."""
+    return number(kind, 0)
 
-    def parse(text: str) -> Any:
-        value = in_32_bits(kind(text))
-        if value < 0:
-            raise argparse.ArgumentTypeError(f"{text} is below 0")
-        return value
 
-    parse.__name__ = f"{kind.__name__} of 0 or more"
-    return parse
+ratio = number(float, 0, 1, "[]")
+positive_ratio = number(float, 0, 1, "(]")
+dropout = number(float, 0, 1)  # 1 would leave nothing to train on
+positive_temperature = number(float, 1e-6)  # logits are divided by it
+seed = number(int, 0, 2**32)  # as numpy takes them
 
 
 def steps_or_share(text: str) -> float:
@@ -93,24 +65,8 @@ def steps_or_share(text: str) -> float:
 
 
 def temperature(text: str) -> float:
-    """argparse type: 0, which is greedy, or a temperature by which logits can be divided."""
-    value = not_negative(float)(text)
-    if 0 < value < 1e-6:
-        raise argparse.ArgumentTypeError(f"{text} is too near to 0; give 0 for greedy answers, or 1e-6 or more")
-    return value
-
-
-def positive_temperature(text: str) -> float:
-    """argparse type: a temperature of sampling."""
-    return temperature(str(positive(float)(text)))
-
-
-def seed(text: str) -> int:
-    """argparse type: a whole number that numpy takes as a seed too, 0 .. 2**32 - 1."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not within 0..{2**32 - 1}")
-    return value
+    """argparse type: a temperature of sampling, or 0, which is greedy."""
+    return 0.0 if float(text) == 0 else positive_temperature(text)
 
 
 def tracker(text: str) -> str:
@@ -148,17 +104,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="number type of weights and computing; auto: bf16 where the GPU has it, else fp16; fp32 on CPU")
     add("--liger", action="store_true", help="fused kernels on a GPU, faster with less memory; pip install -e .[fast]")
     add("--trust_remote_code", action="store_true", help="run code that a model's repository ships")
-    add("--thinking", action="store_true",
-        help="Qwen3 may think before it answers: prompts end without the empty <think></think> block, and thoughts in "
-        "the data are trained on; without it every answer follows an empty block, and thoughts are left out")
+    add("--thinking", action="store_true", help="Qwen3 may think before it answers, and thoughts in the data are "
+        "trained on; without it every answer follows an empty <think></think> block, and thoughts are left out")
 
 
 def add_lora_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
     """The adapter's flags; a script that trains `in_stages` has rank and alpha of its own for each stage."""
     add = add_group(parser, "LoRA", trains=True)
     if not in_stages:
-        add("--lora_r", type=positive(int), default=8,
-            help="size of the adapter: 8-16 for style, 32-64 for new knowledge; more memory")
+        add("--lora_r", type=positive(int), default=8, help="rank: 8-16 for style, 32-64 for new knowledge; memory")
         add("--lora_alpha", type=positive(int), default=16, help="strength of the adapter; its scale is alpha / rank")
     add("--lora_dropout", type=dropout, default=0.05, help="dropout before the adapter; raise it for little data")
     add("--target_modules", default="q_proj,v_proj",
@@ -182,8 +136,8 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
     add("--system_prompt", default="", metavar="TEXT", help="system turn of conversations that have none")
     add = add_group(parser, "checkpoints", trains=False)
     add("--save_steps", type=positive(int), default=50, help="steps between checkpoints")
-    add("--resume_from_checkpoint", choices=["auto"] if in_stages else None, default=None,
-        metavar="auto" if in_stages else "auto|PATH",
+    choices = {"choices": ["auto"], "metavar": "auto"} if in_stages else {"metavar": "auto|PATH"}
+    add("--resume_from_checkpoint", **choices,
         help="continue a run that was stopped; auto takes the newest complete checkpoint of --output_dir")
 
 
@@ -203,8 +157,7 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
     add_scoring_flags(parser)
     add = add_group(parser, "retention", trains="asked")
     add("--do_retention", action=ON_OFF, default=True, help="what could the base do that the tuned model cannot?")
-    add("--retention_file", default="auto", metavar="auto|PATH",
-        help="questions with checks that a program decides; auto takes the project's own")
+    add("--retention_file", default="auto", metavar="auto|PATH", help="questions with checks; auto: the project's own")
     add = add_group(parser, "how retention is measured", trains="measured")
     add("--retention_limit", type=not_negative(int), default=0, help="a sample of N questions; 0 = all")
     add("--retention_max_tokens", type=positive(int), default=64, help="new tokens of an answer")
@@ -213,15 +166,12 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
         add("--gates", default="", metavar="METRIC=DIFFERENCE[,...]",
             help="least acceptable differences, as in mtbench=-0.3,retention=-5; a missed one is exit code 1")
     add = add_group(parser, "memory and speed", trains=False)
-    add("--gpu_memory_share", type=positive_ratio, default=None,
-        help="part of the GPU's memory that the run may take; without it all, and 0.95 on Windows, where a full GPU "
-        "would spill into host memory and be many times slower")
-    add("--no_baseline_cache", action="store_true",
-        help="compute the baseline and the reference of DPO again instead of taking them from the cache")
+    add("--gpu_memory_share", type=positive_ratio, default=None, help="part of the GPU's memory to take; without "
+        "it all, and 0.95 on Windows, where a full GPU would spill into host memory and be many times slower")
+    add("--no_baseline_cache", action="store_true", help="compute the baseline and the reference of DPO again")
     if trains:
         add("--gradient_checkpointing", nargs="?", choices=["auto", "on", "off"], const="on", default="auto",
-            help="recompute activations, slower with less memory; auto: only where training would not fit "
-            "without it")
+            help="recompute activations, slower with less memory; auto: only where training would not fit without it")
         add("--no-gradient_checkpointing", dest="gradient_checkpointing", action="store_const", const="off",
             default=argparse.SUPPRESS, help="the same as --gradient_checkpointing off")
 
@@ -229,8 +179,7 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     """The reward model and its batches."""
     add = add_group(parser, "scoring", trains="measured")
-    add("--reward_model", default="Skywork/Skywork-Reward-V2-Qwen3-0.6B",
-        help="hub id or folder of a sequence classifier with one label")
+    add("--reward_model", default="Skywork/Skywork-Reward-V2-Qwen3-0.6B", help="hub id or folder; it has one label")
     add = add_group(parser, "batches of the evaluation", trains=False)
     add("--eval_batch_size", type=not_negative(int), default=0, help="answers, and rewards; 0 = by free memory")
 
@@ -239,8 +188,7 @@ def add_mtbench_flags(add: Callable[..., argparse.Action]) -> None:
     """How the questions of MT-Bench are sampled and answered; `add` adds a flag to the script's own group."""
     add("--mtbench_questions_seed", type=seed, default=42, help="seed of the samples")
     add("--mtbench_temperature", type=temperature, default=0.0, help="0 answers greedily")
-    add("--mtbench_max_tokens", type=positive(int), default=1024,
-        help="new tokens a turn; raise it if many answers are unfinished")
+    add("--mtbench_max_tokens", type=positive(int), default=1024, help="new tokens a turn; more if many are cut")
     add("--mtbench_backend", choices=["simple", "auto"], default="simple", help="auto: continuous batching on a GPU")
 
 
@@ -259,17 +207,15 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
             help="small moves further from the base, 0.01-0.1 is usual; 0.3 and more stays near it")
     add("--loss_type", default="sigmoid", metavar="NAME[,NAME...]",
         help=f"TRL's losses, their weighted sum if there are several: {', '.join(LOSS_TYPES)}")
-    add("--loss_weights", default="", metavar="W[,W...]",
-        help="a number for each of --loss_type; without it each counts 1")
+    add("--loss_weights", default="", metavar="W[,W...]", help="a number for each of --loss_type; else each counts 1")
     add("--label_smoothing", type=ratio, default=0.0,
         help=f"share of pairs taken to be labelled the wrong way, for {', '.join(SMOOTHED)}")
     add("--max_prompt_length", type=positive(int), default=2048, help="tokens that a prompt is cut to")
     add("--max_length", type=positive(int), default=3072, help="tokens of prompt and answer together")
     add("--use_chat_template", action="store_true", help="wrap prompts in it (plain text, as published)")
     add("--no_prefix_sharing", action="store_true", help="read a pair's prompt once for each answer")
-    add("--group_by_table", action=ON_OFF, default=False,
-        help="train on pairs whose prompts share a beginning (one table, one system prompt) together and read "
-        "what they share once; it changes which pairs meet in an optimiser step")
+    add("--group_by_table", action=ON_OFF, default=False, help="train on pairs whose prompts share a beginning (a "
+        "table, a system prompt) together and read it once; it changes which pairs meet in an optimiser step")
     add("--limit_pairs", type=not_negative(int), default=0, help="a sample of N pairs; 0 = all")
     if not in_stages:
         add("--no_train", action="store_true", help="only evaluate")
@@ -286,8 +232,7 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
     add = add_group(parser, "how it is measured", trains="measured")
     add("--eval_baseline", action=ON_OFF, default=True, help="measure before training too")
     add("--mtbench_limit", type=not_negative(int), default=50, help="a sample of N questions; 0 = all")
-    add("--mtbench_max_tokens", type=positive(int), default=256,
-        help="new tokens a turn; raise it if many answers are unfinished")
+    add("--mtbench_max_tokens", type=positive(int), default=256, help="new tokens a turn; more if many are cut")
     parser.set_defaults(batch=2, grad_acc=16)
     if not in_stages:
         parser.set_defaults(learning_rate=5e-6)
@@ -312,8 +257,7 @@ def add_tatqa_flags(parser: argparse.ArgumentParser, *, only_measured: bool = Fa
     add("--eval_max_new_tokens", type=positive(int), default=64, help="longest answer in tokens")
     add("--eval_temperature", type=temperature, default=0.0, help="0 = greedy")
     add("--eval_top_p", type=positive_ratio, default=1.0, help="share of probability to sample from")
-    add("--eval_save_json", default="", metavar="X.jsonl",
-        help="also write TAT-QA's rows to X_baseline.jsonl and X_post.jsonl")
+    add("--eval_save_json", default="", metavar="X.jsonl", help="TAT-QA to X_baseline.jsonl and X_post.jsonl too")
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -324,10 +268,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--reddit_max_post_chars", type=positive(int), default=2000, help="characters that posts are cut to")
     add = add_group(parser, "Reddit pairs", trains="reddit")
     add("--reddit_min_comment_chars", type=not_negative(int), default=40, help="shortest comment to use")
-    add("--reddit_score_margin", type=not_negative(float), default=0.10,
-        help="the rejected comment scores lower than the chosen one by this or more")
-    add("--reddit_length_tol", type=not_negative(float), default=0.6,
-        help="and its length differs by at most this share of the chosen length")
+    add("--reddit_score_margin", type=not_negative(float), default=0.10, help="least lead in score of the chosen")
+    add("--reddit_length_tol", type=not_negative(float), default=0.6, help="most difference in length, as a share")
     add("--reddit_max_pairs_per_post", type=positive(int), default=1, help="pairs of one post")
     add("--reddit_sample_rate", type=ratio, default=0.3, help="share of the pairs to use")
     add("--hybrid_ratio", type=ratio, default=0.7, help="share of Reddit in a mix of two")
@@ -337,12 +279,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--finance_dataset", default="Josephgflowers/Finance-Instruct-500k", help="hub id, file or folder")
     add = add_group(parser, "Finance-Instruct pairs", trains="finance")
     add("--finance_instruct_pairs", type=positive(int), default=2000, help="at most N pairs of it")
-    add("--finance_temperature", type=temperature, default=0.0,
-        help="temperature of the base's own answers, which are rejected; the published runs used 0.8")
+    add("--finance_temperature", type=temperature, default=0.0, help="of the base's rejected answers; published: 0.8")
     add = add_group(parser, "general pairs", trains="general")
-    add("--general_dataset", default="Intel/orca_dpo_pairs",
-        help="hub id, file or folder with question (or prompt), chosen and rejected, and optionally system; or with "
-        "chosen and rejected dialogues, as Anthropic/hh-rlhf")
+    add("--general_dataset", default="Intel/orca_dpo_pairs", help="hub id, file or folder with question (or prompt), "
+        "chosen, rejected and optionally system; or with chosen and rejected dialogues, as Anthropic/hh-rlhf")
     add = add_group(parser, "what is measured on Reddit", trains="asked")
     add("--do_reddit", action=ON_OFF, default=True, help="replies to held-out posts")
     add("--reddit_limit", type=positive(int), default=100, help="posts")
@@ -354,67 +294,57 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
-def losses(
-    loss_type: str, loss_weights: str = "", label_smoothing: float = 0.0
-) -> tuple[list[str], list[float] | None]:
+def losses(loss_type: str, loss_weights: str) -> tuple[list[str], list[float] | None]:
     """TRL's `loss_type` and `loss_weights`, as the flags ask for them. Raises InputError for those that do not fit."""
     names = [name.strip() for name in loss_type.split(",")]
-    unknown = [name for name in names if name not in LOSS_TYPES]
+    unknown = [name or "an empty name" for name in names if name not in LOSS_TYPES]
     if unknown:
         raise InputError(
-            f"--loss_type {loss_type}: {unknown[0] or 'an empty name'} is unknown or needs another model; choose from "
-            f"{', '.join(LOSS_TYPES)}"
+            f"--loss_type {loss_type}: {unknown[0]} is unknown or needs another model; use {', '.join(LOSS_TYPES)}"
         )
     try:
         weights = [float(weight) for weight in loss_weights.split(",")] if loss_weights else None
     except ValueError as error:
         raise InputError(f"--loss_weights {loss_weights}: {error}; give numbers, as in 1,0.2") from error
     if weights and (len(weights) != len(names) or not all(map(math.isfinite, weights)) or not any(weights)):
-        raise InputError(
-            f"--loss_weights {loss_weights}: {len(names)} finite numbers are needed, one for each of --loss_type "
-            f"{loss_type}, and not all of them 0"
-        )
-    if label_smoothing and not set(names) & set(SMOOTHED):
-        raise InputError(
-            f"--label_smoothing {label_smoothing}: --loss_type {loss_type} does not use it; only "
-            f"{', '.join(SMOOTHED)} do"
-        )
-    if "exo_pair" in names and not label_smoothing:
-        raise InputError("--loss_type exo_pair needs --label_smoothing above 0; its paper recommends 0.001")
-    if "robust" in names and label_smoothing >= 0.5:
-        raise InputError(f"--label_smoothing {label_smoothing}: --loss_type robust needs a share below 0.5")
+        needed = f"{len(names)} finite numbers are needed, one for each of --loss_type, and not all of them 0"
+        raise InputError(f"--loss_weights {loss_weights}: {needed}")
     return names, weights
+
+
+def refuse(*rules: tuple[object, str]) -> None:
+    """Raises InputError with the text of the first rule, (condition, text), whose condition is true."""
+    for is_broken, message in rules:
+        if is_broken:
+            raise InputError(message)
 
 
 def check_dpo_flags(args: argparse.Namespace, *, in_stages: bool = False) -> None:
     """Raises InputError for flags of a DPO script that do not go together."""
-    if args.max_prompt_length >= args.max_length:
-        raise InputError(
-            f"--max_prompt_length {args.max_prompt_length} leaves no room for an answer within --max_length "
-            f"{args.max_length}; raise --max_length"
-        )
-    if args.eval_save_json and not args.do_eval:
-        raise InputError(
-            f"--eval_save_json {args.eval_save_json}: without --do_eval there are no TAT-QA rows to write"
-        )
-    losses(args.loss_type, args.loss_weights, args.label_smoothing)
-    if args.group_by_table and (args.batch == 1 or args.no_prefix_sharing):
-        raise InputError(
-            "--group_by_table shares what the pairs of a micro-batch have in common: give --batch 2 or more, without "
-            "--no_prefix_sharing"
-        )
+    (names, _), smoothing = losses(args.loss_type, args.loss_weights), args.label_smoothing
+    given = f"--label_smoothing {smoothing}: --loss_type {args.loss_type}"
+    refuse(
+        (smoothing and not {*names} & {*SMOOTHED}, f"{given} does not use it; only {', '.join(SMOOTHED)} do"),
+        ("exo_pair" in names and not smoothing, f"{given} needs it above 0; its paper recommends 0.001"),
+        ("robust" in names and smoothing >= 0.5, f"{given} needs a share below 0.5"),
+        (args.max_prompt_length >= args.max_length, f"--max_prompt_length {args.max_prompt_length} leaves no room for "
+         f"an answer within --max_length {args.max_length}; raise --max_length"),
+        (args.eval_save_json and not args.do_eval, "--eval_save_json: TAT-QA is not measured; add --do_eval"),
+        (args.group_by_table and (args.batch == 1 or args.no_prefix_sharing),
+         "--group_by_table shares within a micro-batch: give --batch 2 or more, without --no_prefix_sharing"),
+    )  # fmt: skip
     if in_stages:
         return
-    if args.adapter_trainable and not args.load_adapter:
-        raise InputError("--adapter_trainable needs --load_adapter DIR: which adapter is to be trained on")
-    if args.load_adapter and not args.adapter_trainable and not args.no_train:
-        raise InputError("--load_adapter: add --adapter_trainable to train it on, or --no_train to only measure it")
-    if args.no_train and not args.load_adapter and not args.eval_baseline:
-        raise InputError("--no_train without --load_adapter measures the base alone: leave out --no-eval_baseline")
-    if args.adapter_trainable and Path(args.load_adapter).resolve() == Path(args.output_dir).resolve():
-        raise InputError(
-            f"--load_adapter {args.load_adapter} is --output_dir too, and would be overwritten; name another"
-        )
+    adapter, trained = args.load_adapter, args.adapter_trainable
+    refuse(
+        (trained and not adapter, "--adapter_trainable needs --load_adapter DIR: which adapter is to be trained on"),
+        (adapter and not trained and not args.no_train,
+         "--load_adapter: add --adapter_trainable to train it on, or --no_train to only measure it"),
+        (args.no_train and not adapter and not args.eval_baseline,
+         "--no_train without --load_adapter measures the base alone: leave out --no-eval_baseline"),
+        (trained and Path(adapter).resolve() == Path(args.output_dir).resolve(),
+         f"--load_adapter {adapter} is --output_dir too, and would be overwritten; name another"),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,42 +353,32 @@ def check_dpo_flags(args: argparse.Namespace, *, in_stages: bool = False) -> Non
 
 DEMO_DIR = Path(__file__).resolve().parents[1] / "experiments" / "demo"
 
-DPO_DEMO = dict(
-    model=str(DEMO_DIR / "model"),
-    reward_model=str(DEMO_DIR / "reward_model"),
-    tatqa_dir=str(DEMO_DIR / "tatqa"),
-    mtbench_file=str(DEMO_DIR / "mt_bench_en.jsonl"),
-    retention_file=str(DEMO_DIR / "retention.jsonl"),
-    output_dir="demo_dpo",
-    limit_pairs=480,
-    beta=0.5,
-    batch=4,
-    grad_acc=2,
-    learning_rate=1e-3,
-    eval_limit=200,
-    eval_max_new_tokens=16,
-    eval_pairs=200,
-    mtbench_max_tokens=32,
-    instruct_max_tokens=32,
-)
-FINANCE_DEMO = {
-    **{name: value for name, value in DPO_DEMO.items() if name != "eval_pairs"},  # a flag of dpo_train.py alone
-    "reddit_dataset": str(DEMO_DIR / "reddit.jsonl"),
-    "finance_dataset": str(DEMO_DIR / "finance_instruct.jsonl"),
-    "general_dataset": str(DEMO_DIR / "orca_pairs.jsonl"),
-    "reddit_sample_rate": 1.0,
-    "finance_instruct_pairs": 120,
-    "general_pairs": 120,
-    "instruct_limit": 40,
-    "instruct_max_tokens": 48,
-    "reddit_limit": 40,
-    "reddit_max_tokens": 48,
-    "limit_pairs": 0,
+DEMO = {
+    "model": str(DEMO_DIR / "model"),
+    "reward_model": str(DEMO_DIR / "reward_model"),
+    "retention_file": str(DEMO_DIR / "retention.jsonl"),
 }
+DPO_DEMO = DEMO | dict(
+    tatqa_dir=str(DEMO_DIR / "tatqa"), mtbench_file=str(DEMO_DIR / "mt_bench_en.jsonl"), output_dir="demo_dpo",
+    limit_pairs=480, beta=0.5, batch=4, grad_acc=2, learning_rate=1e-3, eval_limit=200, eval_max_new_tokens=16,
+    eval_pairs=200, mtbench_max_tokens=32, instruct_max_tokens=32,
+)  # fmt: skip
+FINANCE_DEMO = DPO_DEMO | dict(
+    reddit_dataset=str(DEMO_DIR / "reddit.jsonl"), finance_dataset=str(DEMO_DIR / "finance_instruct.jsonl"),
+    general_dataset=str(DEMO_DIR / "orca_pairs.jsonl"), reddit_sample_rate=1.0, finance_instruct_pairs=120,
+    general_pairs=120, instruct_limit=40, instruct_max_tokens=48, reddit_limit=40, reddit_max_tokens=48, limit_pairs=0,
+)  # fmt: skip
+del FINANCE_DEMO["eval_pairs"]  # a flag of dpo_train.py alone
 
 
-def parse_arguments(parser: Parser, argv: list[str] | None, demo: dict[str, Any]) -> argparse.Namespace:
-    """Parses `argv`, or the command line; with --demo flags that the user did not give take their values from `demo`.
+def parse_arguments(
+    parser: Parser,
+    argv: list[str] | None,
+    demo: dict[str, Any],
+    further: Callable[[argparse.Namespace], dict[str, Any]] = lambda args: {},
+) -> argparse.Namespace:
+    """Parses `argv`, or the command line. Flags that were not given get their defaults from `further`, of what was
+    given, and with --demo from `demo`.
 
     A demo's output folder is the first free one of NAME_1, NAME_2, ..., so that the demo can be run again; one that
     resumes, from a checkpoint or a stage, takes the last one. A text that is empty, as of a shell variable that is not
@@ -471,13 +391,13 @@ def parse_arguments(parser: Parser, argv: list[str] | None, demo: dict[str, Any]
     for name, value in vars(args).items():
         if value == "" and parser.get_default(name) != "":
             parser.error(f"argument --{name}: it is empty; give a value or leave the flag out")
+    defaults = further(args)
     if args.demo:
-        number = 1
-        while Path(f"{demo['output_dir']}_{number}").exists():
-            number += 1
+        folders = [f"{demo['output_dir']}_1"]
+        while Path(folders[-1]).exists():
+            folders.append(f"{demo['output_dir']}_{len(folders) + 1}")
         later_stage = getattr(args, "resume_from_stage", None) or getattr(args, "stage", 0) > 1
-        if (args.resume_from_checkpoint or later_stage) and number > 1:
-            number -= 1
-        parser.set_defaults(**{**demo, "output_dir": f"{demo['output_dir']}_{number}"})
-        args = parser.parse_args(words)
-    return args
+        resumes = args.resume_from_checkpoint or later_stage
+        defaults |= {**demo, "output_dir": folders[-2:][0] if resumes else folders[-1]}
+    parser.set_defaults(**defaults)
+    return parser.parse_args(words)

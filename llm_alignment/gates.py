@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Iterable
 
 from llm_alignment.files import InputError
-from llm_alignment.flags import in_32_bits
+from llm_alignment.flags import number
 
 ENOUGH_ITEMS = 40  # with fewer, an interval of skewed differences is too narrow to judge by
 REACH = 1.96 + 1.28  # standard errors between mean and gate that decide in 90 % of repeats: an estimate may be wrong
@@ -17,15 +17,13 @@ def parse_gates(text: str) -> dict[str, float]:
     """ "mtbench=-0.3,val_loss=-0.05" as the least acceptable difference of each metric. Raises InputError."""
     gates: dict[str, float] = {}
     for part in filter(None, map(str.strip, text.split(","))):
-        name, equals, number = map(str.strip, part.partition("="))
-        if not name or not equals:
-            raise InputError(f"--gates {part!r} is not METRIC=DIFFERENCE, as in mtbench=-0.3")
-        if name in gates:
-            raise InputError(f"--gates {name}: it is given twice; give one difference for each metric")
+        name, _, limit = map(str.strip, part.partition("="))
+        if not name or name in gates:
+            raise InputError(f"--gates {part}: name each metric once, as in mtbench=-0.3")
         try:
-            gates[name] = in_32_bits(float(number))
+            gates[name] = number(float, -(2**31), ends="()")(limit)
         except (ValueError, argparse.ArgumentTypeError):
-            raise InputError(f"--gates {name}: {number!r} is not a number; write {name}=-0.3 or the like") from None
+            raise InputError(f"--gates {part}: {limit!r} is not a number; write {name}=-0.3 or the like") from None
     return gates
 
 
@@ -34,9 +32,7 @@ def check_gates(gates: Iterable[str], metrics: Collection[str], measured: Collec
     for name in gates:
         if name not in measured:
             what = "this run does not measure it" if name in metrics else "there is no such metric"
-            raise InputError(
-                f"--gates {name}: {what}; choose from {', '.join(measured) or 'an evaluation to switch on'}"
-            )
+            raise InputError(f"--gates {name}: {what}; choose from {', '.join(measured) or 'nothing: switch it on'}")
 
 
 def judge(delta: dict, limit: float, *, lower_is_better: bool = False) -> dict:
@@ -58,7 +54,7 @@ def judge(delta: dict, limit: float, *, lower_is_better: bool = False) -> dict:
         if (best > limit) if lower_is_better else (best < limit):
             return {**gate, "verdict": "missed"}
     half = mean - low if mean >= limit else high - mean  # the side that reaches over the gate
-    return {**gate, "questions": _questions(half / 1.96 * math.sqrt(n), abs(mean - limit))}
+    return {**gate, "questions": questions_that_decide(half / 1.96 * math.sqrt(n), abs(mean - limit))}
 
 
 def describe(name: str, gate: dict, *, lower_is_better: bool = False) -> str:
@@ -82,18 +78,13 @@ def questions_needed(limit: float, deltas: Iterable[dict], *, expected: float = 
     clusters count. `expected` is the difference that the run is thought to make. None without an earlier interval, or
     where the expected difference is the gate itself.
     """
-    spreads = [
-        (delta["high"] - delta["low"]) / (2 * 1.96) * math.sqrt(delta["n"])
-        for delta in deltas
-        if delta["low"] is not None
-    ]
+    known = [delta for delta in deltas if delta["low"] is not None]
+    spreads = [(delta["high"] - delta["low"]) / (2 * 1.96) * math.sqrt(delta["n"]) for delta in known]
     if not spreads:
         return None
-    return _questions(math.hypot(*spreads) / math.sqrt(len(spreads)), abs(expected - limit))
+    return questions_that_decide(math.hypot(*spreads) / math.sqrt(len(spreads)), abs(expected - limit))
 
 
-def _questions(spread: float, distance: float) -> int | None:
-    """Items after which a mean `distance` away from a gate decides; `spread` is the items' standard deviation."""
-    if distance == 0:
-        return None
-    return max(ENOUGH_ITEMS, math.ceil((REACH * spread / distance) ** 2))
+def questions_that_decide(spread: float, distance: float) -> int | None:
+    """After how many items a mean `distance` from its gate decides; `spread` is the items' standard deviation."""
+    return max(ENOUGH_ITEMS, math.ceil((REACH * spread / distance) ** 2)) if distance else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 
 from llm_alignment.texts import main_script
@@ -28,11 +27,8 @@ def check_judge(pairs: list[dict], score: Callable[[list[list[dict]]], list[floa
         prompt = pair["prompt"]
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         conversations += [[*turns, {"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")]
-    rewards = score(conversations)
-    return judge_report([
-        {**pair, "rewards": both}
-        for pair, both in zip(pairs, zip(rewards[::2], rewards[1::2], strict=True), strict=True)
-    ])
+    rewards = iter(score(conversations))
+    return judge_report([{**pair, "rewards": (next(rewards), next(rewards))} for pair in pairs])
 
 
 def judge_report(rows: list[dict]) -> dict:
@@ -50,30 +46,25 @@ def judge_report(rows: list[dict]) -> dict:
     - "length_explains": r squared, in per cent, of the reward differences and the differences in the logarithm of
       length, in characters. Through the origin, as it must not matter which answer comes first; None without any.
     """
-    agrees: dict[str, list[float]] = defaultdict(list)
-    differences, lengths = [], []
+    groups: dict[str, list[float]] = {name: [] for name in TITLES}
+    lengths = []
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         chosen, rejected = (max(1, len(row[side])) for side in ("chosen", "rejected"))
-        difference = row["rewards"][0] - row["rewards"][1]
         is_like = abs(chosen - rejected) <= LIKE_LENGTH * max(chosen, rejected)
-        names = [
-            "all",
-            main_script(prompt) or "no letters",
-            "like" if is_like else "longer" if chosen > rejected else "shorter",
-        ]
-        if main_script(row["chosen"]) != main_script(row["rejected"]):
-            names.append("two_scripts")
+        names = ["all", main_script(prompt) or "no letters"]
+        names += ["like" if is_like else "longer" if chosen > rejected else "shorter"]
+        names += ["two_scripts"] * (main_script(row["chosen"]) != main_script(row["rejected"]))
         for name in names:
-            agrees[name].append(difference)
-        differences.append(difference)
+            groups.setdefault(name, []).append(row["rewards"][0] - row["rewards"][1])
         lengths.append(math.log(chosen / rejected))
-    told = [(d, x) for d, x in zip(differences, lengths, strict=True) if d and x]
-    squares = sum(d * d for d in differences) * sum(x * x for x in lengths)
-    product = sum(d * x for d, x in zip(differences, lengths, strict=True))
-    order = [*TITLES, *sorted(agrees.keys() - TITLES.keys())]
+    both = list(zip(groups["all"], lengths, strict=True))
+    told = [(d, x) for d, x in both if d and x]
+    squares = sum(d * d for d, _ in both) * sum(x * x for x in lengths)
+    product = sum(d * x for d, x in both)
+    order = [*TITLES, *sorted(groups.keys() - TITLES.keys())]
     return {
-        "groups": {name: agreement(agrees[name]) for name in order if agrees[name]},
+        "groups": {name: agreement(groups[name]) for name in order if groups[name]},
         "longer_preferred": 100 * sum(d * x > 0 for d, x in told) / len(told) if told else None,
         "longer_chosen": 100 * sum(x > 0 for _, x in told) / len(told) if told else None,
         "length_explains": 100 * product**2 / squares if squares else None,
@@ -84,11 +75,11 @@ def agreement(differences: list[float]) -> dict:
     """A group of `judge_report`, of its reward differences."""
     from scipy.stats import binomtest
 
-    told = [difference for difference in differences if difference]
-    result = {"n": len(differences), "ties": len(differences) - len(told), "agree": sum(d > 0 for d in told)}
+    told, agree = sum(d != 0 for d in differences), sum(d > 0 for d in differences)
+    result = {"n": len(differences), "ties": len(differences) - told, "agree": agree}
     if not told:
         return {**result, "share": None, "low": None, "high": None}
-    test = binomtest(result["agree"], len(told))
+    test = binomtest(agree, told)
     interval = test.proportion_ci(0.95, method="exact")
     return {**result, "share": 100 * test.statistic, "low": 100 * interval.low, "high": 100 * interval.high}
 
@@ -100,11 +91,9 @@ def judge_lines(report: dict) -> list[str]:
     for name, group in report["groups"].items():
         told = "-" if group["share"] is None else f"{group['share']:5.1f} % [{group['low']:.1f}, {group['high']:.1f}]"
         lines.append(f"{TITLES.get(name, name):{width}}  {told:22}  {group['n']:9}  {group['ties']:13}")
-    if report["longer_preferred"] is not None:
-        lines.append(
-            f"the longer answer has the higher reward in {report['longer_preferred']:.1f} % of pairs and is chosen in "
-            f"{report['longer_chosen']:.1f} %"
-        )
-    if report["length_explains"] is not None:
-        lines.append(f"length explains {report['length_explains']:.1f} % of the reward differences (r squared)")
+    preferred, chosen, explained = (report[key] for key in ("longer_preferred", "longer_chosen", "length_explains"))
+    if preferred is not None:
+        lines.append(f"the longer answer has the higher reward in {preferred:.1f} % and is chosen in {chosen:.1f} %")
+    if explained is not None:
+        lines.append(f"length explains {explained:.1f} % of the reward differences (r squared)")
     return lines

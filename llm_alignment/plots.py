@@ -26,9 +26,7 @@ REWARDS = {
 }
 
 
-def new_figure(
-    width: float, height: float, columns: int, lines: int = 1, *, sharey: bool = False
-) -> tuple[Figure, list]:
+def new_figure(width: float, height: float, columns: int, lines: int = 1, sharey: bool = False) -> tuple[Figure, list]:
     """A figure of `width` x `height` inches in letters that read at that size, and its axes, line by line."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -106,10 +104,7 @@ def plot_curves(title: str, logs: dict[str, list[dict]], panels: dict[str, dict[
 
 
 def save_figure(figure: Figure | None, path: Path) -> None:
-    """Writes a PNG under a temporary name and renames it; without metadata, so that equal plots are equal files.
-
-    Where there was nothing to draw (None), no file is written.
-    """
+    """Writes a PNG, whole or not at all, and none of nothing; without metadata, so that equal plots are equal files."""
     if figure is not None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})

@@ -37,19 +37,15 @@ def processes() -> int:
 
 
 def device_and_dtype(choice: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """This process's device and the type of the base's weights; `choice` is --dtype.
-
-    auto: bf16 where the GPU has it, else fp16; fp32 on CPU. Raises InputError for bf16 on a GPU without it, and for
-    several GPUs on Windows, where torch has no NCCL.
-    """
+    """This process's device and the type of the base's weights; `choice` is --dtype: auto is bf16 where the GPU has
+    it, else fp16, and fp32 on CPU. Raises InputError for bf16 on a GPU without it, and for several GPUs on Windows."""
     import torch
 
     if not torch.cuda.is_available():
         return torch.device("cpu"), getattr(torch, DTYPES.get(choice, "float32"))
     if processes() > 1 and sys.platform == "win32":
         raise InputError(
-            "several GPUs need NCCL, which torch does not have on Windows (it has gloo, for CPU): start one process, "
-            "without accelerate launch, or use WSL"
+            "several GPUs need NCCL, which Windows lacks: start one, without accelerate launch, or use WSL"
         )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -63,10 +59,9 @@ def named_device(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The name of a device ("cpu", or the GPU's) and of the type of the weights; logs both."""
     import torch
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    type_name = str(dtype).removeprefix("torch.")
-    log.info("device: %s, %s", name, type_name)
-    return name, type_name
+    names = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", str(dtype).removeprefix("torch.")
+    log.info("device: %s, %s", *names)
+    return names
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -149,6 +144,6 @@ def halved_when_full(
             is_full = True
         waiting = [item for place, item in enumerate(batch) if place not in done] + waiting[size:]
         if is_full:
-            size = max(1, len(batch) // 2)
+            size = len(batch) // 2
             torch.cuda.empty_cache()  # only here, where the error no longer holds on to the tensors
             log.warning("out of memory: continuing with batches of %d", size)

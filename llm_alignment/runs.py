@@ -20,25 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.endings import console_and_log, ending, explain, interrupt, open_log, signals_go_to
-from llm_alignment.files import (
-    InputError,
-    append_record,
-    cache_folder,
-    parse_json,
-    remove_left_over,
-    to_bytes,
-    write_json,
-)
+from llm_alignment.files import InputError, append_record, cache_folder, parse_json, remove_left_over, write_json
 from llm_alignment.hub import COMMITS
-from llm_alignment.processes import (
-    all_processes,
-    gathered,
-    main_process,
-    named_device,
-    on_main_process,
-    processes,
-    versions,
-)
+from llm_alignment.processes import all_processes, gathered, main_process, named_device, processes, versions
 
 if TYPE_CHECKING:
     from llm_alignment.models import Base
@@ -64,7 +48,6 @@ def recorded_run(args: argparse.Namespace, argv: list[str] | None, script: str) 
     with console_and_log():
         keeps_record = main_process() and not args.dry_run
         try:
-            check_texts(vars(args))
             record |= new_record(vars(args), sys.argv[1:] if argv is None else argv, script)
             cache = None if args.no_baseline_cache else cache_folder()
             with signals_go_to(interrupt), run_folder(Path(args.output_dir), Path(args.exp_log), cache, script):
@@ -91,7 +74,16 @@ def recorded_run(args: argparse.Namespace, argv: list[str] | None, script: str) 
 
 
 def new_record(flags: dict[str, Any], argv: list[str], script: str) -> dict:
-    """The record of a run that begins; its keys are those of every line of --exp_log."""
+    """The record of a run that begins; its keys are those of every line of --exp_log.
+
+    Raises InputError for a flag's text that UTF-8 cannot spell: the line could not be read.
+    """
+    for name, value in flags.items():
+        try:
+            str(value).encode("utf-8", "surrogateescape").decode("utf-8")
+        except UnicodeError as error:
+            raise InputError(f"--{name} {ascii(value)}: not valid Unicode text; give another name") from error
+    packages = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
     return {
         "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "tag": flags["exp_tag"],
@@ -99,14 +91,10 @@ def new_record(flags: dict[str, Any], argv: list[str], script: str) -> dict:
         "argv": argv,
         "args": flags,
         "git": git_commit(),
-        "versions": {"python": sys.version.split()[0]}
-        | versions("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"),
+        "versions": {"python": sys.version.split()[0]} | versions(*packages),
         "device": None,
         "data": None,
-        "baseline": {},
-        "final": {},
-        "delta": {},
-        "runtime_s": {},
+        **{key: {} for key in ("baseline", "final", "delta", "runtime_s")},
         "kept_step": None,
         "status": "failed",
         "output_dir": flags["output_dir"],
@@ -127,23 +115,21 @@ def finish(record: dict) -> str:
     Returns what went wrong, "" when nothing did.
     """
     record["runtime_s"]["total"] = add_untimed(record, "other")
+    path = Path(record["args"]["exp_log"])
     try:
-        append_record(Path(record["args"]["exp_log"]), record)
+        append_record(path, record)
     except OSError as error:
         log.error("the run's record: %s", json.dumps(record, ensure_ascii=False))
-        return (
-            f"; {record['args']['exp_log']} cannot be written ({error.strerror}), and the run's record is shown above"
-        )
+        return f"; {path} cannot be written ({error.strerror}), and the run's record is shown above"
     return ""
 
 
 @contextlib.contextmanager
 def run_folder(folder: Path, exp_log: Path, cache: Path | None, script: str) -> Iterator[None]:
-    """Makes and locks the output folder, and looks whether the log and the cache can be written; a run that leaves no
-    file removes it.
+    """Makes and locks the output folder; a run that leaves no file removes it.
 
     Raises InputError when another run works in the folder, when it holds the run of another script, or when folder,
-    log or cache cannot be written. The lock of a process that died is free.
+    log or cache cannot be written.
     """
     if processes() > 1:
         all_processes().wait_for_everyone()  # the demo's folder is the first free one: all have looked by now
@@ -154,9 +140,9 @@ def run_folder(folder: Path, exp_log: Path, cache: Path | None, script: str) -> 
     if cache is not None:
         advice = "name another folder by LLM_ALIGNMENT_CACHE, or add --no_baseline_cache"
         check_writable(cache / "baselines" / "rows.jsonl", "cache", advice)
-    refusal = "another run is working in this folder; wait for its end or name another folder"
     check_writable(folder / "run.lock", "--output_dir", "name another folder")
-    with held_alone(folder / "run.lock", f"--output_dir {folder}: {refusal}"):
+    refusal = f"--output_dir {folder}: another run is working in this folder; wait for its end or name another folder"
+    with held_alone(folder / "run.lock", refusal):
         check_script(folder, script)
         yield
 
@@ -180,45 +166,31 @@ def held_alone(path: Path, refusal: str) -> Iterator[None]:
             raise InputError(refusal) from error
         yield
     finally:
-        if lock.is_locked:
-            with contextlib.suppress(OSError):  # on Windows, which does not delete what is open, filelock does it
-                path.unlink()  # while it is held, so that nobody else loses a lock taken since
-            lock.release()
+        with contextlib.suppress(OSError):
+            if lock.is_locked:  # so that nobody else loses a lock taken since; on Windows filelock removes it
+                path.unlink()
+        lock.release()
         with contextlib.suppress(OSError):
             for folder in made:
                 folder.rmdir()
 
 
 def check_script(folder: Path, script: str) -> None:
-    """Raises InputError when `folder` holds the run of another script, a model or an adapter, which a run would
-    overwrite or mix with its own files."""
-    path = folder / "run.json"
-    if not path.exists():
-        for name in ("config.json", "adapter_config.json"):
-            if (folder / name).exists():
-                raise InputError(f"--output_dir {folder} holds a model or an adapter ({name}); name another folder")
-        return
-    try:
-        other = parse_json(path.read_bytes())["script"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise damaged_run(path) from error
+    """Raises InputError when `folder` holds a model, an adapter or another script's run, which would be mixed."""
+    path, other = folder / "run.json", ""
+    if path.exists():
+        try:
+            other = parse_json(path.read_bytes())["script"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise damaged_run(path) from error
+    else:
+        other = next((name for name in ("config.json", "adapter_config.json") if (folder / name).exists()), script)
     if other != script:
-        raise InputError(f"--output_dir {folder} holds another run ({other}); name another folder")
+        raise InputError(f"--output_dir {folder} holds another run or a model ({other}); name another folder")
 
 
 def damaged_run(path: Path) -> InputError:
-    return InputError(
-        f"{path} is damaged, so the run cannot be checked: put it back, or start again in another --output_dir"
-    )
-
-
-def check_texts(flags: dict[str, Any]) -> None:
-    """Raises InputError for a flag's text that UTF-8 cannot spell: the line of the record would not be readable."""
-    for name, value in flags.items():
-        try:
-            to_bytes(str(value)).decode("utf-8")
-        except UnicodeError as error:
-            raise InputError(f"--{name} {ascii(value)}: not valid Unicode text; give another name") from error
+    return InputError(f"{path} is damaged, so the run cannot be checked: put it back, or name another --output_dir")
 
 
 RECORD_KEYS = ({"ts", "script"}, {"ts", "params"}, {"timestamp", "stages"})  # the last two: of the original scripts
@@ -235,9 +207,7 @@ def check_log(path: Path) -> None:
                 row = parse_json(line)
                 if isinstance(row, dict) and any(row.keys() >= keys for keys in RECORD_KEYS):
                     return
-    raise InputError(
-        f"--exp_log {path} is a file without run records, which the record would damage; name another file"
-    )
+    raise InputError(f"--exp_log {path}: a file without run records, which the record would damage; name another")
 
 
 def check_writable(path: Path, flag: str, advice: str = "name another file") -> None:
@@ -261,7 +231,7 @@ def begin(record: dict, data: dict, base: Base) -> Path:
 
     name, dtype = named_device(base.device, base.dtype)
     record["device"] = {"name": name, "dtype": dtype, "processes": processes(), "threads": torch.get_num_threads()}
-    record["data"], record["commits"], record["base"] = data, dict(COMMITS), base.identity
+    record |= {"data": data, "commits": dict(COMMITS), "base": base.identity}
     folder = Path(record["output_dir"])
     all_processes().wait_for_everyone()  # all have looked at the folder before it changes
     if main_process():
@@ -283,7 +253,7 @@ def check_shared(folder: Path, flags: dict[str, Any]) -> None:
     Raises InputError where it would have to read what the main one writes there: a checkpoint or an earlier stage.
     """
     with tempfile.NamedTemporaryFile(dir=folder) if main_process() else contextlib.nullcontext() as file:
-        name = on_main_process(lambda: Path(file.name).name if file else "")
+        [name] = gathered([Path(file.name).name] if file else [])
         apart = gathered([] if (folder / name).exists() else [all_processes().process_index])
     if not apart:
         return

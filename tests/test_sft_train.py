@@ -411,7 +411,7 @@ def test_a_folder_that_holds_a_model_is_left_alone(name, tmp_path, capsys):
     (tmp_path / "run" / name).write_text("{}", encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         sft_train.main(flags(tmp_path / "run"))
-    assert stop.value.code == 2 and "holds a model" in capsys.readouterr().err
+    assert stop.value.code == 2 and "holds another run or a model" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
 
 
