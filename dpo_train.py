@@ -179,19 +179,14 @@ def _cells_near(context: dict, text: str, rng: random.Random) -> list[str]:
 # The run
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments; with pairs of one's own TAT-QA is measured when the user asks for it."""
-    parser = build_parser()
-    args = parse_arguments(parser, argv, DPO_DEMO)
-    if args.pairs:
-        parser.set_defaults(do_eval=False)
-        args = parse_arguments(parser, argv, DPO_DEMO)
-    return args
+def of_own_pairs(args: argparse.Namespace) -> dict:
+    """Further defaults: with pairs of one's own TAT-QA is measured when the user asks for it."""
+    return {"do_eval": False} if args.pairs else {}
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
-    args = parse(argv)
+    args = parse_arguments(build_parser(), argv, DPO_DEMO, of_own_pairs)
     with recorded_run(args, argv, "dpo_train.py") as record:
         run(args, record)
     return record

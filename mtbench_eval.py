@@ -19,23 +19,17 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_alignment import flags
 from llm_alignment.evaluation import Evaluation, pair_rows, print_table, read_items, report, table_rows
-from llm_alignment.files import InputError, SkippedRows, differing, read_jsonl, read_rows, write_json
-from llm_alignment.flags import (
-    DEMO_DIR,
-    add_model_flags,
-    add_mtbench_flags,
-    add_run_flags,
-    fill,
-    not_negative,
-    parse_arguments,
-)
+from llm_alignment.files import InputError, SkippedRows, differing, read_jsonl, write_json
+from llm_alignment.flags import fill, not_negative, parse_arguments
 from llm_alignment.hub import hub_files
 from llm_alignment.judge import check_judge, judge_lines
 from llm_alignment.parser import Parser, add_group
 from llm_alignment.preferences import read_pairs
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle, render
+from llm_alignment.questions import read_questions
 from llm_alignment.results import ResultFile, baseline_cache, read_results
 from llm_alignment.retention import RetentionSettings, retention_evaluations
 from llm_alignment.runs import begin, recorded_run, timed
@@ -43,9 +37,7 @@ from llm_alignment.scores import compare_scored, scored_evaluation, summarise, s
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llm_alignment.generation import Decoding
+    pass
 
 log = logging.getLogger("llm_alignment")
 
@@ -74,22 +66,7 @@ def load_questions(
     for known in MT_BENCH:
         if str(path) == f"mt_bench_{known}.json" and not path.exists():
             fetch_questions(known, path, flag)
-    skipped, questions = SkippedRows(), []
-    first_places: dict[int | str, str] = {}
-    for number, (place, row) in enumerate(read_rows(path, skipped), 1):
-        question = as_question(row, number, f"{path}, {place}")
-        question_id = question["question_id"]
-        if question_id in first_places:
-            raise InputError(
-                f"{path}, {place}: duplicate question_id {question_id} (first at {first_places[question_id]}); give "
-                "every question an id of its own"
-            )
-        first_places[question_id] = place
-        questions.append(question)
-    if skipped.count:
-        raise InputError(f"{path}: {skipped.places[0]}; repair the file or fetch it again")
-    if not questions:
-        raise InputError(f"{path}: no questions in this file; fetch it again or name another")
+    questions = [question for _, question in read_questions(path, as_question)]
     return sample_questions(questions, limit, seed)
 
 
@@ -102,21 +79,13 @@ def sample_questions(questions: list[dict], limit: int, seed: int) -> list[dict]
     return [question for question in questions if question["question_id"] in sampled]
 
 
-def as_question(row: dict, number: int, place: str) -> dict:
-    """{"question_id", "category", "turns"} of a row. A null column counts as absent; `number` is the id where none is.
-
-    Raises InputError naming `place` for a row without turns or with an id that is neither a number nor a text.
-    """
-    row = {key: value for key, value in row.items() if value is not None}
+def as_question(row: dict, number: int) -> dict:
+    """{"question_id", "category", "turns"} of a row; `number` is the id where none is."""
     turns = next((row[key] for key in ("turns", "prompt", "question", "text") if key in row), None)
-    turns = [turns] if isinstance(turns, str) else turns
-    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
-        raise InputError(f"{place}: no turns; give every question a list of texts named turns")
     question_id = row.get("question_id", number)
     if isinstance(question_id, float) and question_id.is_integer():  # how a table with gaps stores whole numbers
         question_id = int(question_id)
-    if not isinstance(question_id, int | str):
-        raise InputError(f"{place}: question_id {json.dumps(question_id)}; make it a whole number or a text")
+    turns = [turns] if isinstance(turns, str) else turns
     return {"question_id": question_id, "category": str(row.get("category", "general")), "turns": turns}
 
 
@@ -128,14 +97,26 @@ def fetch_questions(language: str, path: Path, flag: str) -> None:
     log.info("%s: the questions of %s, fetched", path, repository)
 
 
+def mtbench_evaluations(args: argparse.Namespace, *asked: list[dict]) -> list[Evaluation]:
+    """MT-Bench with each of these lists of questions, scored by one reward model."""
+    from llm_alignment.generation import Decoding
+    from llm_alignment.rewards import load_reward_model
+
+    reward_model = load_reward_model(
+        args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code, on_meta=args.dry_run
+    )
+    decoding = Decoding(
+        max_new_tokens=args.mtbench_max_tokens, temperature=args.mtbench_temperature, seed=args.seed,
+        backend=args.mtbench_backend, thinking=args.thinking, batch_size=args.eval_batch_size,
+    )  # fmt: skip
+    return [scored_evaluation("mtbench", questions, decoding, reward_model) for questions in asked]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-DEMO = {
-    "model": str(DEMO_DIR / "model"),
-    "reward_model": str(DEMO_DIR / "reward_model"),
-    "questions": str(DEMO_DIR / "mt_bench_ru.jsonl"),
-    "retention_file": str(DEMO_DIR / "retention.jsonl"),
+DEMO = flags.DEMO | {
+    "questions": str(flags.DEMO_DIR / "mt_bench_ru.jsonl"),
     "output_dir": "demo_mtbench",
     "mtbench_max_tokens": 32,
 }
@@ -148,68 +129,54 @@ def build_parser() -> Parser:
         "no_4bit reward_model dry_run"
     )
     parser = Parser("mtbench_eval.py", __doc__, shown)
-    add_model_flags(parser)
-    add_run_flags(parser, "experiments/mtbench_evaluations.jsonl", trains=False)
+    flags.add_model_flags(parser)
+    flags.add_run_flags(parser, "experiments/mtbench_evaluations.jsonl", trains=False)
     add = add_group(parser, "what to measure", trains=False)
     add("--adapter", default="", help="output folder of a training run; without it the base model")
     add("--questions", "--mtbench_file", default="auto", help="JSONL or JSON file; auto fetches MT-Bench")
     add("--language", choices=["ru", "en"], default="ru", help="which set auto fetches")
-    add("--adapter_scale", type=not_negative(float), default=1.0,
-        help="strength of the adapter: 0 is the base, 1 the run")
+    add("--adapter_scale", type=not_negative(float), default=1.0, help="its strength: 0 is the base, 1 the run")
     add("--check_judge", default="", metavar="PAIRS",
         help="measure instead how often the reward model agrees with these preference pairs")
     add("--compare", default="", help="per-question file of an earlier evaluation to compare with")
-    add("--mtbench_limit", "--mtbench_questions_limit", "--limit", dest="mtbench_questions_limit", default=0,
-        type=not_negative(int), metavar="N",
-        help="ask a sample of this many; 0 = all")
-    add_mtbench_flags(add)
+    add("--mtbench_limit", "--mtbench_questions_limit", "--limit", dest="mtbench_questions_limit", metavar="N",
+        type=not_negative(int), default=0, help="ask a sample of this many; 0 = all")
+    flags.add_mtbench_flags(add)
     # the same command continues the evaluation
     parser.set_defaults(output_dir="mtbench_results", resume_from_checkpoint=None)
     return parser
 
 
 # fmt: on
-def earlier_results(path: str, questions: list[dict]) -> tuple[dict, list[dict]]:
-    """The fingerprint of the MT-Bench file that --compare names, and its rows for `questions`.
+def earlier_rows(path: str, mtbench: Evaluation) -> list[dict]:
+    """The rows for the questions of `mtbench` in the file that --compare names; warns when it had other settings.
 
-    Raises InputError when it is another kind of file or answers none of the questions with these turns.
+    Raises InputError when it is another kind of file, answers none of the questions with these turns, or was scored by
+    another reward model.
     """
     skipped = SkippedRows()
     fingerprint, rows = read_results(Path(path), skipped)
     needed = ("rewards", "scores", "scores_logged", "answer_tokens", "finished")
-    is_whole = all(isinstance(fingerprint.get(name), dict) for name in ("reward_model", "generation"))
+    is_whole = bool(rows) and all(isinstance(fingerprint.get(name), dict) for name in ("reward_model", "generation"))
     for row in rows:
         columns: list[Any] = [row.get(name) for name in ("turns", *needed)]
         is_whole &= all(isinstance(values, list) and len(values) == len(columns[0]) > 0 for values in columns)
         is_whole = is_whole and all(isinstance(x, int | float) and math.isfinite(x) for x in sum(columns[1:], []))
-    if not rows or not is_whole:
+    if not is_whole:
         raise InputError(f"--compare {path}: no per-question results; name an mtbench_*.jsonl of an output folder")
     skipped.report(f"damaged lines of {path}")
-    turns = {question["question_id"]: question["turns"] for question in questions}
+    turns = {question["question_id"]: question["turns"] for question in mtbench.items}
     rows = [row for row in rows if row["question_id"] in turns]
     other = [row["question_id"] for row in rows if row["turns"] != turns[row["question_id"]]]
     if not rows or other:
         what = f"asked other turns under question_id {other[0]}" if other else "answered none of these questions"
         raise InputError(f"--compare {path} {what}; compare evaluations of one question set")
-    return fingerprint, rows
-
-
-def check_settings(compare: str, earlier: dict, now: dict) -> None:
-    """Warns when the answers to compare with had other settings. Raises InputError for another reward model."""
-    if earlier["reward_model"] != now["reward_model"]:
-        other = differing(earlier["reward_model"], now["reward_model"])
-        raise InputError(f"--compare {compare} was scored by another reward model ({other}); score it by this one")
-    if earlier["generation"] != now["generation"]:
-        other = differing(earlier["generation"], now["generation"])
-        log.warning("--compare %s had other settings (%s): part of the difference comes from that", compare, other)
-
-
-def print_plan(tokenizer: PreTrainedTokenizerBase, questions: list[dict], decoding: Decoding) -> None:
-    """What the evaluation would do, and its first question as the model will read it."""
-    turns = sum(len(question["turns"]) for question in questions)
-    log.info("%d questions, %d answers of up to %d tokens each", len(questions), turns, decoding.max_new_tokens)
-    text = render(questions[0]["turns"][0], tokenizer, PromptStyle(thinking=decoding.thinking))
-    log.info("question %s as the model reads it:\n%s", questions[0]["question_id"], text)
+    judge, settings = (differing(fingerprint[name], mtbench.settings[name]) for name in ("reward_model", "generation"))
+    if judge:
+        raise InputError(f"--compare {path} was scored by another reward model ({judge}); score it by this one")
+    if settings:
+        log.warning("--compare %s had other settings (%s): part of the difference comes from that", path, settings)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -234,35 +201,23 @@ def run_judge(args: argparse.Namespace, record: dict) -> None:
 def run(args: argparse.Namespace, record: dict) -> None:
     """Answer, score, summarise, compare. Everything that can be wrong with the input is found before it writes."""
     from llm_alignment import adapters, models
-    from llm_alignment.generation import Decoding
-    from llm_alignment.rewards import load_reward_model
 
     questions = load_questions(
         args.questions, language=args.language, limit=args.mtbench_questions_limit, seed=args.mtbench_questions_seed
     )
     retention = fill(RetentionSettings, args)
     kept = retention.questions()
-    earlier_fingerprint, earlier = earlier_results(args.compare, questions) if args.compare else ({}, [])
     base = models.resolve_base(fill(models.BaseFlags, args))
     tokenizer = models.load_tokenizer(base)
     adapters.check_model(base, tokenizer, adapter=args.adapter, scale=args.adapter_scale)
-    reward_model = load_reward_model(
-        args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code, on_meta=args.dry_run
-    )
-    decoding = Decoding(
-        max_new_tokens=args.mtbench_max_tokens,
-        temperature=args.mtbench_temperature,
-        seed=args.seed,
-        backend=args.mtbench_backend,
-        thinking=args.thinking,
-        batch_size=args.eval_batch_size,
-    )
-    mtbench = scored_evaluation("mtbench", questions, decoding, reward_model)
+    [mtbench] = mtbench_evaluations(args, questions)
     evaluations = [mtbench, *retention_evaluations(kept, retention)]
-    if earlier:
-        check_settings(args.compare, earlier_fingerprint, mtbench.settings)
+    earlier = earlier_rows(args.compare, mtbench) if args.compare else []
     if args.dry_run:
-        print_plan(tokenizer, questions, decoding)
+        turns = sum(len(question["turns"]) for question in questions)
+        log.info("%d questions, %d answers of up to %d tokens each", len(questions), turns, args.mtbench_max_tokens)
+        text = render(questions[0]["turns"][0], tokenizer, fill(PromptStyle, args))
+        log.info("question %s as the model reads it:\n%s", questions[0]["question_id"], text)
         return
     with timed(record, "load"):
         model = models.load_model(base)

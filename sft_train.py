@@ -15,30 +15,17 @@ import argparse
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_alignment import flags
 from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl  # noqa: F401 - the loss is part of this script
 from llm_alignment.card import write_card
 from llm_alignment.encoder import ChatEncoder
 from llm_alignment.evaluation import METRICS, Evaluation, asked_gates, judge_gates, measure, report
-from llm_alignment.files import InputError
-from llm_alignment.flags import (
-    DEMO_DIR,
-    add_lora_flags,
-    add_model_flags,
-    add_mtbench_flags,
-    add_run_flags,
-    add_training_flags,
-    fill,
-    not_negative,
-    parse_arguments,
-    positive,
-    ratio,
-    seed,
-    steps_or_share,
-)
+from llm_alignment.flags import fill, not_negative, parse_arguments, positive, ratio, seed, steps_or_share
 from llm_alignment.leaks import LeakFinder, asked_passages
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.plots import KL, LOSS, plot_curves, save_figure, with_validation
@@ -46,9 +33,8 @@ from llm_alignment.processes import main_process
 from llm_alignment.replay import ReplaySettings, own_dialogues, replay_rows
 from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
 from llm_alignment.runs import begin, recorded_run, timed
-from llm_alignment.scores import scored_evaluation
 from llm_alignment.twix import RowChoice, Selection, load_data, tokenise, with_answers
-from mtbench_eval import load_questions, sample_questions
+from mtbench_eval import load_questions, mtbench_evaluations, sample_questions
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
 if TYPE_CHECKING:
@@ -65,29 +51,13 @@ log = logging.getLogger("llm_alignment")
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
-DEMO = dict(
-    model=str(DEMO_DIR / "model"),
-    reward_model=str(DEMO_DIR / "reward_model"),
-    dataset=str(DEMO_DIR / "twix.jsonl"),
-    mtbench_ru=str(DEMO_DIR / "mt_bench_ru.jsonl"),
-    retention_file=str(DEMO_DIR / "retention.jsonl"),
-    output_dir="demo_sft",
-    # enough to forget without the anchor: rerun with --kl_coef 0 and compare
-    batch=16,
-    grad_acc=1,
-    sample_ratio=1.0,
-    epochs=0.8,
-    val_split=0.03,
-    max_seq_length=256,
-    learning_rate=5e-3,
-    warmup_ratio=0.05,
-    lora_dropout=0.0,
-    target_modules="all-linear",
-    kl_coef=0.5,
-    kl_warmup_steps=0,
-    kl_log_interval=5,
-    mtbench_max_tokens=24,
-)
+# enough to forget without the anchor: rerun with --kl_coef 0 and compare
+DEMO = flags.DEMO | dict(
+    dataset=str(flags.DEMO_DIR / "twix.jsonl"), mtbench_ru=str(flags.DEMO_DIR / "mt_bench_ru.jsonl"),
+    output_dir="demo_sft", batch=16, grad_acc=1, sample_ratio=1.0, epochs=0.8, val_split=0.03, max_seq_length=256,
+    learning_rate=5e-3, warmup_ratio=0.05, lora_dropout=0.0, target_modules="all-linear", kl_coef=0.5,
+    kl_warmup_steps=0, kl_log_interval=5, mtbench_max_tokens=24,
+)  # fmt: skip
 
 
 # fmt: off
@@ -98,15 +68,14 @@ def build_parser() -> Parser:
         "kl_coef dry_run resume_from_checkpoint"
     )
     parser = Parser("sft_train.py", __doc__, shown)
-    add_model_flags(parser)
-    add_lora_flags(parser)
-    add_training_flags(parser)
-    add_run_flags(parser, exp_log="experiments/sft_experiments.jsonl")
+    flags.add_model_flags(parser)
+    flags.add_lora_flags(parser)
+    flags.add_training_flags(parser)
+    flags.add_run_flags(parser, exp_log="experiments/sft_experiments.jsonl")
     add = add_group(parser, "data", trains=True)
     add("--dataset", default="t-tech/T-Wix", help="hub id, file or folder of rows: messages, prompt and "
         "completion, instruction and output, or conversations")
-    add("--subset", choices=["general", "reasoning", "both"], default="general",
-        help="which rows; one without a subset is general")
+    add("--subset", choices=["general", "reasoning", "both"], default="general", help="a row without one is general")
     add("--val_split", type=ratio, default=0.01,
         help="share of the prompts held out for validation, at least one; without it, of a local --dataset, a tenth, "
         "or 30 prompts of 300 and more")
@@ -115,10 +84,8 @@ def build_parser() -> Parser:
     add("--packing", action="store_true", help="fill sequences with several examples; none sees another")
     add("--sample_ratio", type=ratio, default=0.25, help="share of the rows to use, by hash; of a local --dataset all")
     add("--sample_seed", type=seed, default=42, help="seed of the sample and of the validation split")
-    add("--mix_reasoning_ratio", type=ratio, default=None,
-        help="share of reasoning rows with --subset both; without it as they are in the data")
-    add("--assistant_only_loss", action="store_true",
-        help="train on the answers and their end of turn alone; without it on the whole text")
+    add("--mix_reasoning_ratio", type=ratio, default=None, help="reasoning rows' share with --subset both, or as is")
+    add("--assistant_only_loss", action="store_true", help="train on answers and their end of turn alone")
     add("--warmup_ratio", type=ratio, default=0.1, help="share of the steps in which the learning rate rises")
 
     add = add_group(parser, "loss", trains=True)
@@ -133,8 +100,7 @@ def build_parser() -> Parser:
         help="steps until the anchor has its full weight; below 1 a share of the run's steps")
     add("--kl_limit_seq", type=not_negative(int), default=0,
         help="the anchor acts on the last N target tokens of each example; 0 = all")
-    add("--kl_direction", choices=["reverse", "forward"], default="reverse",
-        help="reverse: KL(student || reference); forward: KL(reference || student)")
+    add("--kl_direction", choices=["reverse", "forward"], default="reverse", help="reverse: KL(student || reference)")
     add("--kl_on", choices=["all", "replay"], default="all", help="replay: the anchor acts on replay rows alone")
     add = add_group(parser, "replay", trains=True)
     add("--replay_ratio", type=ratio, default=0.0,
@@ -146,14 +112,13 @@ def build_parser() -> Parser:
     add("--num_proc", type=positive(int), default=4, help="processes that tokenise large data")
 
     add = add_group(parser, "validation", trains=False)
-    add("--baseline_eval_samples", type=positive(int), default=60,
-        help="validation rows that are compared before and after")
+    add("--baseline_eval_samples", type=positive(int), default=60, help="rows that are compared before and after")
     add = add_group(parser, "MT-Bench", trains="measured")  # early stopping decides by these
     add("--mtbench_file", "--mtbench_ru", dest="mtbench_ru", default="auto", metavar="auto|none|PATH",
         help="question file; auto downloads it, none asks nothing")
     add("--mtbench_limit", "--mtbench_questions_limit", dest="mtbench_questions_limit", metavar="N", default=0,
         type=not_negative(int), help="a sample of N questions before and after training; 0 = all")
-    add_mtbench_flags(add)
+    flags.add_mtbench_flags(add)
     add("--mtbench_midtrain_questions", type=not_negative(int), default=0,
         help="a sample of N of these for early stopping; 0 = all of them")
     add("--eval_steps", type=positive(int), default=200, help="steps between the evaluations of early stopping")
@@ -174,19 +139,14 @@ def build_parser() -> Parser:
 # The run
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments; of a local data set all rows are used, unless the user says otherwise."""
-    parser = build_parser()
-    args = parse_arguments(parser, argv, DEMO)
-    if not args.demo and Path(args.dataset).exists():
-        parser.set_defaults(sample_ratio=1.0, val_split=None)
-        args = parse_arguments(parser, argv, DEMO)
-    return args
+def of_local_data(args: argparse.Namespace) -> dict:
+    """Further defaults: of a local data set all rows are used."""
+    return {"sample_ratio": 1.0, "val_split": None} if not args.demo and Path(args.dataset).exists() else {}
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
-    args = parse(argv)
+    args = parse_arguments(build_parser(), argv, DEMO, of_local_data)
     with recorded_run(args, argv, "sft_train.py") as record:
         run(args, record)
     return record
@@ -213,8 +173,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
     anchor = fill(AnchorSettings, args).over(steps)
     warn_of_small_runs(steps, len(task.validation), anchor, settings.warmup_ratio)
     if args.dry_run:
-        shown, rounds = (task.selection, task.examples("train"), task.encoder), fill(plans.Rounds, args)
-        plans.print_sft_plan(setup, shown, task.questions, settings=settings, sft=sizes, anchor=anchor, rounds=rounds)
+        shown = task.selection, task.examples("train"), task.encoder
+        measuring = functools.partial(rounds, args, task)
+        plans.print_sft_plan(setup, shown, settings, sft=sizes, anchor=anchor, rounds=measuring)
         plans.log_gates(gates, Path(args.exp_log), args.model)
         return
     model = models.load_model(setup.base)
@@ -253,6 +214,16 @@ def run(args: argparse.Namespace, record: dict) -> None:
         save_figure(plot_curves("training", history, KL), folder / "kl.png")
         write_card(folder)
         judge_gates(record, gates)
+
+
+def rounds(args: argparse.Namespace, task: Task, steps: int) -> list[tuple[Evaluation, int]]:
+    """What is measured, and how often in a run of these steps."""
+    ends = 1 if args.skip_baseline_eval else 2
+    asked = [(each, ends if each.of_base is None else 1) for each in task.compared] + [
+        (each, 1) for each in task.final
+    ]
+    during = task.midtrain if args.early_stop_patience else []
+    return asked + [(each, math.ceil(steps / args.eval_steps)) for each in during]
 
 
 def warn_of_small_runs(steps: int, held_out: int, anchor: AnchorSettings, warmup_ratio: float) -> None:
@@ -349,20 +320,16 @@ def early_stopping(
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises InputError for flags that do not go together; warns of those that then do less."""
-    if args.replay_ratio == 1:
-        raise InputError("--replay_ratio 1 leaves no row of --dataset; lower it")
-    if args.kl_on == "replay" and not args.replay_ratio:
-        raise InputError("--kl_on replay: there are no replay rows; add --replay_ratio 0.05 or more")
-    if args.kl_on == "replay" and args.packing:
-        raise InputError("--kl_on replay cannot tell the rows of --packing apart; leave out one of them")
-    if args.packing and args.streaming:
-        raise InputError("--packing cannot count its sequences in a stream; leave out --streaming or --packing")
+    on_replay, metric = args.kl_on == "replay", args.early_stop_metric
     off = {"mtbench": args.mtbench_ru == "none", "retention": not args.do_retention, "val_loss": False}
-    if args.early_stop_patience is not None and off[args.early_stop_metric]:
-        raise InputError(
-            f"--early_stop_patience decides by {args.early_stop_metric}, which this run does not measure: switch it "
-            "on, or name another --early_stop_metric"
-        )
+    flags.refuse(
+        (args.replay_ratio == 1, "--replay_ratio 1 leaves no row of --dataset; lower it"),
+        (on_replay and not args.replay_ratio, "--kl_on replay: no replay rows; add --replay_ratio 0.05 or more"),
+        (on_replay and args.packing, "--kl_on replay cannot tell the rows of --packing apart; leave out one of them"),
+        (args.packing and args.streaming, "--packing cannot count its sequences with --streaming; leave out one"),
+        (args.early_stop_patience is not None and off[metric],
+         f"--early_stop_patience decides by {metric}, which is off: add it or name another --early_stop_metric"),
+    )  # fmt: skip
     if args.early_stop_patience is None and args.mtbench_midtrain_questions:
         log.warning("--mtbench_midtrain_questions is not used without --early_stop_patience")
     if args.early_stop_patience is not None and args.skip_baseline_eval:
@@ -403,8 +370,6 @@ def all_evaluations(
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from llm_alignment.drift import drift_evaluation
-    from llm_alignment.generation import Decoding
-    from llm_alignment.rewards import load_reward_model
     from llm_alignment.validation import validation_evaluation
 
     collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
@@ -416,16 +381,9 @@ def all_evaluations(
     ]
     compared, midtrain = [validation, drift_evaluation(drift_rows)], [validation]
     if questions:
-        reward_model = load_reward_model(
-            args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code, on_meta=args.dry_run
-        )
-        decoding = Decoding(
-            max_new_tokens=args.mtbench_max_tokens, temperature=args.mtbench_temperature, seed=args.seed,
-            backend=args.mtbench_backend, thinking=args.thinking, batch_size=args.eval_batch_size,
-        )  # fmt: skip
         some = sample_questions(questions, args.mtbench_midtrain_questions, args.mtbench_questions_seed)
-        compared.append(scored_evaluation("mtbench", questions, decoding, reward_model))
-        midtrain.append(scored_evaluation("mtbench", some, decoding, reward_model))
+        for evaluations, mtbench in zip((compared, midtrain), mtbench_evaluations(args, questions, some), strict=True):
+            evaluations.append(mtbench)
     full = validation_evaluation("validation_full", rows, collator, args.batch)
     return {"compared": compared, "final": [full], "midtrain": midtrain}
 

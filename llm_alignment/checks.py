@@ -26,7 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llm_alignment.files import InputError, SkippedRows, parse_json, read_rows
+from llm_alignment import questions
+from llm_alignment.files import InputError, parse_json
 
 DATA = Path(__file__).parent / "data"
 
@@ -34,26 +35,9 @@ DATA = Path(__file__).parent / "data"
 def read_questions(path: Path) -> list[dict]:
     """Questions with checks, as the file holds them: {"question_id", "turns": [str, ...], "checks": [...], ...}.
 
-    Raises InputError naming file and line for a row without turns, with a duplicate id or without usable checks.
+    Raises InputError as `questions.read_questions`, and for a row without usable checks.
     """
-    skipped, questions = SkippedRows(), []
-    places: dict[Any, str] = {}
-    for place, row in read_rows(path, skipped):
-        where, turns = f"{path}, {place}", row.get("turns")
-        if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
-            raise InputError(f"{where}: no turns; give every question a list of texts named turns")
-        name = row.get("question_id")
-        if not isinstance(name, int | str):
-            raise InputError(f"{where}: no question_id; give every question a number or a text of its own")
-        if name in places:
-            raise InputError(f"{where}: duplicate question_id {name} (first at {places[name]}); give it its own")
-        places[name] = place
-        questions.append({**row, "checks": read_checks(row, where)})
-    if skipped.count:
-        raise InputError(f"{path}: {skipped.places[0]}; repair the line")
-    if not questions:
-        raise InputError(f"{path}: no questions in this file; name another")
-    return questions
+    return [{**row, "checks": read_checks(row, place)} for place, row in questions.read_questions(path)]
 
 
 def read_checks(row: dict, place: str) -> list[dict]:

@@ -329,7 +329,8 @@ def check_dpo_flags(args: argparse.Namespace, *, in_stages: bool = False) -> Non
         ("robust" in names and smoothing >= 0.5, f"{given} needs a share below 0.5"),
         (args.max_prompt_length >= args.max_length, f"--max_prompt_length {args.max_prompt_length} leaves no room for "
          f"an answer within --max_length {args.max_length}; raise --max_length"),
-        (args.eval_save_json and not args.do_eval, "--eval_save_json: TAT-QA is not measured; add --do_eval"),
+        (args.eval_save_json and not args.do_eval,
+         f"--eval_save_json {args.eval_save_json}: without --do_eval there are no TAT-QA rows to write"),
         (args.group_by_table and (args.batch == 1 or args.no_prefix_sharing),
          "--group_by_table shares within a micro-batch: give --batch 2 or more, without --no_prefix_sharing"),
     )  # fmt: skip

@@ -8,7 +8,7 @@ import logging
 import math
 import random
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from llm_alignment.anchored_loss import AnchorSettings
@@ -21,7 +21,6 @@ from llm_alignment.gates import questions_needed
 from llm_alignment.prefixes import GroupedOrder, groups_of, settle_head, shared_lengths
 from llm_alignment.processes import processes
 from llm_alignment.reference import PAIRS_AT_ONCE
-from llm_alignment.scores import conversation_tokens
 from llm_alignment.sft import SftSettings
 from llm_alignment.training import Setup, TrainingSettings, log_memory_plan, optimiser_steps
 from llm_alignment.twix import Selection
@@ -40,22 +39,19 @@ def print_dpo_plan(
         log.info("the first pair as the model reads it:\n%s", first["prompt"])
         log.info("chosen: %s%s\nrejected: %s%s", first["chosen"], end, first["rejected"], end)
         trained = log_dpo_training(setup, rows, settings, dpo)
+    log_evaluations(setup, [(evaluation, 2) for evaluation in evaluations], trained)
+
+
+def log_evaluations(setup: Setup, rounds: list[tuple[Evaluation, int]], trained: float) -> None:
+    """Logs how much each evaluation asks and how often, and the share of their tokens beside the `trained` ones."""
     asked = 0
-    for evaluation in evaluations:
-        tokens = evaluation.tokens(setup.tokenizer)
-        log.info(
-            "%s: %d questions before and after, at most %.1f k tokens each time",
-            evaluation.name, len(evaluation.items), tokens / 1e3,
-        )  # fmt: skip
-        asked += 2 * tokens
+    for evaluation, times in rounds:
+        tokens, count = evaluation.tokens(setup.tokenizer), len(evaluation.items)
+        asked += times * tokens
+        log.info("%s: %d questions, %d x at most %.1f k tokens", evaluation.name, count, times, tokens / 1e3)
     if asked:
-        log_evaluation_share(asked, trained)
-
-
-def log_evaluation_share(asked: float, trained: float) -> None:
-    """Logs the tokens of all evaluations, and their share of those that go through the model."""
-    share = 100 * asked / (asked + trained)
-    log.info("evaluation: at most %.2f M tokens, %.0f %% of all that go through the model", asked / 1e6, share)
+        share = 100 * asked / (asked + trained)
+        log.info("evaluation: at most %.2f M tokens, %.0f %% of all that go through the model", asked / 1e6, share)
 
 
 def log_dpo_training(setup: Setup, rows: list[dict], settings: TrainingSettings, dpo: DpoSettings) -> float:
@@ -97,31 +93,19 @@ def log_dpo_training(setup: Setup, rows: list[dict], settings: TrainingSettings,
     return read * (2 * epochs + 1)  # once more for the reference
 
 
-@dataclasses.dataclass(frozen=True)
-class Rounds:
-    """When an SFT run measures, and how much: the flags of that name."""
-
-    mtbench_max_tokens: int
-    mtbench_midtrain_questions: int
-    baseline_eval_samples: int
-    early_stop_patience: int | None
-    eval_steps: int
-    skip_baseline_eval: bool
-
-
 def print_sft_plan(
     setup: Setup,
     data: tuple[Selection, Iterable[dict], ChatEncoder],
-    questions: list[dict],
-    *,
     settings: TrainingSettings,
+    *,
     sft: SftSettings,
     anchor: AnchorSettings,
-    rounds: Rounds,
+    rounds: Callable[[int], list[tuple[Evaluation, int]]],
 ) -> None:
     """Rows by source, one as the model reads it, steps, tokens, passes, memory, evaluations.
 
-    `data`: what is chosen, the rows to train on, and what makes tokens of them.
+    `data`: what is chosen, the rows to train on, and what makes tokens of them. `rounds(steps)`: what is measured, and
+    how often in so many steps.
     """
     selection, examples, encoder = data
     for (subset, side), count in sorted(selection.counts.items()):
@@ -130,8 +114,7 @@ def print_sft_plan(
     log.info("a row as the model reads it, trained on in [[ ]]:\n%s", encoder.marked(sample[0], sft.max_seq_length))
     lengths = [len(encoder(row)["input_ids"]) for row in sample]
     kept = [min(length, sft.max_seq_length) for length in lengths]
-    mean = sum(kept) / len(kept)
-    cut = sum(length > sft.max_seq_length for length in lengths) / len(lengths)
+    mean, cut = statistics.fmean(kept), statistics.fmean(length > sft.max_seq_length for length in lengths)
     per_step, rows = settings.step, selection.rows("train")
     steps = optimiser_steps(settings, math.ceil(rows * mean / sft.max_seq_length) if sft.packing else rows)
     log.info("steps: %d of %d sequences each", steps, per_step)
@@ -147,29 +130,15 @@ def print_sft_plan(
         micro, micro, settings.batch * processes(), anchored * settings.grad_acc,
     )  # fmt: skip
     log_memory_plan(settings, setup.base, setup.lora)
-    during = math.ceil(steps / rounds.eval_steps) if rounds.early_stop_patience else 0
-    before = "" if rounds.skip_baseline_eval else "before training, "
-    log.info("MT-Bench: %d questions %safter it, and %d times during it", len(questions), before, during)
-    midtrain = min(1, (rounds.mtbench_midtrain_questions or len(questions)) / max(1, len(questions)))
-    ends = 1 + (not rounds.skip_baseline_eval)
-    asked = (ends + during * midtrain) * conversation_tokens(questions, rounds.mtbench_max_tokens, setup.tokenizer)
-    held_out = selection.rows("validation")
-    # their loss each time; at the end their drift, by two passes
-    compared = min(rounds.baseline_eval_samples, held_out)
-    asked += ((ends + during + 2) * compared + held_out) * mean
     # a backward pass of a frozen base costs a forward pass
-    log_evaluation_share(asked, (2 * steps + anchored) * settings.step * per_row)
+    log_evaluations(setup, rounds(steps), (2 * steps + anchored) * per_step * per_row)
 
 
 def log_gates(gates: dict[str, float], exp_log: Path, model: str) -> None:
     """Logs how many questions each gate needs at the spread of the earlier records on this base."""
-    records = (
-        [record for record in read_records(exp_log) if record.get("args", {}).get("model") == model]
-        if (exp_log.exists())
-        else []
-    )
+    records = read_records(exp_log) if gates and exp_log.exists() else []
+    known = [record.get("delta") or {} for record in records if record.get("args", {}).get("model") == model]
     for name, limit in gates.items():
-        deltas = [record["delta"][name] for record in records if name in (record.get("delta") or {})]
-        needed = questions_needed(limit, deltas)
+        needed = questions_needed(limit, [delta[name] for delta in known if name in delta])
         what = f"about {needed:,} questions" if needed else "not known yet, no earlier record on this base measured it"
         log.info("gate %s %+g: %s", name, limit, what)

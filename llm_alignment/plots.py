@@ -104,7 +104,7 @@ def plot_curves(title: str, logs: dict[str, list[dict]], panels: dict[str, dict[
 
 
 def save_figure(figure: Figure | None, path: Path) -> None:
-    """Writes a PNG, whole or not at all, and none of nothing; without metadata, so that equal plots are equal files."""
+    """Writes a PNG whole or not at all, none of None; without metadata, so that equal plots are equal files."""
     if figure is not None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})

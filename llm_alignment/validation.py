@@ -62,6 +62,7 @@ def validation_evaluation(name: str, rows: Dataset, collator: Callable, batch_si
         rows_at_once=lambda model: batch_size,
         summarise=summarise_full_validation if name == "validation_full" else summarise_validation,
         compare=compare_validation,
+        tokens=lambda tokenizer: sum(map(len, rows["input_ids"])),
     )
 
 

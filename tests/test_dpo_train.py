@@ -305,7 +305,7 @@ def test_own_pairs(tmp_path, capsys):
     write_rows(tmp_path / "own.jsonl", own_rows())
     argv = [*SMALL, "--pairs", "own.jsonl", "--eval_pairs", "6", "--limit_pairs", "0", "--no-do_mtbench"]
     argv += ["--no-do_instruct", "--exp_log", "log.jsonl", "--no_4bit"]
-    assert not dpo_train.parse(argv).do_eval  # only when asked for
+    assert dpo_train.of_own_pairs(dpo_train.build_parser().parse_args(argv)) == {"do_eval": False}  # or asked for
     argv += ["--do_eval"]
     record = dpo_train.main([*argv, "--output_dir", "out"])
     out = capsys.readouterr().out
@@ -343,7 +343,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
         and "2 forward passes, once" in out
         and "tokens a step" in out
     )
-    assert "tatqa: 8 questions before and after, at most" in out and "of all that go through the model" in out
+    assert "tatqa: 8 questions, 2 x at most" in out and "of all that go through the model" in out
     assert [path.name for path in tmp_path.iterdir()] in ([], ["cache"])  # hashes of the model's files
 
 

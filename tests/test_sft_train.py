@@ -212,23 +212,24 @@ def test_an_anchor_on_replay_rows_where_a_step_has_none(marks, sft_trainer):
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
-    record = sft_train.main(flags(tmp_path / "run", "--dry_run"))
+    plan = flags(tmp_path / "run", "--dry_run", "--no-do_retention")
+    record = sft_train.main(plan)
     printed = capsys.readouterr().out
-    for word in (
-        "train",
-        "validation",
-        "steps: 16 of 8 sequences",
-        "tokens:",
-        "memory:",
-        "MT-Bench",
-        "a row as the model reads it",
-    ):
-        assert word in printed
-    for word in ("with padding", "passes: 32 forward and 32 backward of 4 sequences, 26 forward of the reference"):
-        assert word in printed
-    # 8 rows of 48 tokens: 2 with their loss and two passes of drift, and the split's loss; trained 45 passes of 8 rows
-    assert "evaluation: at most 0.00 M tokens, 2 % of all" in printed and "[[<|im_start|>user" in printed
+    for words in (
+        "general    train", "validation", "steps: 16 of 8 sequences", "tokens:", "with padding", "memory:",
+        "a row as the model reads it", "[[<|im_start|>user",
+        "passes: 32 forward and 32 backward of 4 sequences, 26 forward of the reference",
+        # 8 rows of 48 tokens: 2 with their loss and two passes of drift, and the split's loss; trained 45 passes of 8
+        "evaluation: at most 0.00 M tokens, 2 % of all",
+    ):  # fmt: skip
+        assert words in printed, words
     assert record["status"] == "completed"
+    plan.remove("--skip_baseline_eval")
+    plan += ["--mtbench_ru", str(DEMO / "mt_bench_ru.jsonl"), "--mtbench_questions_limit", "5"]
+    sft_train.main([*plan, "--mtbench_midtrain_questions", "3", "--early_stop_patience", "1", "--eval_steps", "6"])
+    printed = capsys.readouterr().out
+    for words in ("drift: 2 questions, 1 x", "mtbench: 5 questions, 2 x", "mtbench: 3 questions, 3 x"):
+        assert words in printed, words
     assert not (tmp_path / "run").exists() and not (tmp_path / "log.jsonl").exists()
 
 
@@ -338,8 +339,8 @@ def bad_inputs(tmp_path):
         ),
         "a broken Parquet file": (["--dataset", str(parquet)], "not a readable Parquet file"),
         "a subset without rows": (["--subset", "reasoning", "--dataset", str(few(tmp_path))], "'general': 3"),
-        "a ratio above 1": (["--sample_ratio", "1.5"], "not within 0..1"),
-        "a negative ratio": (["--mix_reasoning_ratio", "-0.1"], "not within 0..1"),
+        "a ratio above 1": (["--sample_ratio", "1.5"], "not within [0, 1]"),
+        "a negative ratio": (["--mix_reasoning_ratio", "-0.1"], "not within [0, 1]"),
         "a mix of one subset": (["--subset", "general", "--mix_reasoning_ratio", "0.2"], "--subset both"),
         "layers that the model lacks": (["--target_modules", "nope"], "--target_modules nope"),
         "answers beyond the length": (
