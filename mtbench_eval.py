@@ -17,7 +17,7 @@ import logging
 import math
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llm_alignment import flags
 from llm_alignment.evaluation import Evaluation, pair_rows, print_table, read_items, report, table_rows
@@ -35,10 +35,6 @@ from llm_alignment.retention import RetentionSettings, retention_evaluations
 from llm_alignment.runs import begin, recorded_run, timed
 from llm_alignment.scores import compare_scored, scored_evaluation, summarise, summarise_scored
 
-# torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
-if TYPE_CHECKING:
-    pass
-
 log = logging.getLogger("llm_alignment")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,8 +42,8 @@ log = logging.getLogger("llm_alignment")
 
 # Where the two MT-Bench sets live on the hub: (repository, its kind, file). The English one is FastChat's own file.
 MT_BENCH = {
-    "ru": ("t-tech/ru-mt-bench", "dataset", "raw/question.jsonl"),
-    "en": ("lmsys/mt-bench", "space", "data/mt_bench/question.jsonl"),
+    "mt_bench_ru.json": ("t-tech/ru-mt-bench", "dataset", "raw/question.jsonl"),
+    "mt_bench_en.json": ("lmsys/mt-bench", "space", "data/mt_bench/question.jsonl"),
 }
 
 
@@ -58,16 +54,16 @@ def load_questions(
 
     `source` is a JSONL file, a JSON list, or "auto": mt_bench_ru.json or mt_bench_en.json in the working folder,
     fetched from the hub when it is not there. A row holds `turns`, or one turn in `prompt`, `question` or `text`.
-    `limit` > 0 takes a sample by `seed` that does not depend on the order of the file. Raises InputError naming file
-    and line for a file that is empty, damaged, or has a row without turns or with a duplicate id, and naming `flag`
-    when the hub cannot be reached.
+    `limit` > 0 takes a sample by `seed` that does not depend on the order of the file. Raises InputError as
+    `read_questions`, and naming `flag` when the hub cannot be reached.
     """
     path = Path(f"mt_bench_{language}.json" if source == "auto" else source)
-    for known in MT_BENCH:
-        if str(path) == f"mt_bench_{known}.json" and not path.exists():
-            fetch_questions(known, path, flag)
-    questions = [question for _, question in read_questions(path, as_question)]
-    return sample_questions(questions, limit, seed)
+    if str(path) in MT_BENCH and not path.exists():
+        repository, kind, name = MT_BENCH[str(path)]
+        fetched = hub_files(repository, flag, [name], kind=kind) / name
+        write_json(path, [json.loads(line) for _, line in read_jsonl(fetched)])
+        log.info("%s: the questions of %s, fetched", path, repository)
+    return sample_questions([question for _, question in read_questions(path, as_question)], limit, seed)
 
 
 def sample_questions(questions: list[dict], limit: int, seed: int) -> list[dict]:
@@ -89,14 +85,6 @@ def as_question(row: dict, number: int) -> dict:
     return {"question_id": question_id, "category": str(row.get("category", "general")), "turns": turns}
 
 
-def fetch_questions(language: str, path: Path, flag: str) -> None:
-    """Downloads an MT-Bench set and writes it to `path` as a JSON list."""
-    repository, kind, name = MT_BENCH[language]
-    fetched = hub_files(repository, flag, [name], kind=kind) / name
-    write_json(path, [json.loads(line) for _, line in read_jsonl(fetched)])
-    log.info("%s: the questions of %s, fetched", path, repository)
-
-
 def mtbench_evaluations(args: argparse.Namespace, *asked: list[dict]) -> list[Evaluation]:
     """MT-Bench with each of these lists of questions, scored by one reward model."""
     from llm_alignment.generation import Decoding
@@ -115,20 +103,14 @@ def mtbench_evaluations(args: argparse.Namespace, *asked: list[dict]) -> list[Ev
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-DEMO = flags.DEMO | {
-    "questions": str(flags.DEMO_DIR / "mt_bench_ru.jsonl"),
-    "output_dir": "demo_mtbench",
-    "mtbench_max_tokens": 32,
-}
+QUESTIONS = str(flags.DEMO_DIR / "mt_bench_ru.jsonl")
+DEMO = flags.DEMO | {"questions": QUESTIONS, "output_dir": "demo_mtbench", "mtbench_max_tokens": 32}
 
 
 # fmt: off
 def build_parser() -> Parser:
-    shown = (
-        "demo model adapter questions language mtbench_questions_limit mtbench_max_tokens compare output_dir "
-        "no_4bit reward_model dry_run"
-    )
-    parser = Parser("mtbench_eval.py", __doc__, shown)
+    parser = Parser("mtbench_eval.py", __doc__, "demo model adapter questions language mtbench_questions_limit "
+        "mtbench_max_tokens compare output_dir no_4bit reward_model dry_run")
     flags.add_model_flags(parser)
     flags.add_run_flags(parser, "experiments/mtbench_evaluations.jsonl", trains=False)
     add = add_group(parser, "what to measure", trains=False)
@@ -194,8 +176,7 @@ def run_judge(args: argparse.Namespace, record: dict) -> None:
     pairs = read_pairs(args.check_judge, "--check_judge")
     judge = load_reward_model(args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code)
     record["final"]["judge"] = check_judge(pairs, judge.score)
-    for line in judge_lines(record["final"]["judge"]):
-        log.info("%s", line)
+    log.info("%s", "\n".join(judge_lines(record["final"]["judge"])))
 
 
 def run(args: argparse.Namespace, record: dict) -> None:
@@ -234,8 +215,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
             for evaluation in evaluations:  # refuses the folder of another evaluation before anything in it changes
                 ResultFile(paths[evaluation.name], {**fingerprint, **evaluation.settings})
         data = {"questions": args.questions, "n": len(questions), "sha256": mtbench.settings["questions"]}
-        folder = begin(record, data, base)
-        rows = {}
+        folder, rows = begin(record, data, base), {}
         with timed(record, "final"):
             for evaluation in evaluations:
                 cache = None

@@ -18,7 +18,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_alignment import flags
 from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl  # noqa: F401 - the loss is part of this script
@@ -40,7 +40,7 @@ from mtbench_eval import load_questions, mtbench_evaluations, sample_questions
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from llm_alignment.sft import EarlyStopping
     from llm_alignment.training import Setup
@@ -63,11 +63,8 @@ DEMO = flags.DEMO | dict(
 # fmt: off
 def build_parser() -> Parser:
     """The command line. Defaults are those of the published runs where they had one."""
-    shown = (
-        "demo model dataset output_dir epochs batch grad_acc learning_rate lora_r max_seq_length sample_ratio "
-        "kl_coef dry_run resume_from_checkpoint"
-    )
-    parser = Parser("sft_train.py", __doc__, shown)
+    parser = Parser("sft_train.py", __doc__, "demo model dataset output_dir epochs batch grad_acc learning_rate "
+        "lora_r max_seq_length sample_ratio kl_coef dry_run resume_from_checkpoint")
     flags.add_model_flags(parser)
     flags.add_lora_flags(parser)
     flags.add_training_flags(parser)
@@ -76,9 +73,8 @@ def build_parser() -> Parser:
     add("--dataset", default="t-tech/T-Wix", help="hub id, file or folder of rows: messages, prompt and "
         "completion, instruction and output, or conversations")
     add("--subset", choices=["general", "reasoning", "both"], default="general", help="a row without one is general")
-    add("--val_split", type=ratio, default=0.01,
-        help="share of the prompts held out for validation, at least one; without it, of a local --dataset, a tenth, "
-        "or 30 prompts of 300 and more")
+    add("--val_split", type=ratio, default=0.01, help="share of the prompts held out for validation, at least one; "
+        "without it, of a local --dataset, a tenth, or 30 prompts of 300 and more")
     add("--streaming", action="store_true", help="read rows as they are needed, never all in memory")
     add("--max_seq_length", type=positive(int), default=1024, help="tokens that an example is cut to")
     add("--packing", action="store_true", help="fill sequences with several examples; none sees another")
@@ -91,13 +87,10 @@ def build_parser() -> Parser:
     add = add_group(parser, "loss", trains=True)
     add("--sft_loss", choices=["nll", "dft"], default="nll",
         help="dft weights each token's NLL by its probability; with forward KL this is ASFT")
-    add("--kl_coef", type=not_negative(float), default=0.02,
-        help="weight of the KL anchor, 0 switches it off; raise it if MT-Bench, retention or drift gets worse, "
-        "lower it if the validation loss stops falling")
-    add("--kl_start_step", type=steps_or_share, default=0,
-        help="step at which the anchor starts; below 1 a share of the run's steps")
-    add("--kl_warmup_steps", type=steps_or_share, default=300,
-        help="steps until the anchor has its full weight; below 1 a share of the run's steps")
+    add("--kl_coef", type=not_negative(float), default=0.02, help="weight of the KL anchor, 0 = off; raise it if "
+        "MT-Bench, retention or drift gets worse, lower it if the validation loss stops falling")
+    add("--kl_start_step", type=steps_or_share, default=0, help="first step of the anchor; below 1 a share of all")
+    add("--kl_warmup_steps", type=steps_or_share, default=300, help="steps to its full weight; below 1 a share of all")
     add("--kl_limit_seq", type=not_negative(int), default=0,
         help="the anchor acts on the last N target tokens of each example; 0 = all")
     add("--kl_direction", choices=["reverse", "forward"], default="reverse", help="reverse: KL(student || reference)")
@@ -119,16 +112,14 @@ def build_parser() -> Parser:
     add("--mtbench_limit", "--mtbench_questions_limit", dest="mtbench_questions_limit", metavar="N", default=0,
         type=not_negative(int), help="a sample of N questions before and after training; 0 = all")
     flags.add_mtbench_flags(add)
-    add("--mtbench_midtrain_questions", type=not_negative(int), default=0,
-        help="a sample of N of these for early stopping; 0 = all of them")
+    add("--mtbench_midtrain_questions", type=not_negative(int), default=0, help="a sample for early stopping; 0 = all")
     add("--eval_steps", type=positive(int), default=200, help="steps between the evaluations of early stopping")
     add("--no-eval_baseline", "--skip_baseline_eval", dest="skip_baseline_eval", action="store_true",
         help="measure only after training")
     add("--eval_baseline", dest="skip_baseline_eval", action="store_false", help="measure before training too")
     add = add_group(parser, "early stopping", trains=True)
-    add("--early_stop_patience", type=positive(int), default=None,
-        help="evaluate every --eval_steps, keep the best checkpoint by MT-Bench, and stop after N evaluations without "
-        "a gain of 0.05; without it the run trains to its end")
+    add("--early_stop_patience", type=positive(int), default=None, help="evaluate every --eval_steps, keep the best "
+        "checkpoint and stop after N evaluations without a gain; without it the run trains to its end")
     add("--early_stop_metric", choices=["mtbench", "val_loss", "retention"], default="mtbench", help="what decides")
     parser.set_defaults(output_dir="qwen3_twix_lora_sft_ru", batch=8, grad_acc=16, learning_rate=1e-5)
     return parser
@@ -173,9 +164,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     anchor = fill(AnchorSettings, args).over(steps)
     warn_of_small_runs(steps, len(task.validation), anchor, settings.warmup_ratio)
     if args.dry_run:
-        shown = task.selection, task.examples("train"), task.encoder
-        measuring = functools.partial(rounds, args, task)
-        plans.print_sft_plan(setup, shown, settings, sft=sizes, anchor=anchor, rounds=measuring)
+        shown, often = (task.selection, task.examples("train"), task.encoder), functools.partial(rounds, args, task)
+        plans.print_sft_plan(setup, shown, settings, sft=sizes, anchor=anchor, rounds=often)
         plans.log_gates(gates, Path(args.exp_log), args.model)
         return
     model = models.load_model(setup.base)
@@ -183,9 +173,11 @@ def run(args: argparse.Namespace, record: dict) -> None:
     fingerprint = models.base_fingerprint(setup.base, thinking=args.thinking)
     rows = {"train": training_rows(args, task, model, fingerprint), "validation": task.validation}
     before: dict[str, list[dict]] = {}
-    measured = functools.partial(
-        measure, tokenizer=setup.tokenizer, fingerprint=fingerprint, use_cache=not args.no_baseline_cache
-    )
+
+    def measured(model: PeftModel, evaluations: list[Evaluation], stage: str, **how: Any) -> dict[str, list[dict]]:
+        how |= {"fingerprint": fingerprint, "use_cache": not args.no_baseline_cache}
+        return measure(model, setup.tokenizer, evaluations, (setup.folder, stage), **how)
+
     early = early_stopping(args, measured, task.midtrain, before) if args.early_stop_patience else None
     trainer = sft.build_trainer(model, setup, rows, settings, sft=sizes, anchor=anchor, early=early)
     folder = begin(record, task.data, setup.base)
@@ -193,18 +185,13 @@ def run(args: argparse.Namespace, record: dict) -> None:
     final = [*task.compared, *task.final]
     if not args.skip_baseline_eval:
         with timed(record, "baseline"):
-            before |= measured(
-                trainer.model, evaluations=task.compared, place=(folder, "baseline"), with_adapter=False
-            )
+            before |= measured(trainer.model, task.compared, "baseline", with_adapter=False)
         final = with_own_drift(final, before, setup.tokenizer, thinking=args.thinking)
     with timed(record, "train"):
         record["kept_step"] = sft.train(trainer, checkpoint, folder)
     training.save_adapter(trainer, folder)
     with timed(record, "final"):  # what early stopping has measured at its step is taken from there
-        step = f"step_{record['kept_step']}"
-        after = measured(
-            trainer.model, evaluations=final, place=(folder, "final"), with_adapter=True, measured_as=step
-        )
+        after = measured(trainer.model, final, "final", with_adapter=True, measured_as=f"step_{record['kept_step']}")
     if main_process():
         title = f"{record['output_dir']}, step {record['kept_step']}"
         report(record, folder, final, before, after, title=title, details=args.table == "full")
@@ -219,11 +206,9 @@ def run(args: argparse.Namespace, record: dict) -> None:
 def rounds(args: argparse.Namespace, task: Task, steps: int) -> list[tuple[Evaluation, int]]:
     """What is measured, and how often in a run of these steps."""
     ends = 1 if args.skip_baseline_eval else 2
-    asked = [(each, ends if each.of_base is None else 1) for each in task.compared] + [
-        (each, 1) for each in task.final
-    ]
-    during = task.midtrain if args.early_stop_patience else []
-    return asked + [(each, math.ceil(steps / args.eval_steps)) for each in during]
+    during = math.ceil(steps / args.eval_steps) if args.early_stop_patience else 0
+    asked = [(each, ends if each.of_base is None else 1) for each in task.compared]
+    return asked + [(each, 1) for each in task.final] + [(each, during) for each in task.midtrain if during]
 
 
 def warn_of_small_runs(steps: int, held_out: int, anchor: AnchorSettings, warmup_ratio: float) -> None:
@@ -234,10 +219,8 @@ def warn_of_small_runs(steps: int, held_out: int, anchor: AnchorSettings, warmup
         log.warning("%d validation rows are few to tell a difference by: raise --val_split or add rows", held_out)
     reached = max(map(anchor.coefficient, range(steps)), default=0.0)
     if reached < anchor.kl_coef / 2:
-        log.warning(
-            "the KL anchor reaches %.2g of its weight %.2g: lower --kl_start_step and --kl_warmup_steps (0.1: a tenth "
-            "of the steps)", reached, anchor.kl_coef,
-        )  # fmt: skip
+        what = f"the KL anchor reaches {reached:.2g} of its weight {anchor.kl_coef:.2g}"
+        log.warning("%s: lower --kl_start_step and --kl_warmup_steps (0.1: a tenth of the steps)", what)
     if warmup_ratio == 1:
         log.warning("--warmup_ratio 1: the learning rate reaches its peak at the last step; lower it")
 
@@ -248,11 +231,10 @@ class Task:
 
     data: dict  # the fingerprint of the data
     encoder: ChatEncoder
-    finder: LeakFinder
+    finder: LeakFinder  # of rows that hold what is asked: a whole question, or 13 words in a row of its or its answer
     selection: Selection
     examples: Callable[[str], Dataset]  # the rows of a side
     validation: Dataset  # as tokens
-    questions: list[dict]  # of MT-Bench
     compared: list[Evaluation]  # before and after training
     final: list[Evaluation]  # after training alone
     midtrain: list[Evaluation]  # at the steps of early stopping
@@ -260,35 +242,41 @@ class Task:
 
 def task_of(args: argparse.Namespace, setup: Setup) -> Task:
     """The task that the flags ask for. Raises InputError when the folder holds a run on other data."""
-    tokenizer = setup.tokenizer
-    questions, retention = questions_of(args), fill(RetentionSettings, args)
-    finder = finder_of(questions, retention.questions())
-    encoder = ChatEncoder(tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from llm_alignment.drift import drift_evaluation
+    from llm_alignment.validation import validation_evaluation
+
+    questions, seed = [], args.mtbench_questions_seed
+    if args.mtbench_ru != "none":
+        limit = args.mtbench_questions_limit
+        questions = load_questions(args.mtbench_ru, limit=limit, seed=seed, flag="--mtbench_ru")
+    settings = fill(RetentionSettings, args)
+    asked = {"MT-Bench question": questions, "retention question": settings.questions()}
+    whole = {kind: [row["turns"][0] for row in rows] for kind, rows in asked.items()}
+    finder = LeakFinder(whole, {kind: asked_passages(rows) for kind, rows in asked.items()})
+    encoder = ChatEncoder(setup.tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
     selection, examples = load_data(fill(RowChoice, args), encoder, finder)
     counts = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
     data = {"source": args.dataset, "rows": counts, "sha256": selection.sha256}
     setup.check_folder(data)
-    validation = tokenised(args, examples("validation"), encoder, "validation")
-    evaluations = all_evaluations(tokenizer, validation, questions, args)
-    kept = retention_evaluations(retention.questions(), retention)
-    evaluations["compared"] += kept
-    evaluations["midtrain"] += kept if args.early_stop_metric == "retention" else []
-    return Task(data, encoder, finder, selection, examples, validation, questions, **evaluations)
-
-
-def questions_of(args: argparse.Namespace) -> list[dict]:
-    """The MT-Bench questions asked before and after training; [] with --mtbench_ru none."""
-    if args.mtbench_ru == "none":
-        return []
-    limit, seed = args.mtbench_questions_limit, args.mtbench_questions_seed
-    return load_questions(args.mtbench_ru, limit=limit, seed=seed, flag="--mtbench_ru")
-
-
-def finder_of(mtbench: list[dict], retention: list[dict]) -> LeakFinder:
-    """Finds the rows that hold what is asked: a whole question, or 13 words in a row of it or of its reference."""
-    asked = {"MT-Bench question": mtbench, "retention question": retention}
-    whole = {kind: [row["turns"][0] for row in rows] for kind, rows in asked.items()}
-    return LeakFinder(whole, {kind: asked_passages(rows) for kind, rows in asked.items()})
+    held_out = tokenised(args, examples("validation"), encoder, "validation")
+    first = held_out.select(range(min(args.baseline_eval_samples, len(held_out))))
+    collator = DataCollatorForLanguageModeling(setup.tokenizer.pad_token_id)
+    validation = validation_evaluation("validation", first, collator, args.batch)
+    drift = drift_evaluation([
+        {"question_id": number, "cluster": number, "input_ids": row["input_ids"], "labels": row["labels"]}
+        for number, row in enumerate(first)
+    ])
+    some = sample_questions(questions, args.mtbench_midtrain_questions, seed)
+    mtbench = mtbench_evaluations(args, questions, some) if questions else []
+    retention = retention_evaluations(asked["retention question"], settings)
+    return Task(
+        data, encoder, finder, selection, examples, held_out,
+        compared=[validation, drift, *mtbench[:1], *retention],
+        final=[validation_evaluation("validation_full", held_out, collator, args.batch)],
+        midtrain=[validation, *mtbench[1:], *(retention if args.early_stop_metric == "retention" else [])],
+    )  # fmt: skip
 
 
 def early_stopping(
@@ -309,8 +297,7 @@ def early_stopping(
         return {name: value for name, value in found.items() if value is not None}
 
     def evaluate(model: PeftModel, step: int) -> dict[str, float]:
-        place = Path(args.output_dir), f"step_{step}"
-        return figures(measured(model, evaluations=midtrain, place=place, with_adapter=True))
+        return figures(measured(model, midtrain, f"step_{step}", with_adapter=True))
 
     return EarlyStopping(
         args.early_stop_patience, args.eval_steps, args.early_stop_metric, evaluate,
@@ -350,42 +337,13 @@ def training_rows(args: argparse.Namespace, task: Task, model: PreTrainedModel, 
 
 
 def tokenised(args: argparse.Namespace, rows: Dataset, encoder: ChatEncoder, side: str) -> Dataset:
-    """The rows of a side as tokens, cut to --max_seq_length; with --streaming those to train on become tokens whenever
-    they are read."""
+    """The rows of a side as tokens, cut to --max_seq_length; of a stream those to train on whenever they are read."""
     is_packed, is_lazy = (flag and side == "train" for flag in (args.packing, args.streaming))
     longest = None if is_packed else args.max_seq_length
     rows = tokenise(rows, encoder, args.num_proc, longest=longest, lazily=is_lazy)
     if args.assistant_only_loss or args.max_seq_length == 1:
         rows = with_answers(rows, side, args.max_seq_length)
     return rows
-
-
-def all_evaluations(
-    tokenizer: PreTrainedTokenizerBase, rows: Dataset, questions: list[dict], args: argparse.Namespace
-) -> dict[str, list[Evaluation]]:
-    """What is measured: "compared" before and after, "final" after alone, "midtrain" at the steps of early stopping.
-
-    `rows`: all of the validation split.
-    """
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    from llm_alignment.drift import drift_evaluation
-    from llm_alignment.validation import validation_evaluation
-
-    collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
-    first = rows.select(range(min(args.baseline_eval_samples, len(rows))))
-    validation = validation_evaluation("validation", first, collator, args.batch)
-    drift_rows = [
-        {"question_id": number, "cluster": number, "input_ids": row["input_ids"], "labels": row["labels"]}
-        for number, row in enumerate(first)
-    ]
-    compared, midtrain = [validation, drift_evaluation(drift_rows)], [validation]
-    if questions:
-        some = sample_questions(questions, args.mtbench_midtrain_questions, args.mtbench_questions_seed)
-        for evaluations, mtbench in zip((compared, midtrain), mtbench_evaluations(args, questions, some), strict=True):
-            evaluations.append(mtbench)
-    full = validation_evaluation("validation_full", rows, collator, args.batch)
-    return {"compared": compared, "final": [full], "midtrain": midtrain}
 
 
 if __name__ == "__main__":

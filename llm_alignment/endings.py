@@ -46,11 +46,8 @@ def signal_name(signum: int) -> str:
 
 @contextlib.contextmanager
 def signals_go_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Inside, Ctrl-C, SIGTERM and SIGHUP call `handler(signum, frame)`; what `nohup` ignores stays ignored.
-
-    In another thread than the main one nothing changes. An Interrupted that is raised where Python drops errors, as in
-    a `__del__`, comes again.
-    """
+    """Inside, Ctrl-C, SIGTERM and SIGHUP call `handler(signum, frame)` in the main thread; what `nohup` ignores stays
+    ignored. An Interrupted that is raised where Python drops errors, as in a `__del__`, comes again."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -95,10 +92,7 @@ class Ending(NamedTuple):
 
 
 def ending(error: BaseException, folder: str) -> Ending:
-    """How a run in `folder` ends by `error`.
-
-    Bad input and packages that cannot be imported: 2. Signals: 128 + their number. Everything else: 1.
-    """
+    """How a run in `folder` ends by `error`: bad input, missing packages 2, signals 128 + their number, others 1."""
     resume = f"the same command resumes in {folder}, training with --resume_from_checkpoint auto"
     named = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
     if isinstance(error, InputError | MissedGateError):
@@ -123,10 +117,8 @@ def ending(error: BaseException, folder: str) -> Ending:
 
 
 def explain(end: Ending, error: BaseException) -> str:
-    """Writes the end to run.log, with a traceback if it is rare; where that is, to be added to the line.
-
-    Before run.log is open, and in other processes than the main one, the traceback goes to the console.
-    """
+    """Writes the end to run.log, with a traceback if it is rare, and returns where that is, to be added to the line.
+    Before run.log is open, and in other processes than the main one, it goes to the console."""
     text = "".join(traceback.format_exception(error)) if end.is_rare else end.line
     for handler in log.handlers:
         if isinstance(handler, logging.FileHandler):
@@ -149,10 +141,8 @@ def disk_problem(error: BaseException) -> str:
 
 
 class Console:
-    """A stream to print on that outlives its reader: after `| head -1` it takes text and drops it.
-
-    `problem` is why text was lost where somebody waits for it, such as in a file on a full disk; else "".
-    """
+    """A stream to print on that outlives its reader: after `| head -1` it takes text and drops it. `problem`: why text
+    was lost where somebody waits for it, such as in a file on a full disk; else ""."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.problem = stream, ""

@@ -18,10 +18,8 @@ T = TypeVar("T")
 
 
 def fill(kind: type[T], args: argparse.Namespace | dict[str, Any], **more: Any) -> T:
-    """The dataclass `kind`, its fields filled by the flags of their names, or by `more`.
-
-    The only bridge from the command line to plain values. A field without a flag needs a value in `more` or a default.
-    """
+    """The dataclass `kind`, its fields filled by the flags of their names, or by `more`: the only bridge from the
+    command line to plain values. A field without a flag needs a value in `more` or a default."""
     names = {field.name for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
     values = args if isinstance(args, dict) else vars(args)
     return kind(**{name: value for name, value in values.items() if name in names} | more)
@@ -115,21 +113,16 @@ def add_lora_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) 
         add("--lora_r", type=positive(int), default=8, help="rank: 8-16 for style, 32-64 for new knowledge; memory")
         add("--lora_alpha", type=positive(int), default=16, help="strength of the adapter; its scale is alpha / rank")
     add("--lora_dropout", type=dropout, default=0.05, help="dropout before the adapter; raise it for little data")
-    add("--target_modules", default="q_proj,v_proj",
-        help="layers that get an adapter, separated by commas; all-linear learns more and takes more memory")
+    add("--target_modules", default="q_proj,v_proj", help="layers with an adapter; all-linear learns more, takes more")
 
 
 def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
-    """What every training script trains with; each script sets its own defaults with `parser.set_defaults`.
-
-    A script that trains `in_stages` has epochs and learning rate of its own for each stage, and takes no checkpoint
-    by its path: the stages know theirs.
-    """
+    """What every training script trains with; one that trains `in_stages` has epochs and learning rate of its own for
+    each stage, and takes no checkpoint by its path: the stages know theirs."""
     add = add_group(parser, "training", trains=True)
     if not in_stages:
         add("--epochs", type=positive(float), default=1.0, help="passes over the data; 0.5 is fine")
-        add("--learning_rate", type=positive(float),
-            help="peak of the cosine; raise it if the loss hardly falls, lower it if the base is forgotten")
+        add("--learning_rate", type=positive(float), help="higher if the loss hardly falls, lower against forgetting")
     add("--batch", type=positive(int), help="examples per device and forward pass; lower it when memory is full")
     add("--grad_acc", type=positive(int), default=16, help="passes per optimiser step; raise it as --batch is lowered")
     add("--max_steps", type=not_negative(int), default=0, help="end after N optimiser steps; 0 = after --epochs")
@@ -193,18 +186,14 @@ def add_mtbench_flags(add: Callable[..., argparse.Action]) -> None:
 
 
 def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
-    """What every DPO script takes; a script sets its own defaults with `parser.set_defaults`.
-
-    A script that trains `in_stages` has some of them for each stage, and begins with a fresh adapter.
-    """
+    """What every DPO script takes; one that trains `in_stages` has some of its own and begins with a fresh adapter."""
     add_model_flags(parser)
     add_lora_flags(parser, in_stages=in_stages)
     add_training_flags(parser, in_stages=in_stages)
     add_run_flags(parser, exp_log="experiments/dpo_experiments.jsonl")
     add = add_group(parser, "DPO", trains=True)
     if not in_stages:
-        add("--beta", type=positive(float), default=0.03,
-            help="small moves further from the base, 0.01-0.1 is usual; 0.3 and more stays near it")
+        add("--beta", type=positive(float), default=0.03, help="less moves further from the base; 0.01-0.1 is usual")
     add("--loss_type", default="sigmoid", metavar="NAME[,NAME...]",
         help=f"TRL's losses, their weighted sum if there are several: {', '.join(LOSS_TYPES)}")
     add("--loss_weights", default="", metavar="W[,W...]", help="a number for each of --loss_type; else each counts 1")
@@ -378,8 +367,7 @@ def parse_arguments(
     demo: dict[str, Any],
     further: Callable[[argparse.Namespace], dict[str, Any]] = lambda args: {},
 ) -> argparse.Namespace:
-    """Parses `argv`, or the command line. Flags that were not given get their defaults from `further`, of what was
-    given, and with --demo from `demo`.
+    """Parses `argv`, or the command line. `further` gives defaults by what was given, --demo those of `demo`.
 
     A demo's output folder is the first free one of NAME_1, NAME_2, ..., so that the demo can be run again; one that
     resumes, from a checkpoint or a stage, takes the last one. A text that is empty, as of a shell variable that is not

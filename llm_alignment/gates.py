@@ -72,12 +72,9 @@ def describe(name: str, gate: dict, *, lower_is_better: bool = False) -> str:
 
 
 def questions_needed(limit: float, deltas: Iterable[dict], *, expected: float = 0.0) -> int | None:
-    """How many questions a gate needs, by the spread of a metric's earlier differences (`stats.paired_delta`).
-
-    The spread is the root mean square of their items' standard deviations, as their intervals show them, so that
-    clusters count. `expected` is the difference that the run is thought to make. None without an earlier interval, or
-    where the expected difference is the gate itself.
-    """
+    """How many questions a gate needs where a difference of `expected` is, by earlier differences of the metric
+    (`stats.paired_delta`): the root mean square of their items' standard deviations, as their intervals show them, so
+    that clusters count. None without an earlier interval, or where the expected difference is the gate itself."""
     known = [delta for delta in deltas if delta["low"] is not None]
     spreads = [(delta["high"] - delta["low"]) / (2 * 1.96) * math.sqrt(delta["n"]) for delta in known]
     if not spreads:

@@ -18,10 +18,7 @@ TITLES = {
 
 
 def check_judge(pairs: list[dict], score: Callable[[list[list[dict]]], list[float]]) -> dict:
-    """`judge_report` of pairs of `llm_alignment.preferences`; `score` is `RewardModel.score`.
-
-    Each answer is scored after the turns of its prompt.
-    """
+    """`judge_report` of pairs of `preferences`; `score` is `RewardModel.score`, of each answer after its prompt."""
     conversations = []
     for pair in pairs:
         prompt = pair["prompt"]
@@ -36,15 +33,14 @@ def judge_report(rows: list[dict]) -> dict:
 
     `rows`: pairs {"prompt", "chosen", "rejected"} with "rewards", of chosen and of rejected. Returns
 
-    - "groups": {name: {"n", "ties", "agree", "share", "low", "high"}}: pairs, pairs of equal rewards, and of the other
-      pairs those with the higher reward for chosen, also in per cent with the exact 95 % interval (Clopper and Pearson
-      1934); None without such pairs. The names are "all"; the scripts of the prompts (latin, cyrillic, ...);
-      "longer", "like", "shorter" by the length of chosen beside rejected; "two_scripts" where the answers' scripts
-      differ. A judge of length alone agrees with all of "longer" and none of "shorter".
+    - "groups": {name: {"n", "ties", "agree", "share", "low", "high"}}: pairs, those of equal rewards, of the others
+      those with the higher reward for chosen, also in per cent with the exact 95 % interval (Clopper and Pearson
+      1934); None without such pairs. By name: "all"; the prompt's script; "longer", "like", "shorter", which chosen is
+      beside rejected (a judge of length agrees with all and none); "two_scripts" where the answers' scripts differ.
     - "longer_preferred", "longer_chosen": in per cent of the pairs of unequal lengths and rewards, how often the
       longer answer has the higher reward, and how often it is the chosen one.
-    - "length_explains": r squared, in per cent, of the reward differences and the differences in the logarithm of
-      length, in characters. Through the origin, as it must not matter which answer comes first; None without any.
+    - "length_explains": r squared, in per cent, of the differences in reward and in the logarithm of length, through
+      the origin, as it must not matter which answer comes first; None without any.
     """
     groups: dict[str, list[float]] = {name: [] for name in TITLES}
     lengths = []

@@ -30,13 +30,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, script: str, docstring: str | None, shown: str = "") -> None:
-        super().__init__(
-            prog=f"python {script}",
-            usage=f"python {script} [--flag value ...]",
-            description=docstring,
-            formatter_class=Formatter,
-            allow_abbrev=False,
-        )
+        prog, kind = f"python {script}", {"formatter_class": Formatter, "allow_abbrev": False}
+        super().__init__(prog=prog, usage=f"{prog} [--flag value ...]", description=docstring, **kind)
         self.shown = shown.split()
         add = add_group(self, "about the flags", trains=False)
         add("--help_all", action="help", help="show every flag with its default")
@@ -104,10 +99,8 @@ class Parser(argparse.ArgumentParser):
                 words += [] if text == "null" else [f"{flag}={text}"]
             elif text not in ("true", "false"):
                 self.error(f"--config {path}: {name}: {text}; write true or false")
-            elif text == "true":
-                words.append(flag)
-            elif negative in self._option_string_actions:
-                words.append(negative)
+            elif text == "true" or negative in self._option_string_actions:
+                words.append(flag if text == "true" else negative)
         return words
 
     def read_config(self, path: Path) -> dict[str, Any]:
@@ -137,11 +130,8 @@ class Version(argparse.Action):
 
 
 def add_group(parser: argparse.ArgumentParser, title: str, *, trains: bool | str) -> Callable[..., argparse.Action]:
-    """The function that adds flags to the group `title`.
-
-    `trains` says whether they change what is trained: always, never, or where `neutral_flags` is told this word, such
-    as "reddit" for flags that shape Reddit's pairs alone.
-    """
+    """The function that adds flags to the group `title`; `trains`: do they change what is trained, always, never, or
+    where `neutral_flags` is told this word, such as "reddit" for flags that shape Reddit's pairs alone."""
     group = parser.add_argument_group(title)
 
     def add(*names: str, **settings: Any) -> argparse.Action:
@@ -153,8 +143,6 @@ def add_group(parser: argparse.ArgumentParser, title: str, *, trains: bool | str
 
 
 def neutral_flags(parser: argparse.ArgumentParser, *counted: str) -> set[str]:
-    """The flags that do not change what is trained, where the flags of the words `counted` do; see `add_group`.
-
-    A run may be resumed with other values of them.
-    """
+    """The flags whose values a resumed run may change: they do not change what is trained, where those of the words
+    `counted` do; see `add_group`."""
     return {action.dest for action in parser._actions if getattr(action, "trains", False) not in (True, *counted)}

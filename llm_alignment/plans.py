@@ -55,10 +55,8 @@ def log_evaluations(setup: Setup, rounds: list[tuple[Evaluation, int]], trained:
 
 
 def log_dpo_training(setup: Setup, rows: list[dict], settings: TrainingSettings, dpo: DpoSettings) -> float:
-    """Logs pairs, steps, passes, tokens and memory; returns the tokens that go through the model in training.
-
-    A backward pass of a frozen base costs a forward pass, so it counts as one.
-    """
+    """Logs pairs, steps, passes, tokens and memory; returns the tokens that go through the model in training, where a
+    backward pass of a frozen base costs as much as a forward pass."""
     prompts = setup.tokenizer([row["prompt"] for row in rows])["input_ids"]
     texts = [row["prompt"] + row[side] for side in ("chosen", "rejected") for row in rows]
     lengths = [min(dpo.max_length, len(ids) + 1) for ids in setup.tokenizer(texts)["input_ids"]]
@@ -102,11 +100,8 @@ def print_sft_plan(
     anchor: AnchorSettings,
     rounds: Callable[[int], list[tuple[Evaluation, int]]],
 ) -> None:
-    """Rows by source, one as the model reads it, steps, tokens, passes, memory, evaluations.
-
-    `data`: what is chosen, the rows to train on, and what makes tokens of them. `rounds(steps)`: what is measured, and
-    how often in so many steps.
-    """
+    """Rows by source, one as the model reads it, steps, tokens, passes, memory, evaluations. `data`: what is chosen,
+    rows to train on, what makes tokens of them; `rounds(steps)`: what is measured, and how often in so many steps."""
     selection, examples, encoder = data
     for (subset, side), count in sorted(selection.counts.items()):
         log.info("%-10s %-10s %9d rows", subset, side, count)

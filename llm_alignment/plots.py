@@ -31,9 +31,13 @@ def new_figure(width: float, height: float, columns: int, lines: int = 1, sharey
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
-    matplotlib.rcParams.update({"axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True})
-    matplotlib.rcParams["text.parse_math"] = False  # the name of a run may hold a dollar sign
+    look = {"font.size": 12, "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True}
+    look |= {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "text.parse_math": False,
+    }  # a name may hold a dollar
+    matplotlib.rcParams.update(look)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharey=sharey)
     figure.get_layout_engine().set(wspace=0.04, hspace=0.04)  # type: ignore[union-attr, call-arg]
@@ -55,18 +59,13 @@ def plot_categories(title: str, before: dict | None, after: dict, delta: dict | 
     axis.grid(axis="x", visible=False)
     axis.set_xticks(range(len(categories)), categories, rotation=20 if len(categories) > 6 else 0)
     axis.set(ylim=(1, 10), ylabel="reward-model score, 1-10")
-    means = " -> ".join(f"{summary['avg']:.2f}" for summary, *_ in sides)
-    figure.suptitle(f"{title}: {means}{interval_text(delta)}")
+    title += ": " + " -> ".join(f"{summary['avg']:.2f}" for summary, *_ in sides)
+    if delta and delta["mean"] is not None:
+        interval = "" if delta["low"] is None else f" [{delta['low']:.2f}, {delta['high']:.2f}]"
+        title += f", {delta['mean']:+.2f}{interval}, n = {delta['n']}"
+    figure.suptitle(title)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def interval_text(delta: dict | None) -> str:
-    """ ", +0.25 [-0.12, 0.62], n = 80" of a difference; "" without one."""
-    if not delta or delta["mean"] is None:
-        return ""
-    interval = "" if delta["low"] is None else f" [{delta['low']:.2f}, {delta['high']:.2f}]"
-    return f", {delta['mean']:+.2f}{interval}, n = {delta['n']}"
 
 
 def with_validation(log: list[dict], record: dict) -> list[dict]:
@@ -78,10 +77,8 @@ def with_validation(log: list[dict], record: dict) -> list[dict]:
 
 
 def plot_curves(title: str, logs: dict[str, list[dict]], panels: dict[str, dict[str, str]]) -> Figure | None:
-    """One panel a label over the optimiser steps, of those that have data; None without any.
-
-    `logs`: the lines of the trainer's log by the name of the run. `panels`: as LOSS.
-    """
+    """One panel a label over the optimiser steps, of those that have data; None without any. `logs`: the lines of the
+    trainer's log by the name of the run; `panels`: as LOSS."""
     logged = {key for log in logs.values() for entry in log for key in entry}
     panels = {ylabel: keys for ylabel, keys in panels.items() if logged & keys.keys()}
     if not panels:

@@ -110,8 +110,8 @@ def shared_rounds(
 ) -> Iterator[list[tuple[Item, Result]]]:
     """Yields (item, result) of all `items` in lists, one a round; `run(batch)` yields (place in the batch, result).
 
-    In a round every process takes the next batch of `size` items, and each gets every result. All processes call this
-    with the same items. The smallest of their sizes counts, and none stays without a batch where it can have one.
+    All processes call this with the same items. In a round each takes the next batch, of the smallest of their
+    sizes or less, so that none stays without, and gets every result.
     """
     n_processes, rank = processes(), all_processes().process_index
     if n_processes > 1 and items:
@@ -126,9 +126,7 @@ def halved_when_full(
     items: list[Item], size: int, run: Callable[[list[Item]], Iterator[tuple[int, Result]]]
 ) -> Iterator[tuple[Item, Result]]:
     """Yields (item, result) of all `items`, as `run` yields (place in the batch, result) for `size` of them at a time.
-
-    When the GPU runs out of memory, batches of half the size follow, from the items that have no result yet.
-    """
+    When the GPU runs out of memory, batches of half the size follow, from the items that have no result yet."""
     import torch
 
     waiting = list(items)

@@ -19,8 +19,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_alignment import files
 from llm_alignment.endings import console_and_log, ending, explain, interrupt, open_log, signals_go_to
-from llm_alignment.files import InputError, append_record, cache_folder, parse_json, remove_left_over, write_json
+from llm_alignment.files import InputError, SkippedRows, parse_json
 from llm_alignment.hub import COMMITS
 from llm_alignment.processes import all_processes, gathered, main_process, named_device, processes, versions
 
@@ -39,9 +40,8 @@ NEXT = """adapter in {run}; next: talk to it, compare it with another run, expor
 def recorded_run(args: argparse.Namespace, argv: list[str] | None, script: str) -> Iterator[dict]:
     """Wraps a run: yields its record, logs to console and run.log, and turns every end into an exit code and a record.
 
-    `ending` has the table of exit codes. Bad input that is found before `begin` and a dry run leave no record and no
-    file. The script calls `begin` once its input is checked. Ctrl-C exits with 130 on the command line, where `argv`
-    is None; a caller of `main(argv)`, such as pytest, gets the KeyboardInterrupt.
+    `ending` tells the exit codes. Bad input that is found before the script calls `begin`, and a dry run, leave no
+    record and no file. A caller of `main(argv)`, such as pytest, gets the KeyboardInterrupt of Ctrl-C.
     """
     record: dict = {}
     COMMITS.clear()  # of a run before this one in the same process
@@ -49,7 +49,7 @@ def recorded_run(args: argparse.Namespace, argv: list[str] | None, script: str) 
         keeps_record = main_process() and not args.dry_run
         try:
             record |= new_record(vars(args), sys.argv[1:] if argv is None else argv, script)
-            cache = None if args.no_baseline_cache else cache_folder()
+            cache = None if args.no_baseline_cache else files.cache_folder()
             with signals_go_to(interrupt), run_folder(Path(args.output_dir), Path(args.exp_log), cache, script):
                 yield record
             record["status"] = "completed"
@@ -110,14 +110,11 @@ def add_untimed(record: dict, phase: str) -> float:
 
 
 def finish(record: dict) -> str:
-    """Adds the total runtime and appends the record to --exp_log, or prints it where that is impossible.
-
-    Returns what went wrong, "" when nothing did.
-    """
+    """Adds the total runtime and appends the record to --exp_log, or prints it; returns what went wrong, or ""."""
     record["runtime_s"]["total"] = add_untimed(record, "other")
     path = Path(record["args"]["exp_log"])
     try:
-        append_record(path, record)
+        files.append_record(path, record)
     except OSError as error:
         log.error("the run's record: %s", json.dumps(record, ensure_ascii=False))
         return f"; {path} cannot be written ({error.strerror}), and the run's record is shown above"
@@ -128,8 +125,8 @@ def finish(record: dict) -> str:
 def run_folder(folder: Path, exp_log: Path, cache: Path | None, script: str) -> Iterator[None]:
     """Makes and locks the output folder; a run that leaves no file removes it.
 
-    Raises InputError when another run works in the folder, when it holds the run of another script, or when folder,
-    log or cache cannot be written.
+    Raises InputError when another run works in the folder, when it holds a model, an adapter or another script's run,
+    which would be mixed with this one's files, or when folder, log or cache cannot be written.
     """
     if processes() > 1:
         all_processes().wait_for_everyone()  # the demo's folder is the first free one: all have looked by now
@@ -143,17 +140,23 @@ def run_folder(folder: Path, exp_log: Path, cache: Path | None, script: str) -> 
     check_writable(folder / "run.lock", "--output_dir", "name another folder")
     refusal = f"--output_dir {folder}: another run is working in this folder; wait for its end or name another folder"
     with held_alone(folder / "run.lock", refusal):
-        check_script(folder, script)
+        path = folder / "run.json"
+        if path.exists():
+            try:
+                other = parse_json(path.read_bytes())["script"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise damaged_run(path) from error
+        else:
+            other = next((name for name in ("config.json", "adapter_config.json") if (folder / name).exists()), script)
+        if other != script:
+            raise InputError(f"--output_dir {folder} holds another run or a model ({other}); name another folder")
         yield
 
 
 @contextlib.contextmanager
 def held_alone(path: Path, refusal: str) -> Iterator[None]:
-    """Inside, this process alone holds the lock file `path`, whose folder is made; at the end the file is removed, and
-    the folders that were made and stayed empty.
-
-    The lock of a process that died is free. Raises InputError with the text `refusal` while another process holds it.
-    """
+    """Inside, this process alone holds the lock file `path`, which is free when its process died; else InputError with
+    the text `refusal`. At the end the file is removed, and what folders were made for it and are empty."""
     from filelock import FileLock, Timeout
 
     made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
@@ -175,20 +178,6 @@ def held_alone(path: Path, refusal: str) -> Iterator[None]:
                 folder.rmdir()
 
 
-def check_script(folder: Path, script: str) -> None:
-    """Raises InputError when `folder` holds a model, an adapter or another script's run, which would be mixed."""
-    path, other = folder / "run.json", ""
-    if path.exists():
-        try:
-            other = parse_json(path.read_bytes())["script"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise damaged_run(path) from error
-    else:
-        other = next((name for name in ("config.json", "adapter_config.json") if (folder / name).exists()), script)
-    if other != script:
-        raise InputError(f"--output_dir {folder} holds another run or a model ({other}); name another folder")
-
-
 def damaged_run(path: Path) -> InputError:
     return InputError(f"{path} is damaged, so the run cannot be checked: put it back, or name another --output_dir")
 
@@ -199,15 +188,10 @@ RECORD_KEYS = ({"ts", "script"}, {"ts", "params"}, {"timestamp", "stages"})  # t
 def check_log(path: Path) -> None:
     """Raises InputError when --exp_log cannot be written, or is a file that holds something other than records."""
     check_writable(path, "--exp_log")
-    if not path.exists() or not path.stat().st_size:
-        return
-    with path.open("rb") as file:
-        for line in itertools.islice(file, 100):  # a crash may have cut off some
-            with contextlib.suppress(ValueError):
-                row = parse_json(line)
-                if isinstance(row, dict) and any(row.keys() >= keys for keys in RECORD_KEYS):
-                    return
-    raise InputError(f"--exp_log {path}: a file without run records, which the record would damage; name another")
+    if path.exists() and path.stat().st_size:
+        rows = itertools.islice(files.read_objects(path, SkippedRows()), 100)  # a crash may have cut off some
+        if not any(row.keys() >= keys for _, row in rows for keys in RECORD_KEYS):
+            raise InputError(f"--exp_log {path}: no run records, which a record would damage; name another file")
 
 
 def check_writable(path: Path, flag: str, advice: str = "name another file") -> None:
@@ -223,10 +207,7 @@ def check_writable(path: Path, flag: str, advice: str = "name another file") -> 
 
 
 def begin(record: dict, data: dict, base: Base) -> Path:
-    """Creates the output folder and writes run.json and run.log.
-
-    `data` is the fingerprint of the data. A resumed run keeps the run.json that it was started with.
-    """
+    """Creates the output folder and writes run.log and, unless it is resumed, run.json; `data`: its fingerprint."""
     import torch
 
     name, dtype = named_device(base.device, base.dtype)
@@ -236,10 +217,10 @@ def begin(record: dict, data: dict, base: Base) -> Path:
     all_processes().wait_for_everyone()  # all have looked at the folder before it changes
     if main_process():
         folder.mkdir(parents=True, exist_ok=True)
-        remove_left_over(folder)
+        files.remove_left_over(folder)
         keys = ("ts", "tag", "script", "argv", "args", "git", "versions", "device", "data", "commits", "base")
         if not (record["args"].get("resume_from_checkpoint") and (folder / "run.json").exists()):
-            write_json(folder / "run.json", {key: record[key] for key in keys if key in record})
+            files.write_json(folder / "run.json", {key: record[key] for key in keys if key in record})
         open_log(folder / "run.log")
     if processes() > 1:
         check_shared(folder, record["args"])
@@ -248,10 +229,8 @@ def begin(record: dict, data: dict, base: Base) -> Path:
 
 
 def check_shared(folder: Path, flags: dict[str, Any]) -> None:
-    """Warns where a process, on another machine, does not see the main one's folder.
-
-    Raises InputError where it would have to read what the main one writes there: a checkpoint or an earlier stage.
-    """
+    """Warns where a process, on another machine, does not see the main one's folder. Raises InputError where it would
+    have to read what the main one writes there: a checkpoint or an earlier stage."""
     with tempfile.NamedTemporaryFile(dir=folder) if main_process() else contextlib.nullcontext() as file:
         [name] = gathered([Path(file.name).name] if file else [])
         apart = gathered([] if (folder / name).exists() else [all_processes().process_index])
@@ -276,8 +255,8 @@ def timed(record: dict, phase: str) -> Iterator[None]:
 
 def git_commit() -> str | None:
     """The project's commit, with "-dirty" when the tree has changes; None outside a git checkout."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    here = str(Path(__file__).resolve().parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8").stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is not a checkout

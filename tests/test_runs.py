@@ -199,7 +199,7 @@ def test_a_record_that_cannot_be_appended_is_printed(tmp_path, capsys, monkeypat
     def full(path: Path, record: dict) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(runs, "append_record", full)
+    monkeypatch.setattr(runs.files, "append_record", full)
     with pytest.raises(SystemExit) as stop, recorded_run(arguments(tmp_path), [], "script.py") as record:
         pass
     out, shown = capsys.readouterr()
