@@ -286,12 +286,12 @@ def early_stopping(
     from llm_alignment.sft import EarlyStopping
 
     keys = {"loss": "val_loss", "val_loss": "val_loss"} | {e.name: e.name for e in midtrain[1:]}
-    items = {evaluation.name: {item["question_id"] for item in evaluation.items} for evaluation in midtrain}
 
     def figures(rows: dict[str, list[dict]]) -> dict[str, float]:
         summaries: dict = {}
         for evaluation in midtrain:
-            same = [row for row in rows.get(evaluation.name, []) if row["question_id"] in items[evaluation.name]]
+            asked = {item["question_id"] for item in evaluation.items}
+            same = [row for row in rows.get(evaluation.name, []) if row["question_id"] in asked]
             summaries |= evaluation.summarise(same) if same else {}
         found = {name: METRICS[metric].read(summaries) for name, metric in keys.items()}
         return {name: value for name, value in found.items() if value is not None}
@@ -299,10 +299,8 @@ def early_stopping(
     def evaluate(model: PeftModel, step: int) -> dict[str, float]:
         return figures(measured(model, midtrain, f"step_{step}", with_adapter=True))
 
-    return EarlyStopping(
-        args.early_stop_patience, args.eval_steps, args.early_stop_metric, evaluate,
-        lambda: figures(before).get(args.early_stop_metric),
-    )  # fmt: skip
+    metric, patience = args.early_stop_metric, args.early_stop_patience
+    return EarlyStopping(patience, args.eval_steps, metric, evaluate, lambda: figures(before).get(metric))
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -327,11 +325,9 @@ def training_rows(args: argparse.Namespace, task: Task, model: PreTrainedModel, 
     """The rows to train on as tokens, those of --replay among them, which the base `model` writes itself."""
     rows = task.examples("train")
     if args.replay_ratio:
-        settings, folder = fill(ReplaySettings, args), Path(args.output_dir)
-        write = functools.partial(
-            own_dialogues, model, task.encoder, task.finder,
-            folder=folder, fingerprint={**fingerprint, "adapter": "none"}, settings=settings,
-        )  # fmt: skip
+        settings = fill(ReplaySettings, args)
+        place: dict[str, Any] = {"folder": Path(args.output_dir), "fingerprint": {**fingerprint, "adapter": "none"}}
+        write = functools.partial(own_dialogues, model, task.encoder, task.finder, settings=settings, **place)
         rows = replay_rows(rows, settings, task.encoder, task.finder, write)
     return tokenised(args, rows, task.encoder, "train")
 

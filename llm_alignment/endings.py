@@ -86,9 +86,8 @@ class Ending(NamedTuple):
 
     @property
     def line(self) -> str:
-        return f"{'interrupted' if self.code > 128 else 'error'}: {self.reason}" + f"; {self.advice}" * bool(
-            self.advice
-        )
+        kind = "interrupted" if self.code > 128 else "error"
+        return f"{kind}: {self.reason}" + (f"; {self.advice}" if self.advice else "")
 
 
 def ending(error: BaseException, folder: str) -> Ending:

@@ -288,9 +288,8 @@ def losses(loss_type: str, loss_weights: str) -> tuple[list[str], list[float] | 
     names = [name.strip() for name in loss_type.split(",")]
     unknown = [name or "an empty name" for name in names if name not in LOSS_TYPES]
     if unknown:
-        raise InputError(
-            f"--loss_type {loss_type}: {unknown[0]} is unknown or needs another model; use {', '.join(LOSS_TYPES)}"
-        )
+        choices = ", ".join(LOSS_TYPES)
+        raise InputError(f"--loss_type {loss_type}: {unknown[0]} is unknown or needs another model; use {choices}")
     try:
         weights = [float(weight) for weight in loss_weights.split(",")] if loss_weights else None
     except ValueError as error:
@@ -343,11 +342,8 @@ def check_dpo_flags(args: argparse.Namespace, *, in_stages: bool = False) -> Non
 
 DEMO_DIR = Path(__file__).resolve().parents[1] / "experiments" / "demo"
 
-DEMO = {
-    "model": str(DEMO_DIR / "model"),
-    "reward_model": str(DEMO_DIR / "reward_model"),
-    "retention_file": str(DEMO_DIR / "retention.jsonl"),
-}
+DEMO = {name: str(DEMO_DIR / name) for name in ("model", "reward_model")}
+DEMO["retention_file"] = str(DEMO_DIR / "retention.jsonl")
 DPO_DEMO = DEMO | dict(
     tatqa_dir=str(DEMO_DIR / "tatqa"), mtbench_file=str(DEMO_DIR / "mt_bench_en.jsonl"), output_dir="demo_dpo",
     limit_pairs=480, beta=0.5, batch=4, grad_acc=2, learning_rate=1e-3, eval_limit=200, eval_max_new_tokens=16,

@@ -47,12 +47,10 @@ def judge(delta: dict, limit: float, *, lower_is_better: bool = False) -> dict:
     gate = {"limit": limit, "verdict": "undecided", "mean": mean, "low": low, "high": high, "n": n, "questions": None}
     if low is None:
         return {**gate, "questions": ENOUGH_ITEMS if n < ENOUGH_ITEMS else None}
-    worst, best = (high, low) if lower_is_better else (low, high)
-    if n >= ENOUGH_ITEMS:
-        if (worst <= limit) if lower_is_better else (worst >= limit):
-            return {**gate, "verdict": "passed"}
-        if (best > limit) if lower_is_better else (best < limit):
-            return {**gate, "verdict": "missed"}
+    sign = -1 if lower_is_better else 1
+    worst, best = sorted((sign * low, sign * high))
+    if n >= ENOUGH_ITEMS and (worst >= sign * limit or best < sign * limit):
+        return {**gate, "verdict": "passed" if worst >= sign * limit else "missed"}
     half = mean - low if mean >= limit else high - mean  # the side that reaches over the gate
     return {**gate, "questions": questions_that_decide(half / 1.96 * math.sqrt(n), abs(mean - limit))}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,9 +14,6 @@ from typing import Any, NoReturn
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """States the default of every flag that has one."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_default = action.default not in (None, "") and action.default is not False
@@ -30,8 +28,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, script: str, docstring: str | None, shown: str = "") -> None:
-        prog, kind = f"python {script}", {"formatter_class": Formatter, "allow_abbrev": False}
-        super().__init__(prog=prog, usage=f"{prog} [--flag value ...]", description=docstring, **kind)
+        prog, formatter = f"python {script}", functools.partial(Formatter, max_help_position=34)
+        super().__init__(prog, f"{prog} [--flag value ...]", docstring, formatter_class=formatter, allow_abbrev=False)
         self.shown = shown.split()
         add = add_group(self, "about the flags", trains=False)
         add("--help_all", action="help", help="show every flag with its default")

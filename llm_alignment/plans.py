@@ -77,15 +77,10 @@ def log_dpo_training(setup: Setup, rows: list[dict], settings: TrainingSettings,
     passes = steps * settings.grad_acc * processes()
     epochs = steps * settings.step / len(rows)
     log.info("pairs: %d, %.0f tokens each with the prompt read for each answer", len(rows), statistics.fmean(both))
-    log.info(
-        "steps: %d of %d pairs each; %d forward and backward passes; the reference: %d forward passes, once per base "
-        "and data",
-        steps, settings.step, passes, math.ceil(len(rows) / PAIRS_AT_ONCE),
-    )  # fmt: skip
-    log.info(
-        "tokens a step: %.0f of the pairs, %.0f padded as TRL reads them, %.0f read here",
-        *(total * epochs / steps for total in (sum(both), padded, read)),
-    )
+    log.info("steps: %d of %d pairs each; %d forward and backward passes", steps, settings.step, passes)
+    log.info("the reference: %d forward passes, once per base and data", math.ceil(len(rows) / PAIRS_AT_ONCE))
+    tokens = (total * epochs / steps for total in (sum(both), padded, read))
+    log.info("tokens a step: %.0f of the pairs, %.0f padded as TRL reads them, %.0f read here", *tokens)
     once = [pair - (0 if dpo.no_prefix_sharing else len(prompt)) for pair, prompt in zip(both, prompts, strict=True)]
     log_memory_plan(dataclasses.replace(settings, longest=max(once)), setup.base, setup.lora)
     return read * (2 * epochs + 1)  # once more for the reference
@@ -119,11 +114,8 @@ def print_sft_plan(
     tokens = real * per_step, per_row * per_step, per_row / real
     log.info("a step: about %.0f tokens, %.0f with padding (%.2f to 1)", *tokens)
     anchored = sum(anchor.coefficient(step) > 0 for step in range(steps))
-    micro = steps * settings.grad_acc
-    log.info(
-        "passes: %d forward and %d backward of %d sequences, %d forward of the reference",
-        micro, micro, settings.batch * processes(), anchored * settings.grad_acc,
-    )  # fmt: skip
+    passes = [steps * settings.grad_acc] * 2 + [settings.batch * processes(), anchored * settings.grad_acc]
+    log.info("passes: %d forward and %d backward of %d sequences, %d forward of the reference", *passes)
     log_memory_plan(settings, setup.base, setup.lora)
     # a backward pass of a frozen base costs a forward pass
     log_evaluations(setup, rounds(steps), (2 * steps + anchored) * per_step * per_row)

@@ -31,13 +31,9 @@ def new_figure(width: float, height: float, columns: int, lines: int = 1, sharey
     import matplotlib
     from matplotlib.figure import Figure
 
-    look = {"font.size": 12, "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True}
-    look |= {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "text.parse_math": False,
-    }  # a name may hold a dollar
-    matplotlib.rcParams.update(look)
+    matplotlib.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    matplotlib.rcParams.update({"axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True})
+    matplotlib.rcParams["text.parse_math"] = False  # the name of a run may hold a dollar sign
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharey=sharey)
     figure.get_layout_engine().set(wspace=0.04, hspace=0.04)  # type: ignore[union-attr, call-arg]

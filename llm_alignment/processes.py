@@ -44,9 +44,7 @@ def device_and_dtype(choice: str = "auto") -> tuple[torch.device, torch.dtype]:
     if not torch.cuda.is_available():
         return torch.device("cpu"), getattr(torch, DTYPES.get(choice, "float32"))
     if processes() > 1 and sys.platform == "win32":
-        raise InputError(
-            "several GPUs need NCCL, which Windows lacks: start one, without accelerate launch, or use WSL"
-        )
+        raise InputError("several GPUs need NCCL, which Windows lacks: leave out accelerate launch, or use WSL")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

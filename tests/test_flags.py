@@ -13,10 +13,20 @@ import sys
 import pytest
 from conftest import ROOT
 
+import sft_train
 from llm_alignment import flags
 from llm_alignment.parser import neutral_flags
 
 SCRIPTS = ("sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2", "mtbench_eval")
+
+
+def refused(parse, words: list[str], capsys) -> str:
+    """The one line with which `parse` refuses these words."""
+    with pytest.raises(SystemExit) as stop:
+        parse(words)
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and shown.count("\n") == 1
+    return shown
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -95,27 +105,27 @@ def test_help_shows_a_dozen_flags_and_help_all_every_one(script, capsys):
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", shown["--version"])
 
 
-@pytest.mark.parametrize(
-    ("script", "words", "expected"),
-    [
-        (
-            "sft_train",
-            "--learning-rate 1e-3 --no-4bit --kl_coef=0",
-            {"learning_rate": 1e-3, "no_4bit": True, "kl_coef": 0},
-        ),
-        ("dpo_train", "--no-do-eval --no_do_mtbench", {"do_eval": False, "do_mtbench": False}),
-        ("dpo_train", "--no-gradient-checkpointing", {"gradient_checkpointing": "off"}),
-        ("sft_train", "--mtbench_ru a --mtbench_questions_limit 3", {"mtbench_ru": "a", "mtbench_questions_limit": 3}),
-        ("sft_train", "--mtbench_file a --mtbench_limit 3", {"mtbench_ru": "a", "mtbench_questions_limit": 3}),
-        ("sft_train", "--logging_steps 7", {"kl_log_interval": 7}),
-        ("dpo_train", "--logging_steps 7", {"logging_steps": 7}),
-        ("sft_train", "--skip_baseline_eval", {"skip_baseline_eval": True}),
-        ("sft_train", "--no-eval_baseline", {"skip_baseline_eval": True}),
-        ("sft_train", "--no-eval_baseline --eval_baseline", {"skip_baseline_eval": False}),
-        ("mtbench_eval", "--mtbench_file a --mtbench_limit 3", {"questions": "a", "mtbench_questions_limit": 3}),
-        ("mtbench_eval", "--questions a --limit 3", {"questions": "a", "mtbench_questions_limit": 3}),
-    ],
-)
+SPELLINGS = [
+    (
+        "sft_train",
+        "--learning-rate 1e-3 --no-4bit --kl_coef=0",
+        {"learning_rate": 1e-3, "no_4bit": True, "kl_coef": 0},
+    ),
+    ("dpo_train", "--no-do-eval --no_do_mtbench", {"do_eval": False, "do_mtbench": False}),
+    ("dpo_train", "--no-gradient-checkpointing", {"gradient_checkpointing": "off"}),
+    ("sft_train", "--mtbench_ru a --mtbench_questions_limit 3", {"mtbench_ru": "a", "mtbench_questions_limit": 3}),
+    ("sft_train", "--mtbench_file a --mtbench_limit 3", {"mtbench_ru": "a", "mtbench_questions_limit": 3}),
+    ("sft_train", "--logging_steps 7", {"kl_log_interval": 7}),
+    ("dpo_train", "--logging_steps 7", {"logging_steps": 7}),
+    ("sft_train", "--skip_baseline_eval", {"skip_baseline_eval": True}),
+    ("sft_train", "--no-eval_baseline", {"skip_baseline_eval": True}),
+    ("sft_train", "--no-eval_baseline --eval_baseline", {"skip_baseline_eval": False}),
+    ("mtbench_eval", "--mtbench_file a --mtbench_limit 3", {"questions": "a", "mtbench_questions_limit": 3}),
+    ("mtbench_eval", "--questions a --limit 3", {"questions": "a", "mtbench_questions_limit": 3}),
+]
+
+
+@pytest.mark.parametrize(("script", "words", "expected"), SPELLINGS)
 def test_one_flag_has_several_spellings(script, words, expected):
     args = importlib.import_module(script).build_parser().parse_args(words.split())
     assert vars(args).items() >= expected.items()
@@ -127,6 +137,7 @@ def test_a_config_can_say_what_every_flag_says(script, tmp_path):
     parser = importlib.import_module(script).build_parser()
     known = parser.format_help()
     defaults = {name: value for name, value in vars(parser.parse_args([])).items() if f"--{name}" in known}
+    assert defaults["dtype"] == "auto"
     values = {name: not value if isinstance(value, bool) else value for name, value in defaults.items()}
     yaml = "".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items())
     for name, text in (("a.yaml", yaml), ("a.json", json.dumps(values))):
@@ -137,9 +148,7 @@ def test_a_config_can_say_what_every_flag_says(script, tmp_path):
 def test_the_command_line_wins_over_a_config_and_the_record_gets_its_flags(tmp_path, monkeypatch):
     config, run = tmp_path / "a.yaml", tmp_path / "run.json"
     config.write_text("learning-rate: 1e-3\nseed: 7  # comment\ndo_eval: false\n", encoding="utf-8")
-    run.write_text(
-        json.dumps({"script": "dpo_train.py", "argv": ["--seed", "3"], "args": {"seed": 3}}), encoding="utf-8"
-    )
+    run.write_text('{"script": "dpo_train.py", "argv": ["--seed", "3"], "args": {"seed": 3}}', encoding="utf-8")
     words = ["--seed", "8", "--config", str(config), f"--config={run}"]
     monkeypatch.setattr(sys, "argv", ["dpo_train.py", *words])
     args = flags.parse_arguments(importlib.import_module("dpo_train").build_parser(), None, {})
@@ -147,37 +156,21 @@ def test_the_command_line_wins_over_a_config_and_the_record_gets_its_flags(tmp_p
     assert sys.argv[1:] == ["--learning_rate=1e-3", "--seed=7", "--no-do_eval", "--seed", "3", "--seed", "8"]
 
 
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("learnin_rate: 1", "did you mean --learning_rate?"),
-        ("target_modules: [q_proj, v_proj]", "target_modules"),
-        ("lora: {r: 8}", "lora"),
-        ("do_eval: maybe", "do_eval: maybe"),
-        ("seed: -1", "--seed"),
-        ("- seed", "flag: value"),
-        ("a: b: c", "line 1"),
-        (b"\xff\xfe", "utf-8"),
-        (None, "No such file"),
-    ],
-)
+CONFIGS = [
+    ("learnin_rate: 1", "did you mean --learning_rate?"), ("target_modules: [q_proj, v_proj]", "target_modules"),
+    ("lora: {r: 8}", "lora"), ("do_eval: maybe", "do_eval: maybe"), ("seed: -1", "--seed"), ("- seed", "flag: value"),
+    ("a: b: c", "line 1"), (b"\xff\xfe", "utf-8"), (None, "No such file"), ("dtype: int8", "--dtype"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "named"), CONFIGS)
 def test_a_config_that_cannot_be_read_is_one_line(text, named, tmp_path, capsys):
     path = tmp_path / "a.yaml"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module("dpo_train").build_parser().parse_args(["--config", str(path)])
-    shown = capsys.readouterr().err
-    assert stop.value.code == 2 and named in shown and shown.count("\n") == 1
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_type_of_the_weights_is_a_flag_of_every_script(script):
-    parser = importlib.import_module(script).build_parser()
-    assert parser.parse_args([]).dtype == "auto"
-    assert parser.parse_args(["--dtype", "bf16"]).dtype == "bf16"
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--dtype", "int8"])
+    assert named in refused(
+        importlib.import_module("dpo_train").build_parser().parse_args, ["--config", str(path)], capsys
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,47 +188,45 @@ def test_fill_takes_fields_from_flags_and_from_more():
         flags.fill(Sampling, args)
 
 
-def test_types_of_numbers():
-    assert flags.ratio("0.5") == 0.5 and flags.positive(int)("3") == 3 and flags.not_negative(float)("0") == 0
-    for parse, text in (
-        (flags.ratio, "1.5"),
-        (flags.ratio, "nan"),
-        (flags.dropout, "1"),
-        (flags.positive(int), "0"),
-        (flags.positive(float), "inf"),
-        (flags.not_negative(float), "-1"),
-        (flags.temperature, "1e-320"),
-        (flags.positive_temperature, "0"),
-        (flags.positive_temperature, "1e-9"),
-        (flags.positive(int), "9" * 400),
-        (flags.not_negative(int), "2147483648"),
-        (flags.not_negative(float), "nan"),
-        (flags.positive(float), "1e10"),
-        (flags.ratio, "9" * 400),
-        (flags.seed, "9" * 400),
-        (flags.seed, "4294967296"),
-        (flags.seed, "-1"),
-    ):
+REFUSED = [
+    (flags.ratio, "-0.1 1.5 nan"), (flags.dropout, "1"), (flags.positive_ratio, "0"), (flags.positive(int), "0"),
+    (flags.positive(float), "inf 1e10"), (flags.not_negative(float), "-1 nan"), (flags.temperature, "1e-320 -1 nan"),
+    (flags.positive_temperature, "0 1e-9"), (flags.not_negative(int), "2147483648"), (flags.seed, "4294967296 -1"),
+    (flags.steps_or_share, "-1 1.5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("parse", "texts"), REFUSED)
+def test_numbers_beyond_their_limits(parse, texts):
+    for text in [*texts.split(), "9" * 400]:
         with pytest.raises(argparse.ArgumentTypeError):
             parse(text)
+
+
+def test_numbers_at_their_limits():
+    assert flags.ratio("0.5") == 0.5 and flags.ratio("0") == 0 and flags.ratio("1") == flags.positive_ratio("1") == 1
+    assert flags.positive(int)("3") == 3 and flags.not_negative(float)("0") == flags.temperature("0") == 0
+    assert (
+        flags.steps_or_share("0.1") == 0.1
+        and flags.temperature("0.7") == 0.7
+        and flags.seed("4294967295") == 2**32 - 1
+    )
 
 
 def test_a_tracker_that_is_not_installed_is_told_with_the_flags(monkeypatch, capsys):
     parser = importlib.import_module("dpo_train").build_parser()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, message in (("wandb", "python -m pip install wandb"), ("mlflow", "invalid choice")):
-        with pytest.raises(SystemExit) as stop:
-            parser.parse_args(["--report_to", name])
-        assert stop.value.code == 2 and message in capsys.readouterr().err
+        assert message in refused(parser.parse_args, ["--report_to", name], capsys)
     assert parser.parse_args(["--report_to", "none"]).report_to == "none"
 
 
 def test_an_empty_text_is_told(capsys):
     parser = importlib.import_module("mtbench_eval").build_parser()
     for flag in ("--output_dir", "--model", "--questions", "--model_revision"):
-        with pytest.raises(SystemExit) as stop:
-            flags.parse_arguments(parser, [flag, ""], {})
-        assert stop.value.code == 2 and f"{flag}: it is empty" in capsys.readouterr().err
+        assert f"{flag}: it is empty" in refused(
+            lambda words: flags.parse_arguments(parser, words, {}), [flag, ""], capsys
+        )
     assert flags.parse_arguments(parser, ["--adapter", ""], {}).adapter == ""
 
 
@@ -254,5 +245,10 @@ def test_a_demo_takes_the_first_free_folder_and_what_the_user_gave(tmp_path, mon
         for more in ([], ["--stage", "1"], ["--stage", "2"], ["--resume_from_stage", "3"])
     ]
     assert folders == ["demo_2", "demo_2", "demo_1", "demo_1"]
+    local = [
+        flags.parse_arguments(sft_train.build_parser(), [*more], demo, sft_train.of_local_data)
+        for more in ([], ["--dataset", "demo_1"], ["--dataset", "demo_1", "--sample_ratio", "0.5"])
+    ]
+    assert [(args.sample_ratio, args.val_split) for args in local] == [(0.25, 0.01), (1.0, None), (0.5, None)]
     untouched = importlib.import_module("sft_train").build_parser()
     assert flags.parse_arguments(untouched, [], demo).batch == 8

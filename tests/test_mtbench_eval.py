@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -37,26 +38,23 @@ def test_questions_of_every_shape(tmp_path):
     assert me.load_questions(str(listed)) == lines
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("", "no questions"),
-        ('[{"question_id": 1, "turns": ["a"]}, {"quest', "not valid JSON"),
-        ('{"question_id": 1, "turns": ["a"]}\n{"question_id": 2, "tur', "q.jsonl:2"),
-        ('{"question_id": 1, "turns": ["a"]}\n{"question_id": 2, "turns": []}\n', "q.jsonl:2: no turns"),
-        ('{"question_id": 1, "turns": ["a", " "]}\n', "q.jsonl:1: no turns"),
-        ('{"question_id": 1, "answer": "a"}\n', "q.jsonl:1: no turns"),
-        (
-            '{"question_id": 1, "turns": ["a"]}\n\n{"question_id": 1, "turns": ["b"]}\n',
-            "q.jsonl:3: duplicate question_id 1",
-        ),
-        ('{"question_id": 1, "turns": ["a"]}\n\n{"question_id": 1, "turns": ["b"]}\n', "(first at q.jsonl:1)"),
-        ('{"question_id": [1], "turns": ["a"]}\n', "q.jsonl:1: question_id [1]"),
-        ('{"question_id": {"n": 1}, "turns": ["a"]}\n', "q.jsonl:1: question_id"),
-        ('{"question_id": 1.5, "turns": ["a"]}\n', "q.jsonl:1: question_id 1.5"),
-        ('{"question_id": 1, "turns": null, "prompt": null}\n', "q.jsonl:1: no turns"),
-    ],
-)
+GOOD = '{"question_id": 1, "turns": ["a"]}\n'
+BAD_FILES = [
+    ("", "no questions"),
+    ('[{"question_id": 1, "turns": ["a"]}, {"quest', "not valid JSON"),
+    (GOOD + '{"question_id": 2, "tur', "q.jsonl:2"),
+    (GOOD + '{"question_id": 2, "turns": []}\n', "q.jsonl:2: no turns"),
+    ('{"question_id": 1, "turns": ["a", " "]}\n', "q.jsonl:1: no turns"),
+    ('{"question_id": 1, "answer": "a"}\n', "q.jsonl:1: no turns"),
+    (GOOD + "\n" + GOOD, "q.jsonl:3: duplicate question_id 1 (first at q.jsonl:1)"),
+    ('{"question_id": [1], "turns": ["a"]}\n', "q.jsonl:1: question_id [1]"),
+    ('{"question_id": {"n": 1}, "turns": ["a"]}\n', "q.jsonl:1: question_id"),
+    ('{"question_id": 1.5, "turns": ["a"]}\n', "q.jsonl:1: question_id 1.5"),
+    ('{"question_id": 1, "turns": null, "prompt": null}\n', "q.jsonl:1: no turns"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_FILES)
 def test_a_bad_question_file_is_named_with_its_line(tmp_path, content, message):
     path = tmp_path / "q.jsonl"
     path.write_text(content, encoding="utf-8")
@@ -260,9 +258,7 @@ def test_the_folder_of_a_training_run_is_left_alone(cli_folder, reward_folder, t
     with pytest.raises(SystemExit) as stop:
         me.main(flags(cli_folder, reward_folder, tmp_path / "run"))
     assert stop.value.code == 2 and "holds another run" in capsys.readouterr().err
-    assert [(path.name, path.read_text("utf-8")) for path in (tmp_path / "run").iterdir()] == [
-        ("run.json", '{"script": "sft_train.py"}')
-    ]
+    assert [path.read_text("utf-8") for path in (tmp_path / "run").iterdir()] == ['{"script": "sft_train.py"}']
 
 
 def test_bad_input_is_one_line_and_exit_code_2(cli_folder, reward_folder, tmp_path, capsys):
@@ -274,32 +270,21 @@ def test_bad_input_is_one_line_and_exit_code_2(cli_folder, reward_folder, tmp_pa
     files.write_rows(tmp_path / "of_another_kind.jsonl", lines)
     columns = {name: [1.0] for name in ("rewards", "scores", "scores_logged", "answer_tokens", "finished")}
     row = {"question_id": 81, "turns": ["a"], **columns}
-    for number, change in enumerate([
-        {"scores": ["7"]},
-        {"scores": []},
-        {"rewards": None},
-        {"scores": [float("nan")]},
-    ]):
+    for number, change in enumerate([{"scores": ["7"]}, {"scores": []}, {"rewards": None}, {"scores": [math.nan]}]):
         lines = [{"fingerprint": {"reward_model": {}, "generation": {}}}, row | change]
         files.write_rows(tmp_path / f"scores{number}.jsonl", lines)
     files.write_rows(tmp_path / "settings.jsonl", [{"fingerprint": {"reward_model": "x", "generation": {}}}, row])
-    for change in (
-        ["--questions", str(tmp_path / "missing.jsonl")],
-        ["--model", str(cli_folder)],
-        ["--reward_model", str(cli_folder / "model")],
-        ["--adapter", str(cli_folder)],
-        ["--adapter", str(damaged)],
-        ["--output_dir", str(cli_folder / "questions.jsonl")],
-        ["--exp_log", str(cli_folder)],
-        ["--compare", str(cli_folder / "questions.jsonl")],
-        ["--compare", str(tmp_path / "of_another_kind.jsonl")],
-        *(["--compare", str(tmp_path / f"scores{number}.jsonl")] for number in range(4)),
-        ["--compare", str(tmp_path / "settings.jsonl")],
-    ):
+    earlier = ["of_another_kind.jsonl", *(f"scores{number}.jsonl" for number in range(4)), "settings.jsonl"]
+    for flag, path in (
+        ("--questions", tmp_path / "missing.jsonl"), ("--model", cli_folder), ("--adapter", cli_folder),
+        ("--reward_model", cli_folder / "model"), ("--adapter", damaged), ("--exp_log", cli_folder),
+        ("--output_dir", cli_folder / "questions.jsonl"), ("--compare", cli_folder / "questions.jsonl"),
+        *(("--compare", tmp_path / name) for name in earlier),
+    ):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
-            me.main(good + change)
+            me.main([*good, flag, str(path)])
         errors = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]
-        assert stop.value.code == 2 and len(errors) == 1, change
+        assert stop.value.code == 2 and len(errors) == 1, (flag, path)
     assert not (tmp_path / "out").exists()
 
 
@@ -373,12 +358,8 @@ def test_kill_9_loses_and_repeats_no_question(cli_folder, reward_folder, tmp_pat
     whole = (tmp_path / "whole" / "mtbench.jsonl").read_bytes()
     killed = tmp_path / "killed" / "mtbench.jsonl"
     for share in (0.25, 0.6):
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "mtbench_eval.py"), *command(tmp_path / "killed")],
-            cwd=tmp_path,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        words = [sys.executable, str(ROOT / "mtbench_eval.py"), *command(tmp_path / "killed")]
+        process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while size(killed) < share * len(whole):
             assert process.poll() is None
             time.sleep(0.001)

@@ -35,14 +35,8 @@ with recorded_run(args, None, "script.py") as record:
 
 
 def arguments(folder: Path, **changes) -> argparse.Namespace:
-    values = {
-        "output_dir": str(folder / "out"),
-        "exp_log": str(folder / "log.jsonl"),
-        "exp_tag": "t",
-        "dry_run": False,
-        "no_baseline_cache": True,
-    }
-    return argparse.Namespace(**values | changes)
+    values = {"output_dir": str(folder / "out"), "exp_log": str(folder / "log.jsonl"), "exp_tag": "t"}
+    return argparse.Namespace(**{**values, "dry_run": False, "no_baseline_cache": True, **changes})
 
 
 def start(folder: Path, body: str, *words: str, **options) -> subprocess.Popen:

@@ -41,6 +41,14 @@ def flags(folder, *more):
     ]  # fmt: skip
 
 
+def check_same_adapters(*folders):
+    import safetensors.torch
+
+    a, b = (safetensors.torch.load_file(folder / "adapter_model.safetensors") for folder in folders)
+    for name in a:
+        assert (a[name] - b[name]).norm() < 1e-4 * a[name].norm(), name
+
+
 def adapter(folder):
     return files.file_sha256(folder / "adapter_model.safetensors")
 
@@ -66,8 +74,7 @@ def test_a_run_measures_trains_and_leaves_everything(tmp_path, capsys):
     printed = capsys.readouterr().out
     for name in (
         "adapter_model.safetensors adapter_config.json README.md run.json train_log.jsonl metrics.json run.log "
-        "loss.png "
-        "kl.png mtbench.png mtbench_baseline.jsonl mtbench_final.jsonl"
+        "loss.png kl.png mtbench.png mtbench_baseline.jsonl mtbench_final.jsonl"
     ).split():
         assert (folder / name).stat().st_size > 0, name
     assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"].endswith("model")
@@ -142,18 +149,12 @@ def test_the_adapter_loads_with_peft_alone(whole_run):
 
 
 @pytest.mark.slow
-def test_accumulation_does_not_change_the_step(tmp_path, whole_run):
+def test_accumulation_does_not_change_the_step(tmp_path):
     """4 x 2 examples and 8 x 1 examples a step are one and the same step, with the KL on."""
-    import safetensors.torch
-
-    _, folder = whole_run
-    other = tmp_path / "other"
+    other, one = tmp_path / "other", tmp_path / "one"
     sft_train.main(flags(other, "--batch", "8", "--grad_acc", "1", "--lora_dropout", "0"))
-    one = tmp_path / "one"
     sft_train.main(flags(one, "--lora_dropout", "0"))
-    a, b = (safetensors.torch.load_file(f / "adapter_model.safetensors") for f in (other, one))
-    for name in a:
-        assert (a[name] - b[name]).norm() < 1e-4 * a[name].norm(), name
+    check_same_adapters(other, one)
 
 
 def test_packed_examples_do_not_see_one_another(tmp_path):
@@ -161,19 +162,8 @@ def test_packed_examples_do_not_see_one_another(tmp_path):
     import datasets
     import torch
 
-    argv = [
-        "--model",
-        str(DEMO / "model"),
-        "--no_4bit",
-        "--batch",
-        "2",
-        "--kl_warmup_steps",
-        "0",
-        "--kl_limit_seq",
-        "5",
-    ]
-    argv += ["--max_seq_length", "64", "--output_dir", str(tmp_path), "--lora_dropout", "0"]
-    args = sft_train.build_parser().parse_args(argv)
+    argv = f"--model {DEMO}/model --no_4bit --batch 2 --kl_warmup_steps 0 --kl_limit_seq 5 --max_seq_length 64"
+    args = sft_train.build_parser().parse_args([*argv.split(), "--output_dir", str(tmp_path), "--lora_dropout", "0"])
     setup = setup_of(vars(args))
     encoder = ChatEncoder(setup.tokenizer, thinking=False, assistant_only=False)
     rows = datasets.Dataset.from_list([encoder(chat(f"Привет, {n}", "ответ " * (n + 3))) for n in range(9)])
@@ -244,23 +234,16 @@ def test_half_precision_is_measured_in_one_way_before_and_after_training(tmp_pat
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
-    import safetensors.torch
-
     both, one = tmp_path / "both", tmp_path / "one"
-    script = [
-        str(ROOT / "sft_train.py"),
-        *flags(both, "--grad_acc", "1", "--lora_dropout", "0", "--kl_log_interval", "1"),
-    ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += [ROOT / "sft_train.py", *flags(both, "--grad_acc", "1", "--lora_dropout", "0", "--kl_log_interval", "1")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         launch, env=environment, capture_output=True, encoding="utf-8", errors="replace", timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     sft_train.main(flags(one, "--lora_dropout", "0", "--kl_log_interval", "1"))
-    a, b = (safetensors.torch.load_file(f / "adapter_model.safetensors") for f in (both, one))
-    for name in a:
-        assert (a[name] - b[name]).norm() < 1e-4 * a[name].norm(), name
+    check_same_adapters(both, one)
     curves = [read_rows(f / "train_log.jsonl") for f in (both, one)]
     assert len(curves[0]) == len(curves[1]) == 17
     for x, y in zip(*curves, strict=True):
@@ -273,18 +256,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
 def test_a_stream_has_epochs_and_partial_steps_like_loaded_rows(tmp_path):
     """18 rows, 8 a step: the third step of each pass has 2 rows and does not go on into the next pass."""
     rows = write_rows(tmp_path / "rows.jsonl", list(DISTINCT.values())[:19])
-    more = [
-        "--dataset",
-        str(rows),
-        "--val_split",
-        "0.01",
-        "--epochs",
-        "2.5",
-        "--kl_log_interval",
-        "1",
-        "--save_steps",
-        "2",
-    ]
+    more = f"--dataset {rows} --val_split 0.01 --epochs 2.5 --kl_log_interval 1 --save_steps 2".split()
     logs = {}
     for name in ("streamed", "loaded"):
         folder = tmp_path / name
@@ -315,88 +287,59 @@ def test_a_stream_resumes_in_its_second_pass(tmp_path):
 # Bad input: one line, exit code 2, nothing written
 
 
-def bad_inputs(tmp_path):
-    empty = tmp_path / "empty.jsonl"
-    empty.write_bytes(b"")
-    broken = tmp_path / "broken.jsonl"
-    broken.write_bytes(b'{"messages": 3}\n{oops\n')
-    truncated = tmp_path / "questions.json"
-    truncated.write_text('[{"question_id": 1, "turns": ["a"', encoding="utf-8")
-    no_turns = write_rows(tmp_path / "no_turns.jsonl", [{"question_id": 1, "category": "x"}])
-    hollow = tmp_path / "hollow"
-    hollow.mkdir()
-    (hollow / "config.json").write_bytes((DEMO / "model" / "config.json").read_bytes())
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (hollow / name).write_bytes((DEMO / "model" / name).read_bytes())
-    parquet = tmp_path / "rows.parquet"
-    parquet.write_bytes(b"PAR1 and then nothing")
-    return {
-        "no such dataset": (["--dataset", str(tmp_path / "nowhere.jsonl")], "nowhere.jsonl"),
-        "an empty dataset": (["--dataset", str(empty)], "no usable row"),
-        "no usable row": (
-            ["--dataset", str(broken)],
-            "broken.jsonl:1 (messages holds no turns); broken.jsonl:2 (not valid JSON)",
-        ),
-        "a broken Parquet file": (["--dataset", str(parquet)], "not a readable Parquet file"),
-        "a subset without rows": (["--subset", "reasoning", "--dataset", str(few(tmp_path))], "'general': 3"),
-        "a ratio above 1": (["--sample_ratio", "1.5"], "not within [0, 1]"),
-        "a negative ratio": (["--mix_reasoning_ratio", "-0.1"], "not within [0, 1]"),
-        "a mix of one subset": (["--subset", "general", "--mix_reasoning_ratio", "0.2"], "--subset both"),
-        "layers that the model lacks": (["--target_modules", "nope"], "--target_modules nope"),
-        "answers beyond the length": (
-            ["--assistant_only_loss", "--max_seq_length", "2"],
-            "row has an answer within --max_seq_length 2",
-        ),
-        "packed answers beyond the length": (
-            ["--assistant_only_loss", "--max_seq_length", "2", "--packing"],
-            "row has an answer within --max_seq_length 2",
-        ),
-        "a length of one token": (
-            ["--max_seq_length", "1"],
-            "row has an answer within --max_seq_length 1",
-        ),
-        "a sample of nothing": (["--sample_ratio", "0"], "0 prompts left"),
-        "an empty question file": (["--mtbench_ru", str(empty)], "no questions"),
-        "a truncated question file": (["--mtbench_ru", str(truncated)], "questions.json"),
-        "questions without turns": (["--mtbench_ru", str(no_turns)], "no_turns.jsonl:1"),
-        "a model without weights": (["--model", str(hollow)], "no .safetensors"),
-        "no such model": (["--model", str(tmp_path / "nowhere")], "--model"),
-        "no such reward model": (
-            ["--reward_model", str(tmp_path / "nowhere"), "--mtbench_ru", str(DEMO / "mt_bench_ru.jsonl")],
-            "--reward_model",
-        ),
-        "early stopping without MT-Bench": (["--early_stop_patience", "2"], "--early_stop_patience"),
-        "packing a stream": (["--packing", "--streaming", "--dry_run"], "--packing"),
-        "a stream of answers beyond the length": (
-            ["--assistant_only_loss", "--max_seq_length", "2", "--streaming"],
-            "row has an answer within --max_seq_length 2",
-        ),
-        "a checkpoint that is none": (["--resume_from_checkpoint", str(tmp_path)], "it was not finished"),
-    }
+@pytest.fixture
+def bad_files(tmp_path):
+    """The folder of the files that BAD names."""
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "broken.jsonl").write_bytes(b'{"messages": 3}\n{oops\n')
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and then nothing")
+    (tmp_path / "truncated.json").write_bytes(b'[{"question_id": 1, "turns": ["a"')
+    write_rows(tmp_path / "no_turns.jsonl", [{"question_id": 1, "category": "x"}])
+    write_rows(tmp_path / "few.jsonl", [chat(f"q{n}", "a") for n in range(3)])
+    (tmp_path / "hollow").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / "model" / name, tmp_path / "hollow")
+    return tmp_path
 
 
-def few(folder):
-    return write_rows(folder / "few.jsonl", [chat(f"q{n}", "a") for n in range(3)])
+ANSWERS_BEYOND = "--assistant_only_loss --max_seq_length 2"
+BAD = {
+    "no such dataset": ("--dataset {}/nowhere.jsonl", "nowhere.jsonl"),
+    "an empty dataset": ("--dataset {}/empty.jsonl", "no usable row"),
+    "no usable row": ("--dataset {}/broken.jsonl",
+                      "broken.jsonl:1 (messages holds no turns); broken.jsonl:2 (not valid JSON)"),
+    "a broken Parquet file": ("--dataset {}/rows.parquet", "not a readable Parquet file"),
+    "a subset without rows": ("--subset reasoning --dataset {}/few.jsonl", "'general': 3"),
+    "a ratio above 1": ("--sample_ratio 1.5", "not within [0, 1]"),
+    "a negative ratio": ("--mix_reasoning_ratio -0.1", "not within [0, 1]"),
+    "a mix of one subset": ("--subset general --mix_reasoning_ratio 0.2", "--subset both"),
+    "layers that the model lacks": ("--target_modules nope", "--target_modules nope"),
+    "answers beyond the length": (ANSWERS_BEYOND, "row has an answer within --max_seq_length 2"),
+    "packed answers beyond it": (f"{ANSWERS_BEYOND} --packing", "row has an answer within --max_seq_length 2"),
+    "a stream of answers beyond it": (f"{ANSWERS_BEYOND} --streaming", "row has an answer within --max_seq_length 2"),
+    "a length of one token": ("--max_seq_length 1", "row has an answer within --max_seq_length 1"),
+    "a sample of nothing": ("--sample_ratio 0", "0 prompts left"),
+    "an empty question file": ("--mtbench_ru {}/empty.jsonl", "no questions"),
+    "a truncated question file": ("--mtbench_ru {}/truncated.json", "truncated.json"),
+    "questions without turns": ("--mtbench_ru {}/no_turns.jsonl", "no_turns.jsonl:1"),
+    "a model without weights": ("--model {}/hollow", "no .safetensors"),
+    "no such model": ("--model {}/nowhere", "--model"),
+    "no such reward model": (f"--reward_model {{}}/nowhere --mtbench_ru {DEMO}/mt_bench_ru.jsonl", "--reward_model"),
+    "early stopping without MT-Bench": ("--early_stop_patience 2", "--early_stop_patience"),
+    "an anchor on no replay rows": ("--kl_on replay", "--replay_ratio"),
+    "packing a stream": ("--packing --streaming --dry_run", "--packing"),
+    "a checkpoint that is none": ("--resume_from_checkpoint {}", "it was not finished"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [
-    "no such dataset", "an empty dataset", "no usable row", "a broken Parquet file", "a subset without rows",
-    "a ratio above 1", "a negative ratio", "a sample of nothing", "an empty question file",
-    "a mix of one subset", "layers that the model lacks", "answers beyond the length",
-    "packed answers beyond the length", "a length of one token",
-    "a truncated question file", "questions without turns", "a model without weights", "no such model",
-    "no such reward model", "early stopping without MT-Bench",
-        "packing a stream",
-        "a checkpoint that is none", "a stream of answers beyond the length",
-])  # fmt: skip
-def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, capsys):
-    changes, expected = bad_inputs(tmp_path)[case]
+@pytest.mark.parametrize(("changes", "expected"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_exit_code_2(changes, expected, bad_files, capsys):
     with pytest.raises(SystemExit) as stop:
-        sft_train.main(flags(tmp_path / "run", *changes))
+        sft_train.main(flags(bad_files / "run", *changes.format(bad_files).split()))
     assert stop.value.code == 2
     lines = [line for line in capsys.readouterr().err.strip().split("\n") if "error:" in line]
     assert len(lines) == 1 and expected in lines[0]
-    assert not (tmp_path / "run").exists() and not (tmp_path / "log.jsonl").exists()
+    assert not (bad_files / "run").exists() and not (bad_files / "log.jsonl").exists()
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(whole_run, capsys):
