@@ -20,13 +20,18 @@ from llm_alignment.parser import neutral_flags
 SCRIPTS = ("sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2", "mtbench_eval")
 
 
-def refused(parse, words: list[str], capsys) -> str:
-    """The one line with which `parse` refuses these words."""
-    with pytest.raises(SystemExit) as stop:
-        parse(words)
-    shown = capsys.readouterr().err
-    assert stop.value.code == 2 and shown.count("\n") == 1
-    return shown
+@pytest.fixture
+def refused(capsys):
+    """Gives the one line with which `parse` refuses these words."""
+
+    def line(parse, *words: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            parse(words)
+        shown = capsys.readouterr().err
+        assert stop.value.code == 2 and shown.count("\n") == 1
+        return shown
+
+    return line
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -164,13 +169,11 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize(("text", "named"), CONFIGS)
-def test_a_config_that_cannot_be_read_is_one_line(text, named, tmp_path, capsys):
+def test_a_config_that_cannot_be_read_is_one_line(text, named, tmp_path, refused):
     path = tmp_path / "a.yaml"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert named in refused(
-        importlib.import_module("dpo_train").build_parser().parse_args, ["--config", str(path)], capsys
-    )
+    assert named in refused(importlib.import_module("dpo_train").build_parser().parse_args, "--config", str(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,27 +209,22 @@ def test_numbers_beyond_their_limits(parse, texts):
 def test_numbers_at_their_limits():
     assert flags.ratio("0.5") == 0.5 and flags.ratio("0") == 0 and flags.ratio("1") == flags.positive_ratio("1") == 1
     assert flags.positive(int)("3") == 3 and flags.not_negative(float)("0") == flags.temperature("0") == 0
-    assert (
-        flags.steps_or_share("0.1") == 0.1
-        and flags.temperature("0.7") == 0.7
-        and flags.seed("4294967295") == 2**32 - 1
-    )
+    assert flags.steps_or_share("0.1") == 0.1 and flags.steps_or_share("3") == 3 and flags.temperature("0.7") == 0.7
+    assert flags.seed("4294967295") == 2**32 - 1
 
 
-def test_a_tracker_that_is_not_installed_is_told_with_the_flags(monkeypatch, capsys):
+def test_a_tracker_that_is_not_installed_is_told_with_the_flags(monkeypatch, refused):
     parser = importlib.import_module("dpo_train").build_parser()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, message in (("wandb", "python -m pip install wandb"), ("mlflow", "invalid choice")):
-        assert message in refused(parser.parse_args, ["--report_to", name], capsys)
+        assert message in refused(parser.parse_args, "--report_to", name)
     assert parser.parse_args(["--report_to", "none"]).report_to == "none"
 
 
-def test_an_empty_text_is_told(capsys):
+def test_an_empty_text_is_told(refused):
     parser = importlib.import_module("mtbench_eval").build_parser()
     for flag in ("--output_dir", "--model", "--questions", "--model_revision"):
-        assert f"{flag}: it is empty" in refused(
-            lambda words: flags.parse_arguments(parser, words, {}), [flag, ""], capsys
-        )
+        assert f"{flag}: it is empty" in refused(lambda words: flags.parse_arguments(parser, words, {}), flag, "")
     assert flags.parse_arguments(parser, ["--adapter", ""], {}).adapter == ""
 
 

@@ -37,16 +37,13 @@ def test_a_gate_on_what_is_not_measured():
     assert messages[0] != messages[1] and not any("\n" in message for message in messages)
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "higher", "lower"),
-    [
-        (-0.2, 0.4, "passed", "missed"),
-        (-0.3, 0.4, "passed", "undecided"),  # the gate itself is acceptable
-        (-0.5, 0.4, "undecided", "undecided"),
-        (-0.5, -0.3, "undecided", "passed"),
-        (-0.5, -0.4, "missed", "passed"),
-    ],
-)
+INTERVALS = [  # the gate itself is acceptable
+    (-0.2, 0.4, "passed", "missed"), (-0.3, 0.4, "passed", "undecided"), (-0.5, 0.4, "undecided", "undecided"),
+    (-0.5, -0.3, "undecided", "passed"), (-0.5, -0.4, "missed", "passed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("low", "high", "higher", "lower"), INTERVALS)
 def test_the_whole_interval_decides(low, high, higher, lower):
     """The same difference, by the gate -0.3: at least that where higher is better, at most that where lower is."""
     found = delta((low + high) / 2, low, high)

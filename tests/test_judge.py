@@ -24,24 +24,24 @@ def planted_pairs(count: int) -> list[dict]:
     return pairs
 
 
-def answers(pair: dict) -> tuple[str, str]:
-    return pair["chosen"], pair["rejected"]
-
-
 def is_good(text: str) -> bool:
     return text.startswith(("good", "хорошо"))
+
+
+def coin(turns: list[dict]) -> float:
+    return random.Random(turns[-1]["content"] + turns[-2]["content"]).random()
+
+
+def is_latin(turns: list[dict]) -> bool:
+    return main_script(turns[-2]["content"]) == "latin"
 
 
 JUDGES = {
     "fair": lambda turns: is_good(turns[-1]["content"]) + 0.001 * len(turns[-2]["content"]),
     "length": lambda turns: len(turns[-1]["content"]) / 10,
     "nothing": lambda turns: 1.5,
-    "noise": lambda turns: random.Random(turns[-1]["content"] + turns[-2]["content"]).random(),
-    "russian is a coin": lambda turns: (
-        is_good(turns[-1]["content"])
-        if main_script(turns[-2]["content"]) == "latin"
-        else random.Random(turns[-1]["content"] + turns[-2]["content"]).random()
-    ),
+    "noise": coin,
+    "russian is a coin": lambda turns: is_good(turns[-1]["content"]) if is_latin(turns) else coin(turns),
 }
 
 
@@ -66,7 +66,8 @@ def test_a_judge_of_length_is_seen():
     assert groups["longer"]["share"] == 100 and groups["shorter"]["share"] == 0
     assert report["longer_preferred"] == 100 and report["length_explains"] > 60
     assert groups["all"]["low"] < 50 < groups["all"]["high"] and 40 < report["longer_chosen"] < 60
-    near = [abs(len(a) - len(b)) <= max(len(a), len(b)) / 10 for a, b in map(answers, planted_pairs(400))]
+    lengths = [(len(pair["chosen"]), len(pair["rejected"])) for pair in planted_pairs(400)]
+    near = [abs(a - b) <= max(a, b) / 10 for a, b in lengths]
     assert groups["like"]["n"] == sum(near) > 20
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in planted_pairs(400)]
     other = check_judge(swapped, lambda all_turns: [JUDGES["length"](turns) for turns in all_turns])

@@ -93,9 +93,9 @@ def test_a_rare_error_is_one_line_and_its_traceback_is_in_run_log(tmp_path, caps
     assert [path.name for path in folder.glob("*.tmp")] == ["my.tmp"]
     [record] = read_records(tmp_path / "log.jsonl")
     keys = (
-        "ts tag script argv args git versions device data baseline final delta runtime_s kept_step status output_dir"
+        "ts tag script argv args git versions device data baseline final delta runtime_s kept_step status output_dir "
     )
-    assert set(keys.split()) | {"reason", "commits", "base"} == set(record)
+    assert set(record) == {*(keys + "reason commits base").split()}
     assert (record["status"], record["commits"]) == ("failed", commits)
     seconds = record["runtime_s"]
     assert list(seconds) == ["load", "train", "other", "total"]
@@ -163,15 +163,14 @@ def test_a_cache_that_cannot_be_written_is_found_at_once(tmp_path, capsys, monke
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "named"),
-    [
-        ("run.json", '{"script": "dpo_train.py"}', "dpo_train.py"),
-        ("run.json", "{", "run.json is damaged"),
-        ("run.json", '{"args": {}}', "run.json is damaged"),
-        ("config.json", "{}", "config.json"),
-    ],
-)
+FOREIGN = [
+    ("run.json", '{"script": "dpo_train.py"}', "dpo_train.py"), ("run.json", "{", "run.json is damaged"),
+    ("run.json", '{"args": {}}', "run.json is damaged"), ("config.json", "{}", "config.json"),
+    ("adapter_config.json", "{}", "adapter_config.json"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "named"), FOREIGN)
 def test_a_folder_that_holds_something_else_is_refused(tmp_path, capsys, name, text, named):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text(text, encoding="utf-8")

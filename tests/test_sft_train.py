@@ -349,16 +349,6 @@ def test_a_folder_that_holds_another_run_is_left_alone(whole_run, capsys):
     assert stop.value.code == 2 and "holds another run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
-def test_a_folder_that_holds_a_model_is_left_alone(name, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).write_text("{}", encoding="utf-8")
-    with pytest.raises(SystemExit) as stop:
-        sft_train.main(flags(tmp_path / "run"))
-    assert stop.value.code == 2 and "holds another run or a model" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
