@@ -93,7 +93,8 @@ def build_parser() -> Parser:
     add("--kl_warmup_steps", type=steps_or_share, default=300, help="steps to its full weight; below 1 a share of all")
     add("--kl_limit_seq", type=not_negative(int), default=0,
         help="the anchor acts on the last N target tokens of each example; 0 = all")
-    add("--kl_direction", choices=["reverse", "forward"], default="reverse", help="reverse: KL(student || reference)")
+    add("--kl_direction", choices=["reverse", "forward"], default="reverse",
+        help="reverse: KL(student || reference); forward: KL(reference || student)")
     add("--kl_on", choices=["all", "replay"], default="all", help="replay: the anchor acts on replay rows alone")
     add = add_group(parser, "replay", trains=True)
     add("--replay_ratio", type=ratio, default=0.0,

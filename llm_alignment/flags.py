@@ -110,7 +110,8 @@ def add_lora_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) 
     """The adapter's flags; a script that trains `in_stages` has rank and alpha of its own for each stage."""
     add = add_group(parser, "LoRA", trains=True)
     if not in_stages:
-        add("--lora_r", type=positive(int), default=8, help="rank: 8-16 for style, 32-64 for new knowledge; memory")
+        add("--lora_r", type=positive(int), default=8,
+            help="size of the adapter: 8-16 for style, 32-64 for new knowledge; more memory")
         add("--lora_alpha", type=positive(int), default=16, help="strength of the adapter; its scale is alpha / rank")
     add("--lora_dropout", type=dropout, default=0.05, help="dropout before the adapter; raise it for little data")
     add("--target_modules", default="q_proj,v_proj", help="layers with an adapter; all-linear learns more, takes more")
@@ -122,7 +123,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
     add = add_group(parser, "training", trains=True)
     if not in_stages:
         add("--epochs", type=positive(float), default=1.0, help="passes over the data; 0.5 is fine")
-        add("--learning_rate", type=positive(float), help="higher if the loss hardly falls, lower against forgetting")
+        add("--learning_rate", type=positive(float), help="raise it if the loss hardly falls, lower it if the base is lost")
     add("--batch", type=positive(int), help="examples per device and forward pass; lower it when memory is full")
     add("--grad_acc", type=positive(int), default=16, help="passes per optimiser step; raise it as --batch is lowered")
     add("--max_steps", type=not_negative(int), default=0, help="end after N optimiser steps; 0 = after --epochs")
@@ -193,7 +194,8 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
     add_run_flags(parser, exp_log="experiments/dpo_experiments.jsonl")
     add = add_group(parser, "DPO", trains=True)
     if not in_stages:
-        add("--beta", type=positive(float), default=0.03, help="less moves further from the base; 0.01-0.1 is usual")
+        add("--beta", type=positive(float), default=0.03,
+            help="small moves further from the base, 0.01-0.1 is usual; 0.3 and more stays near it")
     add("--loss_type", default="sigmoid", metavar="NAME[,NAME...]",
         help=f"TRL's losses, their weighted sum if there are several: {', '.join(LOSS_TYPES)}")
     add("--loss_weights", default="", metavar="W[,W...]", help="a number for each of --loss_type; else each counts 1")
