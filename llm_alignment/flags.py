@@ -123,7 +123,8 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
     add = add_group(parser, "training", trains=True)
     if not in_stages:
         add("--epochs", type=positive(float), default=1.0, help="passes over the data; 0.5 is fine")
-        add("--learning_rate", type=positive(float), help="raise it if the loss hardly falls, lower it if the base is lost")
+        add("--learning_rate", type=positive(float),
+            help="peak of the cosine; raise it if the loss hardly falls, lower it if the base is forgotten")
     add("--batch", type=positive(int), help="examples per device and forward pass; lower it when memory is full")
     add("--grad_acc", type=positive(int), default=16, help="passes per optimiser step; raise it as --batch is lowered")
     add("--max_steps", type=not_negative(int), default=0, help="end after N optimiser steps; 0 = after --epochs")
