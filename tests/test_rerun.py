@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 import re
 import shlex
@@ -310,7 +312,7 @@ def test_a_grid_is_every_combination_with_folder_tag_and_row_of_its_own_and_cont
 )
 def test_no_name_is_doubled_in_the_folder_of_a_seed(name, argv, folders, project):
     write_log(project / "experiments" / "sft_experiments.jsonl", make_record(name, argv=argv))
-    planned = campaign.plan_runs([name], [1, 2], [])
+    planned = campaign.plan_runs([name], [1, 2], [], {})
     assert [str(run.output_dir) for run in planned] == folders
 
 
@@ -501,7 +503,7 @@ def test_records_of_another_form_are_skipped_with_their_place_and_the_rest_is_re
     odd.append({key: value for key, value in whole.items() if key != "status"})
     for place, value in WRONG_PARTS:
         record = json.loads(json.dumps(dpo))
-        records.get_nested(record, tuple(place[:-1]))[place[-1]] = value
+        functools.reduce(operator.getitem, place[:-1], record)[place[-1]] = value
         odd.append(record)
     log = write_log(tmp_path / "log.jsonl", whole, old, whole | {"tag": None, "device": {}}, *odd)
     assert [record["tag"] for record in records.load_records(log)] == ["whole", "old", None]
