@@ -15,7 +15,7 @@ from pathlib import Path
 from commands import apply_changes, flag_groups, join_empty, parse_strictly, same_command, shown_command
 from records import HERE, REPORT, find_run, from_record, load_records, record_files, run_arguments
 from seeds import merge_seeds
-from tables import deltas_table, headline_table, markdown_table, terminal_table
+from tables import deltas_table, document, headline_table, markdown_table, terminal_table
 
 from llm_alignment.endings import signals_go_to
 from llm_alignment.files import InputError, write_atomic
@@ -50,11 +50,9 @@ class PlannedRun:
 
 def plan_runs(names: list[str], seeds: list[int], changes: list[str], grid: dict[str, list[str]]) -> list[PlannedRun]:
     """The runs of `names` with `changes`, each in every cell of the grid at every seed (at its own without `seeds`).
-
     `grid`: {"kl_coef": ["0", "0.03"]}. A run with a grid or seeds goes to OUTPUT_DIR_kl_coef0.03_seed1 and is tagged
     TAG-kl_coef0.03-seed1. Raises InputError for a run that is not known, a value that is given twice, a flag that is
-    given in two ways, and two runs with one output folder.
-    """
+    given in two ways, and two runs with one output folder."""
     axes = grid | ({"seed": [str(seed) for seed in seeds]} if seeds else {})
     changed = {flag[2:] for flag in flag_groups(changes)} | (grid.keys() & {"seed"})
     for flag, values in axes.items():
@@ -72,10 +70,8 @@ def plan_runs(names: list[str], seeds: list[int], changes: list[str], grid: dict
             new = plan_run(name, run["script"], arguments, dict(zip(axes, values, strict=True)))
             other = planned.setdefault(new.output_dir.resolve(), new)
             if other is not new:
-                raise InputError(
-                    f"{other.name} and {new.name} share the output folder {new.output_dir}; run them one by one, each "
-                    "with an --output_dir"
-                )
+                both = f"{other.name} and {new.name} share the output folder {new.output_dir}"
+                raise InputError(f"{both}; run them one by one, each with an --output_dir")
     return list(planned.values())
 
 
@@ -85,8 +81,7 @@ def plan_run(name: str, script: str, arguments: list[str], cell: dict[str, str])
     try:
         args = parse_strictly(importlib.import_module(Path(script).stem).build_parser(), arguments)
     except InputError as error:
-        reason = f"{name}: {script} refuses its command ({error}); change the flag, or leave the run out"
-        raise InputError(reason) from error
+        raise InputError(f"{name}: {script} refuses its command ({error}); change it or leave it out") from error
     folder = args.output_dir
     if args.demo and "--output_dir" not in flag_groups(arguments):
         folder = f"demo_{re.sub('^demo[-_]', '', in_file_name(name))}"
@@ -109,10 +104,8 @@ def in_file_name(text: str) -> str:
 
 
 def execute(script: str, arguments: list[str]) -> tuple[int, int]:
-    """Runs a script of the project with this Python; its exit code, or 128 + the signal that ended it.
-
-    The second number is the signal that this program got meanwhile, 0 for none.
-    """
+    """Runs a script of the project with this Python; its exit code, or 128 + the signal that ended it. The second
+    number is the signal that this program got meanwhile, 0 for none."""
     process = subprocess.Popen([sys.executable, str(HERE.parent / script), *arguments])
     received = 0
 
@@ -128,10 +121,8 @@ def execute(script: str, arguments: list[str]) -> tuple[int, int]:
 
 
 def run_campaign(title: str, runs: list[PlannedRun]) -> int:
-    """Runs what is not completed, continues after failures, prints the results and saves them under the title.
-
-    The exit code is 0 when all are completed, 130 or 143 when it was stopped, else 1.
-    """
+    """Runs what is not completed, continues after failures, prints the results and saves them under the title. The
+    exit code is 0 when all are completed, 130 or 143 when it was stopped, else 1."""
     stopped = 0
     for place, run in enumerate(runs, 1):
         at, record = f"[{place}/{len(runs)}] {run.name}", run.record()
@@ -154,10 +145,8 @@ def run_campaign(title: str, runs: list[PlannedRun]) -> int:
 
 
 def print_results(title: str, runs: list[PlannedRun]) -> None:
-    """The status of every run, then a row for each run or cell of the grid; several seeds of one are one row.
-
-    Both are saved as Markdown too, with every difference.
-    """
+    """The status of every run, then a row for each run or cell of the grid; several seeds of one are one row. Both are
+    saved as Markdown too, with every difference."""
     found = [(run, run.record()) for run in runs]
     rows = [[run.name, record["status"] if record else "no record", str(run.output_dir)] for run, record in found]
     merged = merge_seeds([from_record(record) for _, record in found if record])
@@ -167,7 +156,7 @@ def print_results(title: str, runs: list[PlannedRun]) -> None:
     path = HERE / REPORT / f"campaign_{in_file_name(title)[:80]}.md"
     path.parent.mkdir(exist_ok=True)
     parts = [f"# {title}", *(markdown_table(*table) for table in tables), deltas_table(merged)]
-    write_atomic(path, "\n\n".join(filter(None, parts)) + "\n")
+    write_atomic(path, document(parts))
     print(f"wrote {path}", flush=True)
 
 

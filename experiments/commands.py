@@ -14,10 +14,8 @@ from llm_alignment.files import InputError
 
 
 def flag_groups(arguments: list[str]) -> dict[str, list[str]]:
-    """Each flag's words by its name, the last ones of a flag that is given twice: {"--seed": ["--seed", "1"]}.
-
-    The name is --kl_coef of --kl_coef=0.02 too, and --do_eval of --no-do_eval.
-    """
+    """Each flag's words by its name, the last ones of a flag that is given twice: {"--seed": ["--seed", "1"]}. The
+    name is --kl_coef of --kl_coef=0.02 too, and --do_eval of --no-do_eval."""
     groups: dict[str, list[str]] = {}
     flag = ""
     for word in arguments:
@@ -38,21 +36,19 @@ def apply_changes(arguments: list[str], changes: list[str]) -> list[str]:
 
 def same_command(arguments: list[str], others: list[str]) -> bool:
     """Whether two command lines ask for the same run: the order of flags and resuming do not matter."""
-    one, other = (
-        {flag: words[0].split("=", 1) + words[1:] for flag, words in flag_groups(each).items()}
-        for each in (arguments, others)
-    )
-    resuming = {"--resume_from_checkpoint": None}
-    return one | resuming == other | resuming
+
+    def flags(words: list[str]) -> dict[str, list[str]]:
+        groups = flag_groups([*words, "--resume_from_checkpoint"])
+        return {flag: group[0].split("=", 1) + group[1:] for flag, group in groups.items()}
+
+    return flags(arguments) == flags(others)
 
 
 def quote(word: str) -> str:
     """`word` written so that PowerShell and bash both read it as this one argument: bare or in single quotes.
-
     PowerShell splits bare words at commas and at `-x.y`. Raises InputError for a quote of any kind (PowerShell takes
     typographic ones for quotes, version 5.1 does not escape a `"`), a new line, and a blank with a backslash at the
-    end, which 5.1 damages.
-    """
+    end, which 5.1 damages."""
     if re.fullmatch(r"(?!-[A-Za-z?])[A-Za-z0-9_./:=+-]+", word):
         return word
     if re.search(r"""[\n\r"'\u2018-\u201f]|\s.*\\$""", word):
@@ -78,9 +74,7 @@ def logged_exit_code(run: Callable[[], None]) -> int:
 
 def exit_code(run: Callable[[], int | None]) -> int:
     """What `run()` gives; after one line 2 for bad input, 1 for what the disk refuses, 128 + the signal that stops it.
-
-    A reader that has seen enough, as `head -1`, does not end it.
-    """
+    A reader that has seen enough, as `head -1`, does not end it."""
     with lasting_console() as console:
         try:
             with signals_go_to(interrupt):

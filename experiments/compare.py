@@ -136,10 +136,8 @@ def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict | None:
 
 
 def shared_questions(rows_a: list[dict], rows_b: list[dict]) -> list[tuple[dict, dict]]:
-    """The two rows of every question in common.
-
-    MT-Bench's Russian and English questions have the same numbers, so the texts are compared too.
-    """
+    """The two rows of every question in common. MT-Bench's Russian and English questions have the same numbers, so the
+    texts are compared too."""
     texts = {row["question_id"]: row.get("turns") for row in rows_a}
     same = [row for row in rows_b if texts.get(row["question_id"], "unknown") == row.get("turns")]
     return pair_rows(rows_a, same) if same else []
@@ -159,11 +157,9 @@ def readers(key: str, beta: float = 1.0) -> tuple[Callable[[list[dict]], dict], 
 
 
 def view(key: str, row: dict) -> tuple[str, float, list[tuple[str, str, str]]]:
-    """Title, score, and (question, answer, what it got in words) of every turn.
-
-    The score is 1-10, the mean over the turns; 100 or 0 where an answer is right or wrong; of a pair its reward
-    margin. A pair's two answers stand as two turns.
-    """
+    """Title, score, and (question, answer, what it got in words) of every turn. The score is 1-10, the mean over the
+    turns; 100 or 0 where an answer is right or wrong; of a pair its reward margin. A pair's two answers stand as two
+    turns."""
     if key == "tatqa":
         gold = "; ".join(map(str, row["gold"])) if isinstance(row["gold"], list) else row["gold"]
         title = f"{row['answer_type']}, gold answer {gold} {row['scale']}"
@@ -191,20 +187,16 @@ def question_view(key: str, a: dict, b: dict) -> dict:
 
 
 def detectable(spread: float, questions: int) -> float:
-    """The smallest true difference that a two-sided 5 % test on `questions` pairs finds in 80 % of runs.
-
-    `spread` is the standard deviation of the per-question differences; the normal approximation,
-    (z(0.975) + z(0.80)) * spread / sqrt(questions).
-    """
+    """The smallest true difference that a two-sided 5 % test on `questions` pairs finds in 80 % of runs. `spread` is
+    the standard deviation of the per-question differences; the normal approximation, (z(0.975) + z(0.80)) * spread /
+    sqrt(questions)."""
     normal = statistics.NormalDist()
     return (normal.inv_cdf(0.975) + normal.inv_cdf(0.80)) * spread / questions**0.5
 
 
 def print_power(names: list[str], files: list[Path], difference: float | None = None) -> None:
-    """For each evaluation of a run (its answers before and after), or of two runs: what N questions can detect.
-
-    With `difference` also how many questions find it.
-    """
+    """For each evaluation of a run (its answers before and after), or of two runs: what N questions can detect. With
+    `difference` also how many questions find it."""
     if len(names) > 2:
         raise InputError(f"--power {' '.join(names)}: give one run, or two to compare")
     finals = [answer_files(name, files) for name in names]

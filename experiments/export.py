@@ -155,10 +155,8 @@ def merge(args: argparse.Namespace, base: Base, folder: Path) -> None:
     )  # fmt: skip
     if not difference <= LARGEST_KL[args.dtype]:
         advice = "take --dtype fp32" if args.dtype == "bf16" else "use the base with the adapter instead"
-        raise InputError(
-            f"the merged model is {difference:.2g} nats from base plus adapter, {LARGEST_KL[args.dtype]} is the limit "
-            f"in {args.dtype}; nothing was written: {advice}"
-        )
+        limit = f"the limit in {args.dtype} is {LARGEST_KL[args.dtype]}"
+        raise InputError(f"the merged model is {difference:.2g} nats from base plus adapter, {limit}: {advice}")
     if difference > adapter_effect / 2 > 0:
         log.warning("rounding to %s changes the model about as much as the adapter does; use --dtype fp32", args.dtype)
     del merged
@@ -205,11 +203,9 @@ def describe(run_folder: Path, tokenizer: PreTrainedTokenizerBase, folder: Path,
 
 
 def modelfile(tokenizer: PreTrainedTokenizerBase, *, thinking: bool) -> str:
-    """How Ollama reads the folder: the chat template in Ollama's language, greedy answers, the end of a turn.
-
-    "" for a template that cannot be put so: one that refuses a system turn, or joins turns. Source:
-    https://github.com/ollama/ollama/blob/main/docs/modelfile.md
-    """
+    """How Ollama reads the folder: the chat template in Ollama's language, greedy answers, the end of a turn. "" for a
+    template that cannot be put so: one that refuses a system turn, or joins turns. Source:
+    https://github.com/ollama/ollama/blob/main/docs/modelfile.md"""
 
     def rendered(*roles: str, prompt: bool = True) -> str:
         turns = [{"role": role, "content": "{{ .Content }}"} for role in roles]

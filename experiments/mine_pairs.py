@@ -121,10 +121,8 @@ def prompt_problem(row: dict) -> str | None:
 
 
 def prompt_turns(row: dict) -> list[dict[str, str]]:
-    """The turns of a prompt, from a user's to a user's; a system text stands before the first question.
-
-    Raises ValueError with the reason when the row holds none.
-    """
+    """The turns of a prompt, from a user's to a user's; a system text stands before the first question. Raises
+    ValueError with the reason when the row holds none."""
     refuse_needed(row, "the row", READ)
     turns = read_turns(next((row[key] for key in READ if row.get(key)), None), "user", "the prompt")
     while turns and turns[-1]["role"] == "assistant":
@@ -234,16 +232,13 @@ def write_pairs(args: argparse.Namespace, prompts: list[dict], pairs_file: Path,
     for row in ResultFile(samples_file, {**fingerprint, **evaluation.settings}).rows:
         if not is_sample(row, args.samples):
             raise InputError(
-                f"{samples_file}: the row of question_id {row['question_id']} is damaged; delete its line, and the "
-                "prompt is sampled again"
+                f"{samples_file}: the row of question_id {row['question_id']} is damaged; delete its line"
             )
     rows = read_items(evaluation, lambda: model, tokenizer, samples_file, fingerprint=fingerprint, renew=False)
     pairs, without_margin = best_against_worst(rows, args.min_margin)
     if not pairs:
-        raise InputError(
-            f"--prompts {args.prompts}: no prompt has two finished answers more than {args.min_margin} apart; raise "
-            "--samples, --temperature or --max_new_tokens"
-        )
+        none = f"--prompts {args.prompts}: no prompt has two finished answers more than {args.min_margin} apart"
+        raise InputError(f"{none}; raise --samples, --temperature or --max_new_tokens")
     write_rows(pairs_file, pairs)
     margin = statistics.median(pair["margin"] for pair in pairs)
     log.info("%d prompts gave a pair, %d gave none; median margin %.2f", len(pairs), without_margin, margin)

@@ -58,10 +58,8 @@ def sd_interval(n: int) -> tuple[float, float]:
 
 
 def questions_asked(run: Run, metric: str) -> str:
-    """How many questions a published figure is over: as logged, else by the command, else as its log's other runs.
-
-    For a multi-task command without --eval_limit that is 250: its figures are multiples of 0.4, as the others' are.
-    """
+    """How many questions a published figure is over: as logged, else by the command, else as its log's other runs. For
+    a multi-task command without --eval_limit that is 250: its figures are multiples of 0.4, as the others' are."""
     if metric == "mtbench" and run.script == "sft_train.py":
         before, after = run.facts.get("mtbench_questions") or [None, None]
         limit = run.params.get("mtbench_questions_limit", "0")
@@ -72,12 +70,10 @@ def questions_asked(run: Run, metric: str) -> str:
 
 
 def mark_noise(runs: list[Run]) -> list[Spread]:
-    """A spread for each measure, base and protocol of which the record holds three baselines that differ.
-
-    Runs share a protocol when the record says in the same words how they were measured (`settings`), on as many
-    questions. Where it does not say that, nothing is computed. Every published change within twice its spread is noted
-    in its run's `in_noise`.
-    """
+    """A spread for each measure, base and protocol of which the record holds three baselines that differ. Runs share a
+    protocol when the record says in the same words how they were measured (`settings`), on as many questions. Where it
+    does not say that, nothing is computed. Every published change within twice its spread is noted in its run's
+    `in_noise`."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         if run.is_logged and run.measured and run.source.get("settings") and run.name not in REPEATED:

@@ -22,24 +22,20 @@ OLD_KEYS = {"ts", "timestamp", "tag", "model", "params", "eval", "mtbench", "ins
 RENAMED = {"lora.targets": "target_modules"}
 # section and key of an old record -> evaluation and key of a record here, on the scales of the published runs
 FIGURES = {
-    ("eval", "acc"): ("tatqa", "em_like"),
-    ("mtbench", "avg_score"): ("mtbench", "avg_logged"),
-    ("instruct", "avg_score"): ("instruct", "keyword_avg"),
-    ("instruct", "success_rate"): ("instruct", "keyword_success"),
-    ("reddit", "avg_score"): ("reddit", "avg_logged"),
+    "eval acc": ("tatqa", "em_like"), "mtbench avg_score": ("mtbench", "avg_logged"),
+    "instruct avg_score": ("instruct", "keyword_avg"), "instruct success_rate": ("instruct", "keyword_success"),
+    "reddit avg_score": ("reddit", "avg_logged"),
+}  # fmt: skip
+MT_FIGURES = FIGURES | {  # the multi-task script's instructions are those of Finance-Instruct
+    "instruct avg_score": ("finance_instruct", "avg_logged"),
+    "instruct success_rate": ("finance_instruct", "success_logged"),
 }
 RANGES = {"acc": (0, 1), "avg_score": (1, 10), "success_rate": (0, 100)}
-MT_FIGURES = {  # the multi-task script's instructions are those of Finance-Instruct
-    ("instruct", "avg_score"): ("finance_instruct", "avg_logged"),
-    ("instruct", "success_rate"): ("finance_instruct", "success_logged"),
-}
 
 
 def import_records(path: Path) -> tuple[int, int]:
-    """Appends the records of `path` to imported_runs.jsonl; how many, and how many were there already.
-
-    Raises InputError when the file holds none.
-    """
+    """Appends the records of `path` to imported_runs.jsonl; how many, and how many were there already. Raises
+    InputError when the file holds none."""
     if not path.is_file():
         raise InputError(f"--import {path}: no such file; name a JSONL file of the original scripts")
     skipped, found = SkippedRows(), []
@@ -54,10 +50,8 @@ def import_records(path: Path) -> tuple[int, int]:
         else:
             found.append(record)
     if not found:
-        raise InputError(
-            f"--import {path}: no record of the original scripts ({'; '.join(skipped.places) or 'it is empty'}); "
-            "those have the keys ts, params and eval, or timestamp, stages and config"
-        )
+        none = f"--import {path}: no record of the original scripts ({'; '.join(skipped.places) or 'it is empty'})"
+        raise InputError(f"{none}; those have the keys ts, params and eval, or timestamp, stages and config")
     skipped.report(f"lines of {path}")
     target = HERE / IMPORTED
     known = [(record["ts"], record["argv"]) for record in (load_records(target) if target.is_file() else [])]
@@ -89,7 +83,8 @@ def convert_run(old: dict, place: str) -> dict:
     if "use_4bit" in values:
         values["no_4bit"] = not values.pop("use_4bit")
     sides: dict[str, dict] = {"baseline": {}, "post": {}}
-    for (section, key), (evaluation, name) in (FIGURES | (MT_FIGURES if is_mt else {})).items():
+    for place_of, (evaluation, name) in (MT_FIGURES if is_mt else FIGURES).items():
+        section, key = place_of.split()
         for side, measured in sides.items():
             part = (old.get(section) or {}).get(side) or {}
             if (value := part.get(key)) is not None:

@@ -34,10 +34,8 @@ def record_files() -> list[Path]:
 
 
 def load_records(path: Path) -> list[dict]:
-    """The runs of a record file, each with its `place` ("sft_experiments.jsonl:3") added.
-
-    Lines that a crash cut off and lines that are not records are skipped with a warning.
-    """
+    """The runs of a record file, each with its `place` ("sft_experiments.jsonl:3") added. Lines that a crash cut off
+    and lines that are not records are skipped with a warning."""
     skipped, records = SkippedRows(), []
     for place, row in read_objects(path, skipped):
         published = row.keys() >= LOGGED_KEYS and path.resolve() == LOGGED_RUNS
@@ -75,10 +73,8 @@ def record_name(record: dict) -> str:
 
 def find_run(name: str, files: list[Path] | None = None) -> dict:
     """The published run, or the newest record (of `files`, by default `record_files()`), that `name` stands for.
-
     `name` is FILE:LINE, a published id or one of its aliases, a tag, or an output folder, whose run.json will do
-    wherever it was started. Raises InputError when there is no such run.
-    """
+    wherever it was started. Raises InputError when there is no such run."""
     if not name:
         raise InputError("the name of a run is empty; `rerun.py --list` shows ids and tags")
     file, _, line = name.rpartition(":")
@@ -101,10 +97,8 @@ def find_run(name: str, files: list[Path] | None = None) -> dict:
     found = found or [record for record in records if Path(record["output_dir"]).resolve() == folder]
     found = found or [record for record in records if record_name(record) == name]
     if not found:
-        raise InputError(
-            f"no run is called {name!r}; `rerun.py --list` shows ids and tags, FILE:LINE names any record, and a "
-            "change is written --flag value after the runs"
-        )
+        how = "FILE:LINE names any record, and a change is written --flag value after the runs"
+        raise InputError(f"no run is called {name!r}; `rerun.py --list` shows ids and tags, {how}")
     return max(reversed(found), key=lambda record: record["ts"])
 
 
@@ -136,6 +130,7 @@ def flatten(values: dict, prefix: str = "") -> dict:
     return flat
 
 
+SUCCESS, SUCCESS_LOGGED = METRICS["finance_instruct_success"].keys, ("finance_instruct", "success_logged")
 # The columns of the published tables, by where a record's `baseline` and `final` hold them. All are measured as the
 # published runs did; the last ones only new runs have. PPL is the exponential of the val loss.
 PUBLISHED = {
@@ -146,14 +141,10 @@ PUBLISHED = {
     "instruct": Metric("Instruction avg (rules, published runs only)", ("instruct", "keyword_avg")),
     "instruct_success": Metric("Instruction success, % (rules, published runs only)", ("instruct", "keyword_success")),
     "finance_instruct": Metric("Finance-Instruct avg", METRICS["finance_instruct_published"].keys),
-    "finance_success": Metric(
-        "Finance-Instruct success, % (published runs only)", ("finance_instruct", "success_logged")
-    ),
+    "finance_success": Metric("Finance-Instruct success, % (published runs only)", SUCCESS_LOGGED),
     "reddit": Metric("Reddit avg", METRICS["reddit_published"].keys),
     "checks": Metric("Instruction checks passed, % (new runs only)", METRICS["instruct_checks"].keys),
-    "success": Metric(
-        "Finance-Instruct 7 or more on 1-10, % (new runs only)", METRICS["finance_instruct_success"].keys
-    ),
+    "success": Metric("Finance-Instruct 7 or more on 1-10, % (new runs only)", SUCCESS),
     "drift": Metric("Drift (KL from the base)", METRICS["drift"].keys),
 }
 SCORED = ("mtbench", "finance_instruct", "reddit")  # by the reward model: two scales
@@ -200,15 +191,12 @@ class Run:
 
     @property
     def delta(self) -> dict[str, dict]:
-        """Differences with their intervals, by the record's keys; none for a published run.
+        """Differences by the record's keys, without those of a version that did not count what changed."""
 
-        Those of a version that did not count what changed are left out.
-        """
-        return {
-            key: delta
-            for key, delta in self.source.get("delta", {}).items()
-            if all(part.keys() >= DELTA_KEYS for part in (delta, *delta.get("by_type", {}).values()))
-        }
+        def counts(delta: dict) -> bool:
+            return all(part.keys() >= DELTA_KEYS for part in (delta, *delta.get("by_type", {}).values()))
+
+        return {key: delta for key, delta in self.source.get("delta", {}).items() if counts(delta)}
 
 
 def from_logged(entry: dict) -> Run:
@@ -264,10 +252,8 @@ def singles(runs: list[Run]) -> list[Run]:
 
 
 def load_runs(files: list[Path], *, mine: bool = False) -> list[Run]:
-    """The published runs, then the records of `files`; a name that is taken gets the record's place added.
-
-    With `mine` without the published runs and the records that are published with the project.
-    """
+    """The published runs, then the records of `files`; a name that is taken gets the record's place added. With `mine`
+    without the published runs and the records that are published with the project."""
     runs = [] if mine else [from_logged(entry) for entry in load_records(LOGGED_RUNS)]
     left_out = {LOGGED_RUNS, RECORDED_RUNS} if mine else {LOGGED_RUNS}
     for record in (record for path in files if path.resolve() not in left_out for record in load_records(path)):

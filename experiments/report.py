@@ -71,10 +71,8 @@ def logged_lines(logged: list[Run], spreads: list[Spread]) -> Iterator[str]:
         what: sum(run.origin == f"logged, {what}" for run in logged) for what in ("no figures", "not measured")
     }
     planned, invented = left_out.values()
-    yield (
-        f"{len(logged)} published runs: {len(logged) - planned - invented} with figures, {planned} only planned, "
-        f"{invented} with constants instead of measurements. They logged no answers, so no interval."
-    )
+    figures = f"{len(logged) - planned - invented} with figures, {planned} only planned, {invented} with constants"
+    yield f"{len(logged)} published runs: {figures} instead of measurements. They logged no answers, so no interval."
 
     def changed(group: Group, metric: str) -> tuple[list[Run], list[float], str]:
         """The runs of a group with this measure, their changes, and from where to where these go."""
@@ -83,10 +81,9 @@ def logged_lines(logged: list[Run], spreads: list[Spread]) -> Iterator[str]:
         return found, values, f"{min(values):+.2f} to {max(values):+.2f}"
 
     (learned, _, losses), (_, scores, span) = changed(SFT, "val_loss"), changed(SFT, "mtbench")
-    yield (
-        f"Published SFT: the validation loss changed by {losses} nats per token in {len(learned)} runs, MT-Bench by "
-        f"{span} on the published scale; it fell in {sum(x < 0 for x in scores)} of {len(scores)}."
-    )
+    fell = f"it fell in {sum(x < 0 for x in scores)} of {len(scores)}"
+    loss = f"Published SFT: the validation loss changed by {losses} nats per token in {len(learned)} runs"
+    yield f"{loss}, MT-Bench by {span} on the published scale; {fell}."
     judged = {(run.name, spread.metric) for spread in spreads for run in spread.runs}
     for group in (DPO, MULTI_TASK):
         parts = []
@@ -142,10 +139,8 @@ def holm_lines(new: list[Run]) -> Iterator[str]:
 
 
 def draw_all(runs: list[Run], spreads: list[Spread]) -> dict[str, tuple[str, Figure]]:
-    """{file name: (caption, figure)} of what there is to draw.
-
-    The demo's miniature changes by whole points where the real models change by tenths: it has plots of its own.
-    """
+    """{file name: (caption, figure)} of what there is to draw. The demo's miniature changes by whole points where the
+    real models change by tenths: it has plots of its own."""
     figures: dict[str, tuple[str, Figure]] = {}
 
     def draw(name: str, caption: str, plot: Callable[..., Figure | None], *of: object) -> None:
@@ -169,14 +164,12 @@ def draw_all(runs: list[Run], spreads: list[Spread]) -> dict[str, tuple[str, Fig
         draw(f"{prefix}seeds", f"Differences over seeds{remark}", plot_seeds, shown)
     draw("noise", "Noise of the published baselines", plot_noise, spreads)
     for run in (run for run in runs if not run.is_logged):
-        stem, taken = (
-            f"categories_{slug(run.name)}",
-            {name.lower() for name in figures},
-        )  # Windows takes a and A for one
-        names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
-        name = next(name for name in names if f"plots/{name}.png".lower() not in taken)
+        taken = {name.lower() for name in figures}  # Windows takes a and A for one
+        stem = f"plots/categories_{slug(run.name)}"
+        names = (f"{stem}_{number}.png" if number > 1 else f"{stem}.png" for number in itertools.count(1))
         if figure := plot_categories(run):
-            figures[f"plots/{name}.png"] = f"MT-Bench by category: {run.label}", figure
+            name = next(name for name in names if name.lower() not in taken)
+            figures[name] = f"MT-Bench by category: {run.label}", figure
     return figures
 
 

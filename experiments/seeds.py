@@ -24,10 +24,8 @@ NO_SETTINGS = {
 
 
 def merge_seeds(runs: list[Run]) -> list[Run]:
-    """`runs`, in which completed records that differ in the seed alone are one run with these as `members`.
-
-    A seed that was run twice counts once, by its newest record.
-    """
+    """`runs`, in which completed records that differ in the seed alone are one run with these as `members`. A seed
+    that was run twice counts once, by its newest record."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         key = f"alone {len(groups)}"
@@ -75,9 +73,7 @@ def average(values: list[Any]) -> Any:
 
 def combine(deltas: list[dict]) -> dict:
     """The differences of several seeds as one: mean, sd over seeds, and low, high, p as the module's text says.
-
-    Without an interval in one of them there is none here (None).
-    """
+    Without an interval in one of them there is none here (None)."""
     from scipy import stats
 
     first, means = deltas[0], [delta["mean"] for delta in deltas]

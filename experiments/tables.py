@@ -33,13 +33,6 @@ def inert(text: str) -> str:
     return re.sub(r"([\[`])", r"\\\1", text)
 
 
-def code_block(text: str) -> str:
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}text\n{text}\n{fence}"
-
-
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(inert(cell).replace("|", "\\|") for cell in cells) + " |"
@@ -193,9 +186,7 @@ HEADLINES = (
 
 def headline_table(runs: list[Run]) -> tuple[list[str], list[list[str]]] | None:
     """(header, rows): a row a run with the main differences and their intervals; * where Holm's correction keeps p.
-
-    None when no run has a difference.
-    """
+    None when no run has a difference."""
     keys = [key for key in HEADLINES if any(key in run.delta for run in runs)]
     rows = [TableRow(METRICS[key].title, None, None, run.delta.get(key)) for run in runs for key in keys]
     cells = [f"{c[3]}{'*' * ('*' in c[5])} {c[4]}" if len(c) > 3 else "-" for c in table_texts(rows)[0]]
@@ -369,23 +360,19 @@ def log_section(run: Run) -> list[str]:
     if not run.measured:
         parts.append("**Not measured: these figures are not a result.**")
     command = source["command"] if run.is_logged else shown_command(run.script, source["argv"])
-    parts.append(code_block(command) if command else "The command was not logged.")
+    fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", command or "")), 0)
+    parts.append(f"{fence}text\n{command}\n{fence}" if command else "The command was not logged.")
     said = {**source, "aliases": ", ".join(source.get("aliases", []))}
     parts += [line.format(said[key]) for key, line in SAID.items() if said.get(key)]
     known = [[key, text(value)] for key, value in flatten(source.get("params", {})).items()]
-    parts += [markdown_table(["Known parameter", "Value"], known), figures_table(run)]
+    figures = [[metric.title, cell] for name, metric in PUBLISHED.items() if (cell := before_after(run, name)) != "-"]
+    figures += [[f"TAT-QA {kind}, %", arrow(run, pair)] for kind, pair in run.types.items()]
+    for key, value in flatten(run.facts).items():
+        figures.append([key, arrow(run, value if isinstance(value, list) else [value])])
+    parts += [markdown_table(["Known parameter", "Value"], known), markdown_table(["Figure", "Value"], figures)]
     if not run.is_logged:
         device = (source.get("device") or {}).get("name", "not known")
         made = f"{source['ts']}; commit {text(source['git'])}; device {device}; seed {param(run, 'seed')}."
         parts += [deltas_table([run]), inert(made)]
     note = source.get("note") or source.get("reason")
     return [*parts, f"Note: {inert(note)}."] if note else parts
-
-
-def figures_table(run: Run) -> str:
-    rows = [[PUBLISHED[metric].title, before_after(run, metric)] for metric in PUBLISHED]
-    rows = [row for row in rows if row[1] != "-"]
-    rows += [[f"TAT-QA {kind}, %", arrow(run, pair)] for kind, pair in run.types.items()]
-    facts = flatten(run.facts).items()
-    rows += [[key, arrow(run, value if isinstance(value, list) else [value])] for key, value in facts]
-    return markdown_table(["Figure", "Value"], rows)
