@@ -66,8 +66,8 @@ def plan_runs(names: list[str], seeds: list[int], changes: list[str], grid: dict
     for name in names:
         run = find_run(name)
         arguments = apply_changes(run_arguments(run), changes)
-        for values in itertools.product(*axes.values()):
-            new = plan_run(name, run["script"], arguments, dict(zip(axes, values, strict=True)))
+        for cell in itertools.product(*axes.values()):
+            new = plan_run(name, run["script"], arguments, dict(zip(axes, cell, strict=True)))
             other = planned.setdefault(new.output_dir.resolve(), new)
             if other is not new:
                 both = f"{other.name} and {new.name} share the output folder {new.output_dir}"

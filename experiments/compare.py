@@ -123,14 +123,14 @@ def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict | None:
         return None
     sides = [[*side] for side in zip(*pairs, strict=True)]
     summarise, compare_sides = readers(key, settings_b.get("beta", 1.0))
-    deltas = table_rows(*map(summarise, sides), compare_sides(*sides))
+    before, after = map(summarise, sides)
+    deltas = table_rows(before, after, compare_sides(*sides))
     questions = sorted((question_view(key, a, b) for a, b in pairs), key=lambda view: -abs(view["change"]))
     return {
         "title": EVALUATIONS[key],
         "unlike": differing(settings_a, settings_b),
         "deltas": deltas,
         "table": [with_reading(cells) for cells in table_texts(deltas)[0] if len(cells) > 3],
-        "changed": sum(question["change"] != 0 for question in questions),
         "questions": questions,
     }
 

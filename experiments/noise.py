@@ -46,7 +46,8 @@ class Spread:
 
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of `of_differences`."""
-        return tuple(self.of_differences * factor for factor in sd_interval(len(self.baselines)))
+        low, high = sd_interval(len(self.baselines))
+        return self.of_differences * low, self.of_differences * high
 
 
 def sd_interval(n: int) -> tuple[float, float]:
