@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import itertools
@@ -13,14 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from commands import apply_changes, flag_groups, flag_name, join_empty, parse_strictly, same_command, shown_command
+from commands import apply_changes, flag_groups, join_empty, parse_strictly, same_command, shown_command
 from records import HERE, REPORT, find_run, from_record, load_records, record_files, run_arguments
 from seeds import merge_seeds
-from tables import deltas_table, headline_table, markdown_table, terminal_table
+from tables import deltas_table, document, headline_table, markdown_table, terminal_table
 
+from llm_alignment.endings import signals_go_to
 from llm_alignment.files import InputError, write_atomic
-
-RESUME = ["--resume_from_checkpoint", "auto"]
 
 
 @dataclasses.dataclass
@@ -36,53 +34,31 @@ class PlannedRun:
     def record(self) -> dict | None:
         """The newest record of this very command; resuming and the order of flags do not matter."""
         files = dict.fromkeys([*record_files(), *([self.exp_log.resolve()] if self.exp_log.is_file() else [])])
-        found = [
-            record
-            for path in files
-            for record in load_records(path)
-            if "argv" in record and record["script"] == self.script and same_command(record["argv"], self.arguments)
-        ]
+        records = (record for path in files for record in load_records(path) if record["script"] == self.script)
+        found = [record for record in records if same_command(record.get("argv", []), self.arguments)]
         return max(reversed(found), key=lambda record: record["ts"], default=None)
 
     def completed(self) -> bool:
-        record = self.record()
-        return record is not None and record["status"] == "completed"
+        return (self.record() or {}).get("status") == "completed"
 
     def resuming(self) -> list[str]:
         """The arguments, with --resume_from_checkpoint auto where an earlier start has left something."""
         if self.output_dir.exists() and self.script != "mtbench_eval.py":  # there the same command simply resumes
-            return apply_changes(self.arguments, RESUME)
+            return apply_changes(self.arguments, ["--resume_from_checkpoint", "auto"])
         return self.arguments
 
 
-def parse(name: str, script: str, arguments: list[str]) -> argparse.Namespace:
-    """What the script's own parser makes of the arguments of the run `name`; InputError for wrong ones."""
-    try:
-        return parse_strictly(importlib.import_module(Path(script).stem).build_parser(), arguments)
-    except InputError as error:
-        reason = f"{name}: {script} refuses its command ({error}); change the flag, or leave the run out"
-        raise InputError(reason) from error
-
-
-Cell = tuple[tuple[str, str], ...]  # (flag without its dashes, value) of every flag of a grid and of the seed
-
-
-def plan_runs(
-    names: list[str], seeds: list[int], changes: list[str], grid: dict[str, list[str]] | None = None
-) -> list[PlannedRun]:
+def plan_runs(names: list[str], seeds: list[int], changes: list[str], grid: dict[str, list[str]]) -> list[PlannedRun]:
     """The runs of `names` with `changes`, each in every cell of the grid at every seed (at its own without `seeds`).
-
     `grid`: {"kl_coef": ["0", "0.03"]}. A run with a grid or seeds goes to OUTPUT_DIR_kl_coef0.03_seed1 and is tagged
     TAG-kl_coef0.03-seed1. Raises InputError for a run that is not known, a value that is given twice, a flag that is
-    given in two ways, and two runs with one output folder.
-    """
-    axes = {**(grid or {}), **({"seed": [str(seed) for seed in seeds]} if seeds else {})}
-    changed = {flag_name(group)[2:] for group in flag_groups(changes)}
+    given in two ways, and two runs with one output folder."""
+    axes = grid | ({"seed": [str(seed) for seed in seeds]} if seeds else {})
+    changed = {flag[2:] for flag in flag_groups(changes)} | (grid.keys() & {"seed"})
     for flag, values in axes.items():
-        twice = [value for value in values if values.count(value) > 1]
-        if twice:
+        if twice := [value for value in values if values.count(value) > 1]:
             raise InputError(f"--{flag} {twice[0]} is given twice; give every value once")
-        if flag in changed or (flag == "seed" and "seed" in (grid or {})):
+        if flag in changed:
             raise InputError(f"--{flag} is given twice; name its values in one place")
         if flag in {"output_dir", "exp_tag", "exp_log"}:
             raise InputError(f"--grid {flag}: every cell gets its own folder and tag; leave it out")
@@ -91,30 +67,30 @@ def plan_runs(
         run = find_run(name)
         arguments = apply_changes(run_arguments(run), changes)
         for cell in itertools.product(*axes.values()):
-            new = plan_run(name, run["script"], arguments, tuple(zip(axes, cell, strict=True)))
+            new = plan_run(name, run["script"], arguments, dict(zip(axes, cell, strict=True)))
             other = planned.setdefault(new.output_dir.resolve(), new)
             if other is not new:
-                raise InputError(
-                    f"{other.name} and {new.name} share the output folder {new.output_dir}; run them one by one, each "
-                    "with an --output_dir"
-                )
+                both = f"{other.name} and {new.name} share the output folder {new.output_dir}"
+                raise InputError(f"{both}; run them one by one, each with an --output_dir")
     return list(planned.values())
 
 
-def plan_run(name: str, script: str, arguments: list[str], cell: Cell) -> PlannedRun:
-    """One run as it will be started, with the values of `cell`."""
-    arguments = apply_changes(arguments, [word for flag, value in cell for word in (f"--{flag}", value)])
-    args = parse(name, script, arguments)
-    given = {flag_name(group) for group in flag_groups(arguments)}
+def plan_run(name: str, script: str, arguments: list[str], cell: dict[str, str]) -> PlannedRun:
+    """One run as it will be started, with the flags of `cell`. Raises InputError for a command that does not parse."""
+    arguments = apply_changes(arguments, [word for flag, value in cell.items() for word in (f"--{flag}", value)])
+    try:
+        args = parse_strictly(importlib.import_module(Path(script).stem).build_parser(), arguments)
+    except InputError as error:
+        raise InputError(f"{name}: {script} refuses its command ({error}); change it or leave it out") from error
     folder = args.output_dir
-    if args.demo and "--output_dir" not in given:
+    if args.demo and "--output_dir" not in flag_groups(arguments):
         folder = f"demo_{re.sub('^demo[-_]', '', in_file_name(name))}"
         arguments = apply_changes(arguments, ["--output_dir", folder])
     if cell:
-        parts = [flag + in_file_name(value) for flag, value in cell]
+        parts = [flag + in_file_name(value) for flag, value in cell.items()]
         folder, tag = (re.sub(r"[-_]seed\d+$", "", text) for text in (str(Path(folder)), args.exp_tag or name))
         folder, tag = "_".join([folder, *parts]), "-".join([tag, *parts])
-        name = " ".join([name, *(f"{flag} {value}" for flag, value in cell)])
+        name = " ".join([name, *(f"{flag} {value}" for flag, value in cell.items())])
         arguments = apply_changes(arguments, ["--output_dir", folder, "--exp_tag", tag])
     if getattr(args, "use_3way_hybrid", False):  # dpo_train_mt.py adds these to the name
         folder = f"{Path(folder)}_3way_hybrid"
@@ -128,42 +104,33 @@ def in_file_name(text: str) -> str:
 
 
 def execute(script: str, arguments: list[str]) -> tuple[int, int]:
-    """Runs a script of the project with this Python; its exit code, or 128 + the signal that ended it.
-
-    The second number is the signal that this program got meanwhile, 0 for none.
-    """
+    """Runs a script of the project with this Python; its exit code, or 128 + the signal that ended it. The second
+    number is the signal that this program got meanwhile, 0 for none."""
     process = subprocess.Popen([sys.executable, str(HERE.parent / script), *arguments])
     received = 0
 
     def hand_on(signum: int, frame: object) -> None:
         nonlocal received
         received = signum
-        if signum == signal.SIGTERM:
+        if signum == signal.SIGTERM:  # others reach the script too, which saves a checkpoint and its record
             process.terminate()
 
-    # Ctrl-C reaches the script too, which saves a checkpoint and its record: wait for it. SIGTERM is handed on.
-    handlers = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals_go_to(hand_on):
         code = process.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return (code if code >= 0 else 128 - code), received
 
 
 def run_campaign(title: str, runs: list[PlannedRun]) -> int:
-    """Runs what is not completed, continues after failures, prints the results and saves them under the title.
-
-    The exit code is 0 when all are completed, 130 or 143 when it was stopped, else 1.
-    """
+    """Runs what is not completed, continues after failures, prints the results and saves them under the title. The
+    exit code is 0 when all are completed, 130 or 143 when it was stopped, else 1."""
     stopped = 0
     for place, run in enumerate(runs, 1):
-        record = run.record()
+        at, record = f"[{place}/{len(runs)}] {run.name}", run.record()
         if record and record["status"] == "completed":
-            print(f"[{place}/{len(runs)}] {run.name}: completed {record['ts']} ({record['place']})", flush=True)
+            print(f"{at}: completed {record['ts']} ({record['place']})", flush=True)
             continue
         arguments = run.resuming()
-        print(f"[{place}/{len(runs)}] {run.name}: {shown_command(run.script, arguments)}", flush=True)
+        print(f"{at}: {shown_command(run.script, arguments)}", flush=True)
         code, received = execute(run.script, arguments)
         if received or code in {130, 143}:  # Windows has another exit code for Ctrl-C
             stopped = 128 + received if received else code
@@ -172,36 +139,30 @@ def run_campaign(title: str, runs: list[PlannedRun]) -> int:
         if code:
             print(f"{run.name} ended with exit code {code}; continuing with the next run", flush=True)
     print_results(title, runs)
-    left = [run.name for run in runs if not run.completed()]
-    if left:
+    if left := [run.name for run in runs if not run.completed()]:
         print(f"not completed: {', '.join(left)}; the same command tries them again", file=sys.stderr)
     return stopped or int(bool(left))
 
 
 def print_results(title: str, runs: list[PlannedRun]) -> None:
-    """The status of every run, then a row for each run or cell of the grid; several seeds of one are one row.
-
-    Both are saved as Markdown too, with every difference.
-    """
+    """The status of every run, then a row for each run or cell of the grid; several seeds of one are one row. Both are
+    saved as Markdown too, with every difference."""
     found = [(run, run.record()) for run in runs]
     rows = [[run.name, record["status"] if record else "no record", str(run.output_dir)] for run, record in found]
-    tables = [(["Run", "Status", "Output folder"], rows)]
     merged = merge_seeds([from_record(record) for _, record in found if record])
-    if headlines := headline_table(merged):
-        tables.append(headlines)
+    tables = [(["Run", "Status", "Output folder"], rows), *filter(None, [headline_table(merged)])]
     for table in tables:
         print(f"\n{terminal_table(*table)}", flush=True)
     path = HERE / REPORT / f"campaign_{in_file_name(title)[:80]}.md"
     path.parent.mkdir(exist_ok=True)
     parts = [f"# {title}", *(markdown_table(*table) for table in tables), deltas_table(merged)]
-    write_atomic(path, "\n\n".join(part for part in parts if part) + "\n")
+    write_atomic(path, document(parts))
     print(f"wrote {path}", flush=True)
 
 
 def print_plan(runs: list[PlannedRun]) -> int:
     """Prints the dry run of every run that is not completed, and the sum; 0, or 1 when a dry run failed."""
-    counts = {"completed": 0, "to resume": 0, "to start": 0, "not possible": 0}
-    steps = 0
+    counts, steps = dict.fromkeys(("completed", "to resume", "to start", "not possible"), 0), 0
     for run in runs:
         if run.completed():
             counts["completed"] += 1
@@ -211,9 +172,7 @@ def print_plan(runs: list[PlannedRun]) -> int:
         print(f"{run.name}: {shown_command(run.script, arguments)}", flush=True)
         command = [sys.executable, str(HERE.parent / run.script), *arguments]
         in_utf8 = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # Windows would write a pipe in the system's code page
-        dry_run = subprocess.run(
-            command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace", env=in_utf8, check=False
-        )
+        dry_run = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", errors="replace", env=in_utf8)
         print(dry_run.stdout, flush=True)
         steps += sum(int(n.replace(",", "")) for n in re.findall(r"^steps: (\d[\d,]*)", dry_run.stdout, re.MULTILINE))
         resumes = "--resume_from_checkpoint" in arguments

@@ -4,9 +4,8 @@
     poetry run python experiments/chat.py RUN_FOLDER --prompts prompts.txt
 
 One model is in memory: the base answers with the adapter off, the tuned model with it on, both greedily, by the run's
-template and thinking. Each continues from its own answers. An empty line begins a new conversation; /quit or the end
-of the input ends. --prompts FILE prints both answers to each prompt and ends: a .txt file with a prompt a line, or
-rows with prompt, question or messages as JSONL, JSON or Parquet.
+template and thinking, each continuing from its own answers. An empty line begins a new conversation; /quit or the end
+of the input ends. --prompts FILE answers a .txt file with a prompt a line, or rows with prompt, question or messages.
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from commands import logged_exit_code
-from finished import FinishedRun, finished_run
+from finished import finished_run
 from mine_pairs import prompt_problem, prompt_turns
 
 from llm_alignment.adapters import adapter_off, scaled
@@ -28,11 +25,6 @@ from llm_alignment.flags import not_negative, positive
 from llm_alignment.generation import Decoding, generate
 from llm_alignment.hub import read_usable
 from llm_alignment.parser import Parser
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-Chats = tuple[list[dict], list[dict]]  # the base's and the tuned model's turns
 
 
 def build_parser() -> Parser:
@@ -59,68 +51,55 @@ def read_prompts(file: str) -> list[list[dict]]:
     return [[{"role": "user", "content": line.strip()}] for line in lines if line.strip()]
 
 
-def typed_prompts() -> Iterator[str]:
-    """What the user types, line by line."""
-    with contextlib.suppress(EOFError):
-        while (line := input("> ").strip()) != "/quit":
-            yield line
-
-
-def answer_both(run: FinishedRun, model: PeftModel, chats: Chats, decoding: Decoding) -> tuple[str, str]:
-    """The base's answer to its turns and the tuned model's to its own."""
-
-    def answer(chat: list[dict]) -> str:
-        system = run.args.system_prompt
-        turns = [{"role": "system", "content": system}, *chat] if system else chat
-        return next(generate(model, run.tokenizer, [turns], decoding)).text
-
-    with adapter_off(model):
-        base = answer(chats[0])
-    return base, answer(chats[1])
-
-
 def show(base: str, tuned: str) -> None:
     """Prints two answers side by side, in plain ASCII lines."""
     from rich.box import ASCII
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(box=ASCII, expand=True)
-    for title in ("base", "tuned"):
-        table.add_column(title, ratio=1, overflow="fold")
+    columns = [Column(title, ratio=1, overflow="fold") for title in ("base", "tuned")]
+    table = Table(*columns, box=ASCII, expand=True)
     table.add_row(base, tuned)
     Console(color_system=None, legacy_windows=False, markup=False, highlight=False).print(table)
 
 
 def chat(args: argparse.Namespace) -> None:
     """Answers the prompts of the file, or those that are typed."""
-    asked = read_prompts(args.prompts) if args.prompts else None
+    asked = read_prompts(args.prompts) if args.prompts else []
     run = finished_run(args.run_folder)
     decoding = Decoding(max_new_tokens=args.max_new_tokens, thinking=run.args.thinking)
+    system = [{"role": "system", "content": run.args.system_prompt}] if run.args.system_prompt else []
     model = run.load()
-    with scaled(model, args.adapter_scale):
-        for turns in asked or ():
+
+    def answer(turns: list[dict]) -> str:
+        return next(generate(model, run.tokenizer, [system + turns], decoding)).text
+
+    def answer_both(of_base: list[dict], of_tuned: list[dict]) -> tuple[str, str]:
+        """The base's answer to its turns and the tuned model's to its own, which are shown."""
+        with adapter_off(model):
+            base = answer(of_base)
+        tuned = answer(of_tuned)
+        show(base, tuned)
+        return base, tuned
+
+    chats: tuple[list[dict], list[dict]] = ([], [])
+    with scaled(model, args.adapter_scale), contextlib.suppress(EOFError):
+        for turns in asked:
             print(f"> {turns[-1]['content']}")
-            show(*answer_both(run, model, (turns, turns), decoding))
-        if asked is not None:
-            return
-        chats: Chats = ([], [])
-        for line in typed_prompts():
+            answer_both(turns, turns)
+        for line in () if asked else iter(lambda: input("> ").strip(), "/quit"):
             if not line:
                 chats = ([], [])
                 print("a new conversation")
                 continue
             for turns in chats:
                 turns.append({"role": "user", "content": line})
-            answers = answer_both(run, model, chats, decoding)
-            show(*answers)
-            for turns, text in zip(chats, answers, strict=True):
+            for turns, text in zip(chats, answer_both(*chats), strict=True):
                 turns.append({"role": "assistant", "content": text})
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    return logged_exit_code(lambda: chat(args))
+    return logged_exit_code(lambda: chat(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -13,61 +13,46 @@ from llm_alignment.endings import console_and_log, disk_problem, interrupt, last
 from llm_alignment.files import InputError
 
 
-def flag_groups(arguments: list[str]) -> list[list[str]]:
-    """Each `--flag` with the values that follow it."""
-    groups: list[list[str]] = []
+def flag_groups(arguments: list[str]) -> dict[str, list[str]]:
+    """Each flag's words by its name, the last ones of a flag that is given twice: {"--seed": ["--seed", "1"]}. The
+    name is --kl_coef of --kl_coef=0.02 too, and --do_eval of --no-do_eval."""
+    groups: dict[str, list[str]] = {}
+    flag = ""
     for word in arguments:
         if word.startswith("--"):
-            groups.append([word])
-        elif groups:
-            groups[-1].append(word)
+            flag = word.split("=")[0].replace("--no-", "--", 1)
+            groups[flag] = [word]
+        elif flag:
+            groups[flag].append(word)
         else:
             raise InputError(f"unexpected {word!r}: changes are written --flag value, after the run's name")
     return groups
 
 
-def flag_name(group: list[str]) -> str:
-    """`--kl_coef` for ["--kl_coef", "0.02"] and ["--kl_coef=0.02"]; `--do_eval` for ["--no-do_eval"] too."""
-    return group[0].split("=")[0].replace("--no-", "--", 1)
-
-
 def apply_changes(arguments: list[str], changes: list[str]) -> list[str]:
     """`arguments` in which every flag of `changes` replaces the same flag, or is added at the end."""
-    groups = flag_groups(arguments)
-    for change in flag_groups(changes):
-        places = [i for i, group in enumerate(groups) if flag_name(group) == flag_name(change)]
-        if places:
-            groups[places[0]] = change
-            groups = [group for i, group in enumerate(groups) if i not in places[1:]]
-        else:
-            groups.append(change)
-    return [word for group in groups for word in group]
+    return [word for group in (flag_groups(arguments) | flag_groups(changes)).values() for word in group]
 
 
 def same_command(arguments: list[str], others: list[str]) -> bool:
     """Whether two command lines ask for the same run: the order of flags and resuming do not matter."""
 
-    def flags(words: list[str]) -> list[list[str]]:
-        groups = [group[0].split("=", 1) + group[1:] for group in flag_groups(words)]
-        return sorted(group for group in groups if group[0] != "--resume_from_checkpoint")
+    def flags(words: list[str]) -> dict[str, list[str]]:
+        groups = flag_groups([*words, "--resume_from_checkpoint"])
+        return {flag: group[0].split("=", 1) + group[1:] for flag, group in groups.items()}
 
     return flags(arguments) == flags(others)
 
 
 def quote(word: str) -> str:
-    """`word` written so that PowerShell and bash both read it as this one argument.
-
-    Bare when neither shell gives any of its characters a meaning (PowerShell splits at commas and at `-x.y`), else in
-    single quotes, which are literal in both. Raises InputError for a word with a quote of any kind (PowerShell takes
-    typographic quotes for quotes, and version 5.1 does not escape a `"`), with a new line, or with a blank and a
-    backslash at its end, which 5.1 hands on damaged.
-    """
+    """`word` written so that PowerShell and bash both read it as this one argument: bare or in single quotes.
+    PowerShell splits bare words at commas and at `-x.y`. Raises InputError for a quote of any kind (PowerShell takes
+    typographic ones for quotes, version 5.1 does not escape a `"`), a new line, and a blank with a backslash at the
+    end, which 5.1 damages."""
     if re.fullmatch(r"(?!-[A-Za-z?])[A-Za-z0-9_./:=+-]+", word):
         return word
     if re.search(r"""[\n\r"'\u2018-\u201f]|\s.*\\$""", word):
-        raise InputError(
-            f"{word!r} cannot be written in one way for PowerShell and bash; put it into a file or rename it"
-        )
+        raise InputError(f"{word!r} reads differently in PowerShell and bash; put it into a file or rename it")
     return f"'{word}'"
 
 
@@ -84,19 +69,12 @@ def join_empty(arguments: list[str]) -> list[str]:
 
 def logged_exit_code(run: Callable[[], None]) -> int:
     """`exit_code` of a program that loads models, so that it logs as the scripts do."""
-
-    def logged() -> None:
-        with console_and_log():
-            run()
-
-    return exit_code(logged)
+    return exit_code(console_and_log()(run))
 
 
 def exit_code(run: Callable[[], int | None]) -> int:
     """What `run()` gives; after one line 2 for bad input, 1 for what the disk refuses, 128 + the signal that stops it.
-
-    A reader that has seen enough, as `head -1`, does not end it.
-    """
+    A reader that has seen enough, as `head -1`, does not end it."""
     with lasting_console() as console:
         try:
             with signals_go_to(interrupt):

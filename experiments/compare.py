@@ -7,6 +7,8 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from records import HERE, find_run, flatten, run_of_folder
@@ -14,22 +16,21 @@ from seeds import NO_SETTINGS
 from tables import with_reading
 
 from llm_alignment import retention, tatqa
-from llm_alignment.evaluation import EVALUATIONS, TableRow, number, pair_rows, print_table, table_rows, table_texts
+from llm_alignment.evaluation import EVALUATIONS, number, pair_rows, print_table, table_rows, table_texts
 from llm_alignment.files import InputError, SkippedRows, differing, write_atomic
 from llm_alignment.results import read_results
 from llm_alignment.scores import compare_scored, summarise_scored
 
 # the evaluations whose rows hold answers
 COMPARED = ("mtbench", "retention", "tatqa", "held_out", "instruct", "finance_instruct", "reddit")
+UNITS = {"tatqa": "percentage points", "retention": "percentage points", "held_out": "of reward margin"}
 
 
 def settings_of(name: str, files: list[Path]) -> dict:
     """The flags of a run given as for `answer_files`; {} where they are not known."""
     path = Path(name).parent if Path(name).is_file() else Path(name)
-    if (path / "run.json").is_file():
-        run = run_of_folder(path)
-    else:
-        run = {} if path.is_dir() else find_run(name, files)
+    has_run = (path / "run.json").is_file()
+    run = run_of_folder(path) if has_run else {} if path.is_dir() else find_run(name, files)
     return {key: value for key, value in run.get("args", {}).items() if key not in NO_SETTINGS - {"seed"}}
 
 
@@ -46,12 +47,13 @@ def answer_files(name: str, files: list[Path]) -> dict[str, Path]:
         if "output_dir" not in run:
             raise InputError(f"{name}: a published run; its answers were not kept, so nothing can be compared")
         path = Path(run["output_dir"])
-    found = {}
-    for folder in (path, *sorted(path.glob("stage[123]"))):  # of a run in stages the last one's answers
-        for key in COMPARED:
-            for file_name in (f"{key}_final.jsonl", f"{key}.jsonl"):  # a training run's, mtbench_eval.py's
-                if (folder / file_name).is_file():
-                    found[key] = folder / file_name
+    found = {
+        key: folder / name
+        for folder in (path, *sorted(path.glob("stage[123]")))  # of a run in stages the last one's answers
+        for key in COMPARED
+        for name in (f"{key}_final.jsonl", f"{key}.jsonl")  # a training run's, mtbench_eval.py's
+        if (folder / name).is_file()
+    }
     if not found:
         raise InputError(f"{path}: no *_final.jsonl with answers here; name the output folder of a finished run")
     return found
@@ -64,8 +66,8 @@ def load_answers(key: str, path: Path) -> tuple[dict, list[dict]]:
     rows = []
     for row in stored:
         try:
-            question_view(key, row, row)
-            summary_of(key, [row])
+            view(key, row)
+            readers(key)[0]([row])
             json.dumps(row, allow_nan=False)
             rows.append(row)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -98,18 +100,13 @@ def compare(names: list[str], files: list[Path], output_dir: Path) -> Path:
         if section["unlike"]:
             print(f"warning: {key} was measured under other settings: {section['unlike']}", file=sys.stderr)
         title = f"{section['title']}: {a} -> {b}, {len(section['questions'])} shared questions"
-        print_table(title, section["deltas"], sides=[short(a), short(b)])
+        print_table(title, section["deltas"], sides=[name.rstrip("/\\")[-12:] for name in names])
         sections.append(section)
     template = jinja2.Template((HERE / "compare.html.jinja").read_text("utf-8"), autoescape=True)
     path = output_dir / f"compare_{slug(a)}_{slug(b)}.html"
     output_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(path, template.render(a=a, b=b, flags=flags, sections=sections))
     return path
-
-
-def short(name: str) -> str:
-    """The end of a name, where two runs differ, as a heading of a column."""
-    return name.rstrip("/\\")[-12:]
 
 
 def slug(name: str) -> str:
@@ -124,117 +121,82 @@ def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict | None:
     pairs = shared_questions(rows_a, rows_b)
     if not pairs:
         return None
-    deltas = comparison_table(key, *map(list, zip(*pairs, strict=True)), beta=settings_b.get("beta", 1.0))
+    sides = [[*side] for side in zip(*pairs, strict=True)]
+    summarise, compare_sides = readers(key, settings_b.get("beta", 1.0))
+    before, after = map(summarise, sides)
+    deltas = table_rows(before, after, compare_sides(*sides))
     questions = sorted((question_view(key, a, b) for a, b in pairs), key=lambda view: -abs(view["change"]))
     return {
         "title": EVALUATIONS[key],
         "unlike": differing(settings_a, settings_b),
         "deltas": deltas,
         "table": [with_reading(cells) for cells in table_texts(deltas)[0] if len(cells) > 3],
-        "changed": sum(question["change"] != 0 for question in questions),
         "questions": questions,
     }
 
 
 def shared_questions(rows_a: list[dict], rows_b: list[dict]) -> list[tuple[dict, dict]]:
-    """The two rows of every question in common.
-
-    MT-Bench's Russian and English questions have the same numbers, so the texts are compared too.
-    """
+    """The two rows of every question in common. MT-Bench's Russian and English questions have the same numbers, so the
+    texts are compared too."""
     texts = {row["question_id"]: row.get("turns") for row in rows_a}
     same = [row for row in rows_b if texts.get(row["question_id"], "unknown") == row.get("turns")]
     return pair_rows(rows_a, same) if same else []
 
 
-def comparison_table(key: str, *sides: list[dict], beta: float) -> list[TableRow]:
-    """The lines of `print_table`: every metric of A and of B, with the difference; `beta`: of held-out pairs."""
-    before, after = (summary_of(key, rows, beta) for rows in sides)
+def readers(key: str, beta: float = 1.0) -> tuple[Callable[[list[dict]], dict], Callable[..., dict]]:
+    """The functions that summarise and compare rows, as those of the `Evaluation`; `beta`: of held-out pairs."""
     if key == "tatqa":
-        return table_rows(before, after, tatqa.compare_tatqa(*sides))
+        return lambda rows: {key: tatqa.summarise_tatqa(rows)}, tatqa.compare_tatqa
     if key == "retention":
-        return table_rows(before, after, retention.compare_retention(*sides))
+        return retention.summarise_retention, retention.compare_retention
     if key == "held_out":
         from llm_alignment import dpo  # torch and TRL with it
 
-        return table_rows(before, after, dpo.compare_rewards(*sides, beta=beta))
-    return table_rows(before, after, compare_scored(key, *sides))
+        return lambda rows: {key: dpo.summarise_rewards(rows, beta)}, partial(dpo.compare_rewards, beta=beta)
+    return partial(summarise_scored, key), partial(compare_scored, key)
 
 
-def summary_of(key: str, rows: list[dict], beta: float = 1.0) -> dict[str, dict]:
-    """{evaluation: the figures of its rows}."""
+def view(key: str, row: dict) -> tuple[str, float, list[tuple[str, str, str]]]:
+    """Title, score, and (question, answer, what it got in words) of every turn. The score is 1-10, the mean over the
+    turns; 100 or 0 where an answer is right or wrong; of a pair its reward margin. A pair's two answers stand as two
+    turns."""
     if key == "tatqa":
-        return {key: tatqa.summarise_tatqa(rows)}
+        gold = "; ".join(map(str, row["gold"])) if isinstance(row["gold"], list) else row["gold"]
+        title = f"{row['answer_type']}, gold answer {gold} {row['scale']}"
+        mark = f"{'right' if row['em_like'] else 'wrong'}, EM {row['em']:.2f}, F1 {row['f1']:.2f}"
+        return title, 100.0 * row["em_like"], [(row["question"], row["answer"], mark)]
+    if key == "held_out":
+        turns = [(side, row[side], f"reward {row[f'{side}_reward']:.2f}") for side in ("chosen", "rejected")]
+        return f"pair {row['question_id']}", row["chosen_reward"] - row["rejected_reward"], turns
     if key == "retention":
-        return retention.summarise_retention(rows)
-    if key == "held_out":
-        from llm_alignment import dpo  # torch and TRL with it
-
-        return {key: dpo.summarise_rewards(rows, beta)}
-    return summarise_scored(key, rows)
-
-
-def question_score(key: str, row: dict) -> float:
-    """1-10, the mean over the turns; 100 or 0 where an answer is right or wrong; of a pair its reward margin."""
-    if key in {"tatqa", "retention"}:
-        return 100.0 * row["em_like" if key == "tatqa" else "right"]
-    if key == "held_out":
-        return row["chosen_reward"] - row["rejected_reward"]
-    return statistics.fmean(row["scores"])
+        score, marks = 100.0 * row["right"], [""] * (len(row["turns"]) - 1) + ["right" if row["right"] else "wrong"]
+    else:
+        pairs = zip(row["scores"], row["rewards"], strict=True)
+        score, marks = statistics.fmean(row["scores"]), [f"{score:.2f} (raw {reward:.2f})" for score, reward in pairs]
+    turns = list(zip(row["turns"], row["answers"], marks, strict=True))
+    return f"{row['question_id']}: {row['category']}", score, turns
 
 
 def question_view(key: str, a: dict, b: dict) -> dict:
     """One question as the page shows it: {"title", "scores", "change", "turns"}."""
-    before, after = question_score(key, a), question_score(key, b)
-    if key == "tatqa":
-        gold = "; ".join(map(str, a["gold"])) if isinstance(a["gold"], list) else a["gold"]
-        title = f"{a['answer_type']}, gold answer {gold} {a['scale']}"
-    elif key == "held_out":
-        title = f"pair {a['question_id']}"
-    else:
-        title = f"{a['question_id']}: {a['category']}"
-    turns = [
-        dict(zip(("question", "answer_a", "mark_a", "answer_b", "mark_b"), (*of_a, *of_b[1:]), strict=True))
-        for of_a, of_b in zip(answered_turns(key, a), answered_turns(key, b), strict=True)
-    ]
+    (title, before, turns_a), (_, after, turns_b) = view(key, a), view(key, b)
+    names = ("question", "answer_a", "mark_a", "answer_b", "mark_b")
+    turns = [dict(zip(names, (*a, *b[1:]), strict=True)) for a, b in zip(turns_a, turns_b, strict=True)]
     scores = f"{before:.2f} -> {after:.2f} ({after - before:+.2f})"
     return {"title": title, "scores": scores, "change": after - before, "turns": turns}
 
 
-def answered_turns(key: str, row: dict) -> list[tuple[str, str, str]]:
-    """(question, answer, what it got in words) of every turn; a held-out pair's two answers stand as two turns."""
-    if key == "tatqa":
-        mark = f"{'right' if row['em_like'] else 'wrong'}, EM {row['em']:.2f}, F1 {row['f1']:.2f}"
-        return [(row["question"], row["answer"], mark)]
-    if key == "held_out":
-        return [(side, row[side], f"reward {row[f'{side}_reward']:.2f}") for side in ("chosen", "rejected")]
-    if key == "retention":
-        marks = [""] * (len(row["turns"]) - 1) + ["right" if row["right"] else "wrong"]
-        return list(zip(row["turns"], row["answers"], marks, strict=True))
-    pairs = zip(row["scores"], row["rewards"], strict=True)
-    marks = [f"{score:.2f} (raw {reward:.2f})" for score, reward in pairs]
-    return list(zip(row["turns"], row["answers"], marks, strict=True))
-
-
-def needed(spread: float, difference: float) -> int:
-    """How many questions `detectable` asks for to find this difference."""
-    return max(2, math.ceil((detectable(spread, 1) / difference) ** 2))
-
-
 def detectable(spread: float, questions: int) -> float:
-    """The smallest true difference that a two-sided 5 % test on `questions` pairs finds in 80 % of runs.
-
-    `spread` is the standard deviation of the per-question differences; the normal approximation,
-    (z(0.975) + z(0.80)) * spread / sqrt(questions).
-    """
+    """The smallest true difference that a two-sided 5 % test on `questions` pairs finds in 80 % of runs. `spread` is
+    the standard deviation of the per-question differences; the normal approximation, (z(0.975) + z(0.80)) * spread /
+    sqrt(questions)."""
     normal = statistics.NormalDist()
     return (normal.inv_cdf(0.975) + normal.inv_cdf(0.80)) * spread / questions**0.5
 
 
 def print_power(names: list[str], files: list[Path], difference: float | None = None) -> None:
-    """For each evaluation of a run (its answers before and after), or of two runs: what N questions can detect.
-
-    With `difference` also how many questions find it.
-    """
+    """For each evaluation of a run (its answers before and after), or of two runs: what N questions can detect. With
+    `difference` also how many questions find it."""
     if len(names) > 2:
         raise InputError(f"--power {' '.join(names)}: give one run, or two to compare")
     finals = [answer_files(name, files) for name in names]
@@ -244,22 +206,19 @@ def print_power(names: list[str], files: list[Path], difference: float | None = 
             raise InputError(f"{names[-1]}: {EVALUATIONS[key]} has nothing to compare with; name a second run")
         before, after = load_answers(key, before_path)[1], load_answers(key, after_path)[1]
         shared = shared_questions(before, after)
-        differences = [question_score(key, new) - question_score(key, old) for old, new in shared]
-        if len(differences) < 2:
-            raise InputError(f"{after_path}: {len(differences)} questions shared with {before_path}; needs at least 2")
+        differences = [view(key, new)[1] - view(key, old)[1] for old, new in shared]
+        n = len(differences)
+        if n < 2:
+            raise InputError(f"{after_path}: {n} questions shared with {before_path}; needs at least 2")
         spread = statistics.stdev(differences)
         if spread == 0:
-            print(
-                f"{EVALUATIONS[key]}: all {len(differences)} questions changed alike, which says nothing about others"
-            )
+            print(f"{EVALUATIONS[key]}: all {n} questions changed alike, which says nothing about others")
             continue
-        units = {"tatqa": "percentage points", "retention": "percentage points", "held_out": "of reward margin"}
-        unit = units.get(key, "points on the 1-10 scale")
-        print(
-            f"{EVALUATIONS[key]}: {len(differences)} questions, mean difference "
-            f"{number(statistics.fmean(differences), '+')}, standard deviation by question {number(spread)}"
-        )
-        for n in sorted({16, 32, 50, 80, 160, 320, len(differences)}):
-            print(f"  n = {n:>4}: detects a difference of {detectable(spread, n):.2f} {unit} in 8 of 10 runs")
+        unit = UNITS.get(key, "points on the 1-10 scale")
+        mean, deviation = number(statistics.fmean(differences), "+"), number(spread)
+        print(f"{EVALUATIONS[key]}: {n} questions, mean difference {mean}, standard deviation by question {deviation}")
+        for size in sorted({16, 32, 50, 80, 160, 320, n}):
+            print(f"  n = {size:>4}: detects a difference of {detectable(spread, size):.2f} {unit} in 8 of 10 runs")
         if difference:
-            print(f"  a difference of {difference:g} {unit} needs n = {needed(spread, difference)}")
+            needed = max(2, math.ceil((detectable(spread, 1) / difference) ** 2))
+            print(f"  a difference of {difference:g} {unit} needs n = {needed}")

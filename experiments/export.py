@@ -3,15 +3,13 @@
     poetry run python experiments/export.py RUN_FOLDER --merged DIR
     poetry run python experiments/export.py RUN_FOLDER --merged DIR --dtype fp32
 
-RUN_FOLDER is the output folder of a training run. The base is the one that its adapter_config.json names; --model
-gives another place for the same base. The base is loaded in bf16 or fp32, never in 4 bits, since merged 4-bit
-weights would be rounded a second time. Then the folder is loaded as any program would load it, and it must answer a
-few prompts as base plus adapter does: the mean KL divergence of the next-token distributions over the answers stays
-below 0.05 nats in bf16 and 0.0001 in fp32. If it does not, nothing is left behind and the exit code is 2.
+The base is the one that adapter_config.json of the run names; --model gives another place for it. It is loaded in bf16
+or fp32, never in 4 bits, since merged 4-bit weights would be rounded a second time. Then the folder is loaded as any
+program would load it, and must answer a few prompts as base plus adapter does: the mean KL divergence of the
+next-token distributions stays below 0.05 nats in bf16 and 0.0001 in fp32, else nothing is left behind (exit code 2).
 
-DIR gets the weights, the tokenizer with its chat template, the generation settings, the model card and a Modelfile:
-transformers, vLLM, llama.cpp's converter and Ollama read it. After a run without --thinking its chat template leaves
-thinking off unless it is asked for.
+transformers, vLLM, llama.cpp's converter and Ollama (by its Modelfile) read DIR. After a run without --thinking its
+chat template leaves thinking off unless it is asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from commands import logged_exit_code
 
@@ -33,6 +31,7 @@ from llm_alignment.files import InputError, SkippedRows, parse_json, replace
 from llm_alignment.flags import not_negative, positive
 from llm_alignment.generation import Decoding, generate
 from llm_alignment.models import Base, BaseFlags, base_fingerprint, load_model, load_tokenizer, resolve_base
+from llm_alignment.parser import Parser
 from llm_alignment.results import read_results
 from llm_alignment.runs import check_writable, held_alone
 
@@ -44,53 +43,48 @@ if TYPE_CHECKING:
 log = logging.getLogger("llm_alignment")
 
 LARGEST_KL = {"bf16": 0.05, "fp32": 1e-4}  # mean over the answers' tokens, in nats
-PROMPTS = [
-    "What is the capital of France?",
-    "Explain in two sentences what a bond is.",
-    "Write a short poem about the sea.",
-    "Add 17 and 25.",
-    "Назови столицу страны: Япония.",
-    "Объясни простыми словами, что такое инфляция.",
-    "Составь список из трёх полезных привычек.",
-    "Переведи на английский: дом стоит у реки.",
-]
+PROMPTS = (
+    "What is the capital of France?", "Explain in two sentences what a bond is.", "Write a short poem about the sea.",
+    "Add 17 and 25.", "Назови столицу страны: Япония.", "Объясни простыми словами, что такое инфляция.",
+    "Составь список из трёх полезных привычек.", "Переведи на английский: дом стоит у реки.",
+)  # fmt: skip
+CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def build_parser() -> Parser:
+    parser = Parser("experiments/export.py", __doc__)
     add = parser.add_argument
     add("run_folder", type=Path, metavar="RUN_FOLDER", help="output folder of a training run")
     add("--merged", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist")
-    add("--dtype", choices=["bf16", "fp32"], default="bf16", help="number type of the weights (default: %(default)s)")
+    add("--dtype", choices=["bf16", "fp32"], default="bf16", help="number type of the weights")
     add("--scale", type=not_negative(float), default=1.0, help="strength of the adapter: 0 is the base, 1 the run")
     add("--model", default="", help="the base, if it is not where the adapter says (hub id or folder)")
-    add("--model_revision", default=None, help="branch, tag or commit on the hub (default: the run's)")
+    add("--model_revision", help="branch, tag or commit on the hub, if it is not the run's")
     add("--trust_remote_code", action="store_true", help="run code that the model's repository ships")
-    add("--max_new_tokens", type=positive(int), default=32, help="tokens of an answer of the check (%(default)s)")
+    add("--max_new_tokens", type=positive(int), default=32, help="tokens of an answer of the check")
     return parser
+
+
+def saved_run(folder: Path) -> dict:
+    """What run.json says; {} for an adapter that no script here trained."""
+    return parse_json((folder / "run.json").read_bytes()) if (folder / "run.json").is_file() else {}
 
 
 def base_flags(args: argparse.Namespace) -> BaseFlags:
     """The flags that loading needs; the base is the adapter's unless --model names a place for it."""
-    config_file, run_file = args.run_folder / "adapter_config.json", args.run_folder / "run.json"
+    folder = args.run_folder
     try:
-        base = adapter_config(str(args.run_folder))["base_model_name_or_path"]
-        run = parse_json(run_file.read_bytes()) if run_file.is_file() else {"args": {"model": base}}
-        trained_on, commit = run["args"]["model"], (run.get("commits") or {}).get("model")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{args.run_folder}: its files name no base ({error!r}); train or copy it again") from error
-    if not isinstance(base, str):
-        raise InputError(f"{config_file}: it names no base ({base!r}); train or copy it again")
+        base, run = adapter_config(str(folder))["base_model_name_or_path"], saved_run(folder)
+        trained_on, commit = run["args"]["model"] if run else base, (run.get("commits") or {}).get("model")
+        if not isinstance(base, str):
+            raise TypeError(base)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: its files name no base ({error!r}); train or copy it again") from error
     if trained_on != base:
-        raise InputError(f"{config_file} names the base {base}, but run.json says {trained_on}; copy the folder again")
+        raise InputError(f"{folder}: adapter_config.json names {base}, but run.json {trained_on}; copy it again")
+    revision = args.model_revision or (None if args.model else commit)
     return BaseFlags(
-        model=args.model or base,
-        model_revision=args.model_revision or (None if args.model else commit),
-        no_4bit=True,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
+        args.model or base, revision, no_4bit=True, dtype=args.dtype, trust_remote_code=args.trust_remote_code
     )
 
 
@@ -100,10 +94,8 @@ def check_base(run_folder: Path, base: Base) -> None:
     for path in sorted(run_folder.glob("*_final.jsonl")):
         measured, _ = read_results(path, SkippedRows())
         if measured.get("weights") not in {None, known}:
-            raise InputError(
-                f"{base.what}: not the base of {run_folder}, whose {path.name} was measured on other "
-                f"weights ({measured.get('model')}); name that base"
-            )
+            of_run = f"of {run_folder}, whose {path.name} was measured on other weights ({measured.get('model')})"
+            raise InputError(f"{base.what}: not the base {of_run}; name that base")
 
 
 def export(args: argparse.Namespace) -> None:
@@ -132,22 +124,42 @@ def merge(args: argparse.Namespace, base: Base, folder: Path) -> None:
     import gc
 
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def answers_of(model: Any, tokenizer: Any) -> list[str]:
+        decoding = Decoding(max_new_tokens=args.max_new_tokens)
+        return [answer.text for answer in sorted(generate(model, tokenizer, CHATS, decoding))]
 
     tokenizer = load_tokenizer(base)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     model: PeftModel = load_adapter(load_model(base).to(dtype), str(args.run_folder)).eval()
-    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     with scaled(model, args.scale):
-        answers = answer_texts(model, tokenizer, chats, args.max_new_tokens)
-        rows = [answer_ids(tokenizer, chat, answer) for chat, answer in zip(chats, answers, strict=True)]
-        wanted = [next_token_log_probs(model, *row) for row in rows]
+        answers = answers_of(model, tokenizer)
+        rows = [answer_ids(tokenizer, chat, answer) for chat, answer in zip(CHATS, answers, strict=True)]
+        wanted = log_probs(model, rows)
         with adapter_off(model):
-            adapter_effect = mean_kl(wanted, [next_token_log_probs(model, *row) for row in rows])
+            adapter_effect = mean_kl(wanted, log_probs(model, rows))
         write_merged(model, tokenizer, folder)
     describe(args.run_folder, tokenizer, folder, args.scale)
     del model
     gc.collect()
-    verify(folder, args, chats, answers, rows, wanted, adapter_effect)
+    # as any program loads it
+    code: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **code)
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto", **code).eval()
+    difference = mean_kl(wanted, log_probs(merged, rows))
+    texts = answers_of(merged, tokenizer)
+    log.info(
+        "check on %d prompts: %d answers are the same text; mean KL to base plus adapter %.2g nats, to the base %.2g",
+        len(CHATS), sum(new == old for new, old in zip(texts, answers, strict=True)), difference, adapter_effect,
+    )  # fmt: skip
+    if not difference <= LARGEST_KL[args.dtype]:
+        advice = "take --dtype fp32" if args.dtype == "bf16" else "use the base with the adapter instead"
+        limit = f"the limit in {args.dtype} is {LARGEST_KL[args.dtype]}"
+        raise InputError(f"the merged model is {difference:.2g} nats from base plus adapter, {limit}: {advice}")
+    if difference > adapter_effect / 2 > 0:
+        log.warning("rounding to %s changes the model about as much as the adapter does; use --dtype fp32", args.dtype)
+    del merged
     gc.collect()  # Windows does not rename a folder whose weights are still mapped into memory
 
 
@@ -156,13 +168,10 @@ def write_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
     try:
         merged = model.merge_and_unload(safe_merge=True)  # safe: a weight that is not finite is an error
     except ValueError as error:
-        raise InputError(
-            f"the merged weights are not finite ({error}); nothing was written: train it again"
-        ) from error
+        raise InputError(f"the merged weights are not finite ({error}); nothing was written: train again") from error
     settings = merged.generation_config
-    ends = settings.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    settings.eos_token_id = sorted(ends)
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    settings.eos_token_id = sorted({*ends, tokenizer.eos_token_id} - {None})
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id
     if not settings.do_sample:  # then these have no effect, and transformers refuses to write them
@@ -181,8 +190,7 @@ NO_THINKING = "{%- if enable_thinking is not defined %}{%- set enable_thinking =
 
 def describe(run_folder: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, scale: float) -> None:
     """Writes into the merged `folder` the chat template that serves what was trained, a Modelfile and the card."""
-    run = parse_json((run_folder / "run.json").read_bytes()) if (run_folder / "run.json").is_file() else {}
-    thinking = run.get("args", {}).get("thinking", True)  # of an adapter that no script here trained nothing is known
+    thinking = saved_run(run_folder).get("args", {}).get("thinking", True)
     if not thinking and "enable_thinking" in tokenizer.chat_template:
         tokenizer.chat_template = NO_THINKING + tokenizer.chat_template
         tokenizer.save_pretrained(folder)
@@ -195,11 +203,9 @@ def describe(run_folder: Path, tokenizer: PreTrainedTokenizerBase, folder: Path,
 
 
 def modelfile(tokenizer: PreTrainedTokenizerBase, *, thinking: bool) -> str:
-    """How Ollama reads the folder: the chat template in Ollama's language, greedy answers, the end of a turn.
-
-    "" for a template that cannot be put so: one that refuses a system turn, or joins turns. Source:
-    https://github.com/ollama/ollama/blob/main/docs/modelfile.md
-    """
+    """How Ollama reads the folder: the chat template in Ollama's language, greedy answers, the end of a turn. "" for a
+    template that cannot be put so: one that refuses a system turn, or joins turns. Source:
+    https://github.com/ollama/ollama/blob/main/docs/modelfile.md"""
 
     def rendered(*roles: str, prompt: bool = True) -> str:
         turns = [{"role": role, "content": "{{ .Content }}"} for role in roles]
@@ -226,13 +232,6 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, *, thinking: bool) -> str:
     return f'FROM .\nTEMPLATE """{template}"""\nPARAMETER temperature 0\nPARAMETER stop "{tokenizer.eos_token}"\n'
 
 
-def answer_texts(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, chats: list[list[dict]], limit: int
-) -> list[str]:
-    """Greedy answers, in the order of the chats."""
-    return [answer.text for answer in sorted(generate(model, tokenizer, chats, Decoding(max_new_tokens=limit)))]
-
-
 def answer_ids(tokenizer: PreTrainedTokenizerBase, chat: list[dict], answer: str) -> tuple[list[int], int]:
     """Token ids of prompt, answer and end token, and how many of them are the prompt's."""
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, enable_thinking=False)
@@ -240,13 +239,16 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, chat: list[dict], answer: str
     return [*prompt, *reply, tokenizer.eos_token_id], len(prompt)
 
 
-def next_token_log_probs(model: PreTrainedModel | PeftModel, ids: list[int], start: int) -> torch.Tensor:
-    """Log-probabilities of every token of the vocabulary where an answer token is due: (answer tokens, V), float32."""
+def log_probs(model: PeftModel | PreTrainedModel, rows: list[tuple[list[int], int]]) -> list[torch.Tensor]:
+    """Where an answer token of `answer_ids` is due, its log-probabilities: (answer tokens, vocabulary), float32."""
     import torch
 
-    with torch.no_grad():
+    def of_row(ids: list[int], start: int) -> torch.Tensor:
         logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, start - 1 : -1]
-    return logits.float().log_softmax(dim=-1).cpu()
+        return logits.float().log_softmax(dim=-1).cpu()
+
+    with torch.no_grad():
+        return [of_row(*row) for row in rows]
 
 
 def mean_kl(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
@@ -257,43 +259,8 @@ def mean_kl(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
     return float(torch.cat(kl).mean())
 
 
-def verify(
-    folder: Path,
-    args: argparse.Namespace,
-    chats: list[list[dict]],
-    answers: list[str],
-    rows: list[tuple[list[int], int]],
-    wanted: list[torch.Tensor],
-    adapter_effect: float,
-) -> None:
-    """Loads the folder with plain transformers. Raises InputError when it is too far from base plus adapter."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    own_code = args.trust_remote_code
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=own_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", device_map="auto", trust_remote_code=own_code
-    ).eval()
-    difference = mean_kl(wanted, [next_token_log_probs(model, *row) for row in rows])
-    texts = answer_texts(model, tokenizer, chats, args.max_new_tokens)
-    same = sum(new == old for new, old in zip(texts, answers, strict=True))
-    log.info(
-        "check on %d prompts: %d answers are the same text; mean KL to base plus adapter %.2g nats, to the base %.2g",
-        len(chats), same, difference, adapter_effect,
-    )  # fmt: skip
-    if not difference <= LARGEST_KL[args.dtype]:
-        advice = "take --dtype fp32" if args.dtype == "bf16" else "use the base with the adapter instead"
-        raise InputError(
-            f"the merged model is {difference:.2g} nats from base plus adapter, {LARGEST_KL[args.dtype]} is the limit "
-            f"in {args.dtype}; nothing was written: {advice}"
-        )
-    if difference > adapter_effect / 2 > 0:
-        log.warning("rounding to %s changes the model about as much as the adapter does; use --dtype fp32", args.dtype)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    return logged_exit_code(lambda: export(args))
+    return logged_exit_code(lambda: export(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

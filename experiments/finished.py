@@ -8,7 +8,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.adapters import adapter_config, check_model, load_adapter
+from llm_alignment.adapters import check_model, load_adapter
 from llm_alignment.files import InputError, parse_json
 from llm_alignment.flags import fill
 from llm_alignment.models import Base, BaseFlags, load_model, load_tokenizer, resolve_base
@@ -39,27 +39,22 @@ def finished_run(folder: Path) -> FinishedRun:
     """The run in `folder`. Raises InputError unless it was trained and measured to its end, and its files fit."""
     try:
         run = parse_json((folder / "run.json").read_bytes())
-        name = run["script"].removesuffix(".py")
+        name, commits = run["script"].removesuffix(".py"), run.get("commits") or {}
         if name not in TRAINED or not parse_json((folder / "metrics.json").read_bytes())["final"]:
             raise ValueError("nothing was measured after training")
         script = importlib.import_module(name)
-        parser = script.build_parser()
-        commits = run.get("commits") or {}
         data = {
             flag: f"{run['args'][flag].partition('@')[0]}@{commits[flag]}" for flag in commits if "dataset" in flag
         }
+        parser = script.build_parser()
         parser.set_defaults(**run["args"] | data)
         args = parser.parse_args([])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{Path(error.filename).name} is not there" if isinstance(error, FileNotFoundError) else repr(error)
-        raise InputError(
-            f"{folder}: no finished run ({reason}); name the output folder of a training run that ended, or end it by "
-            "--resume_from_checkpoint auto"
-        ) from error
-    adapter_config(str(folder))
-    base = resolve_base(
-        dataclasses.replace(fill(BaseFlags, args), model_revision=commits.get("model") or args.model_revision)
-    )
+        advice = "name the output folder of a training run that ended, or end it by --resume_from_checkpoint auto"
+        raise InputError(f"{folder}: no finished run ({reason}); {advice}") from error
+    revision = commits.get("model") or args.model_revision
+    base = resolve_base(dataclasses.replace(fill(BaseFlags, args), model_revision=revision))
     tokenizer = load_tokenizer(base)
     check_model(base, tokenizer, adapter=str(folder))
     return FinishedRun(folder, script, args, base, tokenizer)

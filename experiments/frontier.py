@@ -3,17 +3,17 @@
     poetry run python experiments/frontier.py RUN_FOLDER
     poetry run python experiments/frontier.py RUN_FOLDER --scales 0 0.5 1 --gates mtbench=-0.3,retention=-5
 
-The adapter is scaled (WiSE-FT, https://arxiv.org/abs/2109.01903) and the model measured with the settings of the run:
-validation loss or held-out pairs, retention, drift, MT-Bench. Scale 0 is the run's baseline and 1 its final
-measurement; their files are used where they are there. The rows of scale 0.25 are kept in NAME_scale_0.25.jsonl, so
-that the same command resumes after a stop. RUN_FOLDER gets frontier.jsonl, a line for each scale, and frontier.png.
-With gates (the run's own unless --gates names others) the largest scale that passes all of them is named; export.py
---scale and mtbench_eval.py --adapter_scale use it. Start it in the folder that the run was started in.
+The adapter is scaled (WiSE-FT, https://arxiv.org/abs/2109.01903) and the model measured with the settings of the run.
+Scale 0 is the run's baseline and 1 its final measurement; their files are used where they are there. The rows of scale
+0.25 are kept in NAME_scale_0.25.jsonl: the same command resumes after a stop. RUN_FOLDER gets frontier.jsonl, a line
+for each scale, and frontier.png. With gates (the run's own unless --gates names others) the largest scale that passes
+all is named, for export.py --scale and mtbench_eval.py --adapter_scale. Start it where the run was started.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -22,21 +22,12 @@ from typing import TYPE_CHECKING, Any
 from commands import logged_exit_code
 from finished import FinishedRun, finished_run
 
+from llm_alignment import evaluation
 from llm_alignment.adapters import LoraSettings, check_model, scaled
-from llm_alignment.evaluation import (
-    ANSWERED,
-    METRICS,
-    Evaluation,
-    TableRow,
-    add_health,
-    asked_gates,
-    measure,
-    metrics_of,
-    print_table,
-)
+from llm_alignment.endings import MissedGateError
+from llm_alignment.evaluation import METRICS, Evaluation, TableRow
 from llm_alignment.files import write_rows
 from llm_alignment.flags import not_negative
-from llm_alignment.gates import describe, judge
 from llm_alignment.models import base_fingerprint
 from llm_alignment.parser import Parser
 from llm_alignment.plots import SERIES, new_figure, save_figure
@@ -88,7 +79,7 @@ def measured(run: FinishedRun, evaluations: list[Evaluation], scales: list[float
         known = fingerprint if scale in own else {**fingerprint, "adapter_scale": scale}
         log.info("scale %g", scale)
         with scaled(model, scale):
-            rows[scale] = measure(
+            rows[scale] = evaluation.measure(
                 model, run.tokenizer, evaluations, place, fingerprint=known, with_adapter=scale != 0,
                 use_cache=use_cache,
             )  # fmt: skip
@@ -97,24 +88,16 @@ def measured(run: FinishedRun, evaluations: list[Evaluation], scales: list[float
     return rows
 
 
-def line_of(
-    scale: float, evaluations: list[Evaluation], base: dict, rows: dict, gates: dict[str, float]
-) -> dict[str, Any]:
-    """{"scale", "baseline", "final", "delta", "gates"} of a scale: the last four as in the record of a run. The base
-    itself is not judged."""
-    line: dict[str, Any] = {"scale": scale, "baseline": {}, "final": {}, "delta": {}}
-    for evaluation in evaluations:
-        before, after = base[evaluation.name], rows[evaluation.name]
-        line["baseline"] |= evaluation.summarise(before)
-        line["final"] |= evaluation.summarise(after)
-        line["delta"] |= evaluation.compare(before, after)
-        if evaluation.name in ANSWERED:
-            add_health(line, evaluation.name, before, after)
-    line["gates"] = {
-        name: judge(line["delta"][name], limit, lower_is_better=METRICS[name].lower_is_better)
-        for name, limit in gates.items()
-        if scale and name in line["delta"]
-    }
+def line_of(scale: float, evaluations: list[Evaluation], base: dict, rows: dict) -> dict[str, Any]:
+    """{"scale", "baseline", "final", "delta", "gates"} of a scale: the last four as in the record of a run."""
+    line: dict[str, Any] = {"scale": scale, "baseline": {}, "final": {}, "delta": {}, "gates": {}}
+    for asked in evaluations:
+        before, after = base[asked.name], rows[asked.name]
+        line["baseline"] |= asked.summarise(before)
+        line["final"] |= asked.summarise(after)
+        line["delta"] |= asked.compare(before, after)
+        if asked.name in evaluation.ANSWERED:
+            evaluation.add_health(line, asked.name, before, after)
     return line
 
 
@@ -127,12 +110,12 @@ def largest(lines: list[dict]) -> float | None:
 def plot_frontier(title: str, lines: list[dict], chosen: float | None) -> Figure | None:
     """What was learned against what was lost, differences from the base with intervals; a panel for each loss."""
     learned = next((name for name in LEARNED if name in lines[0]["delta"]), None)
-    lost = [name for name in LOST if name in lines[0]["delta"] and name != learned]
+    lost = [name for name in LOST if name in lines[0]["delta"]]
     if learned is None or not lost:
         return None
     figure, axes = new_figure(6 * len(lost), 5, len(lost))
     for axis, name in zip(axes, lost, strict=True):
-        points = [(line["delta"][learned], line["delta"][name]) for line in lines]
+        points = [[line["delta"][key] for key in (learned, name)] for line in lines]
         axis.plot(*zip(*((x["mean"], y["mean"]) for x, y in points), strict=True), color=SERIES[0], linewidth=1)
         for line, (x, y) in zip(lines, points, strict=True):
             colour = SERIES[1] if line["scale"] == chosen else SERIES[0]
@@ -160,25 +143,24 @@ def frontier(args: argparse.Namespace) -> None:
     for scale in args.scales:
         check_model(run.base, run.tokenizer, adapter=str(run.folder), scale=scale)
     evaluations = evaluations_of(run)
-    gates = asked_gates(run.args.gates if args.gates is None else args.gates, evaluations)
+    gates = evaluation.asked_gates(run.args.gates if args.gates is None else args.gates, evaluations)
     with held_alone(run.folder / "run.lock", f"{run.folder}: another run is working in this folder; wait for its end"):
         rows = measured(run, evaluations, args.scales)
-        lines = [line_of(scale, evaluations, rows[0], rows[scale], gates) for scale in rows]
+        lines = [line_of(scale, evaluations, rows[0], rows[scale]) for scale in rows]
+        for line in lines[1:] if gates else []:
+            log.info("gates at scale %g:", line["scale"])
+            with contextlib.suppress(MissedGateError):
+                evaluation.judge_gates(line, gates)
         chosen = largest(lines)
         write_rows(run.folder / "frontier.jsonl", lines)
         save_figure(plot_frontier(run.folder.name, lines, chosen), run.folder / "frontier.png")
     table = []
-    for name in metrics_of(evaluations):
-        metric = METRICS[name]
-        for line in lines[1:] if name in {*LEARNED, *LOST} else []:
+    for name, metric in METRICS.items():
+        for line in lines[1:] if name in {*LEARNED, *LOST} & {*evaluation.metrics_of(evaluations)} else []:
             before, after = map(metric.read, (line["baseline"], line["final"]))
             title, delta = f"{metric.title}, {line['scale']:g}", line["delta"].get(name)
             table.append(TableRow(title, before, after, delta, metric.lower_is_better))
-    print_table(f"{run.folder}, by the scale of its adapter", table, ("base", "scaled"))
-    for line in lines:
-        for name, gate in line["gates"].items():
-            found = describe(name, gate, lower_is_better=METRICS[name].lower_is_better)
-            log.info("scale %g, %s", line["scale"], found)
+    evaluation.print_table(f"{run.folder}, by the scale of its adapter", table, ("base", "scaled"))
     if chosen is not None:
         log.info("the largest scale that passes the gates: %g (export.py --scale %g)", chosen, chosen)
     elif gates:
@@ -186,8 +168,7 @@ def frontier(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    return logged_exit_code(lambda: frontier(args))
+    return logged_exit_code(lambda: frontier(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

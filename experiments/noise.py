@@ -12,17 +12,18 @@ that differ. A run whose figures the README repeats counts once.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 
 from records import Run
 
 FEWEST = 3  # different baselines that a spread is computed from
 REPEATED = {"dpo-quickstart": "beta_002_lora_16_32"}  # a published run -> the one whose figures it repeats
-TITLES = {
-    "mtbench": "MT-Bench",
-    "tatqa": "TAT-QA",
-    "finance_instruct": "Finance-Instruct",
-    "reddit": "Reddit",
+MEASURES = {  # title, the flag that says how many questions are asked, and how many it is without it
+    "mtbench": ("MT-Bench", "mtbench_limit", 50),
+    "tatqa": ("TAT-QA", "eval_limit", 250),
+    "finance_instruct": ("Finance-Instruct", "instruct_limit", 50),
+    "reddit": ("Reddit", "reddit_limit", 100),
 }
 
 
@@ -45,60 +46,50 @@ class Spread:
 
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of `of_differences`."""
-        from scipy.stats import chi2
+        low, high = sd_interval(len(self.baselines))
+        return self.of_differences * low, self.of_differences * high
 
-        freedom = len(self.baselines) - 1
-        low, high = (self.of_differences * (freedom / chi2.ppf(q, freedom)) ** 0.5 for q in (0.975, 0.025))
-        return float(low), float(high)
+
+def sd_interval(n: int) -> tuple[float, float]:
+    """The 95 % interval of a standard deviation of `n` values of a normal distribution, as its multiples."""
+    from scipy.stats import chi2
+
+    low, high = (float(((n - 1) / chi2.ppf(q, n - 1)) ** 0.5) for q in (0.975, 0.025))
+    return low, high
 
 
 def questions_asked(run: Run, metric: str) -> str:
-    """How many questions a published figure is over: as logged, else by the command, else as its log's other runs.
-
-    For a multi-task command without --eval_limit that is 250: its figures are multiples of 0.4, as the others' are.
-    """
+    """How many questions a published figure is over: as logged, else by the command, else as its log's other runs. For
+    a multi-task command without --eval_limit that is 250: its figures are multiples of 0.4, as the others' are."""
     if metric == "mtbench" and run.script == "sft_train.py":
         before, after = run.facts.get("mtbench_questions") or [None, None]
         limit = run.params.get("mtbench_questions_limit", "0")
         return str(before or after or ("80" if limit == "0" else limit))
-    flag, usual = {
-        "mtbench": ("mtbench_limit", 50),
-        "tatqa": ("eval_limit", 250),
-        "finance_instruct": ("instruct_limit", 50),
-        "reddit": ("reddit_limit", 100),
-    }[metric]
+    _, flag, usual = MEASURES[metric]
     logged = run.facts.get("eval_n") if metric == "tatqa" else None
     return str(logged or run.params.get(flag) or usual)
 
 
-def find_spreads(runs: list[Run]) -> list[Spread]:
-    """One spread for each measure, base and protocol of which the record holds three baselines that differ.
-
-    Runs share a protocol when the record says in the same words how they were measured (`settings`), on as many
-    questions. Where it does not say that, nothing is computed.
-    """
+def mark_noise(runs: list[Run]) -> list[Spread]:
+    """A spread for each measure, base and protocol of which the record holds three baselines that differ. Runs share a
+    protocol when the record says in the same words how they were measured (`settings`), on as many questions. Where it
+    does not say that, nothing is computed. Every published change within twice its spread is noted in its run's
+    `in_noise`."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         if run.is_logged and run.measured and run.source.get("settings") and run.name not in REPEATED:
-            for metric in TITLES:
-                if metric in run.before or metric in run.changes:
-                    key = (metric, run.model, run.script, run.source["settings"], questions_asked(run, metric))
-                    groups.setdefault(key, []).append(run)
+            for metric in (metric for metric in MEASURES if metric in run.before or metric in run.changes):
+                key = (metric, run.model, run.script, run.source["settings"], questions_asked(run, metric))
+                groups.setdefault(key, []).append(run)
     spreads = []
     for (metric, model, script, _, asked), members in groups.items():
         baselines = [run.before[metric] for run in members if metric in run.before]
         if len(set(baselines)) >= FEWEST:
             language = {"dpo_train_mt.py": " EN"}.get(script, " RU") if metric == "mtbench" else ""
-            title = f"{TITLES[metric]}{language}, {model.rpartition('/')[2]}, {asked} questions"
+            title = f"{MEASURES[metric][0]}{language}, {model.rpartition('/')[2]}, {asked} questions"
             spreads.append(Spread(metric, title, members, baselines))
-    return spreads
-
-
-def mark_noise(runs: list[Run]) -> list[Spread]:
-    """The spreads; every published change within twice its spread is noted in its run's `in_noise`."""
-    spreads = find_spreads(runs)
     for spread in spreads:
         for run in spread.runs:
-            if spread.metric in run.changes and abs(run.changes[spread.metric]) <= 2 * spread.of_differences:
+            if abs(run.changes.get(spread.metric, math.inf)) <= 2 * spread.of_differences:
                 run.in_noise.add(spread.metric)
     return spreads

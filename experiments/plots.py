@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from noise import Spread
-from records import PUBLISHED, SCORED, Run, get_nested
+from records import PUBLISHED, SCORED, Run
 from tables import HEADLINES
 
 from llm_alignment import plots
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"logged": "#4477aa", "new": plots.AFTER, "imported": "#228833", "not measured": "#999999"}
 PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind a number, so that no line strikes it through
+RING: dict[str, Any] = {"s": 70, "facecolor": "white", "linewidth": 2}
 UNITS = {"val_loss": "nats per token", "tatqa": "%"}  # the others are points
 Interval = tuple[float, float, float]  # mean, low, high
 
@@ -48,16 +49,14 @@ def draw_pairs(axis: Any, runs: list[Run], pairs: list[tuple[float, float] | Non
     axis.set_xlim((max(low, 0), min(high, 100)) if unit == "%" else (low, high))
     low, high = axis.get_xlim()
     for row, (run, pair) in enumerate(zip(runs, pairs, strict=True)):
-        if pair is None:
-            continue
-        before, after = pair
-        axis.plot(pair, [row, row], color=colour(run), linewidth=2.5, zorder=1)
-        axis.scatter([before], [row], s=70, facecolor="white", edgecolor=colour(run), linewidth=2, zorder=2)
-        axis.scatter([after], [row], s=70, color=colour(run), zorder=3)
-        to_right = high - max(pair) >= min(pair) - low
-        value, align, offset = (max(pair), "left", 8) if to_right else (min(pair), "right", -8)
-        look = {"ha": align, "va": "center", "textcoords": "offset points", "bbox": PLAIN}
-        axis.annotate(f"{before:.{places}f} -> {after:.{places}f}", (value, row), (offset, 0), **look)
+        if pair:
+            axis.plot(pair, [row, row], color=colour(run), linewidth=2.5, zorder=1)
+            axis.scatter(pair[:1], [row], **RING, edgecolor=colour(run), zorder=2)
+            axis.scatter(pair[1:], [row], s=70, color=colour(run), zorder=3)
+            to_right = high - max(pair) >= min(pair) - low
+            value, align, offset = (max(pair), "left", 8) if to_right else (min(pair), "right", -8)
+            look = {"ha": align, "va": "center", "textcoords": "offset points", "bbox": PLAIN}
+            axis.annotate(f"{pair[0]:.{places}f} -> {pair[1]:.{places}f}", (value, row), (offset, 0), **look)
     name_rows(axis, runs, unit)
 
 
@@ -66,13 +65,11 @@ def draw_changes(axis: Any, runs: list[Run], changes: list[Interval | None], uni
     axis.axvline(0, color="#444444", linewidth=1)
     places = digits([change[0] for change in changes if change])
     for row, (run, change) in enumerate(zip(runs, changes, strict=True)):
-        if change is None:
-            continue
-        mean, low, high = change
-        axis.plot([low, high], [row, row], color=colour(run), linewidth=3, solid_capstyle="butt")
-        axis.scatter([mean], [row], s=60, color=colour(run), zorder=2)
-        look = {"ha": "center", "textcoords": "offset points", "bbox": PLAIN}
-        axis.annotate(f"{mean:+.{places}f}", (mean, row), (0, 8), **look)
+        if change:
+            axis.plot(change[1:], [row, row], color=colour(run), linewidth=3, solid_capstyle="butt")
+            axis.scatter(change[:1], [row], s=60, color=colour(run), zorder=2)
+            look = {"ha": "center", "textcoords": "offset points", "bbox": PLAIN}
+            axis.annotate(f"{change[0]:+.{places}f}", (change[0], row), (0, 8), **look)
     axis.margins(x=0.15)
     name_rows(axis, runs, "percentage points" if unit == "%" else unit)
 
@@ -84,8 +81,8 @@ def name_rows(axis: Any, runs: list[Run], unit: str) -> None:
     axis.grid(axis="y", visible=False)
 
 
-def colour_key(figure: Figure, runs: list[Run]) -> None:
-    """Says what the ring, the dot and the colours in use stand for."""
+def finish(figure: Figure, title: str, runs: list[Run]) -> Figure:
+    """Adds the title, and what the ring, the dot and the colours in use stand for."""
     from matplotlib.lines import Line2D
 
     dot: dict[str, Any] = {"marker": "o", "markersize": 8, "linestyle": "", "color": "#444444"}
@@ -94,6 +91,8 @@ def colour_key(figure: Figure, runs: list[Run]) -> None:
     used = {colour(run) for run in runs}
     marks += [Line2D([], [], color=c, linewidth=5, label=name) for name, c in COLOURS.items() if c in used]
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)
+    figure.suptitle(title, fontsize=15)
+    return figure
 
 
 def plot_metric(title: str, metric: str, runs: list[Run]) -> Figure | None:
@@ -104,24 +103,21 @@ def plot_metric(title: str, metric: str, runs: list[Run]) -> Figure | None:
     key, unit = "val_loss_row_mean" if metric == "val_loss" else metric, UNITS.get(metric, "points")
     intervals = [interval_of(run.delta.get(key)) for run in runs]
     changes: list[Interval | None] = [(run.changes[metric],) * 3 for run in runs]
-    panels = 2
-    if metric in SCORED:
-        panels += any(intervals)
-    else:
+    on_scale, has_intervals = ",\npublished scale" if metric in SCORED else "", ""
+    if any(intervals) and not on_scale:
         changes = [interval or change for interval, change in zip(intervals, changes, strict=True)]
+        has_intervals = ", 95 % interval"
+    panels = 3 if any(intervals) and on_scale else 2
     figure, axes = new_figure(4.2 + 3.4 * panels, 2.2 + 0.55 * len(runs), panels, sharey=True)
     pairs = [(run.before[metric], run.after[metric]) if metric in run.after else None for run in runs]
     draw_pairs(axes[0], runs, pairs, unit)
     draw_changes(axes[1], runs, changes, unit)
-    on_scale = ",\npublished scale" if metric in SCORED else ""
-    axes[0].set_title(wrapped(PUBLISHED[metric][0], 28) + on_scale)
-    axes[1].set_title(f"Difference{on_scale}" + (", 95 % interval" if metric not in SCORED and any(intervals) else ""))
+    axes[0].set_title(wrapped(PUBLISHED[metric].title, 28) + on_scale)
+    axes[1].set_title(f"Difference{on_scale}{has_intervals}")
     if panels == 3:
         draw_changes(axes[2], runs, intervals, "points")
         axes[2].set_title("Difference, 1-10 scale,\n95 % interval (new runs)")
-    figure.suptitle(title, fontsize=15)
-    colour_key(figure, runs)
-    return figure
+    return finish(figure, title, runs)
 
 
 def interval_of(delta: dict | None) -> Interval | None:
@@ -141,19 +137,16 @@ def plot_types(title: str, runs: list[Run]) -> Figure | None:
     for axis, kind in zip(axes, kinds, strict=True):
         draw_pairs(axis, runs, [run.types.get(kind) for run in runs], "%")
         axis.set_title(kind)
-    figure.suptitle(title, fontsize=15)
-    colour_key(figure, runs)
-    return figure
+    return finish(figure, title, runs)
 
 
 def plot_trade_off(title: str, runs: list[Run]) -> Figure | None:
     """What SFT gained (validation loss) against what it did to MT-Bench; the new runs also on the 1-10 scale."""
     runs = [run for run in runs if "val_loss" in run.changes and "mtbench" in run.changes]
-    scored = [(run, interval) for run in runs if (interval := interval_of(run.delta.get("mtbench")))]
     panels: dict[str, list[tuple[Run, Interval]]] = {}
     if any(run.is_logged for run in runs):
         panels["MT-Bench difference, published scale"] = [(run, (run.changes["mtbench"],) * 3) for run in runs]
-    if scored:
+    if scored := [(run, interval) for run in runs if (interval := interval_of(run.delta.get("mtbench")))]:
         panels["MT-Bench difference, 1-10 scale, 95 % interval"] = scored
     if not panels:
         return None
@@ -185,8 +178,8 @@ def draw_trade_off(axis: Any, points: list[tuple[Run, Interval]]) -> None:
 
 def plot_categories(run: Run) -> Figure | None:
     """MT-Bench by category before and after."""
-    before, after = (run.source[phase].get("mtbench") for phase in ("baseline", "final"))
-    if not (get_nested(before, ("by_category",)) and get_nested(after, ("by_category",))):
+    before, after = (run.source[phase].get("mtbench") or {} for phase in ("baseline", "final"))
+    if not (before.get("by_category") and after.get("by_category")):
         return None
     return plots.plot_categories(wrapped(f"MT-Bench, {run.label}", 70), before, after, run.delta.get("mtbench"))
 
@@ -196,9 +189,8 @@ def plot_curves(title: str, runs: list[Run]) -> Figure | None:
     logs = {}
     for run in runs:
         log_file, run_file = (Path(run.source["output_dir"]) / name for name in ("train_log.jsonl", "run.json"))
-        if not (os.path.isfile(log_file) and os.path.isfile(run_file)):  # no error for a name that is too long
-            continue
-        if read_json(run_file, f"run {run.name}").get("ts") == run.source["ts"]:
+        is_there = os.path.isfile(log_file) and os.path.isfile(run_file)  # no error for a name that is too long
+        if is_there and read_json(run_file, f"run {run.name}").get("ts") == run.source["ts"]:
             logs[wrapped(run.label, 40)] = plots.with_validation(read_records(log_file), run.source)
     return plots.plot_curves(title, logs, plots.LOSS | plots.KL | plots.REWARDS)
 
@@ -224,7 +216,7 @@ def plot_seeds(title: str, runs: list[Run]) -> Figure | None:
     return figure
 
 
-def plot_noise(spreads: list[Spread]) -> Figure | None:
+def plot_noise(title: str, spreads: list[Spread]) -> Figure | None:
     """Published changes in units of what two measurements of one base differ by; twice that is shaded."""
     if not spreads:
         return None
@@ -232,11 +224,10 @@ def plot_noise(spreads: list[Spread]) -> Figure | None:
     for row, spread in enumerate(spreads):
         mean = sum(spread.baselines) / len(spread.baselines)
         values = [(value - mean) / spread.of_differences for value in spread.baselines]
-        axes[0].scatter(values, [row] * len(values), s=70, facecolor="white", edgecolor=COLOURS["logged"], linewidth=2)
-        changes = [(run, run.changes[spread.metric]) for run in spread.runs if spread.metric in run.changes]
-        for run, change in changes:
-            shade = COLOURS["not measured"] if spread.metric in run.in_noise else COLOURS["new"]
-            axes[1].scatter([change / spread.of_differences], [row], s=70, color=shade)
+        axes[0].scatter(values, [row] * len(values), **RING, edgecolor=COLOURS["logged"])
+        for run in (run for run in spread.runs if spread.metric in run.changes):
+            shade = COLOURS["not measured" if spread.metric in run.in_noise else "new"]
+            axes[1].scatter([run.changes[spread.metric] / spread.of_differences], [row], s=70, color=shade)
     for axis in axes:
         axis.axvline(0, color="#444444", linewidth=1)
         axis.grid(axis="y", visible=False)
@@ -247,5 +238,5 @@ def plot_noise(spreads: list[Spread]) -> Figure | None:
     axes[0].set_yticks(range(len(spreads)), titles)
     axes[0].set_ylim(len(spreads) - 0.5, -0.5)
     figure.supxlabel("in standard deviations of a difference with nothing changed (the number after each name)")
-    figure.suptitle("Noise of the published baselines", fontsize=15)
+    figure.suptitle(title, fontsize=15)
     return figure

@@ -9,9 +9,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from commands import flag_groups, flag_name
+from commands import flag_groups
 
-from llm_alignment.evaluation import METRICS
+from llm_alignment.evaluation import METRICS, Metric
 from llm_alignment.files import InputError, SkippedRows, read_objects
 from llm_alignment.model_files import read_json
 
@@ -23,29 +23,23 @@ SCRIPTS = {"sft_train.py", "dpo_train.py", "dpo_train_mt.py", "dpo_train_mt_v2.p
 LOGGED_KEYS = {"id", "script", "model", "command", "title", "source", "figures", "measured"}
 REPORTED: set[tuple[Path, int]] = set()  # the files whose damaged lines were named, and how many these were
 # what is read of a record without asking whether it is there
-KINDS = {
-    "ts": str, "script": str, "argv": list, "args": dict, "baseline": dict, "final": dict, "delta": dict,
-    "runtime_s": dict, "status": str, "output_dir": str,
-}  # fmt: skip
+KINDS: dict[str, type] = dict.fromkeys(("ts", "script", "status", "output_dir"), str) | {"argv": list}
+KINDS |= dict.fromkeys(("args", "baseline", "final", "delta", "runtime_s"), dict)
 DELTA_KEYS = {"mean", "low", "high", "p", "n", "changed", "clusters", "changed_clusters"}
 
 
 def record_files() -> list[Path]:
-    """The record files that the scripts write by default: every JSONL file of this folder but the published runs."""
+    """The record files that the scripts write by default."""
     return sorted(path for path in HERE.glob("*.jsonl") if path.name != LOGGED_RUNS.name)
 
 
 def load_records(path: Path) -> list[dict]:
-    """The runs of a record file, each with its `place` ("sft_experiments.jsonl:3") added.
-
-    Lines that a crash cut off and lines that are not records are skipped with a warning.
-    """
-    skipped = SkippedRows()
-    records = []
+    """The runs of a record file, each with its `place` ("sft_experiments.jsonl:3") added. Lines that a crash cut off
+    and lines that are not records are skipped with a warning."""
+    skipped, records = SkippedRows(), []
     for place, row in read_objects(path, skipped):
         published = row.keys() >= LOGGED_KEYS and path.resolve() == LOGGED_RUNS
-        problem = None if published else record_problem(row)
-        if problem:
+        if problem := None if published else record_problem(row):
             skipped.add(place, problem)
         else:
             records.append({**row, "place": place})
@@ -57,8 +51,7 @@ def load_records(path: Path) -> list[dict]:
 
 def record_problem(row: dict) -> str | None:
     """Why an object is not a record that can be shown, such as one that somebody edited, or None."""
-    wrong = next((key for key, kind in KINDS.items() if not isinstance(row.get(key), kind)), None)
-    if wrong:
+    if wrong := next((key for key, kind in KINDS.items() if not isinstance(row.get(key), kind)), None):
         return f"not a run record: its {wrong} is missing or of another kind"
     if row["script"] not in SCRIPTS or not all(isinstance(word, str) for word in row["argv"]):
         return "not a command of this project"
@@ -80,41 +73,33 @@ def record_name(record: dict) -> str:
 
 def find_run(name: str, files: list[Path] | None = None) -> dict:
     """The published run, or the newest record (of `files`, by default `record_files()`), that `name` stands for.
-
     `name` is FILE:LINE, a published id or one of its aliases, a tag, or an output folder, whose run.json will do
-    wherever it was started. Raises InputError when there is no such run.
-    """
+    wherever it was started. Raises InputError when there is no such run."""
     if not name:
         raise InputError("the name of a run is empty; `rerun.py --list` shows ids and tags")
     file, _, line = name.rpartition(":")
     if file and line.isdigit():
-        path = next((path for path in (Path(file), HERE / file) if path.is_file()), None)
-        for record in load_records(path) if path else []:
-            if record["place"].endswith(f":{line}"):
-                return record
-        if path:
-            raise InputError(f"{name}: no record on line {line}; `rerun.py --list` shows the lines that hold one")
+        if path := next((path for path in (Path(file), HERE / file) if path.is_file()), None):
+            record = next((record for record in load_records(path) if record["place"].endswith(f":{line}")), None)
+            if record is None:
+                raise InputError(f"{name}: no record on line {line}; `rerun.py --list` shows the lines that hold one")
+            return record
         if file.endswith(".jsonl"):  # else a tag may have a colon
             raise InputError(f"{name}: there is no file {file}; give the path of a record file and a line number")
     for run in load_records(LOGGED_RUNS):
-        if name == run["id"] or name in run.get("aliases", []):
+        if name in {run["id"], *run.get("aliases", [])}:
             return run
     records = [record for path in (record_files() if files is None else files) for record in load_records(path)]
-    if (Path(name) / "run.json").is_file() and not any(record.get("tag") == name for record in records):
+    found = [record for record in records if record.get("tag") == name]
+    if not found and (Path(name) / "run.json").is_file():
         return run_of_folder(Path(name))
     folder = Path(name).resolve()
-    for named in (
-        lambda record: record.get("tag") == name,
-        lambda record: record["output_dir"] == name or Path(record["output_dir"]).resolve() == folder,
-        lambda record: record_name(record) == name,
-    ):
-        found = [record for record in records if named(record)]
-        if found:
-            return max(reversed(found), key=lambda record: record["ts"])
-    raise InputError(
-        f"no run is called {name!r}; `rerun.py --list` shows ids and tags, FILE:LINE names any record, and a change "
-        "is written --flag value after the runs"
-    )
+    found = found or [record for record in records if Path(record["output_dir"]).resolve() == folder]
+    found = found or [record for record in records if record_name(record) == name]
+    if not found:
+        how = "FILE:LINE names any record, and a change is written --flag value after the runs"
+        raise InputError(f"no run is called {name!r}; `rerun.py --list` shows ids and tags, {how}")
+    return max(reversed(found), key=lambda record: record["ts"])
 
 
 def run_of_folder(folder: Path) -> dict:
@@ -141,35 +126,26 @@ def flatten(values: dict, prefix: str = "") -> dict:
     """{"stage1": {"beta": 0.01}} as {"stage1.beta": 0.01}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 
-def get_nested(values: Any, keys: tuple[str, ...]) -> Any:
-    """`values[keys[0]][keys[1]]...`, or None where a key is missing."""
-    for key in keys:
-        values = values.get(key) if isinstance(values, dict) else None
-    return values
-
-
-# The columns of the published tables: name -> (title, where a record's `baseline` and `final` hold it). All are
-# measured as the published runs did; the last ones only new runs have. PPL is the exponential of the val loss.
+SUCCESS, SUCCESS_LOGGED = METRICS["finance_instruct_success"].keys, ("finance_instruct", "success_logged")
+# The columns of the published tables, by where a record's `baseline` and `final` hold them. All are measured as the
+# published runs did; the last ones only new runs have. PPL is the exponential of the val loss.
 PUBLISHED = {
-    "val_loss": ("Val loss", METRICS["val_loss_row_mean"].keys),
-    "ppl": ("PPL", ()),
-    "mtbench": ("MT-Bench avg", METRICS["mtbench_published"].keys),
-    "tatqa": ("TAT-QA, %", METRICS["tatqa"].keys),
-    "instruct": ("Instruction avg (rules, published runs only)", ("instruct", "keyword_avg")),
-    "instruct_success": ("Instruction success, % (rules, published runs only)", ("instruct", "keyword_success")),
-    "finance_instruct": ("Finance-Instruct avg", METRICS["finance_instruct_published"].keys),
-    "finance_success": ("Finance-Instruct success, % (published runs only)", ("finance_instruct", "success_logged")),
-    "reddit": ("Reddit avg", METRICS["reddit_published"].keys),
-    "checks": ("Instruction checks passed, % (new runs only)", METRICS["instruct_checks"].keys),
-    "success": ("Finance-Instruct 7 or more on 1-10, % (new runs only)", METRICS["finance_instruct_success"].keys),
-    "drift": ("Drift (KL from the base)", METRICS["drift"].keys),
+    "val_loss": Metric("Val loss", METRICS["val_loss_row_mean"].keys),
+    "ppl": Metric("PPL"),
+    "mtbench": Metric("MT-Bench avg", METRICS["mtbench_published"].keys),
+    "tatqa": Metric("TAT-QA, %", METRICS["tatqa"].keys),
+    "instruct": Metric("Instruction avg (rules, published runs only)", ("instruct", "keyword_avg")),
+    "instruct_success": Metric("Instruction success, % (rules, published runs only)", ("instruct", "keyword_success")),
+    "finance_instruct": Metric("Finance-Instruct avg", METRICS["finance_instruct_published"].keys),
+    "finance_success": Metric("Finance-Instruct success, % (published runs only)", SUCCESS_LOGGED),
+    "reddit": Metric("Reddit avg", METRICS["reddit_published"].keys),
+    "checks": Metric("Instruction checks passed, % (new runs only)", METRICS["instruct_checks"].keys),
+    "success": Metric("Finance-Instruct 7 or more on 1-10, % (new runs only)", SUCCESS),
+    "drift": Metric("Drift (KL from the base)", METRICS["drift"].keys),
 }
 SCORED = ("mtbench", "finance_instruct", "reddit")  # by the reward model: two scales
 
@@ -215,15 +191,12 @@ class Run:
 
     @property
     def delta(self) -> dict[str, dict]:
-        """Differences with their intervals, by the record's keys; none for a published run.
+        """Differences by the record's keys, without those of a version that did not count what changed."""
 
-        Those of a version that did not count what changed are left out.
-        """
-        return {
-            key: delta
-            for key, delta in self.source.get("delta", {}).items()
-            if all(part.keys() >= DELTA_KEYS for part in (delta, *delta.get("by_type", {}).values()))
-        }
+        def counts(delta: dict) -> bool:
+            return all(part.keys() >= DELTA_KEYS for part in (delta, *delta.get("by_type", {}).values()))
+
+        return {key: delta for key, delta in self.source.get("delta", {}).items() if counts(delta)}
 
 
 def from_logged(entry: dict) -> Run:
@@ -231,82 +204,61 @@ def from_logged(entry: dict) -> Run:
     figures = dict(entry["figures"] or {})
     if entry["script"] == "dpo_train_mt.py" and "instruct_success" in figures:
         figures["finance_success"] = figures.pop("instruct_success")  # its instructions are Finance-Instruct's
-    pairs = {LOGGED_PAIRS[key]: value for key, value in figures.items() if key in LOGGED_PAIRS}
-    finals = {LOGGED_FINALS[key]: value for key, value in figures.items() if key in LOGGED_FINALS}
-    changes = {metric: after - before for metric, (before, after) in pairs.items()}
-    changes |= {LOGGED_CHANGES[key]: value for key, value in figures.items() if key in LOGGED_CHANGES}
-    known = LOGGED_PAIRS | LOGGED_FINALS | LOGGED_CHANGES
-    groups = flag_groups(run_arguments(entry)) if entry["command"] else []
-    given = {flag_name(group)[2:]: " ".join(group[1:]) or "on" for group in groups}
     origin = "logged" if entry["measured"] else "logged, not measured" if figures else "logged, no figures"
-    return Run(
-        name=entry["id"],
-        origin=origin,
-        script=entry["script"],
-        model=entry["model"],
-        params=flatten(entry.get("params", {})) | given,
-        before={metric: before for metric, (before, _) in pairs.items()},
-        after={metric: after for metric, (_, after) in pairs.items()} | finals,
-        changes=changes,
-        types={kind: tuple(pair) for kind, pair in figures.get("tatqa_by_type", {}).items()},
-        facts={key: value for key, value in figures.items() if key not in known},
-        source=entry,
-    )
+
+    def taken(names: dict[str, str]) -> dict[str, Any]:
+        return {metric: figures.pop(key) for key, metric in names.items() if key in figures}
+
+    pairs, finals, changes = map(taken, (LOGGED_PAIRS, LOGGED_FINALS, LOGGED_CHANGES))
+    before = {metric: pair[0] for metric, pair in pairs.items()}
+    after = {metric: pair[1] for metric, pair in pairs.items()}
+    changes = {metric: after[metric] - before[metric] for metric in pairs} | changes
+    groups = flag_groups(run_arguments(entry) if entry["command"] else [])
+    given = {flag[2:]: " ".join(words[1:]) or "on" for flag, words in groups.items()}
+    params = flatten(entry.get("params", {})) | given
+    types = {kind: tuple(pair) for kind, pair in figures.get("tatqa_by_type", {}).items()}
+    name, script, model = entry["id"], entry["script"], entry["model"]
+    return Run(name, origin, script, model, params, before, after | finals, changes, types, figures, entry)
 
 
 def from_record(record: dict) -> Run:
     """A run record. A run that stopped early keeps what it had measured by then."""
-    args = record["args"]
-    before, after = published_figures(record["baseline"]), published_figures(record["final"])
-    by_type = [get_nested(record[phase], ("tatqa", "by_type")) or {} for phase in ("baseline", "final")]
-    facts = {"kept_step": record["kept_step"]} if record.get("kept_step") is not None else {}
-    if "total" in record["runtime_s"]:
-        facts["runtime_s"] = record["runtime_s"]["total"]
+    args, sides = record["args"], (record["baseline"], record["final"])
+    before, after = map(published_figures, sides)
+    changes = {metric: after[metric] - before[metric] for metric in PUBLISHED if metric in before.keys() & after}
+    old, new = ((side.get("tatqa") or {}).get("by_type") or {} for side in sides)
+    known = [kind for kind in old if "em_like" in old[kind].keys() & new.get(kind, {}).keys()]
+    types = {kind: (old[kind]["em_like"], new[kind]["em_like"]) for kind in known}
+    facts = {"kept_step": record.get("kept_step"), "runtime_s": record["runtime_s"].get("total")}
+    facts = {name: fact for name, fact in facts.items() if fact is not None}
     origin = "imported" if "imported" in record else "new"
     if record.get("measured") is False:
         origin += ", not measured"
     elif record["status"] != "completed":
         origin += f", {record['status']}"
-    return Run(
-        name=record_name(record),
-        origin=origin,
-        script=record["script"],
-        model=DEMO if args.get("demo") else args["model"],
-        params=args,
-        before=before,
-        after=after,
-        changes={metric: after[metric] - before[metric] for metric in PUBLISHED if metric in before.keys() & after},
-        types={
-            kind: (by_type[0][kind]["em_like"], by_type[1][kind]["em_like"])
-            for kind in by_type[0]
-            if "em_like" in by_type[0][kind].keys() & by_type[1].get(kind, {}).keys()
-        },
-        facts=facts,
-        source=record,
-    )
+    name, model = record_name(record), DEMO if args.get("demo") else args["model"]
+    return Run(name, origin, record["script"], model, args, before, after, changes, types, facts, record)
 
 
 def published_figures(measured: dict) -> dict[str, float]:
     """A record's `baseline` or `final` as {column of the published tables: figure}."""
-    found = {name: get_nested(measured, keys) for name, (_, keys) in PUBLISHED.items() if keys}
-    figures = {name: value for name, value in found.items() if value is not None}
-    if "val_loss" in figures:
-        figures["ppl"] = math.exp(min(figures["val_loss"], 700))
-    return figures
+    figures = {name: value for name, metric in PUBLISHED.items() if (value := metric.read(measured)) is not None}
+    return figures | ({"ppl": math.exp(min(figures["val_loss"], 700))} if "val_loss" in figures else {})
+
+
+def singles(runs: list[Run]) -> list[Run]:
+    """`runs` with each seed's run in place of the one that stands for several seeds."""
+    return [single for run in runs for single in run.members or [run]]
 
 
 def load_runs(files: list[Path], *, mine: bool = False) -> list[Run]:
-    """The published runs, then the records of `files`; a name that is taken gets the record's place added.
-
-    With `mine` without the published runs and the records that are published with the project.
-    """
+    """The published runs, then the records of `files`; a name that is taken gets the record's place added. With `mine`
+    without the published runs and the records that are published with the project."""
     runs = [] if mine else [from_logged(entry) for entry in load_records(LOGGED_RUNS)]
-    for path in files:
-        if path.resolve() == LOGGED_RUNS or (mine and path.resolve() == RECORDED_RUNS):
-            continue
-        for record in load_records(path):
-            run = from_record(record)
-            if any(run.name == other.name for other in runs):
-                run.name = f"{run.name} ({record['place']})"
-            runs.append(run)
+    left_out = {LOGGED_RUNS, RECORDED_RUNS} if mine else {LOGGED_RUNS}
+    for record in (record for path in files if path.resolve() not in left_out for record in load_records(path)):
+        run = from_record(record)
+        if any(run.name == other.name for other in runs):
+            run.name = f"{run.name} ({record['place']})"
+        runs.append(run)
     return runs

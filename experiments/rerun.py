@@ -7,19 +7,19 @@
     poetry run python experiments/rerun.py S4 --grid kl_coef=0,0.03,0.3 --grid learning_rate=1e-5,1e-4 --seeds 1 2 3
     poetry run python experiments/rerun.py --import old_dpo_experiments.jsonl
 
-RUN is the id or an alias of a published run (logged_runs.jsonl), the tag of a record (the newest record that has
-it), its output folder, or FILE:LINE of a record file. Every `--flag value` after the runs replaces that flag in the
-command, or is added to it. The command is printed on one line that PowerShell and bash both read as the same
-arguments. Then this Python runs it, in the current folder, and the exit code is the script's.
+RUN is the id or an alias of a published run (logged_runs.jsonl), the tag of a record (the newest that has it), its
+output folder, or FILE:LINE of a record file. Every `--flag value` after the runs replaces that flag in the command, or
+is added. The command is printed on one line that PowerShell and bash read as the same arguments. Then this Python runs
+it in the current folder, and the exit code is the script's.
 
 Several runs, --seeds or --grid make a campaign: one run after the other, in every combination of the grids' values at
-every seed. Each has its own output folder (OUTPUT_DIR_kl_coef0.03_seed1) and tag (TAG-kl_coef0.03-seed1). A run of
+every seed, each with its own output folder (OUTPUT_DIR_kl_coef0.03_seed1) and tag (TAG-kl_coef0.03-seed1). A run of
 which a record says that it is completed is skipped, an interrupted one is resumed, a failed one does not stop the
-others. At the end the results are printed, a row for each combination, and saved in experiments/report/. The same
-command continues where the last one stopped. --plan prints the dry run of every run and the sum, and runs nothing.
+others: the same command continues where the last one stopped. At the end the results are printed, a row for each
+combination, and saved in experiments/report/. --plan prints every run's dry run and the sum, and runs nothing.
 
---import turns the records of the original scripts into records here (imported_runs.jsonl): they are then listed,
-reported and rerun like any other.
+--import turns records of the original scripts into records here (imported_runs.jsonl), which are then listed, reported
+and rerun like any other.
 """
 
 from __future__ import annotations
@@ -38,25 +38,20 @@ from llm_alignment.flags import seed
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rerun.py",
-        usage="rerun.py [--list] [--import FILE] RUN [RUN ...] [--print] [--plan] [--seeds N ...] [--grid FLAG=V,V] "
-        "[--flag value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="id, alias, tag, output folder or FILE:LINE")
-    task = parser.add_mutually_exclusive_group()
-    task.add_argument("--list", action="store_true", help="show the runs that can be repeated")
-    task.add_argument("--import", type=Path, metavar="FILE", help="take over records of the original scripts")
-    task.add_argument("--print", action="store_true", dest="print_only", help="print the commands, do not run them")
-    task.add_argument("--plan", action="store_true", help="print every run's dry run and the sum, run nothing")
-    parser.add_argument("--seeds", nargs="+", type=seed, default=[], metavar="N", help="run each run with each seed")
-    about = "at the commits of the hub that the run's record names"
-    parser.add_argument("--same_data", action="store_true", help=about)
-    about = "run each run with each of these values of a flag; may be given several times"
-    parser.add_argument("--grid", action="append", default=[], type=grid, metavar="FLAG=V,V", help=about)
+    usage = "rerun.py [--list] [--import FILE] RUN [RUN ...] [--print] [--plan] [--seeds N ...] [--grid FLAG=V,V] "
+    usage += "[--flag value ...]"
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("rerun.py", usage, __doc__, formatter_class=as_it_is, allow_abbrev=False)
+    add, add_task = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add("runs", nargs="*", metavar="RUN", help="id, alias, tag, output folder or FILE:LINE")
+    add_task("--list", action="store_true", help="show the runs that can be repeated")
+    add_task("--import", type=Path, metavar="FILE", help="take over records of the original scripts")
+    add_task("--print", action="store_true", dest="print_only", help="print the commands, do not run them")
+    add_task("--plan", action="store_true", help="print every run's dry run and the sum, run nothing")
+    add("--seeds", nargs="+", type=seed, default=[], metavar="N", help="run each run with each seed")
+    add("--same_data", action="store_true", help="at the commits of the hub that the run's record names")
+    add("--grid", action="append", default=[], type=grid, metavar="FLAG=V,V",
+        help="run each run with each of these values of a flag; may be given several times")  # fmt: skip
     return parser
 
 
@@ -78,7 +73,7 @@ def print_list() -> None:
     for path in record_files():
         print(f"Records in {path.name}:")
         for record in load_records(path):
-            status = f"imported, {record['status']}" if "imported" in record else record["status"]
+            status = "imported, " * ("imported" in record) + record["status"]
             print(f"  {record['place']}  {record_name(record)}  {record['script']}  {status}  {record['ts']}")
 
 
@@ -101,11 +96,8 @@ def run_one(name: str, changes: list[str], *, same_data: bool, print_only: bool)
     run = find_run(name)
     changes = [*pins(run), *changes] if same_data else changes
     arguments = join_empty(apply_changes(run_arguments(run), changes))
-    if print_only:
-        print(command_line(run["script"], arguments))
-        return 0
-    print(shown_command(run["script"], arguments), flush=True)
-    return execute(run["script"], arguments)[0]
+    print((command_line if print_only else shown_command)(run["script"], arguments), flush=True)
+    return 0 if print_only else execute(run["script"], arguments)[0]
 
 
 def run(argv: list[str] | None) -> int:
@@ -114,9 +106,16 @@ def run(argv: list[str] | None) -> int:
     first_flag = next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
     # a RUN after the first flag, as in --print S4, is not taken for one by argparse
     names, changes = [*args.runs, *words[:first_flag]], words[first_flag:]
-    import_file = getattr(args, "import")
-    if (import_file or args.list) and (names or changes or args.seeds or args.grid):
-        parser.error("--list and --import take no run, seed or change; leave these out")
+    import_file, one = getattr(args, "import"), len(names) == 1 and not (args.seeds or args.grid or args.plan)
+    asks = import_file or args.list
+    for is_wrong, problem in (
+        (asks and (names or changes or args.seeds or args.grid), "--list and --import take no run, seed or change"),
+        (not asks and not names, "name a run, or ask for --list"),
+        (args.same_data and names and not one, "--same_data goes with one run"),
+        (len(dict(args.grid)) < len(args.grid), "a flag is in two --grid; name all its values in one"),
+    ):
+        if is_wrong:
+            parser.error(problem)
     if import_file:
         new, known = import_records(import_file)
         print(f"imported {new} records into {IMPORTED}, {known} were there already")
@@ -124,22 +123,16 @@ def run(argv: list[str] | None) -> int:
     if args.list:
         print_list()
         return 0
-    if not names:
-        parser.error("name a run, or ask for --list")
-    if len(names) == 1 and not (args.seeds or args.grid or args.plan):
+    if one:
         return run_one(names[0], changes, same_data=args.same_data, print_only=args.print_only)
-    if args.same_data:
-        parser.error("--same_data goes with one run")
-    if len(dict(args.grid)) < len(args.grid):
-        parser.error("a flag is in two --grid; name all its values in one")
     runs = plan_runs(names, args.seeds, changes, dict(args.grid))
-    if args.print_only:
-        for planned in runs:
-            print(command_line(planned.script, planned.arguments))
-        return 0
     if args.plan:
         return print_plan(runs)
-    return run_campaign(" ".join([*names, *(f"{flag} {' '.join(values)}" for flag, values in args.grid)]), runs)
+    if not args.print_only:
+        return run_campaign(" ".join([*names, *(f"{flag} {' '.join(values)}" for flag, values in args.grid)]), runs)
+    for planned in runs:
+        print(command_line(planned.script, planned.arguments))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_rows, write_rows
 from run_records import (
     EXPERIMENTS,
     compare,
@@ -50,11 +50,14 @@ def markdown_tables(markdown: str) -> list[list[dict[str, str]]]:
 
 
 def row_of(markdown: str, name: str, column: str) -> str:
-    cells = [
-        row[column] for rows in markdown_tables(markdown) for row in rows if row.get("Run") == name and column in row
-    ]
-    assert cells, f"no {column} of {name}"
-    return cells[0]
+    rows = (row for rows in markdown_tables(markdown) for row in rows if row.get("Run") == name and column in row)
+    return next(rows)[column]
+
+
+def differences(markdown: str) -> dict[tuple[str, str], dict[str, str]]:
+    """The rows of the table of differences by run and metric."""
+    rows = (row for rows in markdown_tables(markdown) for row in rows if "95 % interval" in row)
+    return {(row["Run"], row["Metric"]): row for row in rows}
 
 
 def figures_in(cell: str) -> list[float]:
@@ -100,7 +103,7 @@ def test_every_logged_figure_is_in_the_tables_as_it_was_logged(logged_report):
             if run["script"] == "dpo_train_mt.py" and key == "instruct_success":
                 metric = "finance_success"  # these runs' instructions are Finance-Instruct's
             if metric or key == "pairs":
-                cell = row_of(text, name, "Pairs" if key == "pairs" else records.PUBLISHED[metric][0])
+                cell = row_of(text, name, "Pairs" if key == "pairs" else records.PUBLISHED[metric].title)
                 assert figures_in(cell.replace("- -> ", "")) == (value if isinstance(value, list) else [value])
                 checked += 1
             elif key == "tatqa_by_type":
@@ -129,11 +132,11 @@ def test_every_published_run_is_one_row_and_its_settings_are_noted(logged_report
 def test_no_column_holds_two_measures_of_instruction_following():
     runs = tables.DPO.of(records.load_runs([]))
     mine = records.from_record(make_dpo_record("mine") | {"place": "log.jsonl:1"})
-    text = tables.runs_tables([*runs, mine], tables.DPO_COLUMNS)
-    for column in records.PUBLISHED["instruct"][0], records.PUBLISHED["instruct_success"][0]:
+    text = tables.runs_tables([*runs, mine], tables.DPO.columns)
+    for column in records.PUBLISHED["instruct"].title, records.PUBLISHED["instruct_success"].title:
         assert "published runs only" in column
         assert row_of(text, "mine", column) == "-" and row_of(text, "beta_003_lora_16_32", column) != "-"
-    checks = records.PUBLISHED["checks"][0]
+    checks = records.PUBLISHED["checks"].title
     assert row_of(text, "mine", checks) == "61.00 -> 63.00" and row_of(text, "beta_003_lora_16_32", checks) == "-"
 
 
@@ -151,12 +154,8 @@ def test_the_logs_hold_every_logged_command_and_figure(logged_report):
 
 
 def test_new_runs_stand_beside_the_logged_ones_and_are_told_apart(tmp_path):
-    log = write_log(
-        tmp_path / "log.jsonl",
-        make_record("a|b"),
-        make_record("S4", status="failed", reason="the loss is nan", final={}, delta={}),
-        make_dpo_record("mine"),
-    )
+    failed = make_record("S4", status="failed", reason="the loss is nan", final={}, delta={})
+    log = write_log(tmp_path / "log.jsonl", make_record("a|b"), failed, make_dpo_record("mine"))
     runs = records.load_runs([log])
     text = tables.results(runs, [], {})
     assert row_of(text, "a\\|b", "Origin") == "new" and row_of(text, "S1", "Origin") == "logged"
@@ -167,9 +166,7 @@ def test_new_runs_stand_beside_the_logged_ones_and_are_told_apart(tmp_path):
     assert row_of(text, "S4 (log.jsonl:2)", "Val loss") == "1.501 -> -"
     assert "the loss is nan" in text
     assert row_of(text, "mine", "TAT-QA, %") == "40.00 -> 55.00" and row_of(text, "mine", "span") == "50.00 -> 62.50"
-    changes = {
-        (row["Run"], row["Metric"]): row for rows in markdown_tables(text) for row in rows if "95 % interval" in row
-    }
+    changes = differences(text)
     score = changes["a\\|b", "MT-Bench, 1-10"]
     assert score["Before -> after"] == "5.500 -> 5.750" and score["Difference"] == "+0.2500"
     assert score["95 % interval"] == "\\[-0.1250, 0.6250]" and score["p"] == "0.21"
@@ -188,11 +185,8 @@ def test_the_same_records_give_the_same_files_and_no_plot_is_blank(tmp_path):
     for run in runs:
         run["output_dir"] = str(tmp_path / run["tag"])
         (tmp_path / run["tag"]).mkdir()
-        lines = [
-            {"step": step, "loss": 2 - step / 10, "nll": 1.9 - step / 10, "kl": step / 50} for step in range(1, 9)
-        ]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (tmp_path / run["tag"] / "train_log.jsonl").write_text(text, encoding="utf-8")
+        steps = ({"step": n, "loss": 2 - n / 10, "nll": 1.9 - n / 10, "kl": n / 50} for n in range(1, 9))
+        write_rows(tmp_path / run["tag"] / "train_log.jsonl", list(steps))
         (tmp_path / run["tag"] / "run.json").write_text(json.dumps({"ts": run["ts"]}), encoding="utf-8")
     log = write_log(tmp_path / "log.jsonl", *runs)
     first, second = (report.write_report([log], tmp_path / name) for name in ("first", "second"))
@@ -261,9 +255,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path):
     assert combined["high"] - combined["mean"] == pytest.approx(stats.t.ppf(0.975, freedom) * variance**0.5)
     text = tables.results(runs, [], {})
     assert row_of(text, "mine, 2 seeds", "Origin") == "new, 2 seeds"
-    changes = {
-        (row["Run"], row["Metric"]): row for rows in markdown_tables(text) for row in rows if "SD over seeds" in row
-    }
+    changes = differences(text)
     assert changes["mine, 2 seeds", "MT-Bench, 1-10"]["SD over seeds"] == "0.1414"
     assert changes["mine-seed3", "MT-Bench, 1-10"]["SD over seeds"] == "-"
     log_text = tables.experiment_log("sft_experiments_qwen3_1_7b.md", runs)
@@ -331,70 +323,32 @@ def labels_within(figure) -> None:
     frame = figure.bbox
     for text in figure.findobj(Text):
         if re.search("[a-z]", text.get_text()) and text.get_visible():  # ticks beyond the axis are not drawn
+            low, high = frame.min - 1, frame.max + 1
             box = text.get_window_extent()
-            inside = (
-                frame.x0 - 1 <= box.x0 and box.x1 <= frame.x1 + 1 and frame.y0 - 1 <= box.y0 and box.y1 <= frame.y1 + 1
-            )
-            assert inside, text.get_text()
+            assert (low <= box.min).all() and (box.max <= high).all(), text.get_text()
 
 
 FINGERPRINT = {"model": "tiny", "adapter": "none", "max_new_tokens": 64}
 
 
 def write_answers(path: Path, scores: dict[str, float], *, answer: str, **settings) -> None:
-    lines = [{"fingerprint": FINGERPRINT | settings}]
-    for name, score in scores.items():
-        lines.append({
-            "question_id": name,
-            "category": "writing",
-            "turns": [f"Question {name}?", "And then?"],
-            "answers": [f"{answer} first {name}", f"{answer} second {name}"],
-            "rewards": [score - 5, score - 4],
-            "scores": [score, score],
-            "scores_logged": [score, score],
-            "answer_tokens": [3, 3],
-            "finished": [True, True],
-        })
+    lines = [
+        {
+            "question_id": name, "category": "writing", "turns": [f"Question {name}?", "And then?"],
+            "answers": [f"{answer} first {name}", f"{answer} second {name}"], "rewards": [score - 5, score - 4],
+            "scores": [score] * 2, "scores_logged": [score] * 2, "answer_tokens": [3, 3], "finished": [True, True],
+        }
+        for name, score in scores.items()
+    ]  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-def test_retention_is_compared_and_has_power_in_percentage_points(tmp_path, capsys):
-    for folder, right in (("a", 12), ("b", 4)):
-        path = tmp_path / folder / "retention_final.jsonl"
-        write_answers(path, {str(n): 5.0 for n in range(12)}, answer="same")
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        lines[1:] = [line | {"right": n < right, "checks": [n < right]} for n, line in enumerate(lines[1:])]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    folders = [str(tmp_path / name) for name in "ab"]
-    assert report.main(["--compare", *folders, "--output_dir", str(tmp_path)]) == 0
-    assert "100.0" in (printed := capsys.readouterr().out) and "33.33" in printed and "-66.67" in printed
-    page = Page(next(tmp_path.glob("compare_*.html")).read_text(encoding="utf-8"))
-    assert "100.00 -> 0.00 (-100.00)" in page.text and "8 of 12 questions" in page.text
-    assert report.main(["--power", *folders]) == 0 and "percentage points" in capsys.readouterr().out
+    write_rows(path, [{"fingerprint": FINGERPRINT | settings}, *lines])
 
 
 def write_held_out(path: Path, margins: dict[str, float]) -> None:
-    lines = [{"fingerprint": FINGERPRINT}]
-    for name, margin in margins.items():
-        rewards = {"chosen_reward": margin, "rejected_reward": 0.0}
-        lines.append({"question_id": name, "chosen": "the good one", "rejected": "the bad one", **rewards})
+    pair = {"chosen": "the good one", "rejected": "the bad one", "rejected_reward": 0.0}
+    lines = [{"question_id": name, **pair, "chosen_reward": margin} for name, margin in margins.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-def test_held_out_pairs_are_compared_and_have_power(tmp_path, capsys):
-    write_held_out(tmp_path / "a" / "held_out_baseline.jsonl", {str(n): 0.0 for n in range(12)})
-    write_held_out(tmp_path / "a" / "held_out_final.jsonl", {str(n): n - 4.5 for n in range(12)})
-    write_held_out(tmp_path / "b" / "held_out_final.jsonl", {str(n): n + 1.0 for n in range(12)})
-    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
-    assert report.main(["--compare", *folders, "--output_dir", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert "held-out pairs, accuracy" in printed and "12 shared questions" in printed
-    page = Page(next(tmp_path.glob("compare_*.html")).read_text(encoding="utf-8"))
-    assert "the good one" in page.text and "reward 12" in page.text
-    assert report.main(["--power", folders[0]]) == 0
-    assert "of reward margin in 8 of 10 runs" in capsys.readouterr().out
+    write_rows(path, [{"fingerprint": FINGERPRINT}, *lines])
 
 
 class Page(html.parser.HTMLParser):
@@ -415,6 +369,36 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
+def compared(folder: Path, *argv: str | Path) -> Page:
+    """The page of a comparison, which is written into the folder."""
+    assert report.main(["--compare", *map(str, argv), "--output_dir", str(folder)]) == 0
+    return Page(next(folder.glob("compare_*.html")).read_text(encoding="utf-8"))
+
+
+def test_retention_is_compared_and_has_power_in_percentage_points(tmp_path, capsys):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, right in zip(folders, (12, 4), strict=True):
+        path = folder / "retention_final.jsonl"
+        write_answers(path, {str(n): 5.0 for n in range(12)}, answer="same")
+        first, *lines = read_rows(path)
+        write_rows(path, [first, *(row | {"right": n < right, "checks": [n < right]} for n, row in enumerate(lines))])
+    page = compared(tmp_path, *folders)
+    assert "100.0" in (printed := capsys.readouterr().out) and "33.33" in printed and "-66.67" in printed
+    assert "100.00 -> 0.00 (-100.00)" in page.text and "8 of 12 questions" in page.text
+    assert report.main(["--power", *map(str, folders)]) == 0 and "percentage points" in capsys.readouterr().out
+
+
+def test_held_out_pairs_are_compared_and_have_power(tmp_path, capsys):
+    for name, margin in (("a/held_out_baseline", 0), ("a/held_out_final", -4.5), ("b/held_out_final", 1)):
+        write_held_out(tmp_path / f"{name}.jsonl", {str(n): n * bool(margin) + margin for n in range(12)})
+    page = compared(tmp_path, tmp_path / "a", tmp_path / "b")
+    printed = capsys.readouterr().out
+    assert "held-out pairs, accuracy" in printed and "12 shared questions" in printed
+    assert "the good one" in page.text and "reward 12" in page.text
+    assert report.main(["--power", str(tmp_path / "a")]) == 0
+    assert "of reward margin in 8 of 10 runs" in capsys.readouterr().out
+
+
 def test_two_runs_are_compared_over_shared_questions_and_the_page_shows_both_answers(tmp_path, capsys):
     a, b = tmp_path / "run_a", tmp_path / "run_b"
     hostile = "<script>alert('x')</script><img src=http://example.com/x.png>"
@@ -423,14 +407,11 @@ def test_two_runs_are_compared_over_shared_questions_and_the_page_shows_both_ans
     log = write_log(tmp_path / "log.jsonl", record := make_record("tagged", output_dir=str(b)))
     other = record | {"args": record["args"] | {"subset": "general"}}
     (a / "run.json").write_text(json.dumps(other), encoding="utf-8")
-    argv = ["--compare", str(a), "tagged", "--exp_log", str(log), "--output_dir", str(tmp_path)]
-    assert report.main(argv) == 0
+    page = compared(tmp_path, *(argv := [a, "tagged", "--exp_log", log]))
     captured = capsys.readouterr()
     assert "max_new_tokens: 64 -> 8" in captured.err
     assert "3 shared questions" in captured.out and "run_a" in captured.out.split("difference [")[0]
     assert "subset: general -> both" in captured.out
-    path = next(tmp_path.glob("compare_*_tagged.html"))
-    page = Page(path.read_text(encoding="utf-8"))
     assert not {"script", "img", "link", "iframe"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name in ("src", "href")]
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
@@ -442,7 +423,7 @@ def test_two_runs_are_compared_over_shared_questions_and_the_page_shows_both_ans
     # an evaluation on other questions is left out; the others are compared
     for folder, name in ((a, "1"), (b, "2")):
         write_held_out(folder / "held_out_final.jsonl", {name: 0.5})
-    assert report.main(argv) == 0
+    compared(tmp_path, *argv)
     assert "held-out pairs: no question in common, not compared" in capsys.readouterr().err
 
 
@@ -461,32 +442,25 @@ def test_the_table_of_a_run_is_printed_again_and_mine_are_told_from_the_publishe
 
 def test_a_run_in_stages_is_compared_by_its_last_stage(tmp_path, capsys):
     for stage, score in ((1, 2.0), (3, 7.0)):
-        write_answers(
-            tmp_path / "staged" / f"stage{stage}" / "mtbench_final.jsonl", {"1": score, "2": score}, answer="text"
-        )
+        path = tmp_path / "staged" / f"stage{stage}" / "mtbench_final.jsonl"
+        write_answers(path, {"1": score, "2": score}, answer="text")
     write_answers(tmp_path / "other" / "mtbench_final.jsonl", {"1": 7.0, "2": 8.0}, answer="text")
-    names = [str(tmp_path / "staged"), str(tmp_path / "other")]
-    assert report.main(["--compare", *names, "--output_dir", str(tmp_path)]) == 0
-    page = Page(next(tmp_path.glob("compare_*.html")).read_text(encoding="utf-8"))
+    page = compared(tmp_path, tmp_path / "staged", tmp_path / "other")
     assert "7.00 -> 8.00 (+1.00)" in page.text and "2.00 ->" not in page.text
 
 
 @pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        (["S4", "S3"], ["S4", "published"]),
-        (["empty", "empty"], ["_final.jsonl"]),
-        (["a", "b"], ["no question in common"]),
-    ],
+    ("names", "word"),
+    [(["S4", "S3"], "published"), (["empty", "empty"], "_final.jsonl"), (["a", "b"], "no question in common")],
 )
-def test_what_cannot_be_compared_is_one_line_and_exit_code_2(names, words, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_compared_is_one_line_and_exit_code_2(names, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     write_answers(tmp_path / "a" / "mtbench_final.jsonl", {"1": 5.0}, answer="")
     write_answers(tmp_path / "b" / "mtbench_final.jsonl", {"2": 5.0}, answer="")
     assert report.main(["--compare", *names, "--output_dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words)
+    assert error.startswith("error: ") and error.count("\n") == 1 and word in error
 
 
 def test_power_is_what_simulated_runs_detect():
@@ -518,7 +492,7 @@ def test_power_pairs_only_questions_of_the_same_text(tmp_path, capsys):
     for name, language in (("a", "ru"), ("b", "en")):
         write_answers(tmp_path / name / "mtbench_final.jsonl", {"1": 5.0, "2": 6.0}, answer="")
         path = tmp_path / name / "mtbench_final.jsonl"
-        path.write_text(path.read_text("utf-8").replace('"turns": ["', f'"turns": ["{language} '), encoding="utf-8")
+        write_rows(path, [row | {"turns": [language]} for row in read_rows(path)])
     assert report.main(["--power", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
     assert "0 questions shared" in capsys.readouterr().err
 
@@ -537,20 +511,8 @@ def test_what_the_owner_s_check_measured_is_a_table(tmp_path, monkeypatch):
     """One of its tests, on the CPU: its figure goes into the file, and from there into RESULTS.md."""
     path = tmp_path / "check.json"
     switches = {"LLM_ALIGNMENT_GPU_TESTS": "cpu", "LLM_ALIGNMENT_GPU_CHECK": str(path), "CUDA_VISIBLE_DEVICES": ""}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-n",
-        "0",
-        "tests/test_gpu.py",
-        "-k",
-        "reward_scores",
-    ]
-    subprocess.run(command, cwd=ROOT, env=os.environ | switches, check=True)
+    command = "-m pytest -q -m gpu -n 0 tests/test_gpu.py -k reward_scores"
+    subprocess.run([sys.executable, *command.split()], cwd=ROOT, env=os.environ | switches, check=True)
     monkeypatch.setattr(tables, "GPU_CHECK", path)
     report.write_report([], tmp_path)
     section = (tmp_path / "RESULTS.md").read_text("utf-8").partition("## Checked on a GPU")[2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 import re
 import shlex
@@ -38,12 +40,22 @@ COMMANDS = {name: run["command"] for name, run in LOGGED.items() if run["command
 WORD = r"""(?:[A-Za-z0-9_./:=+-]+|'[^'"\n\u2018-\u201f]*')"""
 
 
+@pytest.fixture
+def printed(capsys):
+    """printed(ARGUMENTS): what rerun.py prints, with exit code 0."""
+
+    def run(*argv: str) -> str:
+        assert rerun.main([*argv]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_logged_command_is_printed_to_the_letter(name, capsys):
-    assert rerun.main([name, "--print"]) == 0
-    printed = capsys.readouterr().out
-    assert printed == COMMANDS[name] + "\n"
-    assert re.fullmatch(f"{WORD}(?: {WORD})*", printed.strip()) and shlex.split(printed) == COMMANDS[name].split(" ")
+def test_a_logged_command_is_printed_to_the_letter(name, printed):
+    line = printed(name, "--print")
+    assert line == COMMANDS[name] + "\n"
+    assert re.fullmatch(f"{WORD}(?: {WORD})*", line.strip()) and shlex.split(line) == COMMANDS[name].split(" ")
 
 
 @given(st.lists(st.text(max_size=12) | st.text(alphabet="a1 '\"$`!\\,;-.:#@~%\u2019\u201c\u2014", max_size=8)))
@@ -121,47 +133,38 @@ def test_a_published_run_is_found_by_its_aliases(name):
         assert records.find_run(alias)["id"] == name
 
 
-def test_a_record_is_found_by_its_output_folder_and_without_a_tag_called_by_it(project, capsys):
+def test_a_record_is_found_by_its_output_folder_and_without_a_tag_called_by_it(project, printed):
     folder = project / "runs" / "my run"
     record = make_record("", output_dir=str(folder), argv=["--seed", "2"])
     write_log(project / "experiments" / "sft_experiments.jsonl", record)
     for name in ("my run", str(folder)):
-        assert rerun.main([name, "--print"]) == 0
-        assert capsys.readouterr().out == "poetry run python sft_train.py --seed 2\n"
-    rerun.main(["--list"])
-    assert "  my run  " in capsys.readouterr().out
+        assert printed(name, "--print") == "poetry run python sft_train.py --seed 2\n"
+    assert "  my run  " in printed("--list")
 
 
-def test_a_run_is_found_by_the_run_json_of_its_folder_wherever_it_was_started(project, capsys, monkeypatch):
+def test_a_run_is_found_by_the_run_json_of_its_folder_wherever_it_was_started(project, capsys, monkeypatch, printed):
     folder = project / "far" / "away"
     folder.mkdir(parents=True)
     run = make_record("mine", output_dir="away", argv=["--seed", "7"])
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
     monkeypatch.chdir(project)
-    assert rerun.main(["far/away", "--print"]) == 0
-    assert capsys.readouterr().out == "poetry run python sft_train.py --seed 7\n"
+    assert printed("far/away", "--print") == "poetry run python sft_train.py --seed 7\n"
     (folder / "run.json").write_text("{}", encoding="utf-8")
     assert rerun.main(["far/away", "--print"]) == 2
     assert "run.json" in capsys.readouterr().err
 
 
-def test_a_tag_may_look_like_a_line_of_a_file(project, capsys):
+def test_a_tag_may_look_like_a_line_of_a_file(project, printed):
     write_log(project / "experiments" / "sft_experiments.jsonl", make_record("beta:2", argv=["--seed", "2"]))
-    assert rerun.main(["beta:2", "--print"]) == 0
-    assert "--seed 2" in capsys.readouterr().out
+    assert "--seed 2" in printed("beta:2", "--print")
 
 
-def test_a_record_is_found_by_tag_and_by_line_and_the_newest_tag_counts(project, capsys):
-    log = write_log(
-        project / "experiments" / "sft_experiments.jsonl",
-        make_record("twice", ts="2025-01-02T00:00:00Z", argv=["--seed", "2"]),
-        make_record("twice", ts="2025-01-01T00:00:00Z", argv=["--seed", "1"]),
-    )
+def test_a_record_is_found_by_tag_and_by_line_and_the_newest_tag_counts(project, printed):
+    twice = [make_record("twice", ts=f"2025-01-0{n}T00:00:00Z", argv=["--seed", str(n)]) for n in (2, 1)]
+    log = write_log(project / "experiments" / "sft_experiments.jsonl", *twice)
     for name in ("twice", "sft_experiments.jsonl:1", f"{log}:1"):
-        assert rerun.main([name, "--print"]) == 0
-        assert capsys.readouterr().out == "poetry run python sft_train.py --seed 2\n"
-    assert rerun.main(["--list"]) == 0
-    listed = capsys.readouterr().out
+        assert printed(name, "--print") == "poetry run python sft_train.py --seed 2\n"
+    listed = printed("--list")
     assert "sft_experiments.jsonl:2" in listed and "twice" in listed and "S4" in listed
 
 
@@ -282,8 +285,8 @@ def test_a_campaign_runs_every_seed_once_goes_on_after_a_failure_and_where_it_wa
 def test_a_grid_is_every_combination_with_folder_tag_and_row_of_its_own_and_continues_after_a_stop(fake_sft, capfd):
     argv = ["S4", "--grid", "kl_coef=0,0.3", "--grid", "learning_rate=1e-5,1e-4", "--seeds", "1", "2"]
     argv += ["--exp_log", "log.jsonl", "--output_dir", "g"]
-    cells = [f"kl_coef{kl}_learning_rate{rate}_seed{seed}" for kl in ("0", "0.3") for rate in ("1e-5", "1e-4")
-             for seed in "12"]  # fmt: skip
+    rows = [f"kl_coef{kl}-learning_rate{rate}" for kl in ("0", "0.3") for rate in ("1e-5", "1e-4")]
+    cells = [f"{row.replace('-l', '_l')}_seed{seed}" for row in rows for seed in "12"]
     (fake_sft / f"g_{cells[5]}").mkdir()
     (fake_sft / f"g_{cells[5]}" / "stops").touch()
     assert rerun.main(argv) == 143
@@ -292,10 +295,9 @@ def test_a_grid_is_every_combination_with_folder_tag_and_row_of_its_own_and_cont
     assert rerun.main(argv) == 0
     tags = [cell.replace("_l", "-l").replace("_s", "-s") for cell in cells[5:]]
     assert [line.split("--exp_tag S4-")[1].split()[0] for line in started(fake_sft)] == tags
-    rows = [f"S4-kl_coef{kl}-learning_rate{rate}, 2 seeds" for kl in ("0", "0.3") for rate in ("1e-5", "1e-4")]
     (saved,) = (fake_sft / "experiments" / records.REPORT).glob("campaign_*.md")
     table = saved.read_text("utf-8")
-    assert all(f"\n| {row} |" in table for row in rows) and "0.2500 \\[-0.1711, 0.6711]" in table
+    assert all(f"\n| S4-{row}, 2 seeds |" in table for row in rows) and "0.2500 \\[-0.1711, 0.6711]" in table
     words = " ".join(capfd.readouterr().out.split())
     assert words.count("S4 kl_coef 0.3 learning_rate 1e-4 seed 2") >= 2
 
@@ -310,7 +312,7 @@ def test_a_grid_is_every_combination_with_folder_tag_and_row_of_its_own_and_cont
 )
 def test_no_name_is_doubled_in_the_folder_of_a_seed(name, argv, folders, project):
     write_log(project / "experiments" / "sft_experiments.jsonl", make_record(name, argv=argv))
-    planned = campaign.plan_runs([name], [1, 2], [])
+    planned = campaign.plan_runs([name], [1, 2], [], {})
     assert [str(run.output_dir) for run in planned] == folders
 
 
@@ -414,29 +416,22 @@ OLD_STAGES = {
 }
 
 
-def test_records_of_the_original_scripts_are_imported_listed_reported_and_rerun(project, capsys):
-    old = project / "old.jsonl"
-    rows = [OLD_RUN, OLD_MT_RUN, OLD_STAGES, OLD_STAGES | {"tag": "second"}, {"neither": 1}]
-    old.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    assert rerun.main(["--import", str(old)]) == 0
-    assert "imported 4 records" in capsys.readouterr().out
-    assert rerun.main(["--import", str(old)]) == 0
-    assert "imported 0 records" in capsys.readouterr().out
-    rerun.main(["--list"])
-    listed = capsys.readouterr().out
-    assert all(tag in listed for tag in ("old_beta", "old_reddit", "old_stages", "second"))
-    assert rerun.main(["old_beta", "--print"]) == 0
-    expected = (
-        "dpo_train.py --model Qwen/Qwen3-1.7B --beta 0.02 --epochs 1 --batch 1 --grad_acc 32 --learning_rate 5e-06 "
+def test_records_of_the_original_scripts_are_imported_listed_reported_and_rerun(project, printed):
+    old = str(
+        write_log(project / "old.jsonl", OLD_RUN, OLD_MT_RUN, OLD_STAGES, OLD_STAGES | {"tag": "second"}, {"x": 1})
     )
-    expected += "--use_chat_template --lora_r 16 --lora_alpha 32 --lora_dropout 0.1 --target_modules 'q_proj,k_proj' "
-    assert capsys.readouterr().out == f"poetry run python {expected}--no_4bit --exp_tag old_beta\n"
-    rerun.main(["old_reddit", "--print"])
-    printed = capsys.readouterr().out
-    assert "dpo_train_mt.py" in printed and "--reddit_min_post_chars 99 --reddit_sample_rate 0.2" in printed
-    rerun.main(["old_stages", "--print"])
-    printed = capsys.readouterr().out
-    assert "dpo_train_mt_v2.py" in printed and "--progressive --stage1_beta 0.011 --no-do_eval" in printed
+    assert "imported 4 records" in printed("--import", old)
+    assert "imported 0 records" in printed("--import", old)
+    listed = printed("--list")
+    assert all(tag in listed for tag in ("old_beta", "old_reddit", "old_stages", "second"))
+    flags = "--beta 0.02 --epochs 1 --batch 1 --grad_acc 32 --learning_rate 5e-06 --use_chat_template --lora_r 16 "
+    flags += "--lora_alpha 32 --lora_dropout 0.1 --target_modules 'q_proj,k_proj' --no_4bit --exp_tag old_beta"
+    line = f"poetry run python dpo_train.py --model Qwen/Qwen3-1.7B {flags}\n"
+    assert printed("old_beta", "--print") == line
+    line = printed("old_reddit", "--print")
+    assert "dpo_train_mt.py" in line and "--reddit_min_post_chars 99 --reddit_sample_rate 0.2" in line
+    line = printed("old_stages", "--print")
+    assert "dpo_train_mt_v2.py" in line and "--progressive --stage1_beta 0.011 --no-do_eval" in line
     runs = {run.name: run for run in records.load_runs(records.record_files()) if not run.is_logged}
     assert runs["old_beta"].before == {"tatqa": 43.5, "mtbench": 1.48}
     assert runs["old_beta"].after == {"tatqa": pytest.approx(48.9), "instruct": 6.72, "instruct_success": 40}
@@ -446,17 +441,15 @@ def test_records_of_the_original_scripts_are_imported_listed_reported_and_rerun(
     assert not runs["old_stages"].before
 
 
-def test_nulls_of_an_old_record_are_left_out_and_a_line_that_stands_twice_is_imported_once(project, logged, capsys):
+def test_nulls_of_an_old_record_are_left_out_and_a_line_that_stands_twice_is_imported_once(project, logged, printed):
     params = OLD_RUN["params"] | {"use_4bit": None, "reddit": None, "lora": None}
     rows = [OLD_RUN | {"params": params, "mtbench": {"baseline": None, "post": None}}] * 2
     rows.append(OLD_RUN | {"tag": "per cent", "eval": {"baseline": {"n": 9, "acc": 43.5}, "post": None}})
     old = write_log(project / "old.jsonl", *rows)
-    assert rerun.main(["--import", str(old)]) == 0
-    assert "imported 1 records" in capsys.readouterr().out
+    assert "imported 1 records" in printed("--import", str(old))
     assert "eval baseline acc 43.5 is not within 0..1" in logged.text
-    assert rerun.main(["old_beta", "--print"]) == 0
-    printed = capsys.readouterr().out
-    assert "dpo_train.py" in printed and "4bit" not in printed and "lora" not in printed
+    line = printed("old_beta", "--print")
+    assert "dpo_train.py" in line and "4bit" not in line and "lora" not in line
 
 
 @pytest.mark.parametrize("content", [None, "", "not json\n", '{"a": 1}\n', '{"params": 3, "eval": 4}\n'])
@@ -472,8 +465,7 @@ def test_a_file_without_old_records_is_one_line_and_exit_code_2(content, project
 
 def test_a_line_torn_by_a_crash_is_skipped_with_a_warning_and_the_rest_is_used(tmp_path, logged):
     log = write_log(tmp_path / "log.jsonl", make_record("one"))
-    with log.open("ab") as file:
-        file.write(json.dumps(make_record("cut")).encode()[:200])
+    log.write_text(log.read_text("utf-8") + json.dumps(make_record("cut"))[:200], encoding="utf-8")
     write_log(log, make_record("two"))
     runs = [run.name for run in records.load_runs([log]) if not run.is_logged]
     assert runs == ["one", "two"]
@@ -501,7 +493,7 @@ def test_records_of_another_form_are_skipped_with_their_place_and_the_rest_is_re
     odd.append({key: value for key, value in whole.items() if key != "status"})
     for place, value in WRONG_PARTS:
         record = json.loads(json.dumps(dpo))
-        records.get_nested(record, tuple(place[:-1]))[place[-1]] = value
+        functools.reduce(operator.getitem, place[:-1], record)[place[-1]] = value
         odd.append(record)
     log = write_log(tmp_path / "log.jsonl", whole, old, whole | {"tag": None, "device": {}}, *odd)
     assert [record["tag"] for record in records.load_records(log)] == ["whole", "old", None]
