@@ -66,34 +66,26 @@ class Metric:
         return value
 
 
-def scored_metrics(name: str, title: str) -> dict[str, Metric]:
-    """The metrics of an evaluation that the reward model scores."""
-    return {
-        name: Metric(f"{title}, 1-10", (name, "avg")),
-        f"{name}_equal_length": Metric(f"{title}, at equal length", of=name),
-        f"{name}_raw": Metric(f"{title}, raw reward", (name, "raw_mean")),
-        f"{name}_published": Metric(f"{title}, published scale", (name, "avg_logged")),
-        f"{name}_success": Metric(f"{title}, 7 or more, %", (name, "success_rate")),
-        f"{name}_checks": Metric(f"{title}, checks passed, %", (name, "check_rate")),
-        f"{name}_length": Metric(f"{title}, answer tokens", (name, "answer_tokens")),
-    }
-
-
+SCORES = {  # of an evaluation that the reward model scores: suffix of the metric's name -> title, key
+    "": ("1-10", "avg"),
+    "_equal_length": ("at equal length", ""),
+    "_raw": ("raw reward", "raw_mean"),
+    "_published": ("published scale", "avg_logged"),
+    "_success": ("7 or more, %", "success_rate"),
+    "_checks": ("checks passed, %", "check_rate"),
+    "_length": ("answer tokens", "answer_tokens"),
+}
 HEALTH = {  # printed where a share is not 0 on either side
     "loops": "loops, %",
     "foreign_letters": "foreign letters, %",
     "other_script": "other script, %",
     "unfinished": "unfinished, %",
 }
-
-
 # Every metric that a run can report, in the order of the tables. A metric named like its evaluation is the main one.
 METRICS = {
-    "val_loss": Metric("validation loss", ("val_loss",), lower_is_better=True, of="validation"),
-    "val_loss_row_mean": Metric(
-        "validation loss, mean of rows", ("val_loss_row_mean",), lower_is_better=True, of="validation"
-    ),
-    "ppl": Metric("perplexity", ("ppl",), lower_is_better=True, of="validation"),
+    "val_loss": Metric("validation loss", ("val_loss",), True, "validation"),
+    "val_loss_row_mean": Metric("validation loss, mean of rows", ("val_loss_row_mean",), True, "validation"),
+    "ppl": Metric("perplexity", ("ppl",), True, "validation"),
     "drift": Metric("drift, KL from the base", ("drift",), lower_is_better=True),
     "retention": Metric("retention, % right", ("retention", "right")),
     "own_drift": Metric("drift on the base's own answers", ("own_drift",), lower_is_better=True),
@@ -104,12 +96,21 @@ METRICS = {
     "reward_margin": Metric("held-out pairs, reward margin", ("held_out", "margin")),
     "chosen_log_prob": Metric("held-out pairs, chosen log-prob.", ("held_out", "chosen_log_prob")),
     "margin_by_length": Metric("held-out pairs, margin by length, r", ("held_out", "margin_by_length")),
-} | {key: metric for name in SCORED for key, metric in scored_metrics(name, EVALUATIONS[name]).items()}
+}
+METRICS |= {
+    name + suffix: Metric(f"{EVALUATIONS[name]}, {title}", (name, key) if key else (), of=name)
+    for name in SCORED
+    for suffix, (title, key) in SCORES.items()
+}
 METRICS |= {
     f"{name}_{kind}": Metric(f"{EVALUATIONS[name]}, {title}", ("health", name, kind), lower_is_better=True, of=name)
     for name in ANSWERED
     for kind, title in HEALTH.items()
 }
+HEADLINE = {
+    "val_loss", "ppl", "drift", "retention", "own_drift", "tatqa", "tatqa_em", "reward_accuracy", "reward_margin",
+    "mtbench", "instruct", "instruct_checks", "finance_instruct", "reddit",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,15 +141,18 @@ class Evaluation:
 
 
 def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
-    """The rows of both sides by question_id, in the order of `after`; an id on one side alone is left out.
-
-    Raises InputError when no id is on both sides.
-    """
+    """The rows of both sides by question_id, in the order of `after`; an id on one side alone is left out. Raises
+    InputError when no id is on both sides."""
     by_id = {row["question_id"]: row for row in before}
     pairs = [(by_id[row["question_id"]], row) for row in after if row["question_id"] in by_id]
     if not pairs:
         raise InputError("the two evaluations have no question in common; compare files of one question set")
     return pairs
+
+
+def values_of(pairs: list[tuple[dict, dict]], value: Callable[[dict], Any]) -> tuple[list, list]:
+    """A figure of the rows before and of the rows after, in the order of `pairs`."""
+    return [value(old) for old, _ in pairs], [value(new) for _, new in pairs]
 
 
 def measure(
@@ -165,8 +169,8 @@ def measure(
     """The rows of every evaluation by name; every process gets them. Without the adapter the base answers.
 
     `place`: a folder and a stage; the rows are kept in folder/NAME_STAGE.jsonl. `fingerprint`: of the base. With
-    `use_cache` rows of the base are shared with other runs. `measured_as`: a stage at which this adapter was measured
-    before; the rows of evaluations that are the same are taken from there.
+    `use_cache` rows of the base are shared with other runs. `measured_as`: an earlier stage; its rows of evaluations
+    that are the same, by the same adapter, are taken.
     """
     from llm_alignment.adapters import adapter_off, adapter_sha256
 
@@ -175,11 +179,10 @@ def measure(
     with contextlib.nullcontext() if with_adapter else adapter_off(model):
         whole = {**fingerprint, "adapter": adapter_sha256(model) if with_adapter else "none"}
         for evaluation in evaluations:
-            path, cache = folder / f"{evaluation.name}_{stage}.jsonl", None
+            path, earlier = (folder / f"{evaluation.name}_{each}.jsonl" for each in (stage, measured_as))
+            cache = earlier if measured_as and earlier.exists() else None
             if use_cache and evaluation.is_cached and not with_adapter:
                 cache = baseline_cache({**whole, **evaluation.settings})
-            elif measured_as and (folder / f"{evaluation.name}_{measured_as}.jsonl").exists():
-                cache = folder / f"{evaluation.name}_{measured_as}.jsonl"
             rows[evaluation.name] = read_items(
                 evaluation, lambda: model, tokenizer, path, fingerprint=whole, cache=cache
             )
@@ -255,9 +258,9 @@ def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> dict
         if path.exists():
             skipped = SkippedRows()
             by_id = {row["question_id"]: row for row in read_results(path, skipped)[1]}
-            ids = [item["question_id"] for item in evaluation.items]
-            rows[evaluation.name] = [by_id[each] for each in ids if each in by_id]  # in the order of `measure`
             skipped.report(f"damaged lines of {path}")
+            ids = (item["question_id"] for item in evaluation.items)  # in the order of `measure`
+            rows[evaluation.name] = [by_id[each] for each in ids if each in by_id]
     return rows
 
 
@@ -276,12 +279,9 @@ def report(
     after: dict[str, list[dict]],
     *,
     title: str = "",
-    details: bool = False,
 ) -> None:
-    """Fills the record's baseline, final and delta; writes metrics.json and the plots; prints the table.
-
-    `before` and `after` are what `measure` gave. `details` adds a line for every turn and category.
-    """
+    """Fills the record's baseline, final and delta; writes metrics.json and the plots; prints the table: whole, with a
+    line for every turn and category, unless --table asks for the headline. `before` and `after`: by `measure`."""
     baseline, final, delta = record["baseline"], record["final"], record["delta"]
     for evaluation in evaluations:
         name = evaluation.name
@@ -298,8 +298,8 @@ def report(
     write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
     for line in in_short(delta):
         log.info("%s", line)
-    headline = not details and record.get("args", {}).get("table") == "headline"
-    print_table(title or str(folder), table_rows(baseline, final, delta, details=details, headline=headline))
+    is_short = record.get("args", {}).get("table") == "headline"
+    print_table(title or str(folder), table_rows(baseline, final, delta, details=not is_short, headline=is_short))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
 
 
@@ -309,8 +309,7 @@ def add_health(record: dict, name: str, before: list[dict], after: list[dict]) -
         if rows:
             record[side].setdefault("health", {})[name] = summarise_health(rows)
     if before and after:
-        olds, news = map(list, zip(*pair_rows(before, after), strict=True))
-        deltas = compare_health(olds, news, [*HEALTH])
+        deltas = compare_health(pair_rows(before, after), [*HEALTH])
         record["delta"] |= {f"{name}_{kind}": delta for kind, delta in deltas.items()}
 
 
@@ -348,12 +347,6 @@ class TableRow(NamedTuple):
     lower_is_better: bool = False
 
 
-HEADLINE = {
-    "val_loss", "ppl", "drift", "retention", "own_drift", "tatqa", "tatqa_em", "reward_accuracy", "reward_margin",
-    "mtbench", "instruct", "instruct_checks", "finance_instruct", "reddit",
-}  # fmt: skip
-
-
 def in_short(delta: dict[str, dict]) -> list[str]:
     """What was learned, what was lost and what cannot be told, by the tests of the headline metrics."""
     found: dict[str, list[str]] = {"learned": [], "lost": [], "cannot be told": []}
@@ -375,24 +368,22 @@ def table_rows(
     or the `headline` alone, and the health of answers where it is not good."""
     rows = []
     for name, metric in METRICS.items():
-        if headline and name not in HEADLINE and metric.keys[:1] != ("health",):
+        is_health = metric.keys[:1] == ("health",)
+        before, after, change = metric.read(baseline), metric.read(final), delta.get(name)
+        is_measured = before is not None or after is not None or name in delta
+        if not (before or after if is_health else is_measured and (name in HEADLINE or not headline)):
             continue
-        before, after = metric.read(baseline), metric.read(final)
-        if before is None and after is None and name not in delta:
-            continue
-        if metric.keys[:1] == ("health",) and not (before or after):
-            continue
-        rows.append(TableRow(metric.title, before, after, delta.get(name), metric.lower_is_better))
-        by_type = (delta.get(name) or {}).get("by_type", {}) if details or name != "retention" else {}
-        for kind, change in by_type.items():
-            of_kind = Metric(f"  {kind}", (metric.keys[0], "by_type", kind, metric.keys[-1]))
-            rows.append(TableRow(of_kind.title, of_kind.read(baseline), of_kind.read(final), change))
+        rows.append(TableRow(metric.title, before, after, change, metric.lower_is_better))
+        by_type = (change or {}).get("by_type", {}) if details or name != "retention" else {}
+        for kind, of_kind in by_type.items():
+            figure = Metric(f"  {kind}", (metric.keys[0], "by_type", kind, metric.keys[-1]))
+            rows.append(TableRow(figure.title, figure.read(baseline), figure.read(final), of_kind))
         if details and name in SCORED and name in final:
-            parts = baseline.get(name, {"by_turn": [], "by_category": {}})
-            for turn, score in enumerate(final[name]["by_turn"]):
-                rows.append(TableRow(f"  turn {turn + 1}", dict(enumerate(parts["by_turn"])).get(turn), score))
+            old = {"by_turn": [], "by_category": {}} | baseline.get(name, {})
+            turns = itertools.zip_longest(old["by_turn"][: len(final[name]["by_turn"])], final[name]["by_turn"])
+            rows += [TableRow(f"  turn {number}", *scores) for number, scores in enumerate(turns, 1)]
             for category, score in final[name]["by_category"].items():
-                rows.append(TableRow(f"  {category}", parts["by_category"].get(category), score))
+                rows.append(TableRow(f"  {category}", old["by_category"].get(category), score))
     return rows
 
 
@@ -427,25 +418,23 @@ def table_texts(rows: list[TableRow]) -> tuple[list[list[str]], str]:
     none can be told from chance, an interval without width would say too much and is left out.
     """
     p_values = [row.delta["p"] for row in rows if row.delta and row.delta["p"] is not None]
-    corrected = iter(holm(p_values))
-    texts, marked = [], 0
+    stay = [p < 0.05 for p in holm(p_values)]
+    texts, stays = [], iter(stay)
     for row in rows:
         cells, delta = [row.title, number(row.before), number(row.after)], row.delta
         if delta and delta["mean"] is not None:
             low, high, p = delta["low"], delta["high"], delta["p"]
-            stays = p is not None and next(corrected) < 0.05
-            marked += stays
             unknown = low is None or (low == high and too_few_changed(delta))
             cells += [
                 number(delta["mean"], "+"),
                 "none" if unknown else f"[{number(low)}, {number(high)}]",
-                "-" if p is None else f"{p:.2g}{'*' if stays else ' '}",
+                "-" if p is None else f"{p:.2g}{'*' if next(stays) else ' '}",
                 f"{delta.get('changed', '-')}/{delta['n']}",
                 verdict(delta, lower_is_better=row.lower_is_better),
             ]
         texts.append(cells)
-    note = f"{len(p_values)} p values; {marked} (*) stay below 0.05 after Holm's correction"
-    return texts, note if p_values else ""
+    note = f"{len(stay)} p values; {sum(stay)} (*) stay below 0.05 after Holm's correction"
+    return texts, note if stay else ""
 
 
 def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("baseline", "final")) -> None:
@@ -474,14 +463,9 @@ def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("basel
 
 
 def save_answers(file: str, before: dict[str, list[dict]], after: dict[str, list[dict]]) -> None:
-    """Writes TAT-QA's rows where --eval_save_json X.jsonl asks for them: to X_baseline.jsonl and X_post.jsonl.
-
-    `before` and `after` are what `measure` gave; what was not measured is not written.
-    """
-    if not file:
-        return
+    """Writes TAT-QA's rows of `measure` where --eval_save_json X.jsonl asks: to X_baseline.jsonl and X_post.jsonl."""
     path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
     for name, rows in (("baseline", before), ("post", after)):
-        if "tatqa" in rows:
+        if file and "tatqa" in rows:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_rows(path.with_name(f"{path.stem}_{name}.jsonl"), rows["tatqa"])

@@ -8,7 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
+from llm_alignment.stats import in_per_cent, mcnemar
 from llm_alignment.texts import main_script, script_of, scripts
 
 MEASURES = ("loops", "foreign_letters", "other_script", "unfinished", "distinct_bigrams")
@@ -170,18 +170,17 @@ def summarise_health(rows: list[dict]) -> dict[str, float]:
     return {**shares, "n": len(answers)}
 
 
-def compare_health(before: list[dict], after: list[dict], measures: Sequence[str] = MEASURES) -> dict[str, dict]:
-    """Paired differences of `measures`, in percentage points; the same questions in one order, each a cluster."""
-    pairs = [
+def compare_health(pairs: list[tuple[dict, dict]], measures: Sequence[str]) -> dict[str, dict]:
+    """Differences in shares, in percentage points, over (before, after) rows; a question's answers are a cluster."""
+    answers = [
         (number, old, new)
-        for number, (one, other) in enumerate(zip(before, after, strict=True))
-        for old, new in zip(row_health(one), row_health(other), strict=True)
+        for number, (before, after) in enumerate(pairs)
+        for old, new in zip(row_health(before), row_health(after), strict=True)
     ]
     deltas = {}
     for name in measures:
-        known = [(n, old[name], new[name]) for n, old, new in pairs if None not in (old[name], new[name])]
+        known = [(n, old[name], new[name]) for n, old, new in answers if None not in (old[name], new[name])]
         if known:
             clusters, *sides = zip(*known, strict=True)
-            test = paired_delta if name == "distinct_bigrams" else mcnemar
-            deltas[name] = in_per_cent(test(*sides, clusters=clusters if len(set(clusters)) < len(known) else None))
+            deltas[name] = in_per_cent(mcnemar(*sides, clusters=clusters if len(set(clusters)) < len(known) else None))
     return deltas

@@ -220,6 +220,6 @@ def test_rows_of_every_evaluation_are_summarised_and_compared():
     )  # fmt: skip
     assert distinct_bigrams("one") is None and [part["unfinished"] for part in row_health(table)] == [None]
     good = {**one, "answers": [RUSSIAN[0]] * 2, "finished": [True] * 2}
-    deltas = compare_health([one, table], [good, table])
+    deltas = compare_health([(one, good), (table, table)], ["loops", "unfinished", "foreign_letters", "other_script"])
     assert deltas["loops"]["mean"] == pytest.approx(-100 / 3) and deltas["unfinished"]["mean"] == -50
     assert deltas["foreign_letters"]["changed"] == 0 and deltas["other_script"]["clusters"] == 2
