@@ -34,8 +34,7 @@ DATA = Path(__file__).parent / "data"
 def read_questions(path: Path) -> list[dict]:
     """Questions with checks, as the file holds them: {"question_id", "turns": [str, ...], "checks": [...], ...}.
 
-    Raises InputError naming file and line for a row without turns, with a duplicate id or without usable checks.
-    """
+    Raises InputError naming file and line for a row without turns, with a duplicate id or without usable checks."""
     skipped, questions = SkippedRows(), []
     places: dict[Any, str] = {}
     for place, row in read_rows(path, skipped):

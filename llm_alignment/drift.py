@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,8 +29,7 @@ def row_drift(model: PeftModel, input_ids: Sequence[int], labels: Sequence[int])
     their number. It predicts forgetting (Shenfeld et al., https://arxiv.org/abs/2509.04259).
 
     `input_ids` (tokens,), `labels` (tokens,) the same ids with -100 where there is no target. The base is the model
-    with its adapter off.
-    """
+    with its adapter off."""
     base = model.get_base_model()
     ids = torch.tensor([input_ids], device=model.device)
     targets = torch.tensor(labels[1:], device=model.device)
@@ -53,7 +52,9 @@ def drift_evaluation(rows: list[dict], name: str = "drift") -> Evaluation:
     return Evaluation(
         name=name,
         items=rows,
-        read=read_drift,
+        read=lambda model, tokenizer, items: [
+            drift_row(item, *row_drift(model, item["input_ids"], item["labels"])) for item in items
+        ],
         settings={"rows": digest(rows)},
         of_base=base_row,
         is_cached=False,
@@ -61,11 +62,6 @@ def drift_evaluation(rows: list[dict], name: str = "drift") -> Evaluation:
         compare=lambda before, after: {name: compare_drift(before, after)},
         tokens=lambda tokenizer: 2 * sum(len(row["input_ids"]) for row in rows),  # with the adapter and without
     )
-
-
-def read_drift(model: PeftModel, tokenizer: PreTrainedTokenizerBase, items: list[dict]) -> Iterator[dict]:
-    for item in items:
-        yield drift_row(item, *row_drift(model, item["input_ids"], item["labels"]))
 
 
 def drift_row(item: dict, kl: float, tokens: int) -> dict:

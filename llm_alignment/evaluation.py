@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llm_alignment.endings import MissedGateError
 from llm_alignment.files import InputError, SkippedRows, write_json, write_rows
 from llm_alignment.gates import check_gates, describe, judge, parse_gates
-from llm_alignment.health import compare_health, summarise_health
+from llm_alignment.health import HEALTH, compare_health, summarise_health
 from llm_alignment.plots import plot_categories, save_figure
 from llm_alignment.processes import main_process, on_main_process, shared_rounds
 from llm_alignment.results import ResultFile, baseline_cache, read_results
@@ -48,10 +48,8 @@ SCORED = ("mtbench", "instruct", "finance_instruct", "reddit")  # by the reward 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One figure: a record's `baseline` and `final` hold it at `keys`, its `delta` under the metric's name.
-
-    Without `keys` there is a difference alone. The title ends with the unit where it has one.
-    """
+    """One figure: a record's `baseline` and `final` hold it at `keys` (without them there is a difference alone), its
+    `delta` under the metric's name. The title ends with the unit where it has one."""
 
     title: str
     keys: tuple[str, ...] = ()
@@ -75,12 +73,6 @@ SCORES = {  # of an evaluation that the reward model scores: suffix of the metri
     "_checks": ("checks passed, %", "check_rate"),
     "_length": ("answer tokens", "answer_tokens"),
 }
-HEALTH = {  # printed where a share is not 0 on either side
-    "loops": "loops, %",
-    "foreign_letters": "foreign letters, %",
-    "other_script": "other script, %",
-    "unfinished": "unfinished, %",
-}
 # Every metric that a run can report, in the order of the tables. A metric named like its evaluation is the main one.
 METRICS = {
     "val_loss": Metric("validation loss", ("val_loss",), True, "validation"),
@@ -103,9 +95,9 @@ METRICS |= {
     for suffix, (title, key) in SCORES.items()
 }
 METRICS |= {
-    f"{name}_{kind}": Metric(f"{EVALUATIONS[name]}, {title}", ("health", name, kind), lower_is_better=True, of=name)
+    f"{name}_{kind}": Metric(f"{EVALUATIONS[name]}, {kind.replace('_', ' ')}, %", ("health", name, kind), True, name)
     for name in ANSWERED
-    for kind, title in HEALTH.items()
+    for kind in HEALTH
 }
 HEADLINE = {
     "val_loss", "ppl", "drift", "retention", "own_drift", "tatqa", "tatqa_em", "reward_accuracy", "reward_margin",
@@ -119,8 +111,7 @@ class Evaluation:
 
     `items` have a "question_id" each. `read(model, tokenizer, items)` gives the row of each item of a batch, and
     `grade(rows)` in the main process what is stored of them. `summarise(rows)` is what the record's `baseline` and
-    `final` get, `compare(before, after)` what its `delta` gets: a difference for each name of METRICS.
-    """
+    `final` get, `compare(before, after)` what its `delta` gets: a difference for each name of METRICS."""
 
     name: str  # a key of EVALUATIONS for what is reported, and the stem of its files
     items: Sequence[dict]
@@ -170,22 +161,19 @@ def measure(
 
     `place`: a folder and a stage; the rows are kept in folder/NAME_STAGE.jsonl. `fingerprint`: of the base. With
     `use_cache` rows of the base are shared with other runs. `measured_as`: an earlier stage; its rows of evaluations
-    that are the same, by the same adapter, are taken.
-    """
+    that are the same, by the same adapter, are taken."""
     from llm_alignment.adapters import adapter_off, adapter_sha256
 
     folder, stage = place
     rows = {}
     with contextlib.nullcontext() if with_adapter else adapter_off(model):
         whole = {**fingerprint, "adapter": adapter_sha256(model) if with_adapter else "none"}
-        for evaluation in evaluations:
-            path, earlier = (folder / f"{evaluation.name}_{each}.jsonl" for each in (stage, measured_as))
+        for each in evaluations:
+            path, earlier = (folder / f"{each.name}_{name}.jsonl" for name in (stage, measured_as))
             cache = earlier if measured_as and earlier.exists() else None
-            if use_cache and evaluation.is_cached and not with_adapter:
-                cache = baseline_cache({**whole, **evaluation.settings})
-            rows[evaluation.name] = read_items(
-                evaluation, lambda: model, tokenizer, path, fingerprint=whole, cache=cache
-            )
+            if use_cache and each.is_cached and not with_adapter:
+                cache = baseline_cache({**whole, **each.settings})
+            rows[each.name] = read_items(each, lambda: model, tokenizer, path, fingerprint=whole, cache=cache)
     return rows
 
 
@@ -200,8 +188,7 @@ def read_items(
     renew: bool = True,
 ) -> list[dict]:
     """The rows of an evaluation's items, kept in `path` and taken from `cache` (see ResultFile); what is missing is
-    read. `get_model` is called only then. All processes call this: they share the batches, the main one writes.
-    """
+    read, by `get_model()`. All processes call this: they share the batches, the main one writes."""
     fingerprint = {**fingerprint, **evaluation.settings}
     results = ResultFile(path, fingerprint, renew=renew, cache=cache) if main_process() else None
     unread = on_main_process(lambda: results.missing(evaluation.items) if results else [])
@@ -218,13 +205,7 @@ def read_items(
     return on_main_process(lambda: results.rows_of(evaluation.items) if results else [])
 
 
-def _read_rounds(
-    evaluation: Evaluation,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    missing: set[str | int],
-    title: str,
-) -> Iterator[list[dict]]:
+def _read_rounds(evaluation: Evaluation, model: Any, tokenizer: Any, missing: set, title: str) -> Iterator[list[dict]]:
     """Yields the rows of all batches that hold a `missing` item, one list for each batch that all processes read."""
     import torch
     from tqdm import tqdm
@@ -236,7 +217,7 @@ def _read_rounds(
     at_once = max(1, math.ceil(evaluation.rows_at_once(model) / max(map(len, units))))
 
     def read(batch: list[list[dict]]) -> Iterator[tuple[int, list[dict]]]:
-        items = list(itertools.chain(*batch))
+        items = [*itertools.chain(*batch)]
         is_read = any(item["question_id"] in missing for item in items)
         rows = iter(evaluation.read(model, tokenizer, items) if is_read else ())
         for place, unit in enumerate(batch):
@@ -309,7 +290,7 @@ def add_health(record: dict, name: str, before: list[dict], after: list[dict]) -
         if rows:
             record[side].setdefault("health", {})[name] = summarise_health(rows)
     if before and after:
-        deltas = compare_health(pair_rows(before, after), [*HEALTH])
+        deltas = compare_health(pair_rows(before, after))
         record["delta"] |= {f"{name}_{kind}": delta for kind, delta in deltas.items()}
 
 
@@ -322,16 +303,14 @@ def asked_gates(text: str, evaluations: list[Evaluation]) -> dict[str, float]:
 
 def judge_gates(record: dict, gates: dict[str, float]) -> None:
     """Fills the record's "gates" and prints a line for each. Raises MissedGateError when one is missed."""
-    judged = {
-        name: judge(record["delta"][name], limit, lower_is_better=METRICS[name].lower_is_better)
-        for name, limit in gates.items()
-        if name in record["delta"]
-    }
-    record["gates"] = judged
-    for name, gate in judged.items():
-        log.info("%s", describe(name, gate, lower_is_better=METRICS[name].lower_is_better))
-    for name in gates.keys() - judged.keys():
-        log.warning("gate %s: undecided, it was not measured before and after", name)
+    judged = record["gates"] = {}
+    for name, limit in gates.items():
+        if name in record["delta"]:
+            lower_is_better = METRICS[name].lower_is_better
+            judged[name] = judge(record["delta"][name], limit, lower_is_better=lower_is_better)
+            log.info("%s", describe(name, judged[name], lower_is_better=lower_is_better))
+        else:
+            log.warning("gate %s: undecided, it was not measured before and after", name)
     missed = [name for name, gate in judged.items() if gate["verdict"] == "missed"]
     if missed:
         raise MissedGateError(f"missed: {', '.join(missed)}; adapter, record and files are complete")
@@ -399,10 +378,7 @@ def verdict(delta: dict, *, lower_is_better: bool = False) -> str:
 
 
 def number(value: object, sign: str = "") -> str:
-    """A measured figure in four significant digits; a text or whole number as it is; "-" for None.
-
-    `sign`: "+" shows the sign of a positive figure too.
-    """
+    """A figure in four significant digits; a text or whole number as it is; "-" for None. `sign`: "+" signs all."""
     if not isinstance(value, float):
         return "-" if value is None else str(value)
     if abs(value) >= 1000:
@@ -411,12 +387,9 @@ def number(value: object, sign: str = "") -> str:
 
 
 def table_texts(rows: list[TableRow]) -> tuple[list[list[str]], str]:
-    """The cells of each line, and what is to be said of all: "" without a p value.
-
-    Cells: title, before, after; where there is a difference also difference, interval, p, items that changed, verdict.
-    A p value that stays below 0.05 after Holm's correction for all lines is marked *. Where so few items changed that
-    none can be told from chance, an interval without width would say too much and is left out.
-    """
+    """The cells of each line (title, before, after; where there is a difference also difference, interval, p, items
+    that changed, verdict), and what is to be said of all p values: those that stay below 0.05 after Holm's correction
+    for all lines are marked *. An interval without width from too few changes would say too much and is left out."""
     p_values = [row.delta["p"] for row in rows if row.delta and row.delta["p"] is not None]
     stay = [p < 0.05 for p in holm(p_values)]
     texts, stays = [], iter(stay)

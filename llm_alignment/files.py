@@ -89,8 +89,7 @@ def read_rows(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
     """Yields (place, row) from a JSONL, JSON or Parquet file, packed by gzip or not, or from a folder of them.
 
     `place` is "file:line" or "file: row n" (both from 1). Columns that are null are left out. Rows that are not JSON
-    objects in UTF-8 go to `skipped`. Raises InputError when the file is missing, unreadable or of another format.
-    """
+    objects in UTF-8 go to `skipped`. Raises InputError when the file is missing, unreadable or of another format."""
     for file in data_files(path):
         if data_suffix(file) == ".parquet":
             rows = read_parquet(file)
@@ -203,12 +202,8 @@ def read_json_list(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict
             yield f"{path.name}: row {number}", row
 
 
-def whole_number(text: str) -> float:
-    """An int; infinity when it is beyond a float, which would break what counts with it later."""
-    return int(text) if len(text) < 300 else math.inf
-
-
-DECODER = json.JSONDecoder(parse_int=whole_number)  # json.loads would make one for every row
+# Made once, not for every row. A number beyond a float becomes infinite: counting with it would break later.
+DECODER = json.JSONDecoder(parse_int=lambda text: int(text) if len(text) < 300 else math.inf)
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from llm_alignment.stats import in_per_cent, mcnemar
 from llm_alignment.texts import main_script, script_of, scripts
 
-MEASURES = ("loops", "foreign_letters", "other_script", "unfinished", "distinct_bigrams")
+HEALTH = ("loops", "foreign_letters", "other_script", "unfinished")
 
 # Code, addresses, formulas and names of files are written in Latin letters in every language.
 NO_LANGUAGE = re.compile(
@@ -51,8 +51,7 @@ def judge_answer(
     - loops: a passage of words is repeated until the end (see `ends_in_a_loop`);
     - foreign_letters: of a script that neither the question nor `expected` has or names. Code does not count, nor what
       stands in brackets, nor single Greek letters; Latin letters do within a word of Cyrillic ones alone;
-    - other_script: most of its letters, code left out, are of a script in which the question asks nothing.
-    """
+    - other_script: most of its letters, code left out, are of a script in which the question asks nothing."""
     text, asked = NO_LANGUAGE.sub(" ", answer), "\n".join(question)
     named = {script for script, names in NAMED.items() if re.search(names, asked, re.IGNORECASE)}
     right = set(scripts(expected))
@@ -101,8 +100,7 @@ def ends_in_a_loop(answer: str, finished: bool | None = None) -> bool:
     copy, which the limit cuts, counts in part. An answer that ended by itself may close with a refrain or a list of
     equal lines: four times and 24 words, not all of them numbers. The numbers of a list's items do not count; in an
     answer that was cut, nor do other numbers between passages of six words ("Step 7: ..."), repeated four times. A
-    passage of up to ten letters alone ("aaaa", "hahaha") is repeated 25 times.
-    """
+    passage of up to ten letters alone ("aaaa", "hahaha") is repeated 25 times."""
     text = ITEM.sub(" ", answer.casefold())
     words = re.findall(r"[^\W_]+", text)
     if finished is False:  # the last word may be cut
@@ -136,19 +134,12 @@ def repeated_at_the_end(items: Sequence[str]) -> Iterator[tuple[int, int]]:
         yield start, start + length
 
 
-def distinct_bigrams(answer: str) -> float | None:
-    """The share of an answer's pairs of words in a row that differ; None with fewer than two words."""
-    words = re.findall(r"[^\W_]+", answer.casefold())
-    pairs = list(zip(words, words[1:], strict=False))
-    return len(set(pairs)) / len(pairs) if pairs else None
-
-
 def row_health(row: dict) -> list[dict]:
-    """`judge_answer` and "distinct_bigrams" of every answer of a result row.
+    """`judge_answer` of every answer of a result row, and "distinct_bigrams", the share of its pairs of words in a row
+    that differ; None with fewer than two words.
 
     A row has {"turns", "answers", "finished"}, the last two with one entry for each turn, or as TAT-QA's {"question",
-    "answer"}. Its `reference`, a text or one for each turn, is what the answers are expected to be like.
-    """
+    "answer"}. Its `reference`, a text or one for each turn, is what the answers are expected to be like."""
     turns = row.get("turns") or [row["question"]]
     answers = row.get("answers", [row.get("answer")])
     finished = row.get("finished", [None] * len(answers))
@@ -157,7 +148,9 @@ def row_health(row: dict) -> list[dict]:
     health = []
     for place, (answer, is_finished) in enumerate(zip(answers, finished, strict=True)):
         judged = judge_answer(turns[: place + 1], answer, is_finished, expected=str(references.get(place) or ""))
-        health.append({**judged, "distinct_bigrams": distinct_bigrams(answer)})
+        words = re.findall(r"[^\W_]+", answer.casefold())
+        pairs = list(zip(words, words[1:], strict=False))
+        health.append({**judged, "distinct_bigrams": len(set(pairs)) / len(pairs) if pairs else None})
     return health
 
 
@@ -165,12 +158,15 @@ def summarise_health(rows: list[dict]) -> dict[str, float]:
     """Shares of the answers of result rows in per cent, and "distinct_bigrams", the mean of the answers' own; "n":
     answers. What no answer tells, as `unfinished` where rows have no "finished", is left out."""
     answers = [answer for row in rows for answer in row_health(row)]
-    known = {name: [answer[name] for answer in answers if answer[name] is not None] for name in MEASURES}
+    known = {
+        name: [answer[name] for answer in answers if answer[name] is not None]
+        for name in (*HEALTH, "distinct_bigrams")
+    }
     shares = {name: 100 * statistics.fmean(values) for name, values in known.items() if values}
     return {**shares, "n": len(answers)}
 
 
-def compare_health(pairs: list[tuple[dict, dict]], measures: Sequence[str]) -> dict[str, dict]:
+def compare_health(pairs: list[tuple[dict, dict]]) -> dict[str, dict]:
     """Differences in shares, in percentage points, over (before, after) rows; a question's answers are a cluster."""
     answers = [
         (number, old, new)
@@ -178,7 +174,7 @@ def compare_health(pairs: list[tuple[dict, dict]], measures: Sequence[str]) -> d
         for old, new in zip(row_health(before), row_health(after), strict=True)
     ]
     deltas = {}
-    for name in measures:
+    for name in HEALTH:
         known = [(n, old[name], new[name]) for n, old, new in answers if None not in (old[name], new[name])]
         if known:
             clusters, *sides = zip(*known, strict=True)

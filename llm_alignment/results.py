@@ -24,8 +24,7 @@ class ResultFile:
     flags). Raises InputError too when the first line is damaged.
 
     Rows that are missing are taken from `cache`, a file of the same fingerprint, and `finish` puts there what it does
-    not have. A damaged cache file is ignored with a warning.
-    """
+    not have. A damaged cache file is ignored with a warning."""
 
     def __init__(self, path: Path, fingerprint: dict, *, renew: bool = False, cache: Path | None = None) -> None:
         self.path, self.fingerprint, self._cache = path, fingerprint, cache

@@ -92,8 +92,7 @@ def by_kind(rows: list[dict], items: list, figure: Callable[[list], dict]) -> di
 def compare_retention(before: list[dict], after: list[dict]) -> dict[str, dict]:
     """The difference in points by the exact McNemar test, also by language and category, with "lost" and "gained".
 
-    Lost: right before and wrong after (arXiv 2510.17776 calls it 1->0); gained: the other way round.
-    """
+    Lost: right before and wrong after (arXiv 2510.17776 calls it 1->0); gained: the other way round."""
 
     def difference(pairs: list[tuple[dict, dict]]) -> dict:
         sides = values_of(pairs, operator.itemgetter("right"))
@@ -113,8 +112,7 @@ def with_own_drift(
     are put into `before`. Nothing is added where `before`, the rows of the base, has no such answers.
 
     Forward KL(p_base || p_tuned) over the tokens of each last answer and its end of turn: the same measure in every
-    script. An answer that is empty is left out.
-    """
+    script. An answer that is empty is left out."""
     from llm_alignment.drift import base_row, drift_evaluation, reference_row
 
     style, items = PromptStyle(thinking=thinking), []

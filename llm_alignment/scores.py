@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_alignment.evaluation import Evaluation, pair_rows, values_of
 from llm_alignment.files import InputError, digest
-from llm_alignment.instructions import check_rate, checks_passed
+from llm_alignment.instructions import checks_passed
 from llm_alignment.prompts import strip_thinking
 from llm_alignment.rewards import to_logged_scale, to_score
 from llm_alignment.stats import equal_length_delta, in_per_cent, mcnemar, paired_delta
@@ -104,21 +104,15 @@ def scored_evaluation(name: str, questions: list[dict], decoding: Decoding, rewa
 
 def conversation_tokens(questions: list[dict], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens that go through the model at most: a turn reads all before it once more. Without the template's own."""
-    total = 0
-    for question in questions:
-        conversation = 0
-        for ids in tokenizer(question["turns"])["input_ids"]:
-            conversation += len(ids) + max_new_tokens
-            total += conversation
-    return total
+    lengths = ([len(ids) + max_new_tokens for ids in tokenizer(row["turns"])["input_ids"]] for row in questions)
+    return sum(sum(itertools.accumulate(row)) for row in lengths)
 
 
 def summarise(rows: list[dict]) -> dict:
     """Averages over questions (a question counts as the mean of its turns), overall, per turn and per category.
 
     `answer_tokens` is the mean length of an answer, `unfinished` the share of answers cut by the token limit,
-    `batch_sizes` the numbers of answers that were to be generated at once.
-    """
+    `batch_sizes` the numbers of answers that were to be generated at once."""
     mean = statistics.fmean
     turns = range(max(len(row["turns"]) for row in rows))
     scores = [(row["category"], mean(row["scores"])) for row in rows]
@@ -142,8 +136,7 @@ def compare_scored(name: str, before: list[dict], after: list[dict]) -> dict[str
     NAME_length (new tokens of an answer), NAME_equal_length (of the score, at equal length), and in percentage points
     NAME_success and NAME_checks. A question counts as the mean of its turns.
 
-    Raises InputError when no question is on both sides, or other turns under one id.
-    """
+    Raises InputError when no question is on both sides, or other turns under one id."""
     pairs = pair_rows(before, after)
     if any(old["turns"] != new["turns"] for old, new in pairs):
         raise InputError("the two evaluations asked different questions; compare files of one question set")
@@ -175,5 +168,5 @@ def summarise_scored(name: str, rows: list[dict]) -> dict[str, dict]:
     if name in ("instruct", "finance_instruct"):
         summary["success_rate"] = 100 * statistics.fmean(row["scores"][0] >= 7 for row in rows)
     if name == "instruct":
-        summary["check_rate"] = check_rate(rows)
+        summary["check_rate"] = 100 * statistics.fmean(check for row in rows for check in checks_passed(row))
     return {name: summary}

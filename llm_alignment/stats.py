@@ -32,8 +32,7 @@ def paired_delta(
     Returns {"mean", "low", "high", "p", "n", "changed", "clusters", "changed_clusters"}: the last four are counts of
     items, items that differ, labels (None without) and labels whose sum differs. With fewer than 6 units (clusters or
     items), and where none changed, no 95 % interval exists: low and high are None. With no item, or with a value that
-    is not finite, everything but the counts is None. Raises InputError when the lengths differ.
-    """
+    is not finite, everything but the counts is None. Raises InputError when the lengths differ."""
     import numpy as np
     from scipy.stats import binomtest
 
@@ -78,8 +77,7 @@ def mcnemar(before: Sequence[float], after: Sequence[float], *, clusters: Sequen
     """`paired_delta` of answers that are right (1, True), wrong (0, False) or neither (0.5), with McNemar's exact p.
 
     With `clusters` p is that of the sign-flip test on the sums of the clusters; McNemar's exact test is the same test
-    where every answer is a cluster of its own.
-    """
+    where every answer is a cluster of its own."""
     return paired_delta(before, after, clusters=clusters, exact=clusters is None)
 
 
@@ -146,8 +144,7 @@ def _bootstrap(sums: Any, sizes: Any) -> tuple[float, float]:
 
     The unit that is furthest below the mean and the one furthest above it are counted twice: a sample shows too little
     of a long tail, and what it lacks lies further out. Without that, 4 to 8 % of the losses that the interval excludes
-    are there where differences are skewed or a few items lose much (experiments/benchmarks/check_coverage.py).
-    """
+    are there where differences are skewed or a few items lose much (experiments/benchmarks/check_coverage.py)."""
     import numpy as np
     from scipy.stats import bootstrap
 
@@ -189,11 +186,9 @@ def too_few_changed(delta: dict) -> bool:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p values corrected for their number by Holm's step-down method, in the order given (Holm 1979)."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
     corrected, highest = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
-        corrected[index] = highest
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        corrected[index] = highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
     return corrected
 
 
@@ -204,8 +199,7 @@ def equal_length_delta(differences: Sequence[float], length_differences: Sequenc
     t distribution with n - 2 degrees of freedom and errors that may differ in spread (HC3; MacKinnon and White 1985,
     https://doi.org/10.1016/0304-4076(85)90158-7). Returns the keys of `paired_delta` and "per_unit": the slope, for
     one unit of length. With fewer than 4 items, a difference that is not finite, or where one item alone decides the
-    slope, everything but the counts is None; where no length changed, it is the mean difference.
-    """
+    slope, everything but the counts is None; where no length changed, it is the mean difference."""
     import numpy as np
     from scipy import stats
 
@@ -215,11 +209,7 @@ def equal_length_delta(differences: Sequence[float], length_differences: Sequenc
     if len(y) and not x.any():
         return {**paired_delta([0.0] * len(y), y.tolist()), "per_unit": 0.0}
     design = np.stack([np.ones_like(x), x], axis=1)
-    nothing: dict[str, Any] = {
-        **dict.fromkeys(("mean", "low", "high", "p")),
-        **{"n": len(y), "changed": int(np.count_nonzero(y)), "clusters": None, "changed_clusters": None},
-        "per_unit": None,
-    }
+    nothing = {**paired_delta([], []), "n": len(y), "changed": int(np.count_nonzero(y)), "per_unit": None}
     if len(y) < 4 or not np.isfinite(y).all() or np.linalg.matrix_rank(design) < 2:
         return nothing
     inverse = np.linalg.inv(design.T @ design)

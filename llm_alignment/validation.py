@@ -93,8 +93,7 @@ def perplexity_delta(pairs: list[tuple[dict, dict]], delta: dict) -> dict:
 
     The perplexity before is itself an estimate, which moves the difference. So the interval is that of the jackknife's
     pseudo-values, one a row (Tukey 1958, Bias and confidence in not quite large samples, Ann. Math. Stat. 29, 614). p
-    is the loss's: both differences have one sign. So an end stays on the side of 0 on which the loss has it.
-    """
+    is the loss's: both differences have one sign. So an end stays on the side of 0 on which the loss has it."""
     import numpy as np
 
     tokens = np.array([row["tokens"] for _, row in pairs], np.float64)
