@@ -310,7 +310,7 @@ def report_results(
             title += f"; baseline and differences on the {len(both)} that both answered"
     report(record, folder, evaluations, {}, rows, title=title)
     if 0 < len(both) < len(answered):
-        on_both = table_rows(record["baseline"], summarise_scored("mtbench", both), record["delta"], details=True)
+        on_both = table_rows(record["baseline"], summarise_scored("mtbench", both), record["delta"], "full")
         print_table(f"The {len(both)} questions that both answered", on_both)
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llm_alignment")
 
+Rows = dict[str, list[dict]]  # of evaluations, by name
+
 # Evaluations with a file of rows (NAME_baseline.jsonl, NAME_final.jsonl): name -> title
 EVALUATIONS = {
     "validation": "validation",
@@ -156,7 +158,7 @@ def measure(
     with_adapter: bool,
     use_cache: bool = False,
     measured_as: str = "",
-) -> dict[str, list[dict]]:
+) -> Rows:
     """The rows of every evaluation by name; every process gets them. Without the adapter the base answers.
 
     `place`: a folder and a stage; the rows are kept in folder/NAME_STAGE.jsonl. `fingerprint`: of the base. With
@@ -231,7 +233,7 @@ def _read_rounds(evaluation: Evaluation, model: Any, tokenizer: Any, missing: se
             bar.update(sum(len(unit) for unit, _ in results))
 
 
-def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> dict[str, list[dict]]:
+def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> Rows:
     """The rows that a measurement left in `folder`, by evaluation."""
     rows = {}
     for evaluation in evaluations:
@@ -253,13 +255,7 @@ def metrics_of(evaluations: list[Evaluation]) -> list[str]:
 
 
 def report(
-    record: dict,
-    folder: Path,
-    evaluations: list[Evaluation],
-    before: dict[str, list[dict]],
-    after: dict[str, list[dict]],
-    *,
-    title: str = "",
+    record: dict, folder: Path, evaluations: list[Evaluation], before: Rows, after: Rows, *, title: str = ""
 ) -> None:
     """Fills the record's baseline, final and delta; writes metrics.json and the plots; prints the table: whole, with a
     line for every turn and category, unless --table asks for the headline. `before` and `after`: by `measure`."""
@@ -279,8 +275,8 @@ def report(
     write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
     for line in in_short(delta):
         log.info("%s", line)
-    is_short = record.get("args", {}).get("table") == "headline"
-    print_table(title or str(folder), table_rows(baseline, final, delta, details=not is_short, headline=is_short))
+    table = record.get("args", {}).get("table", "full")
+    print_table(title or str(folder), table_rows(baseline, final, delta, table))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
 
 
@@ -340,24 +336,22 @@ def in_short(delta: dict[str, dict]) -> list[str]:
     return [f"{kind}: {'; '.join(items) or 'nothing'}" for kind, items in found.items()]
 
 
-def table_rows(
-    baseline: dict, final: dict, delta: dict, *, details: bool = False, headline: bool = False
-) -> list[TableRow]:
-    """The lines of every metric that was measured, with those of its answer types, and with `details` of its parts;
-    or the `headline` alone, and the health of answers where it is not good."""
+def table_rows(baseline: dict, final: dict, delta: dict, table: str = "") -> list[TableRow]:
+    """The lines of every metric that was measured, with those of its answer types. `table`: "full" adds turns,
+    categories and kinds of retention; "headline" has the most important metrics alone, and bad health of answers."""
     rows = []
     for name, metric in METRICS.items():
         is_health = metric.keys[:1] == ("health",)
         before, after, change = metric.read(baseline), metric.read(final), delta.get(name)
         is_measured = before is not None or after is not None or name in delta
-        if not (before or after if is_health else is_measured and (name in HEADLINE or not headline)):
+        if not (before or after if is_health else is_measured and (name in HEADLINE or table != "headline")):
             continue
         rows.append(TableRow(metric.title, before, after, change, metric.lower_is_better))
-        by_type = (change or {}).get("by_type", {}) if details or name != "retention" else {}
+        by_type = (change or {}).get("by_type", {}) if table == "full" or name != "retention" else {}
         for kind, of_kind in by_type.items():
             figure = Metric(f"  {kind}", (metric.keys[0], "by_type", kind, metric.keys[-1]))
             rows.append(TableRow(figure.title, figure.read(baseline), figure.read(final), of_kind))
-        if details and name in SCORED and name in final:
+        if table == "full" and name in SCORED and name in final:
             old = {"by_turn": [], "by_category": {}} | baseline.get(name, {})
             turns = itertools.zip_longest(old["by_turn"][: len(final[name]["by_turn"])], final[name]["by_turn"])
             rows += [TableRow(f"  turn {number}", *scores) for number, scores in enumerate(turns, 1)]
@@ -435,7 +429,7 @@ def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("basel
         console.print(note)
 
 
-def save_answers(file: str, before: dict[str, list[dict]], after: dict[str, list[dict]]) -> None:
+def save_answers(file: str, before: Rows, after: Rows) -> None:
     """Writes TAT-QA's rows of `measure` where --eval_save_json X.jsonl asks: to X_baseline.jsonl and X_post.jsonl."""
     path = Path(file)
     for name, rows in (("baseline", before), ("post", after)):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment.checks import DATA, passed, read_questions
-from llm_alignment.evaluation import Evaluation, pair_rows, values_of
+from llm_alignment.evaluation import Evaluation, Rows, pair_rows, values_of
 from llm_alignment.files import digest
 from llm_alignment.prompts import PromptStyle, render
 from llm_alignment.scores import answered_evaluation, conversation
@@ -106,7 +106,7 @@ def compare_retention(before: list[dict], after: list[dict]) -> dict[str, dict]:
 
 
 def with_own_drift(
-    evaluations: list[Evaluation], before: dict[str, list[dict]], tokenizer: PreTrainedTokenizerBase, *, thinking: bool
+    evaluations: list[Evaluation], before: Rows, tokenizer: PreTrainedTokenizerBase, *, thinking: bool
 ) -> list[Evaluation]:
     """The evaluations with the drift on the base's own greedy answers to the retention questions; its rows of the base
     are put into `before`. Nothing is added where `before`, the rows of the base, has no such answers.
