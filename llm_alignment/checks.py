@@ -71,7 +71,7 @@ def check_problem(check: dict) -> str | None:
     kind = check.get("type")
     if not isinstance(kind, str) or kind not in TYPES:
         return f"is not known; use one of {', '.join(TYPES)}"
-    known = TYPES[kind][1] | {"type": (str, ""), "not": TRUTH, "case": TRUTH}
+    known: dict[str, tuple[Any, str]] = {**TYPES[kind][1], "type": (str, ""), "not": TRUTH, "case": TRUTH}
     if not check.keys() & (needed := [key for key in known if key in ("values", "count", "of")]):
         return f"has no {' and no '.join(needed)}; add it"
     for key, value in check.items():
@@ -239,7 +239,7 @@ def json_list(check: dict, text: str, asked: str) -> bool:
         return False
     wanted = check.get("values", value)
     same = len(value) == len(wanted) and all(same_value(*pair, check) for pair in zip(value, wanted, strict=True))
-    kind = {"string": str, "number": (int, float)}[check["of"]] if "of" in check else object
+    kind: Any = {"string": str, "number": (int, float)}.get(check.get("of", ""), object)
     return same and all(isinstance(item, kind) for item in value)
 
 
@@ -276,7 +276,7 @@ OF = (["string", "number"].__contains__, "string or number")
 OBJECT = (lambda value: isinstance(value, dict) or is_list(value, str), "a list of texts or an object")
 
 # what decides each type, and what it takes besides `not` and `case`
-TYPES: dict[str, tuple[Callable[[dict, str, str], bool], dict[str, tuple[Callable[[Any], bool], str]]]] = {
+TYPES: dict[str, tuple[Callable[[dict, str, str], bool], dict[str, tuple[Any, str]]]] = {
     "equals": (equals, {"values": TEXTS}),
     "contains": (contains, {"values": TEXTS, "all": TRUTH}),
     "number": (number, {"values": VALUES, "units": TEXTS}),

@@ -36,8 +36,7 @@ def row_drift(model: PeftModel, input_ids: Sequence[int], labels: Sequence[int])
     count = int((targets != -100).sum())
     if not count:
         return 0.0, 0
-    is_cuda = model.device.type == "cuda"
-    with torch.no_grad(), torch.autocast(model.device.type, model.dtype, enabled=is_cuda):
+    with torch.no_grad(), torch.autocast(model.device.type, model.dtype, enabled=model.device.type == "cuda"):
         tuned = base.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
         with adapter_off(model):
             reference = base.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
@@ -90,10 +89,8 @@ def reference_drift(
     rows = []
     for evaluation in evaluations:
         for question_id, prompt, answer, cluster in evaluation.references[:REFERENCES]:
-            if not isinstance(prompt, str):
-                prompt = render(prompt, tokenizer, style)
-            row = reference_row(tokenizer, prompt, answer, max_length)
-            if row:
+            shown = prompt if isinstance(prompt, str) else render(prompt, tokenizer, style)
+            if row := reference_row(tokenizer, shown, answer, max_length):
                 names = {"question_id": f"{evaluation.name} {question_id}", "cluster": f"{evaluation.name} {cluster}"}
                 rows.append({**names, **row})
     if not rows:
@@ -102,12 +99,8 @@ def reference_drift(
     return [drift_evaluation(rows)]
 
 
-def reference_row(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, max_length: int
-) -> dict[str, list[int]] | None:
+def reference_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, max_length: int) -> dict | None:
     """{"input_ids", "labels"} of prompt and answer, cut at `max_length` tokens; None when no answer token is left."""
     start = len(encode(prompt, tokenizer))
     ids = encode(prompt + answer, tokenizer)[:max_length]
-    if len(ids) <= start:
-        return None
-    return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
+    return {"input_ids": ids, "labels": [-100] * start + ids[start:]} if len(ids) > start else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -60,10 +61,7 @@ class Metric:
 
     def read(self, summaries: dict) -> float | None:
         """The figure in a record's `baseline` or `final`; None where it was not measured."""
-        value: Any = summaries if self.keys else None
-        for key in self.keys:
-            value = value.get(key) if value else None
-        return value
+        return functools.reduce(lambda value, key: (value or {}).get(key), self.keys, summaries) if self.keys else None
 
 
 SCORES = {  # of an evaluation that the reward model scores: suffix of the metric's name -> title, key
@@ -408,17 +406,15 @@ def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("basel
     """Prints the lines of `table_texts` under the names of the two sides. Plain ASCII, as wide as the terminal."""
     from rich.box import Box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     width = max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
     is_wide = width >= 110  # else without the items that changed and the verdict
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
-    table = Table(box=rules, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=is_wide, overflow="fold")
-    for column in (*sides, "difference [95 % interval]", "p", *["changed"] * is_wide):
-        table.add_column(column, justify="right", no_wrap=True, overflow="fold")
-    if is_wide:
-        table.add_column("", overflow="fold")
+    numbers = (*sides, "difference [95 % interval]", "p", *["changed"] * is_wide)
+    columns = [Column(name, justify="right", no_wrap=True, overflow="fold") for name in numbers]
+    columns = [Column(no_wrap=is_wide, overflow="fold"), *columns, *[Column(overflow="fold")] * is_wide]
+    table = Table(*columns, box=rules, show_edge=False, padding=(0, 1, 0, 0))
     texts, note = table_texts(rows)
     for cells in texts:
         table.add_row(*[*cells[:3], " ".join(cells[3:5]), *cells[5:]][: len(table.columns)])

@@ -40,9 +40,7 @@ NAMED = {
 }
 
 
-def judge_answer(
-    question: Sequence[str], answer: str, finished: bool | None = None, *, expected: str = ""
-) -> dict[str, bool | None]:
+def judge_answer(question: Sequence[str], answer: str, finished: bool | None = None, *, expected: str = "") -> dict:
     """What is wrong with the form of one answer: {"loops", "foreign_letters", "other_script", "unfinished"}.
 
     `question`: the turns up to the answer, the last one asks. `finished`: whether it ended by itself; None where that
@@ -136,10 +134,8 @@ def repeated_at_the_end(items: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 def row_health(row: dict) -> list[dict]:
     """`judge_answer` of every answer of a result row, and "distinct_bigrams", the share of its pairs of words in a row
-    that differ; None with fewer than two words.
-
-    A row has {"turns", "answers", "finished"}, the last two with one entry for each turn, or as TAT-QA's {"question",
-    "answer"}. Its `reference`, a text or one for each turn, is what the answers are expected to be like."""
+    that differ; None with fewer than two words. A row has {"turns", "answers", "finished"}, the last two with an entry
+    for each turn, or as TAT-QA's {"question", "answer"}; `reference`, a text or one a turn, is what is expected."""
     turns = row.get("turns") or [row["question"]]
     answers = row.get("answers", [row.get("answer")])
     finished = row.get("finished", [None] * len(answers))

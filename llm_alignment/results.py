@@ -62,16 +62,14 @@ class ResultFile:
 
     def missing(self, questions: Sequence[dict]) -> list[dict]:
         """The questions without a row yet, in their order, after taking what the cache has of them."""
-        done = {row["question_id"] for row in self.rows}
-        absent = [question for question in questions if question["question_id"] not in done]
-        wanted = {question["question_id"] for question in absent}
+        wanted = {question["question_id"] for question in questions} - {row["question_id"] for row in self.rows}
         found = [row for key, row in self._cached.items() if key in wanted]
         if found:
-            append_lines(self.path, found)
-            self.rows += found
+            self.append(*found)
             told = "%s: %d rows taken from the baseline cache (%s); --no_baseline_cache computes them again"
             log.info(told, self.path.name, len(found), self._cache)
-        return [question for question in absent if question["question_id"] not in self._cached]
+        wanted -= self._cached.keys()
+        return [question for question in questions if question["question_id"] in wanted]
 
     def append(self, *rows: dict) -> None:
         """Writes the rows and flushes them to the disk."""
