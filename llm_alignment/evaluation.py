@@ -61,7 +61,8 @@ class Metric:
 
     def read(self, summaries: dict) -> float | None:
         """The figure in a record's `baseline` or `final`; None where it was not measured."""
-        return functools.reduce(lambda value, key: (value or {}).get(key), self.keys, summaries) if self.keys else None
+        start: Any = summaries if self.keys else None
+        return functools.reduce(lambda value, key: (value or {}).get(key), self.keys, start)
 
 
 SCORES = {  # of an evaluation that the reward model scores: suffix of the metric's name -> title, key
