@@ -94,20 +94,17 @@ class ResultFile:
 def read_results(path: Path, skipped: SkippedRows) -> tuple[dict, list[dict]]:
     """The fingerprint and the rows of a result file; damaged lines go to `skipped`. A question that has two rows keeps
     the first. Raises InputError when the file or its first line cannot be read."""
-    fingerprint = None
+    rows = files.read_objects(path, skipped)
+    _, first = next(rows, ("", {}))
+    if not isinstance(first.get("fingerprint"), dict) or skipped.count:
+        raise InputError(f"{path}:1: no fingerprint, so this is no result file, or damaged; delete or name another")
     by_id: dict[str | int, dict] = {}
-    for place, row in files.read_objects(path, skipped):
-        if fingerprint is None:
-            if not isinstance(row.get("fingerprint"), dict) or skipped.count:
-                break
-            fingerprint = row["fingerprint"]
-        elif isinstance(row.get("question_id"), str | int):
+    for place, row in rows:
+        if isinstance(row.get("question_id"), str | int):
             by_id.setdefault(row["question_id"], row)
         else:
             skipped.add(place, "no question_id")
-    if fingerprint is None:
-        raise InputError(f"{path}:1: no fingerprint, so this is no result file, or damaged; delete or name another")
-    return fingerprint, list(by_id.values())
+    return first["fingerprint"], list(by_id.values())
 
 
 def baseline_cache(fingerprint: dict) -> Path:
