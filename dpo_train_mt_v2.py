@@ -343,7 +343,7 @@ def run_stage(
     entry["kept_step"] = trainer.state.global_step
     if main_process():
         before = stored_rows(previous, "final", evaluations) if stage.number > 1 else base_rows
-        report(entry, folder, evaluations, before, after)
+        report({**entry, "args": stage.args}, folder, evaluations, before, after)
         entry["gate"] = missed_gate(stage.number, entry["delta"], evaluations)
         write_json(folder / "stage.json", entry)
         training.write_manifest(folder)

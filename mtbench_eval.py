@@ -243,9 +243,9 @@ def report_results(
         record["delta"] |= compare_scored("mtbench", earlier, both)
         if len(both) < len(answered):
             title += f"; baseline and differences on the {len(both)} that both answered"
-    report(record, folder, evaluations, {}, rows, title=title, details=True)
+    report(record, folder, evaluations, {}, rows, title=title)
     if 0 < len(both) < len(answered):
-        on_both = table_rows(record["baseline"], summarise_scored("mtbench", both), record["delta"], details=True)
+        on_both = table_rows(record["baseline"], summarise_scored("mtbench", both), record["delta"], "full")
         print_table(f"The {len(both)} questions that both answered", on_both)
 
 

@@ -195,7 +195,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         after = measured(trainer.model, final, "final", with_adapter=True, measured_as=f"step_{record['kept_step']}")
     if main_process():
         title = f"{record['output_dir']}, step {record['kept_step']}"
-        report(record, folder, final, before, after, title=title, details=args.table == "full")
+        report(record, folder, final, before, after, title=title)
         log.info("validation loss on all %(val_rows_full)d held-out rows: %(val_loss_full).4f", record["final"])
         history = {"": with_validation(trainer.state.log_history, record)}
         save_figure(plot_curves("training", history, LOSS), folder / "loss.png")

@@ -23,7 +23,7 @@ def write_card(run_folder: Path, merged: Path | None = None, scale: float = 1.0)
     args, data, folder = run["args"], run["data"], merged or run_folder
     mixed = [args[f"{source}_dataset"] for source in ("reddit", "finance", "general") if source in data["rows"]]
     sources = [data["source"]] if "source" in data else mixed
-    rows = table_rows(metrics["baseline"], metrics["final"], metrics["delta"], headline=True)
+    rows = table_rows(metrics["baseline"], metrics["final"], metrics["delta"], "headline")
     rows = [row for row in rows if not row.title.startswith(" ")]  # without the parts of a metric
     environment = Environment(keep_trailing_newline=True)
     environment.filters["quoted"] = lambda text: "\n> ".join(text.splitlines())

@@ -46,47 +46,29 @@ def read_checks(row: dict, place: str) -> list[dict]:
     if not isinstance(checks, list) or not checks or not all(isinstance(check, dict) for check in checks):
         raise InputError(f'{place}: no checks; give the question checks such as {{"type": "equals", "values": ["5"]}}')
     for check in checks:
-        kind = check.get("type")
-        if not isinstance(kind, str) or kind not in TYPES:
-            raise InputError(f"{place}: check type {kind!r} is not known; use one of {', '.join(TYPES)}")
-        if problem := check_problem(check, TYPES[kind][1]):
-            raise InputError(f"{place}: the check {kind} {problem}")
+        if problem := check_problem(check):
+            raise InputError(f"{place}: the check {check.get('type')} {problem}")
     return checks
 
 
-def check_problem(check: dict, needed: tuple[str, ...]) -> str | None:
-    """What makes a check undecidable, or None; `needed` are the keys of which it must have at least one."""
-    kind = check["type"]
-    if not any(key in check for key in needed):
+def check_problem(check: dict) -> str | None:
+    """What makes a check undecidable, or None."""
+    kind = check.get("type")
+    if not isinstance(kind, str) or kind not in TYPES:
+        return f"is not known; use one of {', '.join(TYPES)}"
+    known: dict[str, tuple[Any, str]] = {**TYPES[kind][1], "type": (str, ""), "not": TRUTH, "case": TRUTH}
+    if not check.keys() & (needed := [key for key in known if key in ("values", "count", "of")]):
         return f"has no {' and no '.join(needed)}; add it"
-    if unknown := sorted(check.keys() - {"type", "not", "case", *needed, *OPTIONS.get(kind, ())}):
-        return f"does not take {unknown[0]!r}; leave it out"
-    count, values = check.get("count", 0), check.get("values", [""])
-    limits = count if isinstance(count, list) and len(count) == 2 else [count]
-    if not all(type(limit) is int and limit >= 0 for limit in limits) or limits != sorted(limits):
-        return f"has the count {count!r}; make it a number or two, [least, most]"
-    for key in ("not", "case", "all", "more"):
-        if type(check.get(key, False)) is not bool:
-            return f"has {key!r} {check[key]!r}; make it true or false"
-    if kind == "json_keys" and isinstance(values, dict):
-        return None
-    allowed = (str, int, float) if kind in {"number", "json_list"} else (str,)
-    if not isinstance(values, list) or not all(type(value) in allowed for value in values):
-        return f"has values that are not a list of {'texts and numbers' if len(allowed) > 1 else 'texts'}"
-    if not values and not check.get("more"):
-        return "has an empty list of values; add one"
-    if kind == "script" and not set(values) <= SCRIPTS:
-        return f"has the values {values}; use some of {', '.join(sorted(SCRIPTS))}"
-    if check.get("of", "string") not in [*JSON_TYPES]:
-        return f"has `of` {check['of']!r}; use one of {', '.join(JSON_TYPES)}"
-    if not isinstance(units := check.get("units", []), list) or not all(isinstance(unit, str) for unit in units):
-        return f"has the units {units!r}; make it a list of texts"
-    for pattern in [*(values if kind == "regex" else []), check.get("matching", "")]:
+    for key, value in check.items():
+        if key not in known:
+            return f"does not take {key!r}; leave it out"
+        holds, wanted = known[key]
         try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            return f"has the pattern {pattern!r}, which is not one ({error})"
-    return None
+            if not holds(value):
+                return f"has {key} {value!r}; make it {wanted}"
+        except re.error as error:
+            return f"has {key} {value!r} ({error}); make it {wanted}"
+    return "has an empty list of values; add one" if check.get("values") == [] and not check.get("more") else None
 
 
 def passed(question: dict, text: str) -> list[bool]:
@@ -95,18 +77,16 @@ def passed(question: dict, text: str) -> list[bool]:
     return [TYPES[check["type"]][0](check, text, asked) != check.get("not", False) for check in question["checks"]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What is read from an answer
 
 SAME = str.maketrans("ёЁ“”„«»’‘−–—\u00a0\u202f", 'еЕ"""""\'\'---  ')
-FENCE = re.compile(r"```(?:\w*\n)?")
 EMPHASIS = re.compile(r"(\*\*|`|\$)(?=\S)(.+?)(?<=\S)\1")  # of Markdown, and $a formula$
 LEAD_IN = re.compile(r"^[^:\n]{1,80}:\s+")
 
 
 def plain(text: str, check: dict) -> str:
     """One spelling of an answer: one kind of quotes, dashes and blanks, no Markdown around it, in small letters."""
-    text = EMPHASIS.sub(r"\2", FENCE.sub("", text.translate(SAME)))
+    text = EMPHASIS.sub(r"\2", re.sub(r"```(?:\w*\n)?", "", text.translate(SAME)))
     text = "\n".join(line for line in (" ".join(line.split()) for line in text.split("\n")) if line)
     return text if check.get("case") else text.casefold()
 
@@ -121,15 +101,13 @@ def lines(text: str) -> list[str]:
 
 
 BULLET = re.compile(r"(\d+[.)]|[-*+•])\s+")
-DIGIT = re.compile(r"\d")
-NUMBERED = re.compile(r"^\d+[.)] ", re.M)
 
 
 def listed(text: str) -> list[str]:
     """The items of a list, separated by lines, commas, semicolons or the last "and", or else by blanks."""
     text = LEAD_IN.sub("", text)
     items = [bare(BULLET.sub("", item.strip(), count=1)) for item in re.split(r"[\n,;]| (?:and|и) ", text)]
-    return [item for item in items if item] if len(items) > 1 else bare(text).split()
+    return [*filter(None, items)] if len(items) > 1 else bare(text).split()
 
 
 UNIT = re.compile(
@@ -137,7 +115,6 @@ UNIT = re.compile(
     r"|week|month|year|percent|км|кг|см|мм|мл|мин|руб|коп|доллар|евро|метр|кило|грамм|литр|секунд|час|день|дня|дней|недел"
     r"|месяц|год|лет|процент)\w*|(?:m|g|l|s|h|t|м|г|л|с|ч|т)\b)"
 )
-CURRENCY = re.compile(r"([$€£₽]) ?\Z")
 
 
 def numbers(text: str) -> Iterator[tuple[set[float], int, int]]:
@@ -168,10 +145,6 @@ def in_range(number: int, count: int | list[int]) -> bool:
     return least <= number <= most
 
 
-SCRIPTS = set("arabic armenian cjk cyrillic devanagari georgian greek hangul hebrew latin thai".split())
-JSON_TYPES: dict[str, Any] = {"string": str, "number": (int, float)}
-
-
 def json_value(text: str) -> Any:
     """The value of an answer that is JSON, in a code block or not; None where it is not."""
     try:
@@ -180,7 +153,6 @@ def json_value(text: str) -> Any:
         return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The types: each takes its check, the answer and the question
 
 
@@ -200,12 +172,12 @@ def number(check: dict, text: str, asked: str) -> bool:
     wanted = {float(value) for value in check["values"] if not isinstance(value, str)}
     given = {reading for readings, *_ in numbers(plain(asked, {})) for reading in readings} - wanted
     spelt = [plain(value, {}) for value in check["values"] if isinstance(value, str)]
-    if any(stands_in(value, text) for value in spelt if DIGIT.search(value) or not DIGIT.search(text)):
+    if any(stands_in(value, text) for value in spelt if re.search(r"\d", value) or not re.search(r"\d", text)):
         return True
-    for said in (NUMBERED.sub("", text), text):  # "2. so it is 8" or "8. It has eight legs"
+    for said in (re.sub(r"(?m)^\d+[.)] ", "", text), text):  # "2. so it is 8" or "8. It has eight legs"
         if found := [entry for entry in numbers(said) if not entry[0] & given]:
             readings, start, end = found[-1]
-            unit = UNIT.match(said, end) or CURRENCY.search(said[:start])
+            unit = UNIT.match(said, end) or re.search(r"([$€£₽]) ?\Z", said[:start])
             known = not unit or "units" not in check or unit[1].startswith(tuple(check["units"]))
             return bool(readings & wanted) and known and not_denied(said, start, end)
     return False
@@ -216,8 +188,8 @@ def regex(check: dict, text: str, asked: str) -> bool:
     return any(re.search(pattern, text, flags) for pattern in check["values"])
 
 
-def words(check: dict, text: str, asked: str) -> bool:
-    return in_range(len(re.findall(r"(?:[^\W\d_]|')+", text)), check["count"])
+def counted(pattern: str) -> Callable[[dict, str, str], bool]:
+    return lambda check, text, asked: in_range(len(re.findall(pattern, text.strip())), check["count"])
 
 
 def count_lines(check: dict, text: str, asked: str) -> bool:
@@ -229,10 +201,6 @@ def items(check: dict, text: str, asked: str) -> bool:
     if "values" in check:
         return listed(plain(text, check)) == [bare(plain(value, check)) for value in check["values"]]
     return in_range(sum(BULLET.match(line) is not None for line in lines(text)), check["count"])
-
-
-def sentences(check: dict, text: str, asked: str) -> bool:
-    return in_range(len(re.findall(r"[.!?]+(?=\s|$)", text.strip())), check["count"])
 
 
 def json_keys(check: dict, text: str, asked: str) -> bool:
@@ -256,7 +224,8 @@ def json_list(check: dict, text: str, asked: str) -> bool:
         return False
     wanted = check.get("values", value)
     same = len(value) == len(wanted) and all(same_value(*pair, check) for pair in zip(value, wanted, strict=True))
-    return same and ("of" not in check or all(isinstance(item, JSON_TYPES[check["of"]]) for item in value))
+    kind: Any = {"string": str, "number": (int, float)}.get(check.get("of", ""), object)
+    return same and all(isinstance(item, kind) for item in value)
 
 
 def in_order(check: dict, text: str, asked: str) -> bool:
@@ -270,19 +239,39 @@ def script(check: dict, text: str, asked: str) -> bool:
     return bool(letters) and sum(letter in check["values"] for letter in letters) >= 0.9 * len(letters)
 
 
-# what decides each type, and the keys of which it needs at least one
-TYPES: dict[str, tuple[Callable[[dict, str, str], bool], tuple[str, ...]]] = {
-    "equals": (equals, ("values",)),
-    "contains": (contains, ("values",)),
-    "number": (number, ("values",)),
-    "regex": (regex, ("values",)),
-    "words": (words, ("count",)),
-    "lines": (count_lines, ("count",)),
-    "items": (items, ("count", "values")),
-    "sentences": (sentences, ("count",)),
-    "json_keys": (json_keys, ("values",)),
-    "json_list": (json_list, ("count", "values", "of")),
-    "in_order": (in_order, ("values",)),
-    "script": (script, ("values",)),
+def is_list(value: Any, *kinds: type) -> bool:
+    return isinstance(value, list) and all(type(item) in kinds for item in value)
+
+
+def is_count(value: Any) -> bool:
+    limits = value if isinstance(value, list) and len(value) == 2 else [value]
+    return is_list(limits, int) and 0 <= limits[0] <= limits[-1]
+
+
+# what a key may hold: a test of it, and its words
+SCRIPTS = "arabic armenian cjk cyrillic devanagari georgian greek hangul hebrew latin thai".split()
+TRUTH = (lambda value: type(value) is bool, "true or false")
+COUNT = (is_count, "a number or two, [least, most]")
+TEXTS = (lambda value: is_list(value, str), "a list of texts")
+VALUES = (lambda value: is_list(value, str, int, float), "a list of texts and numbers")
+PATTERNS = (lambda value: is_list(value, str) and all(map(re.compile, value)), "a list of patterns")
+PATTERN = (lambda value: isinstance(value, str) and bool(re.compile(value)), "a pattern")
+SCRIPT = (lambda value: is_list(value, str) and {*value} <= {*SCRIPTS}, f"some of {', '.join(SCRIPTS)}")
+OF = (["string", "number"].__contains__, "string or number")
+OBJECT = (lambda value: isinstance(value, dict) or is_list(value, str), "a list of texts or an object")
+
+# what decides each type, and what it takes besides `not` and `case`
+TYPES: dict[str, tuple[Callable[[dict, str, str], bool], dict[str, tuple[Any, str]]]] = {
+    "equals": (equals, {"values": TEXTS}),
+    "contains": (contains, {"values": TEXTS, "all": TRUTH}),
+    "number": (number, {"values": VALUES, "units": TEXTS}),
+    "regex": (regex, {"values": PATTERNS}),
+    "words": (counted(r"(?:[^\W\d_]|')+"), {"count": COUNT}),
+    "lines": (count_lines, {"count": COUNT, "matching": PATTERN}),
+    "items": (items, {"count": COUNT, "values": TEXTS}),
+    "sentences": (counted(r"[.!?]+(?=\s|$)"), {"count": COUNT}),
+    "json_keys": (json_keys, {"values": OBJECT, "more": TRUTH}),
+    "json_list": (json_list, {"count": COUNT, "values": VALUES, "of": OF}),
+    "in_order": (in_order, {"values": TEXTS}),
+    "script": (script, {"values": SCRIPT}),
 }
-OPTIONS = {"contains": ["all"], "number": ["units"], "lines": ["matching"], "json_keys": ["more"]}

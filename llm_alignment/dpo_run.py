@@ -30,7 +30,6 @@ class RunFlags:
     no_baseline_cache: bool
     eval_save_json: str
     gates: str
-    table: str
     thinking: bool
 
 
@@ -83,7 +82,7 @@ def run_dpo(
     if trainer or flags.load_adapter:
         after = measured("final", with_adapter=True)
     if main_process():
-        report(record, folder, evaluations, before, after, details=flags.table == "full")
+        report(record, folder, evaluations, before, after)
         save_answers(flags.eval_save_json, before, after)
         if trainer:
             write_card(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llm_alignment.endings import MissedGateError
 from llm_alignment.files import InputError, SkippedRows, write_json, write_rows
 from llm_alignment.gates import check_gates, describe, judge, parse_gates
-from llm_alignment.health import compare_health, summarise_health
+from llm_alignment.health import HEALTH, compare_health, summarise_health
 from llm_alignment.plots import plot_categories, save_figure
 from llm_alignment.processes import main_process, on_main_process, shared_rounds
 from llm_alignment.results import ResultFile, baseline_cache, read_results
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("llm_alignment")
+
+Rows = dict[str, list[dict]]  # of evaluations, by name
 
 # Evaluations with a file of rows (NAME_baseline.jsonl, NAME_final.jsonl): name -> title
 EVALUATIONS = {
@@ -48,10 +51,8 @@ SCORED = ("mtbench", "instruct", "finance_instruct", "reddit")  # by the reward 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One figure: a record's `baseline` and `final` hold it at `keys`, its `delta` under the metric's name.
-
-    Without `keys` there is a difference alone. The title ends with the unit where it has one.
-    """
+    """One figure: a record's `baseline` and `final` hold it at `keys` (without them there is a difference alone), its
+    `delta` under the metric's name. The title ends with the unit where it has one."""
 
     title: str
     keys: tuple[str, ...] = ()
@@ -60,40 +61,24 @@ class Metric:
 
     def read(self, summaries: dict) -> float | None:
         """The figure in a record's `baseline` or `final`; None where it was not measured."""
-        value: Any = summaries if self.keys else None
-        for key in self.keys:
-            value = value.get(key) if value else None
-        return value
+        start: Any = summaries if self.keys else None
+        return functools.reduce(lambda value, key: (value or {}).get(key), self.keys, start)
 
 
-def scored_metrics(name: str, title: str) -> dict[str, Metric]:
-    """The metrics of an evaluation that the reward model scores."""
-    return {
-        name: Metric(f"{title}, 1-10", (name, "avg")),
-        f"{name}_equal_length": Metric(f"{title}, at equal length", of=name),
-        f"{name}_raw": Metric(f"{title}, raw reward", (name, "raw_mean")),
-        f"{name}_published": Metric(f"{title}, published scale", (name, "avg_logged")),
-        f"{name}_success": Metric(f"{title}, 7 or more, %", (name, "success_rate")),
-        f"{name}_checks": Metric(f"{title}, checks passed, %", (name, "check_rate")),
-        f"{name}_length": Metric(f"{title}, answer tokens", (name, "answer_tokens")),
-    }
-
-
-HEALTH = {  # printed where a share is not 0 on either side
-    "loops": "loops, %",
-    "foreign_letters": "foreign letters, %",
-    "other_script": "other script, %",
-    "unfinished": "unfinished, %",
+SCORES = {  # of an evaluation that the reward model scores: suffix of the metric's name -> title, key
+    "": ("1-10", "avg"),
+    "_equal_length": ("at equal length", ""),
+    "_raw": ("raw reward", "raw_mean"),
+    "_published": ("published scale", "avg_logged"),
+    "_success": ("7 or more, %", "success_rate"),
+    "_checks": ("checks passed, %", "check_rate"),
+    "_length": ("answer tokens", "answer_tokens"),
 }
-
-
 # Every metric that a run can report, in the order of the tables. A metric named like its evaluation is the main one.
 METRICS = {
-    "val_loss": Metric("validation loss", ("val_loss",), lower_is_better=True, of="validation"),
-    "val_loss_row_mean": Metric(
-        "validation loss, mean of rows", ("val_loss_row_mean",), lower_is_better=True, of="validation"
-    ),
-    "ppl": Metric("perplexity", ("ppl",), lower_is_better=True, of="validation"),
+    "val_loss": Metric("validation loss", ("val_loss",), True, "validation"),
+    "val_loss_row_mean": Metric("validation loss, mean of rows", ("val_loss_row_mean",), True, "validation"),
+    "ppl": Metric("perplexity", ("ppl",), True, "validation"),
     "drift": Metric("drift, KL from the base", ("drift",), lower_is_better=True),
     "retention": Metric("retention, % right", ("retention", "right")),
     "own_drift": Metric("drift on the base's own answers", ("own_drift",), lower_is_better=True),
@@ -104,12 +89,21 @@ METRICS = {
     "reward_margin": Metric("held-out pairs, reward margin", ("held_out", "margin")),
     "chosen_log_prob": Metric("held-out pairs, chosen log-prob.", ("held_out", "chosen_log_prob")),
     "margin_by_length": Metric("held-out pairs, margin by length, r", ("held_out", "margin_by_length")),
-} | {key: metric for name in SCORED for key, metric in scored_metrics(name, EVALUATIONS[name]).items()}
-METRICS |= {
-    f"{name}_{kind}": Metric(f"{EVALUATIONS[name]}, {title}", ("health", name, kind), lower_is_better=True, of=name)
-    for name in ANSWERED
-    for kind, title in HEALTH.items()
 }
+METRICS |= {
+    name + suffix: Metric(f"{EVALUATIONS[name]}, {title}", (name, key) if key else (), of=name)
+    for name in SCORED
+    for suffix, (title, key) in SCORES.items()
+}
+METRICS |= {
+    f"{name}_{kind}": Metric(f"{EVALUATIONS[name]}, {kind.replace('_', ' ')}, %", ("health", name, kind), True, name)
+    for name in ANSWERED
+    for kind in HEALTH
+}
+HEADLINE = {
+    "val_loss", "ppl", "drift", "retention", "own_drift", "tatqa", "tatqa_em", "reward_accuracy", "reward_margin",
+    "mtbench", "instruct", "instruct_checks", "finance_instruct", "reddit",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,8 +112,7 @@ class Evaluation:
 
     `items` have a "question_id" each. `read(model, tokenizer, items)` gives the row of each item of a batch, and
     `grade(rows)` in the main process what is stored of them. `summarise(rows)` is what the record's `baseline` and
-    `final` get, `compare(before, after)` what its `delta` gets: a difference for each name of METRICS.
-    """
+    `final` get, `compare(before, after)` what its `delta` gets: a difference for each name of METRICS."""
 
     name: str  # a key of EVALUATIONS for what is reported, and the stem of its files
     items: Sequence[dict]
@@ -140,15 +133,18 @@ class Evaluation:
 
 
 def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
-    """The rows of both sides by question_id, in the order of `after`; an id on one side alone is left out.
-
-    Raises InputError when no id is on both sides.
-    """
+    """The rows of both sides by question_id, in the order of `after`; an id on one side alone is left out. Raises
+    InputError when no id is on both sides."""
     by_id = {row["question_id"]: row for row in before}
     pairs = [(by_id[row["question_id"]], row) for row in after if row["question_id"] in by_id]
     if not pairs:
         raise InputError("the two evaluations have no question in common; compare files of one question set")
     return pairs
+
+
+def values_of(pairs: list[tuple[dict, dict]], value: Callable[[dict], Any]) -> tuple[list, list]:
+    """A figure of the rows before and of the rows after, in the order of `pairs`."""
+    return [value(old) for old, _ in pairs], [value(new) for _, new in pairs]
 
 
 def measure(
@@ -161,28 +157,24 @@ def measure(
     with_adapter: bool,
     use_cache: bool = False,
     measured_as: str = "",
-) -> dict[str, list[dict]]:
+) -> Rows:
     """The rows of every evaluation by name; every process gets them. Without the adapter the base answers.
 
     `place`: a folder and a stage; the rows are kept in folder/NAME_STAGE.jsonl. `fingerprint`: of the base. With
-    `use_cache` rows of the base are shared with other runs. `measured_as`: a stage at which this adapter was measured
-    before; the rows of evaluations that are the same are taken from there.
-    """
+    `use_cache` rows of the base are shared with other runs. `measured_as`: an earlier stage; its rows of evaluations
+    that are the same, by the same adapter, are taken."""
     from llm_alignment.adapters import adapter_off, adapter_sha256
 
     folder, stage = place
     rows = {}
     with contextlib.nullcontext() if with_adapter else adapter_off(model):
         whole = {**fingerprint, "adapter": adapter_sha256(model) if with_adapter else "none"}
-        for evaluation in evaluations:
-            path, cache = folder / f"{evaluation.name}_{stage}.jsonl", None
-            if use_cache and evaluation.is_cached and not with_adapter:
-                cache = baseline_cache({**whole, **evaluation.settings})
-            elif measured_as and (folder / f"{evaluation.name}_{measured_as}.jsonl").exists():
-                cache = folder / f"{evaluation.name}_{measured_as}.jsonl"
-            rows[evaluation.name] = read_items(
-                evaluation, lambda: model, tokenizer, path, fingerprint=whole, cache=cache
-            )
+        for each in evaluations:
+            path, earlier = (folder / f"{each.name}_{name}.jsonl" for name in (stage, measured_as))
+            cache = earlier if measured_as and earlier.exists() else None
+            if use_cache and each.is_cached and not with_adapter:
+                cache = baseline_cache({**whole, **each.settings})
+            rows[each.name] = read_items(each, lambda: model, tokenizer, path, fingerprint=whole, cache=cache)
     return rows
 
 
@@ -197,8 +189,7 @@ def read_items(
     renew: bool = True,
 ) -> list[dict]:
     """The rows of an evaluation's items, kept in `path` and taken from `cache` (see ResultFile); what is missing is
-    read. `get_model` is called only then. All processes call this: they share the batches, the main one writes.
-    """
+    read, by `get_model()`. All processes call this: they share the batches, the main one writes."""
     fingerprint = {**fingerprint, **evaluation.settings}
     results = ResultFile(path, fingerprint, renew=renew, cache=cache) if main_process() else None
     unread = on_main_process(lambda: results.missing(evaluation.items) if results else [])
@@ -215,13 +206,7 @@ def read_items(
     return on_main_process(lambda: results.rows_of(evaluation.items) if results else [])
 
 
-def _read_rounds(
-    evaluation: Evaluation,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    missing: set[str | int],
-    title: str,
-) -> Iterator[list[dict]]:
+def _read_rounds(evaluation: Evaluation, model: Any, tokenizer: Any, missing: set, title: str) -> Iterator[list[dict]]:
     """Yields the rows of all batches that hold a `missing` item, one list for each batch that all processes read."""
     import torch
     from tqdm import tqdm
@@ -233,7 +218,7 @@ def _read_rounds(
     at_once = max(1, math.ceil(evaluation.rows_at_once(model) / max(map(len, units))))
 
     def read(batch: list[list[dict]]) -> Iterator[tuple[int, list[dict]]]:
-        items = list(itertools.chain(*batch))
+        items = [*itertools.chain(*batch)]
         is_read = any(item["question_id"] in missing for item in items)
         rows = iter(evaluation.read(model, tokenizer, items) if is_read else ())
         for place, unit in enumerate(batch):
@@ -247,7 +232,7 @@ def _read_rounds(
             bar.update(sum(len(unit) for unit, _ in results))
 
 
-def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> dict[str, list[dict]]:
+def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> Rows:
     """The rows that a measurement left in `folder`, by evaluation."""
     rows = {}
     for evaluation in evaluations:
@@ -255,9 +240,9 @@ def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> dict
         if path.exists():
             skipped = SkippedRows()
             by_id = {row["question_id"]: row for row in read_results(path, skipped)[1]}
-            ids = [item["question_id"] for item in evaluation.items]
-            rows[evaluation.name] = [by_id[each] for each in ids if each in by_id]  # in the order of `measure`
             skipped.report(f"damaged lines of {path}")
+            ids = (item["question_id"] for item in evaluation.items)  # in the order of `measure`
+            rows[evaluation.name] = [by_id[each] for each in ids if each in by_id]
     return rows
 
 
@@ -269,19 +254,10 @@ def metrics_of(evaluations: list[Evaluation]) -> list[str]:
 
 
 def report(
-    record: dict,
-    folder: Path,
-    evaluations: list[Evaluation],
-    before: dict[str, list[dict]],
-    after: dict[str, list[dict]],
-    *,
-    title: str = "",
-    details: bool = False,
+    record: dict, folder: Path, evaluations: list[Evaluation], before: Rows, after: Rows, *, title: str = ""
 ) -> None:
-    """Fills the record's baseline, final and delta; writes metrics.json and the plots; prints the table.
-
-    `before` and `after` are what `measure` gave. `details` adds a line for every turn and category.
-    """
+    """Fills the record's baseline, final and delta; writes metrics.json and the plots; prints the table: whole, with a
+    line for every turn and category, unless --table asks for the headline. `before` and `after`: by `measure`."""
     baseline, final, delta = record["baseline"], record["final"], record["delta"]
     for evaluation in evaluations:
         name = evaluation.name
@@ -298,8 +274,8 @@ def report(
     write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
     for line in in_short(delta):
         log.info("%s", line)
-    headline = not details and record.get("args", {}).get("table") == "headline"
-    print_table(title or str(folder), table_rows(baseline, final, delta, details=details, headline=headline))
+    table = record.get("args", {}).get("table", "full")
+    print_table(title or str(folder), table_rows(baseline, final, delta, table))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
 
 
@@ -309,8 +285,7 @@ def add_health(record: dict, name: str, before: list[dict], after: list[dict]) -
         if rows:
             record[side].setdefault("health", {})[name] = summarise_health(rows)
     if before and after:
-        olds, news = map(list, zip(*pair_rows(before, after), strict=True))
-        deltas = compare_health(olds, news, [*HEALTH])
+        deltas = compare_health(pair_rows(before, after))
         record["delta"] |= {f"{name}_{kind}": delta for kind, delta in deltas.items()}
 
 
@@ -323,16 +298,14 @@ def asked_gates(text: str, evaluations: list[Evaluation]) -> dict[str, float]:
 
 def judge_gates(record: dict, gates: dict[str, float]) -> None:
     """Fills the record's "gates" and prints a line for each. Raises MissedGateError when one is missed."""
-    judged = {
-        name: judge(record["delta"][name], limit, lower_is_better=METRICS[name].lower_is_better)
-        for name, limit in gates.items()
-        if name in record["delta"]
-    }
-    record["gates"] = judged
-    for name, gate in judged.items():
-        log.info("%s", describe(name, gate, lower_is_better=METRICS[name].lower_is_better))
-    for name in gates.keys() - judged.keys():
-        log.warning("gate %s: undecided, it was not measured before and after", name)
+    judged = record["gates"] = {}
+    for name, limit in gates.items():
+        if name in record["delta"]:
+            lower_is_better = METRICS[name].lower_is_better
+            judged[name] = judge(record["delta"][name], limit, lower_is_better=lower_is_better)
+            log.info("%s", describe(name, judged[name], lower_is_better=lower_is_better))
+        else:
+            log.warning("gate %s: undecided, it was not measured before and after", name)
     missed = [name for name, gate in judged.items() if gate["verdict"] == "missed"]
     if missed:
         raise MissedGateError(f"missed: {', '.join(missed)}; adapter, record and files are complete")
@@ -346,12 +319,6 @@ class TableRow(NamedTuple):
     after: float | None
     delta: dict | None = None
     lower_is_better: bool = False
-
-
-HEADLINE = {
-    "val_loss", "ppl", "drift", "retention", "own_drift", "tatqa", "tatqa_em", "reward_accuracy", "reward_margin",
-    "mtbench", "instruct", "instruct_checks", "finance_instruct", "reddit",
-}  # fmt: skip
 
 
 def in_short(delta: dict[str, dict]) -> list[str]:
@@ -368,31 +335,27 @@ def in_short(delta: dict[str, dict]) -> list[str]:
     return [f"{kind}: {'; '.join(items) or 'nothing'}" for kind, items in found.items()]
 
 
-def table_rows(
-    baseline: dict, final: dict, delta: dict, *, details: bool = False, headline: bool = False
-) -> list[TableRow]:
-    """The lines of every metric that was measured, with those of its answer types, and with `details` of its parts;
-    or the `headline` alone, and the health of answers where it is not good."""
+def table_rows(baseline: dict, final: dict, delta: dict, table: str = "") -> list[TableRow]:
+    """The lines of every metric that was measured, with those of its answer types. `table`: "full" adds turns,
+    categories and kinds of retention; "headline" has the most important metrics alone, and bad health of answers."""
     rows = []
     for name, metric in METRICS.items():
-        if headline and name not in HEADLINE and metric.keys[:1] != ("health",):
+        is_health = metric.keys[:1] == ("health",)
+        before, after, change = metric.read(baseline), metric.read(final), delta.get(name)
+        is_measured = before is not None or after is not None or name in delta
+        if not (before or after if is_health else is_measured and (name in HEADLINE or table != "headline")):
             continue
-        before, after = metric.read(baseline), metric.read(final)
-        if before is None and after is None and name not in delta:
-            continue
-        if metric.keys[:1] == ("health",) and not (before or after):
-            continue
-        rows.append(TableRow(metric.title, before, after, delta.get(name), metric.lower_is_better))
-        by_type = (delta.get(name) or {}).get("by_type", {}) if details or name != "retention" else {}
-        for kind, change in by_type.items():
-            of_kind = Metric(f"  {kind}", (metric.keys[0], "by_type", kind, metric.keys[-1]))
-            rows.append(TableRow(of_kind.title, of_kind.read(baseline), of_kind.read(final), change))
-        if details and name in SCORED and name in final:
-            parts = baseline.get(name, {"by_turn": [], "by_category": {}})
-            for turn, score in enumerate(final[name]["by_turn"]):
-                rows.append(TableRow(f"  turn {turn + 1}", dict(enumerate(parts["by_turn"])).get(turn), score))
+        rows.append(TableRow(metric.title, before, after, change, metric.lower_is_better))
+        by_type = (change or {}).get("by_type", {}) if table == "full" or name != "retention" else {}
+        for kind, of_kind in by_type.items():
+            figure = Metric(f"  {kind}", (metric.keys[0], "by_type", kind, metric.keys[-1]))
+            rows.append(TableRow(figure.title, figure.read(baseline), figure.read(final), of_kind))
+        if table == "full" and name in SCORED and name in final:
+            old = {"by_turn": [], "by_category": {}} | baseline.get(name, {})
+            turns = itertools.zip_longest(old["by_turn"][: len(final[name]["by_turn"])], final[name]["by_turn"])
+            rows += [TableRow(f"  turn {number}", *scores) for number, scores in enumerate(turns, 1)]
             for category, score in final[name]["by_category"].items():
-                rows.append(TableRow(f"  {category}", parts["by_category"].get(category), score))
+                rows.append(TableRow(f"  {category}", old["by_category"].get(category), score))
     return rows
 
 
@@ -408,10 +371,7 @@ def verdict(delta: dict, *, lower_is_better: bool = False) -> str:
 
 
 def number(value: object, sign: str = "") -> str:
-    """A measured figure in four significant digits; a text or whole number as it is; "-" for None.
-
-    `sign`: "+" shows the sign of a positive figure too.
-    """
+    """A figure in four significant digits; a text or whole number as it is; "-" for None. `sign`: "+" signs all."""
     if not isinstance(value, float):
         return "-" if value is None else str(value)
     if abs(value) >= 1000:
@@ -420,49 +380,42 @@ def number(value: object, sign: str = "") -> str:
 
 
 def table_texts(rows: list[TableRow]) -> tuple[list[list[str]], str]:
-    """The cells of each line, and what is to be said of all: "" without a p value.
-
-    Cells: title, before, after; where there is a difference also difference, interval, p, items that changed, verdict.
-    A p value that stays below 0.05 after Holm's correction for all lines is marked *. Where so few items changed that
-    none can be told from chance, an interval without width would say too much and is left out.
-    """
+    """The cells of each line (title, before, after; where there is a difference also difference, interval, p, items
+    that changed, verdict), and what is to be said of all p values: those that stay below 0.05 after Holm's correction
+    for all lines are marked *. An interval without width from too few changes would say too much and is left out."""
     p_values = [row.delta["p"] for row in rows if row.delta and row.delta["p"] is not None]
-    corrected = iter(holm(p_values))
-    texts, marked = [], 0
+    stay = [p < 0.05 for p in holm(p_values)]
+    texts, stays = [], iter(stay)
     for row in rows:
         cells, delta = [row.title, number(row.before), number(row.after)], row.delta
         if delta and delta["mean"] is not None:
             low, high, p = delta["low"], delta["high"], delta["p"]
-            stays = p is not None and next(corrected) < 0.05
-            marked += stays
             unknown = low is None or (low == high and too_few_changed(delta))
             cells += [
                 number(delta["mean"], "+"),
                 "none" if unknown else f"[{number(low)}, {number(high)}]",
-                "-" if p is None else f"{p:.2g}{'*' if stays else ' '}",
+                "-" if p is None else f"{p:.2g}{'*' if next(stays) else ' '}",
                 f"{delta.get('changed', '-')}/{delta['n']}",
                 verdict(delta, lower_is_better=row.lower_is_better),
             ]
         texts.append(cells)
-    note = f"{len(p_values)} p values; {marked} (*) stay below 0.05 after Holm's correction"
-    return texts, note if p_values else ""
+    note = f"{len(stay)} p values; {sum(stay)} (*) stay below 0.05 after Holm's correction"
+    return texts, note if stay else ""
 
 
 def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("baseline", "final")) -> None:
     """Prints the lines of `table_texts` under the names of the two sides. Plain ASCII, as wide as the terminal."""
     from rich.box import Box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     width = max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
     is_wide = width >= 110  # else without the items that changed and the verdict
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
-    table = Table(box=rules, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=is_wide, overflow="fold")
-    for column in (*sides, "difference [95 % interval]", "p", *["changed"] * is_wide):
-        table.add_column(column, justify="right", no_wrap=True, overflow="fold")
-    if is_wide:
-        table.add_column("", overflow="fold")
+    numbers = (*sides, "difference [95 % interval]", "p", *["changed"] * is_wide)
+    columns = [Column(name, justify="right", no_wrap=True, overflow="fold") for name in numbers]
+    columns = [Column(no_wrap=is_wide, overflow="fold"), *columns, *[Column(overflow="fold")] * is_wide]
+    table = Table(*columns, box=rules, show_edge=False, padding=(0, 1, 0, 0))
     texts, note = table_texts(rows)
     for cells in texts:
         table.add_row(*[*cells[:3], " ".join(cells[3:5]), *cells[5:]][: len(table.columns)])
@@ -473,15 +426,10 @@ def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("basel
         console.print(note)
 
 
-def save_answers(file: str, before: dict[str, list[dict]], after: dict[str, list[dict]]) -> None:
-    """Writes TAT-QA's rows where --eval_save_json X.jsonl asks for them: to X_baseline.jsonl and X_post.jsonl.
-
-    `before` and `after` are what `measure` gave; what was not measured is not written.
-    """
-    if not file:
-        return
+def save_answers(file: str, before: Rows, after: Rows) -> None:
+    """Writes TAT-QA's rows of `measure` where --eval_save_json X.jsonl asks: to X_baseline.jsonl and X_post.jsonl."""
     path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
     for name, rows in (("baseline", before), ("post", after)):
-        if "tatqa" in rows:
+        if file and "tatqa" in rows:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_rows(path.with_name(f"{path.stem}_{name}.jsonl"), rows["tatqa"])

@@ -34,14 +34,11 @@ def causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
-OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|(can't|cannot|unable to) allocate|ALLOC_FAILED", re.I)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, numpy or the system could not give the memory that was asked for, on the GPU or on the CPU."""
+    said = re.compile(r"out of memory|not enough memory|(can't|cannot|unable to) allocate|ALLOC_FAILED", re.I)
     return any(
-        isinstance(cause, MemoryError)
-        or (isinstance(cause, RuntimeError | OSError) and OUT_OF_MEMORY.search(str(cause)) is not None)
+        isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError | OSError) and said.search(str(cause)))
         for cause in causes(error)
     )
 
@@ -65,52 +62,42 @@ class SkippedRows:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number from 1, line) of the lines that are not blank, split on the newline byte alone.
-
-    `str.splitlines` would also break on U+2028 and U+0085, which are legal inside a JSON string. Gzip files are
-    unpacked. Raises InputError when the file is missing, unreadable, or no data at all.
-    """
+    """Yields (line number from 1, line) of the lines that are not blank, split on the newline byte alone: the breaks
+    U+2028 and U+0085 are legal inside a JSON string. Raises InputError as `open_data` does."""
     with open_data(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line
+        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
 def read_objects(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
     """Yields ("file:line", object) from a JSONL file as they were written; lines that hold none go to `skipped`."""
     for number, line in read_jsonl(path):
-        place = f"{path.name}:{number}"
         try:
             text = line.decode("utf-8").removeprefix("\ufeff")  # Windows tools begin a file with a byte order mark
             row = parse_json(text)
-        except UnicodeDecodeError:
-            skipped.add(place, "not UTF-8")
-        except ValueError as error:
-            skipped.add(place, TOO_DEEP if str(error) == TOO_DEEP else "not valid JSON")
-        else:
             problem = object_problem(row, text)
-            if problem:
-                skipped.add(place, problem)
-            else:
-                yield place, row
+        except UnicodeDecodeError:
+            problem = "not UTF-8"
+        except ValueError as error:
+            problem = TOO_DEEP if str(error) == TOO_DEEP else "not valid JSON"
+        if problem:
+            skipped.add(f"{path.name}:{number}", problem)
+        else:
+            yield f"{path.name}:{number}", row
 
 
 def read_rows(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
     """Yields (place, row) from a JSONL, JSON or Parquet file, packed by gzip or not, or from a folder of them.
 
     `place` is "file:line" or "file: row n" (both from 1). Columns that are null are left out. Rows that are not JSON
-    objects in UTF-8 go to `skipped`. A JSON list is read whole, the other formats row by row. Raises InputError when
-    the file is missing, unreadable or of another format.
-    """
+    objects in UTF-8 go to `skipped`. Raises InputError when the file is missing, unreadable or of another format."""
     for file in data_files(path):
         if data_suffix(file) == ".parquet":
             rows = read_parquet(file)
-        elif is_json_list(file):
-            rows = read_json_list(file, skipped)
         else:
-            rows = read_objects(file, skipped)
-        for place, row in rows:
-            yield place, without_nulls(row)
+            with open_data(file) as opened:
+                is_list = opened.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+            rows = read_json_list(file, skipped) if is_list else read_objects(file, skipped)
+        yield from ((place, without_nulls(row)) for place, row in rows)
 
 
 def without_nulls(row: dict) -> dict:
@@ -121,8 +108,7 @@ def without_nulls(row: dict) -> dict:
 DATA_SUFFIXES = {".jsonl", ".json", ".parquet"}
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` writes
 NOT_TRAINING = re.compile(
-    r"(^|[^a-z])(tests?|testing|val|valid|validation|dev|devel|development|eval|evals|evaluation|hold[-_ ]?out|"
-    r"held[-_ ]?out)([^a-z]|$)"
+    r"(^|[^a-z])(test(s|ing)?|val(id(ation)?)?|dev(el(opment)?)?|eval(s|uation)?|h[oe]ld[-_ ]?out)([^a-z]|$)"
 )
 ARCHIVES = {  # by the bytes that a file begins with
     b"PK\x03\x04": "zip", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"7z\xbc\xaf": "7z",
@@ -132,16 +118,13 @@ ARCHIVES = {  # by the bytes that a file begins with
 
 def data_suffix(path: Path) -> str:
     """The suffix that tells the format: of "A.JSONL.gz" it is ".jsonl"."""
-    name = path.name.lower().removesuffix(".gz")
-    return Path(name).suffix
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def data_files(path: Path) -> list[Path]:
-    """The file itself, or the data files of a folder, sorted; warns which files of the folder are not read.
-
-    Not read are files of other formats, what the `datasets` library writes about a data set, and test or validation
-    splits (by the name of the file or of a folder within). Raises InputError when nothing is left.
-    """
+    """The file itself, or the data files of a folder, sorted; warns of those that are not read: other formats, what
+    the `datasets` library writes about a data set, and test or validation splits, by the name of the file or of a
+    folder within. Raises InputError when nothing is left."""
     if not path.is_dir():
         return [path]
     files, left_out = [], []
@@ -157,9 +140,7 @@ def data_files(path: Path) -> list[Path]:
             files.append(file)
     named = ", ".join(left_out[:10]) + f" and {len(left_out) - 10} more" * (len(left_out) > 10)
     if not files:
-        raise InputError(
-            f"{path}: no .jsonl, .json or .parquet file to read in this folder ({named or 'it is empty'}); name a file"
-        )
+        raise InputError(f"{path}: no .jsonl, .json or .parquet file in it ({named or 'it is empty'}); name a file")
     if left_out:
         log.warning("%s: %d files read, %d not read: %s", path, len(files), len(left_out), named)
     return files
@@ -174,9 +155,7 @@ def open_data(path: Path) -> Iterator[IO[bytes]]:
         with path.open("rb") as raw:
             head = raw.read(64)
         if head.startswith(b"version https://git-lfs.github.com/spec/"):
-            raise InputError(
-                f"{path}: a Git LFS pointer, not the data; run `git lfs pull` there or fetch the file again"
-            )
+            raise InputError(f"{path}: a Git LFS pointer, not the data; run `git lfs pull` there or fetch it again")
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise InputError(f"{path}: UTF-16 text; save it as UTF-8 (in PowerShell: Set-Content -Encoding utf8)")
         opened: Any = gzip.open(path) if head.startswith(b"\x1f\x8b") else path.open("rb")
@@ -208,12 +187,6 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
             raise InputError(f"{path}: not a readable Parquet file ({reason}); fetch it again") from error
 
 
-def is_json_list(path: Path) -> bool:
-    """Whether the file is one JSON list; without the bracket at its beginning it has one object a line."""
-    with open_data(path) as file:
-        return file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-
-
 def read_json_list(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
     """Yields ("file: row n", object) of a file that is one JSON list."""
     with open_data(path) as file:
@@ -223,20 +196,14 @@ def read_json_list(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict
     except ValueError as error:  # also when it is not UTF-8
         raise InputError(f"{path}: not valid JSON ({error}); repair the file or fetch it again") from error
     for number, row in enumerate(rows, 1):
-        place = f"{path.name}: row {number}"
-        problem = object_problem(row)
-        if problem:
-            skipped.add(place, problem)
+        if problem := object_problem(row):
+            skipped.add(f"{path.name}: row {number}", problem)
         else:
-            yield place, row
+            yield f"{path.name}: row {number}", row
 
 
-def whole_number(text: str) -> float:
-    """An int; infinity when it is beyond a float, which would break what counts with it later."""
-    return int(text) if len(text) < 300 else math.inf
-
-
-DECODER = json.JSONDecoder(parse_int=whole_number)  # json.loads would make one for every row
+# Made once, not for every row. A number beyond a float becomes infinite: counting with it would break later.
+DECODER = json.JSONDecoder(parse_int=lambda text: int(text) if len(text) < 300 else math.inf)
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -255,12 +222,9 @@ TOO_DEEP = "nested too deeply"
 
 
 def object_problem(row: Any, source: str | None = None) -> str | None:
-    """Why a JSON value is not a row, or None: not an object, or one that cannot be written again.
-
-    An escape can spell an unpaired surrogate, which UTF-8 cannot, and nesting that the parser just bore may be too
-    much later. Writing takes as long as parsing, so it is tried only where `source`, the text that the row was read
-    from, allows one of them.
-    """
+    """Why a JSON value is not a row, or None: not an object, or one that cannot be written again: an escape can spell
+    an unpaired surrogate, which UTF-8 cannot, and nesting that the parser just bore may be too much later. Writing is
+    as slow as parsing, so it is tried only where `source`, the text that was read, allows one of them."""
     if not isinstance(row, dict):
         return "not a JSON object"
     if source is None or "\\ud" in source or "\\uD" in source or source.count("[") + source.count("{") > 100:
@@ -274,10 +238,8 @@ def object_problem(row: Any, source: str | None = None) -> str | None:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Writes to a temporary name beside `path` and renames it, so that nobody ever reads half a file.
-
-    A write that fails removes its temporary file.
-    """
+    """Writes to a temporary name beside `path` and renames it, so that nobody ever reads half a file; a write that
+    fails removes it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -293,10 +255,8 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def remove_left_over(folder: Path, before: float = math.inf) -> None:
-    """Removes what a `write_atomic` that was killed left in a folder, last written `before` a time (as time.time()).
-
-    Where other processes write too, that must be long ago.
-    """
+    """Removes what a `write_atomic` that was killed left in a folder, last written `before` a time (as time.time());
+    where other processes write too, long ago."""
     for path in folder.glob("*.tmp"):
         with contextlib.suppress(FileNotFoundError):  # another process removes it too
             if re.search(r"\.\d+\.tmp$", path.name) and path.stat().st_mtime < before:
@@ -310,15 +270,14 @@ def to_bytes(text: str) -> bytes:
 
 def replace(source: Path, target: Path) -> None:
     """`os.replace`, retried for a second: on Windows it fails while another program holds the file."""
-    for _ in range(20):
+    for retries in range(20, -1, -1):
         try:
             os.replace(source, target)
-            return
+            break
         except PermissionError:
-            if not WINDOWS:
+            if not WINDOWS or not retries:
                 raise
             time.sleep(0.05)
-    os.replace(source, target)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -331,17 +290,14 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def append_lines(path: Path, rows: list[dict]) -> None:
-    """Appends rows as JSON lines and flushes them to the disk; starts a new line first if a crash left half a line.
-
-    A write that fails (a full disk) leaves the file as it was.
-    """
+    """Appends rows as JSON lines and flushes them to the disk; starts a new line first if a crash left half a line. A
+    write that fails (a full disk) leaves the file as it was."""
     lines = to_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     with path.open("a+b", buffering=0) as file:  # unbuffered, so that what failed is not written again at the end
         size = file.seek(0, os.SEEK_END)
-        if size:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                lines = b"\n" + lines
+        file.seek(max(0, size - 1))
+        if file.read(1) not in (b"", b"\n"):
+            lines = b"\n" + lines
         try:
             while lines:
                 lines = lines[file.write(lines) :]
@@ -382,10 +338,8 @@ def file_sha256(path: Path) -> str:
 
 
 def kept_sha256(path: Path) -> str:
-    """`file_sha256`, read once: it is kept in the cache folder by path, size and times of change.
-
-    A file that changed a moment ago is read again the next time: it could change once more within the clock's step.
-    """
+    """`file_sha256`, kept in the cache folder by path, size and times of change. A file that changed a moment ago is
+    read again the next time: it could change once more within the clock's step."""
     status = path.stat()
     changed = max(status.st_mtime_ns, status.st_ctime_ns)
     known = cache_folder() / "files" / digest(str(path.resolve()), status.st_size, status.st_mtime_ns, changed)[:32]
@@ -399,10 +353,8 @@ def kept_sha256(path: Path) -> str:
 
 
 def digest(*parts: object) -> str:
-    """SHA-256, in hex, of texts and JSON values. The one hash for identities and for orders that a seed chooses.
-
-    A text counts as it is, any other part as its JSON with sorted keys, so the order of keys does not matter.
-    """
+    """SHA-256, in hex, of texts and, as JSON with sorted keys, other values. The one hash for identities and for
+    orders that a seed chooses."""
     texts = (part if isinstance(part, str) else json.dumps(part, sort_keys=True, default=str) for part in parts)
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
 

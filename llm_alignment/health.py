@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
+from llm_alignment.stats import in_per_cent, mcnemar
 from llm_alignment.texts import main_script, script_of, scripts
 
-MEASURES = ("loops", "foreign_letters", "other_script", "unfinished", "distinct_bigrams")
+HEALTH = ("loops", "foreign_letters", "other_script", "unfinished")
 
 # Code, addresses, formulas and names of files are written in Latin letters in every language.
 NO_LANGUAGE = re.compile(
@@ -39,26 +40,21 @@ NAMED = {
 }
 
 
-def judge_answer(
-    question: Sequence[str], answer: str, finished: bool | None = None, *, expected: str = ""
-) -> dict[str, bool | None]:
+def judge_answer(question: Sequence[str], answer: str, finished: bool | None = None, *, expected: str = "") -> dict:
     """What is wrong with the form of one answer: {"loops", "foreign_letters", "other_script", "unfinished"}.
 
     `question`: the turns up to the answer, the last one asks. `finished`: whether it ended by itself; None where that
     is not known. `expected`: a text in the language of the right answer, such as a reference.
 
     - loops: a passage of words is repeated until the end (see `ends_in_a_loop`);
-    - foreign_letters: letters of a script that neither the question nor `expected` has. Latin letters stand in texts
-      of every language, so they are foreign only within a word of Cyrillic ones; single Greek letters are symbols; a
-      language that the question names brings its script. Code does not count, nor what stands in brackets.
-    - other_script: most of its letters, code left out, are of a script in which the question asks nothing.
-    """
+    - foreign_letters: of a script that neither the question nor `expected` has or names. Code does not count, nor what
+      stands in brackets, nor single Greek letters; Latin letters do within a word of Cyrillic ones alone;
+    - other_script: most of its letters, code left out, are of a script in which the question asks nothing."""
     text, asked = NO_LANGUAGE.sub(" ", answer), "\n".join(question)
     named = {script for script, names in NAMED.items() if re.search(names, asked, re.IGNORECASE)}
     right = set(scripts(expected))
-    foreign = set(scripts(GLOSS.sub(" ", text))) - {*scripts(asked), *right, *named, "latin"}
-    if not GREEK_WORD.search(text):
-        foreign -= {"greek"}
+    symbols = {"latin"} if GREEK_WORD.search(text) else {"latin", "greek"}
+    foreign = scripts(GLOSS.sub(" ", text)).keys() - scripts(asked).keys() - right - named - symbols
     is_mixed = bool(MIXED_WORD.search(text)) and not MIXED_WORD.search(asked + expected)
     return {
         "loops": ends_in_a_loop(answer, finished),
@@ -69,11 +65,8 @@ def judge_answer(
 
 
 def is_other_script(text: str, allowed: set[str], *, has_reference: bool) -> bool:
-    """Whether most of a text is of a script that is not allowed.
-
-    Without a reference names do not count, so words with a capital letter are left out; eight letters of other words,
-    and a third of all letters, are enough. With one, two letters, two thirds of all, are: "no" for a Russian word.
-    """
+    """Whether most of a text is of a script that is not allowed. Without a reference eight letters, a third of all,
+    are enough, and words with a capital letter, such as names, do not count; with one two letters, two thirds."""
     words = re.findall(r"[^\W\d_]+", text)
     letters: Counter[str] = Counter()
     for word in words:
@@ -85,22 +78,16 @@ def is_other_script(text: str, allowed: set[str], *, has_reference: bool) -> boo
 
 
 def asked_scripts(question: Sequence[str]) -> set[str]:
-    """The scripts in which an answer may be written: that of the last turn with letters, and those of passages.
-
-    A passage has four words in a row of one script: "Correct: she go to school" may be answered in both. Russian
-    questions hold English terms, so a first Cyrillic word, or two anywhere, make a question Russian.
-    """
+    """The scripts in which an answer may be written: that of the last turn with letters, and those of passages, which
+    have four words in a row of one: "Correct: she go to school" may be answered in both. Russian questions hold
+    English terms, so a first Cyrillic word, or two anywhere, make a question Russian."""
     texts = [NO_LANGUAGE.sub(" ", turn) for turn in question]
     last = next((text for text in reversed(texts) if scripts(text)), "")
     is_russian = re.match(r"[^\w]*[а-яё]|(.*?\b[а-яё]{2,}\b){2}", last, re.IGNORECASE | re.DOTALL)
     found = {"cyrillic" if is_russian else main_script(last)}
     for text in texts:
-        run, before = 0, ""
-        for word in text.split():
-            script = main_script(word)
-            run = run + 1 if script == before else 1
-            before = script
-            found |= {script} if run >= 4 else set()
+        runs = itertools.groupby(map(main_script, text.split()))
+        found |= {script for script, words in runs if len(list(words)) >= 4}
     return found - {""}
 
 
@@ -111,19 +98,15 @@ def ends_in_a_loop(answer: str, finished: bool | None = None) -> bool:
     copy, which the limit cuts, counts in part. An answer that ended by itself may close with a refrain or a list of
     equal lines: four times and 24 words, not all of them numbers. The numbers of a list's items do not count; in an
     answer that was cut, nor do other numbers between passages of six words ("Step 7: ..."), repeated four times. A
-    passage of up to ten letters alone ("aaaa", "hahaha") is repeated 25 times.
-    """
+    passage of up to ten letters alone ("aaaa", "hahaha") is repeated 25 times."""
     text = ITEM.sub(" ", answer.casefold())
     words = re.findall(r"[^\W_]+", text)
-    without_numbers = [word for word in words if not word.isdecimal()]
-    if finished is False:
-        is_loop = (
-            any(
-                (length >= 3 * size and length >= 12) or (length >= 2 * size and size >= 20)
-                for size, length in repeated_at_the_end(words[:-1])  # the last word may be cut
-            )
-            or any(length >= 4 * size and size >= 6 for size, length in repeated_at_the_end(without_numbers[:-1]))
-        )
+    if finished is False:  # the last word may be cut
+        without_numbers = [word for word in words if not word.isdecimal()]
+        is_loop = any(
+            (length >= 3 * size and length >= 12) or (length >= 2 * size and size >= 20)
+            for size, length in repeated_at_the_end(words[:-1])
+        ) or any(length >= 4 * size and size >= 6 for size, length in repeated_at_the_end(without_numbers[:-1]))
     else:
         is_loop = any(
             length >= 4 * size and length >= 24 and not all(map(str.isdecimal, words[-size:]))
@@ -135,10 +118,8 @@ def ends_in_a_loop(answer: str, finished: bool | None = None) -> bool:
 
 
 def repeated_at_the_end(items: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """(size, length) for every size: the last `length` items repeat every `size` items.
-
-    The lengths are those of the Z function of the reversed sequence (Gusfield 1997, Algorithms on Strings, chapter 1).
-    """
+    """(size, length) for every size: the last `length` items repeat every `size` items. By the Z function of the
+    reversed sequence (Gusfield 1997, Algorithms on Strings, chapter 1)."""
     last = items[::-1]
     equal, left, right = [0] * len(last), 0, 0
     for start in range(1, len(last)):
@@ -151,59 +132,47 @@ def repeated_at_the_end(items: Sequence[str]) -> Iterator[tuple[int, int]]:
         yield start, start + length
 
 
-def distinct_bigrams(answer: str) -> float | None:
-    """The share of an answer's pairs of words in a row that differ; None with fewer than two words."""
-    words = re.findall(r"[^\W_]+", answer.casefold())
-    pairs = list(zip(words, words[1:], strict=False))
-    return len(set(pairs)) / len(pairs) if pairs else None
-
-
 def row_health(row: dict) -> list[dict]:
-    """`judge_answer` and "distinct_bigrams" of every answer of a result row.
-
-    A row has {"turns", "answers", "finished"}, the last two with one entry for each turn, or as TAT-QA's {"question",
-    "answer"}. Its `reference`, a text or one for each turn, is what the answers are expected to be like.
-    """
+    """`judge_answer` of every answer of a result row, and "distinct_bigrams", the share of its pairs of words in a row
+    that differ; None with fewer than two words. A row has {"turns", "answers", "finished"}, the last two with an entry
+    for each turn, or as TAT-QA's {"question", "answer"}; `reference`, a text or one a turn, is what is expected."""
     turns = row.get("turns") or [row["question"]]
     answers = row.get("answers", [row.get("answer")])
     finished = row.get("finished", [None] * len(answers))
     reference = row.get("reference")
     references = dict(enumerate(reference if isinstance(reference, list) else [reference] * len(answers)))
-    return [
-        {
-            **judge_answer(turns[: place + 1], answer, is_finished, expected=str(references.get(place) or "")),
-            "distinct_bigrams": distinct_bigrams(answer),
-        }
-        for place, (answer, is_finished) in enumerate(zip(answers, finished, strict=True))
-    ]
+    health = []
+    for place, (answer, is_finished) in enumerate(zip(answers, finished, strict=True)):
+        judged = judge_answer(turns[: place + 1], answer, is_finished, expected=str(references.get(place) or ""))
+        words = re.findall(r"[^\W_]+", answer.casefold())
+        pairs = list(zip(words, words[1:], strict=False))
+        health.append({**judged, "distinct_bigrams": len(set(pairs)) / len(pairs) if pairs else None})
+    return health
 
 
 def summarise_health(rows: list[dict]) -> dict[str, float]:
-    """Shares of the answers of result rows in per cent, and "distinct_bigrams", the mean of the answers' own.
-
-    What no answer tells, as `unfinished` where rows have no "finished", is left out. "n": answers.
-    """
+    """Shares of the answers of result rows in per cent, and "distinct_bigrams", the mean of the answers' own; "n":
+    answers. What no answer tells, as `unfinished` where rows have no "finished", is left out."""
     answers = [answer for row in rows for answer in row_health(row)]
-    known = {name: [answer[name] for answer in answers if answer[name] is not None] for name in MEASURES}
+    known = {
+        name: [answer[name] for answer in answers if answer[name] is not None]
+        for name in (*HEALTH, "distinct_bigrams")
+    }
     shares = {name: 100 * statistics.fmean(values) for name, values in known.items() if values}
     return {**shares, "n": len(answers)}
 
 
-def compare_health(before: list[dict], after: list[dict], measures: Sequence[str] = MEASURES) -> dict[str, dict]:
-    """Paired differences of `measures`, in percentage points; the same questions in one order.
-
-    The answers to one question are one cluster.
-    """
-    pairs = [
+def compare_health(pairs: list[tuple[dict, dict]]) -> dict[str, dict]:
+    """Differences in shares, in percentage points, over (before, after) rows; a question's answers are a cluster."""
+    answers = [
         (number, old, new)
-        for number, (one, other) in enumerate(zip(before, after, strict=True))
-        for old, new in zip(row_health(one), row_health(other), strict=True)
+        for number, (before, after) in enumerate(pairs)
+        for old, new in zip(row_health(before), row_health(after), strict=True)
     ]
     deltas = {}
-    for name in measures:
-        known = [(n, old[name], new[name]) for n, old, new in pairs if None not in (old[name], new[name])]
+    for name in HEALTH:
+        known = [(n, old[name], new[name]) for n, old, new in answers if None not in (old[name], new[name])]
         if known:
             clusters, *sides = zip(*known, strict=True)
-            test = paired_delta if name == "distinct_bigrams" else mcnemar
-            deltas[name] = in_per_cent(test(*sides, clusters=clusters if len(set(clusters)) < len(known) else None))
+            deltas[name] = in_per_cent(mcnemar(*sides, clusters=clusters if len(set(clusters)) < len(known) else None))
     return deltas

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import random
-import statistics
 
 from llm_alignment.checks import DATA, passed, read_questions
 
@@ -30,8 +29,3 @@ def instruct_questions(limit: int, seed: int) -> list[dict]:
 def checks_passed(row: dict) -> list[bool]:
     """For each check of the row's instruction, whether the answer passes it."""
     return passed(instructions()[row["question_id"]], row["answers"][0])
-
-
-def check_rate(rows: list[dict]) -> float:
-    """The share of checks that the answers of `rows` pass, in per cent."""
-    return 100 * statistics.fmean(check for row in rows for check in checks_passed(row))

@@ -8,18 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_alignment.files import (
-    InputError,
-    SkippedRows,
-    append_lines,
-    cache_folder,
-    differing,
-    digest,
-    read_objects,
-    remove_left_over,
-    replace,
-    write_rows,
-)
+from llm_alignment import files
+from llm_alignment.files import InputError, SkippedRows, append_lines, cache_folder, differing, digest, write_rows
 
 log = logging.getLogger("llm_alignment")
 
@@ -28,38 +18,33 @@ class ResultFile:
     """One JSON line per evaluated item, written as soon as it exists, so that a killed evaluation resumes.
 
     The first line is {"fingerprint": {...}}: what the results depend on. Every other line is a row with a
-    "question_id". Opening a file keeps its whole rows in `rows`; damaged lines, such as the last one of a crash, are
-    left out with a warning, and their questions count as missing. When the stored fingerprint is not this one, raises
-    InputError naming the keys that differ; with `renew` the file becomes NAME.old and a new one is begun (a resumed
-    run measures its own adapter with its own flags). Raises InputError too when the first line is damaged.
+    "question_id". Opening a file keeps its whole rows in `rows`; damaged lines are left out with a warning, and their
+    questions count as missing. When the stored fingerprint is another, raises InputError naming the keys that differ;
+    with `renew` the file becomes NAME.old and a new one is begun (a resumed run measures its own adapter with its own
+    flags). Raises InputError too when the first line is damaged.
 
     Rows that are missing are taken from `cache`, a file of the same fingerprint, and `finish` puts there what it does
-    not have. A damaged cache file is ignored with a warning.
-    """
+    not have. A damaged cache file is ignored with a warning."""
 
     def __init__(self, path: Path, fingerprint: dict, *, renew: bool = False, cache: Path | None = None) -> None:
-        self.path = path
-        self.fingerprint = fingerprint
+        self.path, self.fingerprint, self._cache = path, fingerprint, cache
         self.rows: list[dict] = []
-        self._cache = cache
         self._cached = self._read_cache(cache) if cache and cache.exists() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
             skipped = SkippedRows()
-            stored, self.rows = read_results(path, skipped)
+            stored, rows = read_results(path, skipped)
             if stored == fingerprint:
+                self.rows = rows
                 skipped.report(f"damaged lines of {path}; their questions are answered again")
                 if skipped.count:
-                    write_rows(path, [{"fingerprint": fingerprint}, *self.rows])
+                    write_rows(path, [{"fingerprint": fingerprint}, *rows])
                 return
-            other = differing(stored, fingerprint)
+            other = f"results of another evaluation ({differing(stored, fingerprint)})"
             if not renew:
-                raise InputError(
-                    f"{path} holds results of another evaluation ({other}); write to another place or delete the file"
-                )
-            log.warning("%s.old: results of another evaluation (%s); measuring again", path, other)
-            replace(path, Path(f"{path}.old"))
-            self.rows = []
+                raise InputError(f"{path} holds {other}; write to another place or delete the file")
+            log.warning("%s.old: %s; measuring again", path, other)
+            files.replace(path, Path(f"{path}.old"))
         write_rows(path, [{"fingerprint": fingerprint}])
 
     def _read_cache(self, cache: Path) -> dict[Any, dict]:
@@ -67,31 +52,24 @@ class ResultFile:
         skipped = SkippedRows()
         try:
             stored, rows = read_results(cache, skipped)
+            if stored != self.fingerprint:
+                raise InputError(f"{cache}: results of another evaluation ({differing(stored, self.fingerprint)})")
         except InputError as error:
-            log.warning("ignoring a damaged file of the baseline cache: %s", error)
-            return {}
-        if stored != self.fingerprint:
-            log.warning("ignoring %s: results of another evaluation (%s)", cache, differing(stored, self.fingerprint))
+            log.warning("ignoring a file of the baseline cache: %s", error)
             return {}
         skipped.report(f"damaged lines of the baseline cache {cache}")
         return {row["question_id"]: row for row in rows}
 
     def missing(self, questions: Sequence[dict]) -> list[dict]:
         """The questions without a row yet, in their order, after taking what the cache has of them."""
-        done = {row["question_id"] for row in self.rows}
-        absent = [question for question in questions if question["question_id"] not in done]
-        wanted = {question["question_id"] for question in absent}
+        wanted = {question["question_id"] for question in questions} - {row["question_id"] for row in self.rows}
         found = [row for key, row in self._cached.items() if key in wanted]
         if found:
-            append_lines(self.path, found)
-            self.rows += found
-            log.info(
-                "%s: %d rows taken from the baseline cache (%s); --no_baseline_cache computes them again",
-                self.path.name,
-                len(found),
-                self._cache,
-            )
-        return [question for question in absent if question["question_id"] not in self._cached]
+            self.append(*found)
+            told = "%s: %d rows taken from the baseline cache (%s); --no_baseline_cache computes them again"
+            log.info(told, self.path.name, len(found), self._cache)
+        wanted -= self._cached.keys()
+        return [question for question in questions if question["question_id"] in wanted]
 
     def append(self, *rows: dict) -> None:
         """Writes the rows and flushes them to the disk."""
@@ -103,7 +81,7 @@ class ResultFile:
         new = [row for row in self.rows if row["question_id"] not in self._cached]
         if self._cache and new:
             self._cache.parent.mkdir(parents=True, exist_ok=True)
-            remove_left_over(self._cache.parent, before=time.time() - 24 * 3600)
+            files.remove_left_over(self._cache.parent, before=time.time() - 24 * 3600)
             write_rows(self._cache, [{"fingerprint": self.fingerprint}, *self._cached.values(), *new])
             self._cached |= {row["question_id"]: row for row in new}
 
@@ -114,27 +92,19 @@ class ResultFile:
 
 
 def read_results(path: Path, skipped: SkippedRows) -> tuple[dict, list[dict]]:
-    """The fingerprint and the rows of a result file (see ResultFile); damaged lines go to `skipped`.
-
-    A question that has two rows keeps the first. Raises InputError when the file or its first line cannot be read.
-    """
-    fingerprint = None
+    """The fingerprint and the rows of a result file; damaged lines go to `skipped`. A question that has two rows keeps
+    the first. Raises InputError when the file or its first line cannot be read."""
+    rows = files.read_objects(path, skipped)
+    _, first = next(rows, ("", {}))
+    if not isinstance(first.get("fingerprint"), dict) or skipped.count:
+        raise InputError(f"{path}:1: no fingerprint, so this is no result file, or damaged; delete or name another")
     by_id: dict[str | int, dict] = {}
-    for place, row in read_objects(path, skipped):
-        if fingerprint is None:
-            if not isinstance(row.get("fingerprint"), dict) or skipped.count:
-                break
-            fingerprint = row["fingerprint"]
-        elif isinstance(row.get("question_id"), str | int):
+    for place, row in rows:
+        if isinstance(row.get("question_id"), str | int):
             by_id.setdefault(row["question_id"], row)
         else:
             skipped.add(place, "no question_id")
-    if fingerprint is None:
-        raise InputError(
-            f"{path}:1: no fingerprint in the first line, so this is not a result file, or a damaged one; delete it "
-            "or name another"
-        )
-    return fingerprint, list(by_id.values())
+    return first["fingerprint"], list(by_id.values())
 
 
 def baseline_cache(fingerprint: dict) -> Path:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llm_alignment.evaluation import Evaluation, pair_rows
+from llm_alignment.evaluation import Evaluation, pair_rows, values_of
 from llm_alignment.files import InputError, digest
-from llm_alignment.instructions import check_rate, checks_passed
+from llm_alignment.instructions import checks_passed
 from llm_alignment.prompts import strip_thinking
 from llm_alignment.rewards import to_logged_scale, to_score
 from llm_alignment.stats import equal_length_delta, in_per_cent, mcnemar, paired_delta
@@ -24,10 +25,8 @@ if TYPE_CHECKING:
 def answer_questions(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, items: list[dict], *, decoding: Decoding
 ) -> list[dict]:
-    """The rows of a batch of questions: turn after turn, each with the whole conversation so far.
-
-    A row: the question with "answers", "answer_tokens", "finished" and "batch_sizes", one entry per turn.
-    """
+    """The rows of a batch of questions, answered turn after turn, each with the whole conversation so far: a question
+    with "answers", "answer_tokens", "finished" and "batch_sizes", one entry per turn."""
     from llm_alignment.generation import generate
 
     rows = [{**item, "answers": [], "answer_tokens": [], "finished": [], "batch_sizes": []} for item in items]
@@ -46,7 +45,7 @@ def answer_questions(
 def conversation(row: dict, turn: int) -> list[dict]:
     """The turns that the model reads before its answer of number `turn`, from 0: questions, and the answers so far."""
     messages = [{"role": "user", "content": row["turns"][0]}]
-    for answer, question in zip(row["answers"], row["turns"][1 : turn + 1], strict=False):
+    for answer, question in zip(row.get("answers", []), row["turns"][1 : turn + 1], strict=False):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
     return messages
 
@@ -66,65 +65,64 @@ def score_answers(rows: list[dict], *, reward_model: RewardModel) -> list[dict]:
     return rows
 
 
-def scored_evaluation(name: str, questions: list[dict], decoding: Decoding, reward_model: RewardModel) -> Evaluation:
-    """Questions answered by the chat template and, in the main process, scored by the reward model."""
+def answered_evaluation(name: str, questions: list[dict], decoding: Decoding, **about: Any) -> Evaluation:
+    """Questions answered by the chat template; `about`: the evaluation's other fields, its `items` among them."""
     from llm_alignment.generation import MAX_BATCH_SIZE
 
+    return Evaluation(
+        name=name,
+        read=functools.partial(answer_questions, decoding=decoding),
+        order=lambda question: sum(map(len, question["turns"])),
+        rows_at_once=lambda model: decoding.batch_size or MAX_BATCH_SIZE[model.device.type],
+        tokens=functools.partial(conversation_tokens, questions, decoding.max_new_tokens),
+        **about,
+    )
+
+
+def scored_evaluation(name: str, questions: list[dict], decoding: Decoding, reward_model: RewardModel) -> Evaluation:
+    """Questions answered by the chat template and, in the main process, scored by the reward model."""
     seed = ["seed"] if decoding.temperature else []  # without it runs of other seeds reuse greedy baselines
+    asked = [row for row in questions if "reference" in row]
     settings = {
         "questions": digest(questions),
         "reward_model": reward_model.fingerprint,
         "generation": decoding.settings("max_new_tokens", "temperature", "backend", "thinking", *seed),
     }
-    return Evaluation(
-        name=name,
+    return answered_evaluation(
+        name,
+        questions,
+        decoding,
         items=questions,
-        read=functools.partial(answer_questions, decoding=decoding),
-        grade=functools.partial(score_answers, reward_model=reward_model),
         settings=settings,
-        order=lambda question: sum(map(len, question["turns"])),
-        rows_at_once=lambda model: decoding.batch_size or MAX_BATCH_SIZE[model.device.type],
+        grade=functools.partial(score_answers, reward_model=reward_model),
         is_cached=decoding.temperature == 0,
         summarise=functools.partial(summarise_scored, name),
         compare=functools.partial(compare_scored, name),
-        references=[
-            (row["question_id"], [{"role": "user", "content": row["turns"][0]}], row["reference"], row["question_id"])
-            for row in questions
-            if "reference" in row
-        ],
-        tokens=functools.partial(conversation_tokens, questions, decoding.max_new_tokens),
+        references=[(row["question_id"], conversation(row, 0), row["reference"], row["question_id"]) for row in asked],
     )
 
 
 def conversation_tokens(questions: list[dict], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens that go through the model at most: a turn reads all before it once more. Without the template's own."""
-    total = 0
-    for question in questions:
-        conversation = 0
-        for ids in tokenizer(question["turns"])["input_ids"]:
-            conversation += len(ids) + max_new_tokens
-            total += conversation
-    return total
+    lengths = ([len(ids) + max_new_tokens for ids in tokenizer(row["turns"])["input_ids"]] for row in questions)
+    return sum(sum(itertools.accumulate(row)) for row in lengths)
 
 
 def summarise(rows: list[dict]) -> dict:
     """Averages over questions (a question counts as the mean of its turns), overall, per turn and per category.
 
     `answer_tokens` is the mean length of an answer, `unfinished` the share of answers cut by the token limit,
-    `batch_sizes` the numbers of answers that were to be generated at once.
-    """
+    `batch_sizes` the numbers of answers that were to be generated at once."""
     mean = statistics.fmean
-    categories = sorted({row["category"] for row in rows})
     turns = range(max(len(row["turns"]) for row in rows))
+    scores = [(row["category"], mean(row["scores"])) for row in rows]
+    by_category = {kind: mean(score for own, score in scores if own == kind) for kind in sorted(dict(scores))}
     return {
-        "avg": mean(mean(row["scores"]) for row in rows),
+        "avg": mean(score for _, score in scores),
         "avg_logged": mean(mean(row["scores_logged"]) for row in rows),
         "raw_mean": mean(mean(row["rewards"]) for row in rows),
         "by_turn": [mean(row["scores"][turn] for row in rows if turn < len(row["turns"])) for turn in turns],
-        "by_category": {
-            category: mean(mean(row["scores"]) for row in rows if row["category"] == category)
-            for category in categories
-        },
+        "by_category": by_category,
         "n": len(rows),
         "answer_tokens": mean(tokens for row in rows for tokens in row["answer_tokens"]),
         "unfinished": mean(not finished for row in rows for finished in row["finished"]),
@@ -133,37 +131,35 @@ def summarise(rows: list[dict]) -> dict:
     }
 
 
-def compare_rows(before: list[dict], after: list[dict]) -> dict[str, dict]:
-    """Paired differences over the questions on both sides; a question counts as the mean of its turns.
+def compare_scored(name: str, before: list[dict], after: list[dict]) -> dict[str, dict]:
+    """Paired differences over the questions on both sides, by the names of METRICS: NAME (the score), NAME_raw,
+    NAME_length (new tokens of an answer), NAME_equal_length (of the score, at equal length), and in percentage points
+    NAME_success and NAME_checks. A question counts as the mean of its turns.
 
-    {"score": 1-10, "raw": raw reward, "length": new tokens of an answer, "equal_length": the difference in score that
-    is left at equal length}. Raises InputError when no question is on both sides, or other turns under one id.
-    """
+    Raises InputError when no question is on both sides, or other turns under one id."""
     pairs = pair_rows(before, after)
     if any(old["turns"] != new["turns"] for old, new in pairs):
         raise InputError("the two evaluations asked different questions; compare files of one question set")
-    mean = statistics.fmean
-    sides = {
-        name: [[mean(row[key]) for row in side] for side in zip(*pairs, strict=True)]
-        for name, key in (("score", "scores"), ("raw", "rewards"), ("length", "answer_tokens"))
+
+    def figures(key: str) -> tuple[list[float], list[float]]:
+        return values_of(pairs, lambda row: statistics.fmean(row[key]))
+
+    scores, lengths = figures("scores"), figures("answer_tokens")
+    change, longer = ([new - old for old, new in zip(*sides, strict=True)] for sides in (scores, lengths))
+    deltas = {
+        name: paired_delta(*scores),
+        f"{name}_equal_length": equal_length_delta(change, longer),
+        f"{name}_raw": paired_delta(*figures("rewards")),
+        f"{name}_length": paired_delta(*lengths),
     }
-    change, longer = ([new - old for old, new in zip(*sides[name], strict=True)] for name in ("score", "length"))
-    deltas = {name: paired_delta(*values) for name, values in sides.items()}
-    return {**deltas, "equal_length": equal_length_delta(change, longer)}
-
-
-def compare_scored(name: str, before: list[dict], after: list[dict]) -> dict[str, dict]:
-    """`compare_rows` by the names of METRICS, with the differences in success and in checks passed, in points."""
-    deltas = compare_rows(before, after)
-    named = {f"{name}_{key}": deltas[key] for key in ("equal_length", "raw", "length")}
-    sides = list(zip(*pair_rows(before, after), strict=True))
     if name in ("instruct", "finance_instruct"):
-        named[f"{name}_success"] = in_per_cent(mcnemar(*([row["scores"][0] >= 7 for row in side] for side in sides)))
+        deltas[f"{name}_success"] = in_per_cent(mcnemar(*values_of(pairs, lambda row: row["scores"][0] >= 7)))
     if name == "instruct":
-        passed = [[check for row in side for check in checks_passed(row)] for side in sides]
-        instruction = [row["question_id"] for row in sides[0] for _ in checks_passed(row)]
-        named[f"{name}_checks"] = in_per_cent(mcnemar(*passed, clusters=instruction))
-    return {name: deltas["score"], **named}
+        passed = values_of(pairs, checks_passed)
+        clusters = [old["question_id"] for (old, _), checks in zip(pairs, passed[0], strict=True) for _ in checks]
+        sides = ([*itertools.chain(*side)] for side in passed)
+        deltas[f"{name}_checks"] = in_per_cent(mcnemar(*sides, clusters=clusters))
+    return deltas
 
 
 def summarise_scored(name: str, rows: list[dict]) -> dict[str, dict]:
@@ -172,5 +168,5 @@ def summarise_scored(name: str, rows: list[dict]) -> dict[str, dict]:
     if name in ("instruct", "finance_instruct"):
         summary["success_rate"] = 100 * statistics.fmean(row["scores"][0] >= 7 for row in rows)
     if name == "instruct":
-        summary["check_rate"] = check_rate(rows)
+        summary["check_rate"] = 100 * statistics.fmean(check for row in rows for check in checks_passed(row))
     return {name: summary}

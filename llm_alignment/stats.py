@@ -15,47 +15,26 @@ ENOUGH = 6  # units that must change before a two-sided sign-flip test can reach
 
 
 def paired_delta(
-    before: Sequence[float], after: Sequence[float], *, clusters: Sequence[Hashable] | None = None
+    before: Sequence[float], after: Sequence[float], *, clusters: Sequence[Hashable] | None = None, exact: bool = False
 ) -> dict:
     """Mean of after - before over the same items, with a 95 % interval and a p value that agree.
 
     p is that of the sign-flip (paired permutation) test: all sign patterns up to 13 changed units, else 9,999 random
-    ones. The interval is that test inverted: every shift that it does not reject, so it holds 0 exactly when p is
-    above 0.05. Its ends are the 2.5 % and 97.5 % points of the means of random halves of the data (Hartigan
-    1969, Using subsample values as typical values, JASA 64, 1303). That test assumes symmetric differences, so where
-    the BCa bootstrap reaches further its end is taken; only 0 stays on the side of the interval that p says. Where
-    fewer than 6 units changed, their number alone is uncertain: the ends reach as far as its exact bounds allow.
+    ones; with `exact` McNemar's. The interval is that test inverted, so it holds 0 exactly when p is above 0.05. Its
+    ends are the 2.5 % and 97.5 % points of the means of random halves of the data (Hartigan 1969, Using subsample
+    values as typical values, JASA 64, 1303). That test assumes symmetric differences, so where the BCa bootstrap
+    reaches further its end is taken; only 0 stays on the side of the interval that p says. Where fewer than 6 units
+    changed, their number alone is uncertain: the ends reach as far as its exact bounds allow.
 
-    `clusters`: one label for each item. Items of one label share a sign and are resampled together, so that items with
-    a common context do not count as independent. Without it every item is its own cluster. The order of the items
-    changes nothing.
+    `clusters`: one label for each item. Items of one label, such as those with a common context, share a sign and are
+    resampled together. Without it every item is its own cluster. The order of the items changes nothing.
 
     Returns {"mean", "low", "high", "p", "n", "changed", "clusters", "changed_clusters"}: the last four are counts of
     items, items that differ, labels (None without) and labels whose sum differs. With fewer than 6 units (clusters or
     items), and where none changed, no 95 % interval exists: low and high are None. With no item, or with a value that
-    is not finite, everything but the counts is None. Raises InputError when the lengths differ.
-    """
-    return _delta(before, after, clusters, exact_p=None)
-
-
-def mcnemar(before: Sequence[float], after: Sequence[float], *, clusters: Sequence[Hashable] | None = None) -> dict:
-    """`paired_delta` of answers that are right (1, True), wrong (0, False) or neither (0.5), with McNemar's exact p.
-
-    With `clusters` p is that of the sign-flip test on the sums of the clusters; McNemar's exact test is the same test
-    where every answer is a cluster of its own.
-    """
-    from scipy import stats
-
-    exact_p = None
-    if clusters is None and len(before) == len(after):
-        changes = [float(new) - float(old) for old, new in zip(before, after, strict=True) if new != old]
-        gained = sum(change > 0 for change in changes)
-        exact_p = float(stats.binomtest(gained, len(changes)).pvalue) if changes else 1.0
-    return _delta(before, after, clusters, exact_p=exact_p)
-
-
-def _delta(before: Sequence[float], after: Sequence[float], clusters: Sequence | None, exact_p: float | None) -> dict:
+    is not finite, everything but the counts is None. Raises InputError when the lengths differ."""
     import numpy as np
+    from scipy.stats import binomtest
 
     if len(before) != len(after):
         raise InputError(f"{len(before)} items before and {len(after)} after; give the same items on both sides")
@@ -68,36 +47,43 @@ def _delta(before: Sequence[float], after: Sequence[float], clusters: Sequence |
     sizes = np.bincount(unit_of).astype(np.float64)
     sums = np.bincount(unit_of, weights=differences)
     sums[np.abs(sums) <= 1e-12 * np.abs(differences).sum()] = 0
-    can_tell = len(differences) > 0 and bool(np.isfinite(differences).all())
+    changes = differences[differences != 0]
     delta: dict[str, Any] = {
-        "mean": float(differences.mean()) if can_tell else None,
-        "low": None,
-        "high": None,
-        "p": None,
+        **dict.fromkeys(("mean", "low", "high", "p")),
         "n": len(differences),
-        "changed": int(np.count_nonzero(differences)),
+        "changed": len(changes),
         "clusters": None if clusters is None else len(number),
         "changed_clusters": None if clusters is None else int(np.count_nonzero(sums)),
     }
-    if not can_tell:
+    if not len(differences) or not np.isfinite(differences).all():
         return delta
     # the random parts must not depend on the order of the rows, nor on which side is called before: no fall, sorted
     sides = ((math.fsum(sign * sums), sorted(zip(sign * sums, sizes, strict=True)), sign) for sign in (1, -1))
     _, units, sign = max(sides)
     sums, sizes = np.array(units).T
-    part_sums, part_sizes = _random_parts(sums, sizes)
-    delta["p"] = _sign_flip_p(sums, part_sums) if exact_p is None else exact_p
+    parts = _random_parts(sums, sizes)
+    if not exact:
+        p = _sign_flip_p(sums, parts[0])
+    else:
+        p = float(binomtest(int((changes > 0).sum()), len(changes)).pvalue) if len(changes) else 1.0
+    delta |= {"mean": float(differences.mean()), "p": p}
     if len(sums) < ENOUGH or not sums.any():
         return delta
-    low, high = sorted(sign * end for end in _interval(sums, sizes, part_sums, part_sizes, delta["p"]))
+    low, high = sorted(sign * end for end in _interval(sums, sizes, *parts, p))
     return {**delta, "low": low, "high": high}
+
+
+def mcnemar(before: Sequence[float], after: Sequence[float], *, clusters: Sequence[Hashable] | None = None) -> dict:
+    """`paired_delta` of answers that are right (1, True), wrong (0, False) or neither (0.5), with McNemar's exact p.
+
+    With `clusters` p is that of the sign-flip test on the sums of the clusters; McNemar's exact test is the same test
+    where every answer is a cluster of its own."""
+    return paired_delta(before, after, clusters=clusters, exact=clusters is None)
 
 
 def _random_parts(sums: Any, sizes: Any) -> tuple[Any, Any]:
     """Sums and sizes over random halves of the units, (parts,) each; all 2**units parts where they are few.
-
-    The first part is empty: it stands for the data as they are, with no sign flipped.
-    """
+    The first part is empty: it stands for the data as they are, with no sign flipped."""
     import numpy as np
 
     units = np.stack([sums, sizes], axis=1)
@@ -118,20 +104,15 @@ def _random_parts(sums: Any, sizes: Any) -> tuple[Any, Any]:
 
 def _sign_flip_p(sums: Any, part_sums: Any) -> float:
     """Two-sided p. Flipping the signs of a part lowers the total when the part's sum is positive."""
-    import numpy as np
-
     changed = sums[sums != 0]
     if len(changed) <= ALL_SIGNS < len(sums):
-        part_sums, _ = _random_parts(changed, np.ones(len(changed)))
-    tail = min(np.mean(part_sums <= 0), np.mean(part_sums >= 0))
+        part_sums, _ = _random_parts(changed, changed)
+    tail = min((part_sums <= 0).mean(), (part_sums >= 0).mean())
     return float(min(1.0, 2 * tail))
 
 
 def _interval(sums: Any, sizes: Any, part_sums: Any, part_sizes: Any, p: float) -> tuple[float, float]:
-    """The 95 % interval that holds 0 exactly when `p` is above 0.05. The sum of `sums` is 0 or more.
-
-    An end that would contradict `p` (by the bootstrap, or as the parts are a random sample) is not taken.
-    """
+    """The 95 % interval; the sum of `sums` is 0 or more. An end that would contradict `p` is not taken."""
     import numpy as np
 
     empty = part_sizes == 0
@@ -148,19 +129,13 @@ def _interval(sums: Any, sizes: Any, part_sums: Any, part_sizes: Any, p: float) 
 
 
 def _few_changed(sums: Any, sizes: Any) -> tuple[float, float]:
-    """How far the mean may lie from 0 where so few units changed that their number is the largest uncertainty.
-
-    The exact 95 % bounds of the shares of units that fall and that rise (Clopper and Pearson 1934), times the mean
-    size of a change.
-    """
-    import numpy as np
+    """How far the mean may lie from 0 where few units changed: the exact 95 % bounds of the shares that fall and that
+    rise (Clopper and Pearson 1934), times the mean size of a change."""
     from scipy.stats import binomtest
 
-    size = np.abs(sums[sums != 0]).mean() * len(sums) / sizes.sum()
-    fall, rise = (
-        binomtest(count, len(sums)).proportion_ci(method="exact").high
-        for count in (int(np.sum(sums < 0)), int(np.sum(sums > 0)))
-    )
+    size = abs(sums[sums != 0]).mean() * len(sums) / sizes.sum()
+    counts = int((sums < 0).sum()), int((sums > 0).sum())
+    fall, rise = (binomtest(count, len(sums)).proportion_ci(method="exact").high for count in counts)
     return -float(fall) * size, float(rise) * size
 
 
@@ -169,8 +144,7 @@ def _bootstrap(sums: Any, sizes: Any) -> tuple[float, float]:
 
     The unit that is furthest below the mean and the one furthest above it are counted twice: a sample shows too little
     of a long tail, and what it lacks lies further out. Without that, 4 to 8 % of the losses that the interval excludes
-    are there where differences are skewed or a few items lose much (experiments/benchmarks/check_coverage.py).
-    """
+    are there where differences are skewed or a few items lose much (experiments/benchmarks/check_coverage.py)."""
     import numpy as np
     from scipy.stats import bootstrap
 
@@ -197,25 +171,24 @@ def excluded(delta: dict, *, lower_is_better: bool = False) -> float | None:
     """
     units = delta["n"] if delta.get("clusters") is None else delta["clusters"]
     end = delta["high"] if lower_is_better else delta["low"]
-    loss = None if end is None else float(end if lower_is_better else -end)
-    return None if loss is None or loss <= 0 or units < ENOUGH_TO_EXCLUDE else loss
+    if end is None or units < ENOUGH_TO_EXCLUDE:
+        return None
+    loss = float(end if lower_is_better else -end)
+    return loss if loss > 0 else None
 
 
 def too_few_changed(delta: dict) -> bool:
     """Whether so few items (or clusters) changed that the sign-flip test could not reach 0.05 in any case."""
     if "changed" not in delta:  # a record of an earlier version
         return False
-    changed = delta["changed"] if delta["clusters"] is None else delta["changed_clusters"]
-    return changed < ENOUGH
+    return (delta["changed"] if delta["clusters"] is None else delta["changed_clusters"]) < ENOUGH
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p values corrected for their number by Holm's step-down method, in the order given (Holm 1979)."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
     corrected, highest = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
-        corrected[index] = highest
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        corrected[index] = highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
     return corrected
 
 
@@ -226,19 +199,17 @@ def equal_length_delta(differences: Sequence[float], length_differences: Sequenc
     t distribution with n - 2 degrees of freedom and errors that may differ in spread (HC3; MacKinnon and White 1985,
     https://doi.org/10.1016/0304-4076(85)90158-7). Returns the keys of `paired_delta` and "per_unit": the slope, for
     one unit of length. With fewer than 4 items, a difference that is not finite, or where one item alone decides the
-    slope, everything but the counts is None; where no length changed, it is the mean difference.
-    """
+    slope, everything but the counts is None; where no length changed, it is the mean difference."""
     import numpy as np
     from scipy import stats
 
     if len(differences) != len(length_differences):
         raise InputError(f"{len(differences)} differences and {len(length_differences)} of the lengths; give as many")
     y, x = np.asarray(differences, np.float64), np.asarray(length_differences, np.float64)
-    counts = {"n": len(y), "changed": int(np.count_nonzero(y)), "clusters": None, "changed_clusters": None}
     if len(y) and not x.any():
         return {**paired_delta([0.0] * len(y), y.tolist()), "per_unit": 0.0}
     design = np.stack([np.ones_like(x), x], axis=1)
-    nothing = {"mean": None, "low": None, "high": None, "p": None, **counts, "per_unit": None}
+    nothing = {**paired_delta([], []), "n": len(y), "changed": int(np.count_nonzero(y)), "per_unit": None}
     if len(y) < 4 or not np.isfinite(y).all() or np.linalg.matrix_rank(design) < 2:
         return nothing
     inverse = np.linalg.inv(design.T @ design)
@@ -250,14 +221,11 @@ def equal_length_delta(differences: Sequence[float], length_differences: Sequenc
     error = float(np.sqrt((inverse @ weighted.T @ weighted @ inverse)[0, 0]))
     mean, slope = map(float, coefficients)
     reach = float(stats.t.ppf(0.975, len(y) - 2)) * error
-    if error <= 1e-12 * np.abs(y).max(initial=0):
-        p = 1.0 if abs(mean) <= 1e-12 * np.abs(y).max(initial=0) else 0.0
-    else:
-        p = float(2 * stats.t.sf(abs(mean) / error, len(y) - 2))
-    return {"mean": mean, "low": mean - reach, "high": mean + reach, "p": p, **counts, "per_unit": slope}
+    rounding = 1e-12 * np.abs(y).max(initial=0)
+    p = float(abs(mean) <= rounding) if error <= rounding else float(2 * stats.t.sf(abs(mean) / error, len(y) - 2))
+    return {**nothing, "mean": mean, "low": mean - reach, "high": mean + reach, "p": p, "per_unit": slope}
 
 
 def in_per_cent(delta: dict) -> dict:
     """A difference of shares in percentage points."""
-    ends = {key: None if delta[key] is None else 100 * delta[key] for key in ("mean", "low", "high")}
-    return {**delta, **ends}
+    return {**delta, **{key: 100 * delta[key] for key in ("mean", "low", "high") if delta[key] is not None}}

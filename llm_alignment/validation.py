@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llm_alignment.anchored_loss import fused_nll_kl
-from llm_alignment.evaluation import Evaluation, pair_rows
+from llm_alignment.evaluation import Evaluation, pair_rows, values_of
 from llm_alignment.files import digest
 from llm_alignment.models import inner_model
 from llm_alignment.stats import paired_delta
@@ -84,10 +84,9 @@ def compare_validation(before: list[dict], after: list[dict]) -> dict[str, dict]
     """Paired differences of the token-weighted validation loss, its exponential, the perplexity, and row means."""
     pairs = pair_rows(before, after)
     mean_tokens = sum(row["tokens"] for _, row in pairs) / len(pairs)
-    sides = [[row["nll"] / mean_tokens for row in side] for side in zip(*pairs, strict=True)]
-    row_means = [[row["nll"] / row["tokens"] for row in side] for side in zip(*pairs, strict=True)]
-    delta = paired_delta(*sides)
-    return {"val_loss": delta, "val_loss_row_mean": paired_delta(*row_means), "ppl": perplexity_delta(pairs, delta)}
+    delta = paired_delta(*values_of(pairs, lambda row: row["nll"] / mean_tokens))
+    row_mean = paired_delta(*values_of(pairs, lambda row: row["nll"] / row["tokens"]))
+    return {"val_loss": delta, "val_loss_row_mean": row_mean, "ppl": perplexity_delta(pairs, delta)}
 
 
 def perplexity_delta(pairs: list[tuple[dict, dict]], delta: dict) -> dict:
@@ -95,12 +94,11 @@ def perplexity_delta(pairs: list[tuple[dict, dict]], delta: dict) -> dict:
 
     The perplexity before is itself an estimate, which moves the difference. So the interval is that of the jackknife's
     pseudo-values, one a row (Tukey 1958, Bias and confidence in not quite large samples, Ann. Math. Stat. 29, 614). p
-    is the loss's: both differences have one sign. So an end stays on the side of 0 on which the loss has it.
-    """
+    is the loss's: both differences have one sign. So an end stays on the side of 0 on which the loss has it."""
     import numpy as np
 
     tokens = np.array([row["tokens"] for _, row in pairs], np.float64)
-    nll = np.array([[row["nll"] for row in side] for side in zip(*pairs, strict=True)])
+    nll = np.array(values_of(pairs, lambda row: row["nll"]))
     losses = nll.sum(1) / tokens.sum()
     scale = min(losses.max(), MOST)
     left_out = (nll.sum(1, keepdims=True) - nll) / np.maximum(tokens.sum() - tokens, 1)

@@ -21,26 +21,20 @@ def model(demo_base):
 @pytest.fixture
 def tuned(model):
     """The model with an adapter that does something; the fresh one is put back."""
-    fresh = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
+    weights = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        for weight in weights:
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
     yield model
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in fresh:
-                parameter.copy_(fresh[name])
+        for weight in weights:
+            weight.zero_()
 
 
+IDS = [5, 9, 30, 12, 7, 44, 45]
 ROWS = [
-    {
-        "question_id": 0,
-        "cluster": "a",
-        "input_ids": [5, 9, 30, 12, 7, 44, 45],
-        "labels": [-100, -100, -100, 12, 7, 44, 45],
-    },
+    {"question_id": 0, "cluster": "a", "input_ids": IDS, "labels": [-100] * 3 + IDS[3:]},
     {"question_id": 1, "cluster": "b", "input_ids": [6, 8, 31], "labels": [-100, -100, 31]},
 ]
 
@@ -56,13 +50,11 @@ def plain_drift(model, input_ids, labels) -> tuple[float, int]:
     return sum(kl[place].item() for place in places), len(places)
 
 
-def test_a_fresh_adapter_has_not_drifted(model):
+def test_drift_is_the_plain_formula_and_nothing_of_a_fresh_adapter(model, request):
     for row in ROWS:
         kl, tokens = drift.row_drift(model, row["input_ids"], row["labels"])
         assert abs(kl / tokens) < 1e-6
-
-
-def test_drift_is_the_plain_formula(tuned):
+    tuned = request.getfixturevalue("tuned")
     for row in ROWS:
         kl, tokens = drift.row_drift(tuned, row["input_ids"], row["labels"])
         expected, count = plain_drift(tuned, row["input_ids"], row["labels"])

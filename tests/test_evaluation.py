@@ -139,14 +139,13 @@ def delta(mean, low, high, p, n=80, changed=60, clusters=None, changed_clusters=
 def test_the_table_is_plain_and_says_when_nothing_can_be_seen(capsys):
     clear, unclear = delta(0.81234, 0.5, 1.1, 0.0002), delta(-0.01, -0.2, 0.15, 0.71)
     rows = [("MT-Bench", 4.12345, 4.93579, clear), ("ppl", 3.5, 3.49, unclear), ("n", None, 2, None)]
+    rows.append(("m", 17300.4, 2.8051e-05, delta(-17300.4, -18000.0, 0.00012345, 0.02)))
     print_table("Результат", [TableRow(*row) for row in rows])
     out = capsys.readouterr().out
-    lines = {line.split()[0]: line for line in out.split("\n") if line.split()}
-    assert "4.123" in lines["MT-Bench"] and "4.936" in lines["MT-Bench"]
-    assert "+0.8123 [0.5000, 1.100]" in lines["MT-Bench"] and "0.0002" in lines["MT-Bench"]
-    assert "60/80" in lines["MT-Bench"]
-    assert "no detectable change" not in lines["MT-Bench"]
+    lines = {line.split()[0]: " ".join(line.split()) for line in out.split("\n") if line.split()}
+    assert lines["MT-Bench"] == "MT-Bench 4.123 4.936 +0.8123 [0.5000, 1.100] 0.0002* 60/80"
     assert "no detectable change" in lines["ppl"] and "0.71" in lines["ppl"]
+    assert "17300 2.8e-05 -17300 [-18000, 0.00012]" in lines["m"]
     assert max(map(len, out.split("\n"))) <= 120
     assert all(ord(letter) < 128 for letter in out.replace("Результат", ""))
 
@@ -188,23 +187,19 @@ def test_an_interval_without_width_from_too_few_changes_is_not_shown():
     assert texts[0][3:6] == ["+0.000", "none", "1 "] and texts[1] == ["n", "1.000", "2.000"] and "1 p " in note
 
 
-def test_numbers_are_short(capsys):
-    print_table("t", [TableRow("m", 17300.4, 2.8051e-05, delta(-17300.4, -18000.0, 0.00012345, 0.02))])
-    words = " ".join(capsys.readouterr().out.split())
-    assert "17300 2.8e-05 -17300 [-18000, 0.00012]" in words
-
-
 def test_rows_are_paired_by_id():
     before, after = [{"question_id": n, "x": n} for n in (1, 2, 3)], [{"question_id": n, "x": -n} for n in (3, 1, 4)]
-    assert evaluation.pair_rows(before, after) == [(before[2], after[0]), (before[0], after[1])]
+    pairs = evaluation.pair_rows(before, after)
+    assert pairs == [(before[2], after[0]), (before[0], after[1])]
+    assert evaluation.values_of(pairs, lambda row: row["x"]) == ([3, 1], [-3, -1])
     with pytest.raises(files.InputError):
         evaluation.pair_rows(before, [{"question_id": "1"}])
 
 
 def test_the_report_fills_record_metrics_and_table(tmp_path, capsys):
     def compare(before, after):
-        pairs = evaluation.pair_rows(before, after)
-        return {"val_loss": stats.paired_delta(*([row["x"] for row in side] for side in zip(*pairs, strict=True)))}
+        sides = evaluation.values_of(evaluation.pair_rows(before, after), lambda row: row["x"])
+        return {"val_loss": stats.paired_delta(*sides)}
 
     def summarise(rows):
         return {"val_loss": sum(row["x"] for row in rows) / len(rows)}
@@ -221,12 +216,24 @@ def test_the_report_fills_record_metrics_and_table(tmp_path, capsys):
     assert METRICS["val_loss"].title in out and METRICS["drift"].title in out and "perplexity" not in out
 
 
-def test_turns_and_categories_get_a_line_each():
-    summary = {"avg": 5.0, "by_turn": [6.0, 4.0], "by_category": {"math": 5.0}}
-    rows = evaluation.table_rows({}, {"mtbench": summary}, {}, details=True)
+def test_the_table_is_as_long_as_the_flag_says(tmp_path, capsys):
+    summary = {"avg": 5.0, "raw_mean": 1.0, "by_turn": [6.0, 4.0], "by_category": {"math": 5.0}}
+    rows = evaluation.table_rows({}, {"mtbench": summary}, {}, "full")
     assert [(row.title, row.before, row.after) for row in rows] == [
         ("MT-Bench, 1-10", None, 5.0),
         ("  turn 1", None, 6.0),
         ("  turn 2", None, 4.0),
         ("  math", None, 5.0),
+        ("MT-Bench, raw reward", None, 1.0),
     ]
+    for table, shown in (("full", ["MT-Bench", "math", "raw"]), ("headline", ["MT-Bench"])):
+        record = {
+            "args": {"table": table},
+            "baseline": {},
+            "final": {"mtbench": summary},
+            "delta": {},
+            "runtime_s": {},
+        }
+        evaluation.report(record, tmp_path, [], {}, {})
+        out = capsys.readouterr().out
+        assert [word for word in ("MT-Bench", "math", "raw") if word in out] == shown

@@ -81,12 +81,11 @@ def test_a_malformed_line_is_skipped_and_named(tmp_path, line, reason):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, told in ((tmp_path / "pipe", "a pipe or a device"), (Path(os.devnull), "a pipe or a device")):
+    (tmp_path / "folder").mkdir()
+    device = "a pipe or a device"
+    for path, told in ((tmp_path / "pipe", device), (Path(os.devnull), device), (tmp_path / "folder", "a folder")):
         with pytest.raises(InputError, match=told):
-            read(path)
-    (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(InputError, match="folder"):
-        list(files.read_jsonl(tmp_path / "folder.jsonl"))
+            list(files.read_jsonl(path))
 
 
 def test_the_first_five_places_are_named(tmp_path, logged):
@@ -239,10 +238,9 @@ def test_eight_processes_append_whole_lines_to_one_log(tmp_path):
     path, count = tmp_path / "log.jsonl", 60
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=append_many, args=(path, writer, count)) for writer in range(8)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    for step in ("start", "join"):
+        for process in processes:
+            getattr(process, step)()
     lines = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
     seen = sorted((row["writer"], row["number"]) for row in map(json.loads, lines))
     assert seen == [(writer, number) for writer in range(8) for number in range(count)]

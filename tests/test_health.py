@@ -8,14 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_alignment.health import (
-    compare_health,
-    distinct_bigrams,
-    judge_answer,
-    repeated_at_the_end,
-    row_health,
-    summarise_health,
-)
+from llm_alignment.health import compare_health, judge_answer, repeated_at_the_end, row_health, summarise_health
 
 RU, EN = "Расскажи, чем полезны прогулки в лесу.", "Tell me why walks in a forest are good for you."
 
@@ -218,8 +211,9 @@ def test_rows_of_every_evaluation_are_summarised_and_compared():
         {"loops": 100 / 3, "foreign_letters": 0, "other_script": 100 / 3, "unfinished": 50, "n": 3,
          "distinct_bigrams": 100 * (4 / 159 + 1 + 3 / 5) / 3}
     )  # fmt: skip
-    assert distinct_bigrams("one") is None and [part["unfinished"] for part in row_health(table)] == [None]
+    [short] = row_health({**table, "answer": "one"})
+    assert short["distinct_bigrams"] is short["unfinished"] is None
     good = {**one, "answers": [RUSSIAN[0]] * 2, "finished": [True] * 2}
-    deltas = compare_health([one, table], [good, table])
+    deltas = compare_health([(one, good), (table, table)])
     assert deltas["loops"]["mean"] == pytest.approx(-100 / 3) and deltas["unfinished"]["mean"] == -50
     assert deltas["foreign_letters"]["changed"] == 0 and deltas["other_script"]["clusters"] == 2

@@ -1,7 +1,5 @@
 """The 25 instructions and the share of their checks."""
 
-import pytest
-
 from llm_alignment import instructions
 
 POOR = ["", "I am not sure. It depends, doesn't it? Money comes and goes! See 1 or 2."]
@@ -21,4 +19,4 @@ def test_a_limit_takes_a_sample_by_seed_and_the_rate_counts_checks():
     assert all(row.keys() == {"question_id", "category", "turns"} for row in sample)
     assert len(instructions.instruct_questions(0, 3)) == len(instructions.instruct_questions(99, 3)) == 25
     rows = [{"question_id": 1, "answers": ["1. a\n2. b\n3. c\n4. d"]}, {"question_id": 14, "answers": ["Yes."]}]
-    assert instructions.check_rate(rows) == pytest.approx(100 / 3)  # of five items in order and yes, only yes
+    assert [check for row in rows for check in instructions.checks_passed(row)] == [False, False, True]

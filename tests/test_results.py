@@ -99,6 +99,11 @@ def test_the_cache_gives_what_is_missing(tmp_path, logged):
     assert answer_all(tmp_path / "c.jsonl", questions(5), use_cache=True)[1] == [3, 4], "and is filled up"
     assert answer_all(tmp_path / "d.jsonl", questions(5), use_cache=True)[1] == []
     assert answer_all(tmp_path / "e.jsonl", questions(3))[1] == [0, 1, 2]
+    [cached] = (tmp_path / "cache").rglob("*.jsonl")
+    lines = cached.read_bytes().split(b"\n")
+    cached.write_bytes(b"\n".join([*lines[:2], b"\0", *lines[3:]]))
+    assert answer_all(tmp_path / "damaged.jsonl", questions(5), use_cache=True)[1] == [1]
+    assert answer_all(tmp_path / "mended.jsonl", questions(5), use_cache=True)[1] == []
     assert answer_all(tmp_path / "f.jsonl", questions(3), {**MODEL, "seed": 1}, use_cache=True)[1] == [0, 1, 2]
 
 
@@ -124,13 +129,3 @@ def test_what_killed_runs_left_in_the_cache_goes_after_a_day(tmp_path):
         os.utime(folder / name, (0, time.time() - 25 * 3600))
     answer_all(tmp_path / "a.jsonl", questions(2), use_cache=True)
     assert {path.name for path in folder.glob("*.tmp")} == {"new.jsonl.17.tmp", "own.tmp"}
-
-
-@pytest.mark.usefixtures("own_folders")
-def test_a_damaged_line_of_the_cache_is_answered_again(tmp_path):
-    answer_all(tmp_path / "a.jsonl", questions(3), use_cache=True)
-    [cached] = (tmp_path / "cache").rglob("*.jsonl")
-    lines = cached.read_bytes().split(b"\n")
-    cached.write_bytes(b"\n".join([*lines[:2], b"\0", *lines[3:]]))
-    assert answer_all(tmp_path / "b.jsonl", questions(3), use_cache=True)[1] == [1]
-    assert answer_all(tmp_path / "c.jsonl", questions(3), use_cache=True)[1] == []
