@@ -119,10 +119,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def read_prompts(args: argparse.Namespace) -> list[dict]:
     """The prompts [{"question_id", "prompt": turns}], each once, without those that an evaluation asks."""
-    rows = read_usable(args.prompts, "--prompts", prompt_problem, "prompt, question or messages")
+    rows = read_usable(args.prompts, "--prompts", prompt_turns, "prompt, question or messages")
     prompts = {}
-    for row in rows:
-        turns = prompt_turns(row)
+    for turns in rows:
         key = digest(turns)[:16]
         prompts[key] = {"question_id": key, "prompt": turns}
     if len(prompts) < len(rows):
@@ -133,14 +132,6 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
     if not clean:
         raise InputError(f"--prompts {args.prompts}: the evaluations ask every one of them; name other prompts")
     return clean
-
-
-def prompt_problem(row: dict) -> str | None:
-    try:
-        prompt_turns(row)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def prompt_turns(row: dict) -> list[dict[str, str]]:

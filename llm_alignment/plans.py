@@ -93,7 +93,7 @@ def log_dpo_training(setup: Setup, rows: list[dict], settings: TrainingSettings,
         *(total * epochs / steps for total in (sum(both), padded, read)),
     )
     once = [pair - (0 if dpo.no_prefix_sharing else len(prompt)) for pair, prompt in zip(both, prompts, strict=True)]
-    log_memory_plan(dataclasses.replace(settings, longest=max(once)), setup.base, setup.lora)
+    log_memory_plan(dpo.sized(settings, max(once)), setup.base, setup.lora)
     return read * (2 * epochs + 1)  # once more for the reference
 
 

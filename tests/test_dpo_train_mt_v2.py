@@ -163,7 +163,7 @@ def test_a_stage_begins_as_the_policy_that_the_last_one_ended_with(whole, stage)
     args = stage_of(dpo_train_mt_v2_args(folder), stage).args
     setup, settings, dpo_settings = toy_run(**{"folder": folder, **args})
     lines = (flags.DEMO_DIR / "orca_pairs.jsonl").read_text("utf-8").split("\n")[:4]
-    pairs = preferences.general_pairs([json.loads(line) for line in lines])
+    pairs = [preferences.general_pair(json.loads(line)) for line in lines]
     rows = dpo.fit_pairs(pairs, setup.tokenizer, PromptStyle(), dpo_settings.max_length)
     previous = folder / f"stage{stage - 1}"
 

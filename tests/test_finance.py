@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from toys import setup_of, toy_model
 
 from dpo_train_mt import main, parse
-from llm_alignment import finance, generation, hub, reddit
+from llm_alignment import finance, generation, reddit
 from llm_alignment.files import InputError
 from llm_alignment.finance import mix_counts
 from llm_alignment.flags import fill
 from llm_alignment.models import BaseFlags, resolve_base
-from llm_alignment.reddit import reddit_pairs
+from llm_alignment.reddit import RedditSettings, reddit_pairs
 
 
 def comment(post: str, body: str, score: object, **others) -> dict:
@@ -57,9 +57,9 @@ posts = st.lists(
 @settings(max_examples=300, deadline=None)
 def test_reddit_pairs_of_random_posts(comments, most, margin, tolerance):
     rows = [comment(*entry) for entry in comments]
-    options = dict(min_comment_chars=4, score_margin=margin, length_tol=tolerance, max_pairs_per_post=most)
-    pairs = reddit_pairs(rows, **options)
-    assert pairs == reddit_pairs(rows[::-1], **options)
+    options = RedditSettings(120, 2000, 4, margin, tolerance, most)
+    pairs = reddit_pairs(rows, options)
+    assert pairs == reddit_pairs(rows[::-1], options)
     by_post = defaultdict(list)
     for pair in pairs:
         by_post[pair["uid"].split(":")[1]].append(pair)
@@ -84,13 +84,13 @@ def test_reddit_pairs_of_random_posts(comments, most, margin, tolerance):
 def test_reddit_pairs_by_hand():
     best, near, far = "the best comment of them all " * 3, "a worse comment of such length " * 3, "a rude one " * 40
     rows = [comment("p", far, 0.0), comment("p", best, 0.9), comment("p", near, 0.5), comment("q", best, 0.9)]
-    [pair] = reddit_pairs(rows)
+    [pair] = reddit_pairs(rows, RedditSettings())
     assert (pair["chosen"], pair["rejected"]) == (best.strip(), near.strip())
     assert pair["prompt"].startswith("Title of p\n\nThe story of p.")
-    [pair] = reddit_pairs(rows, score_margin=0.6)
+    [pair] = reddit_pairs(rows, RedditSettings(reddit_score_margin=0.6))
     assert pair["rejected"] == far.strip()  # none is near enough, so the lowest
-    assert reddit_pairs(rows, min_post_chars=10_000) == []
-    [pair] = reddit_pairs(rows, min_post_chars=0, max_post_chars=60)
+    assert reddit_pairs(rows, RedditSettings(reddit_min_post_chars=10_000)) == []
+    [pair] = reddit_pairs(rows, RedditSettings(reddit_min_post_chars=0, reddit_max_post_chars=60))
     assert pair["prompt"] == ("Title of p\n\n" + "The story of p. " * 10)[:59].strip()
 
 
@@ -101,16 +101,13 @@ def test_reddit_rows_that_cannot_be_used(tmp_path, capsys, logged):
         comment("q", None, 0.5), comment("", "x" * 50, 0.5), {"id": "r", "title": "t"}, usable[0],
     ]  # fmt: skip
     path = str_rows(tmp_path / "reddit.jsonl", usable + broken)
-    rows = hub.read_usable(path, "--reddit_dataset", reddit.reddit_problem, "columns")
-    assert rows == usable
-    assert (
-        "skipped 7 rows" in logged.text and "reddit.jsonl:3 (missing columns: comment_normalized_score" in logged.text
-    )
+    assert reddit.read_comments(path) == usable
+    assert "skipped 7 rows" in logged.text and "reddit.jsonl:3 (comment_normalized_score None" in logged.text
 
     base = ["--demo", "--output_dir", str(tmp_path / "run"), "--exp_log", str(tmp_path / "log.jsonl")]
     missing = [{key: row[key] for key in row if key != "comment_normalized_score"} for row in usable]
     error = run_error(capsys, main, *base, "--reddit_dataset", str_rows(tmp_path / "missing.jsonl", missing))
-    assert "missing.jsonl:1 (missing columns: comment_normalized_score" in error
+    assert "missing.jsonl:1 (comment_normalized_score None is not a number" in error
     error = run_error(capsys, main, *base, "--reddit_dataset", str_rows(tmp_path / "null.jsonl", broken[:3]))
     assert "not a number" in error
     lonely = [comment(f"p{number}", "good " * 20, 0.5) for number in range(9)]
@@ -197,7 +194,8 @@ def test_reddit_ids_that_are_numbers(tmp_path):
     rows = [comment(7, "good " * 20, 0.9), comment(7, "bad " * 20, 0.1), comment(True, "x" * 50, 0.5)]
     args = finance_args(tmp_path, "--reddit_dataset", str_rows(tmp_path / "reddit.jsonl", rows))
     assert [row["id"] for row in reddit.read_comments(args.reddit_dataset)] == ["7", "7"]
-    assert "neither a text nor a whole number" in reddit.reddit_problem(rows[2])
+    with pytest.raises(ValueError, match="id is not text"):
+        reddit.read_comment(rows[2])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,7 +328,7 @@ def test_generation_ends_after_twice_the_wanted_number(tmp_path, monkeypatch, lo
     args = finance_args(tmp_path, "--no_baseline_cache")
     pairs = answered(args, numbered(500), 10)
     assert [pair["prompt"] for pair in pairs] == ["Q3"] and sum(map(len, batches)) == 20
-    assert "1 Finance-Instruct pairs instead of 10" in logged.text and "of 20 instructions answered" in logged.text
+    assert "1 Finance-Instruct pairs instead of 10" in logged.text and "1 pairs; 19 not used" in logged.text
 
 
 def test_sampled_answers_do_not_depend_on_a_kill(tmp_path, monkeypatch):

@@ -20,6 +20,14 @@ def dialogue(*contents: str) -> list[dict]:
     return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
 
 
+def problem(row: dict, **options) -> str | None:
+    """The reason why a row is no pair; None when it is one."""
+    try:
+        preferences.general_pair(row, **options)
+    except ValueError as error:
+        return str(error)
+
+
 @pytest.mark.parametrize(
     ("row", "prompt"),
     [
@@ -134,11 +142,10 @@ def dialogue(*contents: str) -> list[dict]:
     ],
 )
 def test_general_pairs_of_every_shape(row, prompt):
-    assert preferences.general_problem(row) is None
-    turns, *answers = preferences.general_turns(row)
-    assert (preferences.transcript(turns), *answers) == (prompt, "Because.", "No.")
-    [pair] = preferences.general_pairs([row, row])
-    assert (pair["chosen"], pair["rejected"]) == ("Because.", "No.")
+    pair = preferences.general_pair(row)
+    assert preferences.distinct_pairs([pair, pair]) == [pair]
+    texts = preferences.transcript(pair["prompt"]), pair["chosen"], pair["rejected"]
+    assert texts == (prompt, "Because.", "No.")
     if prompt.startswith("Human:"):
         turns = [("user", "Hi"), ("assistant", "Hello!"), ("user", "Why?")]
         assert pair["prompt"] == [{"role": role, "content": content} for role, content in turns]
@@ -190,7 +197,7 @@ def test_general_pairs_of_every_shape(row, prompt):
     ],
 )
 def test_general_rows_that_cannot_be_used(row, tmp_path):
-    assert preferences.general_problem(row)
+    assert problem(row)
     path = write_rows(tmp_path / "pairs.jsonl", [row])
     with pytest.raises(InputError, match="question, chosen, rejected.*system.*prompt, chosen, rejected"):
         preferences.read_pairs(str(path), "--general_dataset")
@@ -217,9 +224,9 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path, logged):
 def test_thoughts_are_trained_on_with_thinking_alone(chosen, rejected, thinking, expected):
     """The prompt ends after an empty block, and a second one would stand behind it."""
     row = {"prompt": "Well?", "chosen": chosen, "rejected": rejected}
-    assert (preferences.general_problem(row, thinking=thinking) is None) == bool(expected)
+    assert (problem(row, thinking=thinking) is None) == bool(expected)
     if expected:
-        [pair] = preferences.general_pairs([row], thinking=thinking)
+        pair = preferences.general_pair(row, thinking=thinking)
         assert (pair["chosen"], pair["rejected"]) == expected
 
 
@@ -234,8 +241,8 @@ def test_a_field_that_changes_what_an_answer_means_is_not_lost(field, place):
             return {**PAIR, field: value}
         return {**PAIR, place: [{**PAIR[place][0], field: value}]}
 
-    assert f"has {field}" in preferences.general_problem(pair_with([{"name": "find"}]))
-    assert not any(preferences.general_problem(pair_with(nothing)) for nothing in (None, [], "", False))
+    assert f"has {field}" in problem(pair_with([{"name": "find"}]))
+    assert not any(problem(pair_with(nothing)) for nothing in (None, [], "", False))
 
 
 @pytest.mark.parametrize(
@@ -258,15 +265,15 @@ def test_a_field_that_changes_what_an_answer_means_is_not_lost(field, place):
 )
 def test_what_a_pair_says_counts(change, usable):
     row = {**PAIR, **change}
-    assert (preferences.general_problem(row) is None) == usable
+    assert (problem(row) is None) == usable
     if usable:
-        [pair] = preferences.general_pairs([row])
+        pair = preferences.general_pair(row)
         assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("Why?", "Because.", "No.")
 
 
 def test_an_answer_in_json_stays_a_text():
     answer = '[{"role": "admin", "name": "Ann"}]'
-    [pair] = preferences.general_pairs([{**PAIR, "chosen": answer}])
+    pair = preferences.general_pair({**PAIR, "chosen": answer})
     assert pair["chosen"] == answer
 
 
@@ -278,9 +285,9 @@ def test_thoughts_in_a_field_are_thoughts(field):
         "chosen": [said],
         "rejected": "No.",
     }
-    [pair] = preferences.general_pairs([row], thinking=True)
+    pair = preferences.general_pair(row, thinking=True)
     assert pair["chosen"] == "<think>\nhm\n</think>\n\nBecause." and "<think>" in pair["prompt"][1]["content"]
-    [pair] = preferences.general_pairs([row])
+    pair = preferences.general_pair(row)
     assert pair["chosen"] == "Because." and pair["prompt"][1]["content"] == "Hello!"
 
 
@@ -293,9 +300,10 @@ def test_fields_that_nothing_reads_are_named_and_counted(tmp_path, logged):
 
 def test_one_prompt_in_several_forms_is_one():
     forms = ["Какой ёж?", unicodedata.normalize("NFD", "Какой ёж?"), "какой\u00a0 еж", "«Какой ЁЖ»?"]
-    pairs = preferences.general_pairs([{"prompt": form, "chosen": "Злой.", "rejected": "Нет."} for form in forms])
-    assert len(pairs) == 1
-    assert len(preferences.general_pairs([{"prompt": "Why?", "chosen": a, "rejected": "No."} for a in "ab"])) == 2
+    pairs = [preferences.general_pair({"prompt": form, "chosen": "Злой.", "rejected": "Нет."}) for form in forms]
+    assert len(preferences.distinct_pairs(pairs)) == 1
+    pairs = [preferences.general_pair({"prompt": "Why?", "chosen": text, "rejected": "No."}) for text in "ab"]
+    assert len(preferences.distinct_pairs(pairs)) == 2
 
 
 def test_a_leak_in_an_earlier_turn_is_found():
