@@ -94,8 +94,7 @@ def tatqa_pairs(
             if rejected is None:
                 skipped.add(f"question {question['uid']}", "the table gives no wrong answer")
                 continue
-            prompt = tatqa.tatqa_prompt(context, question, content)
-            chosen = tatqa.answer_text(tatqa.gold_parts(question), question["scale"])
+            prompt, chosen = tatqa.tatqa_prompt(context, question, content), tatqa.gold_text(question)
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "uid": question["uid"]})
     return sorted(pairs, key=lambda pair: pair["uid"])
 

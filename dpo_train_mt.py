@@ -81,29 +81,23 @@ def asked_shares(args: argparse.Namespace) -> dict[str, Fraction]:
     if args.use_hybrid and args.use_3way_hybrid:
         raise InputError("--use_hybrid and --use_3way_hybrid: one mix at a time; leave out one of them")
     if args.use_3way_hybrid:
-        ratios = {"reddit": args.reddit_ratio, "finance": args.finance_ratio, "general": args.general_ratio}
-        shares = {source: Fraction(str(share)) for source, share in ratios.items()}
-        total = float(sum(shares.values()))
-        if abs(total - 1) > 1e-6:
-            raise InputError(f"--reddit_ratio, --finance_ratio and --general_ratio sum to {total:g}; make it 1")
+        sources = ("reddit", "finance", "general")
+        shares = {source: Fraction(str(getattr(args, f"{source}_ratio"))) for source in sources}
+        if abs(sum(shares.values()) - 1) > 1e-6:
+            total = f"{float(sum(shares.values())):g}"
+            raise InputError(f"--reddit_ratio, --finance_ratio and --general_ratio sum to {total}; make it 1")
         return shares
-    if args.use_hybrid:
-        reddit = Fraction(str(args.hybrid_ratio))
-        return {"reddit": reddit, "finance": 1 - reddit}
-    return {"reddit": Fraction(1)}
+    reddit = Fraction(str(args.hybrid_ratio))
+    return {"reddit": reddit, "finance": 1 - reddit} if args.use_hybrid else {"reddit": Fraction(1)}
 
 
 def warn_of_unused_flags(args: argparse.Namespace, argv: list[str]) -> None:
     """Names the flags in `argv` that this mix does not read: without --use_hybrid a ratio changes nothing."""
     mixes = ["--use_hybrid", "--use_3way_hybrid"]
-    read_by = {
-        "--hybrid_ratio": mixes[:1],
-        **dict.fromkeys(["--mix_policy", "--finance_instruct_pairs", "--finance_temperature"], mixes),
-        **dict.fromkeys(
-            ["--reddit_ratio", "--finance_ratio", "--general_ratio", "--general_pairs", "--general_dataset"], mixes[1:]
-        ),
-        "--tatqa_split": [],  # TAT-QA is measured here, on --eval_split
-    }
+    of_any = ("--mix_policy", "--finance_instruct_pairs", "--finance_temperature")
+    of_three = ("--reddit_ratio", "--finance_ratio", "--general_ratio", "--general_pairs", "--general_dataset")
+    read_by = {"--hybrid_ratio": mixes[:1], **dict.fromkeys(of_any, mixes), **dict.fromkeys(of_three, mixes[1:])}
+    read_by["--tatqa_split"] = []  # TAT-QA is measured here, on --eval_split
     given = {word.partition("=")[0] for word in argv}
     for flag, readers in read_by.items():
         if flag in given and not any(getattr(args, mix[2:]) for mix in readers):
@@ -164,13 +158,11 @@ def pairs_and_evaluations(
     def answered(instructions: list[dict], wanted: int) -> list[dict]:
         answers = flags.fill(finance.AnswerSettings, args)
         with timed(record, "finance answers"):
-            return finance.finance_pairs(setup.base, setup.tokenizer, setup.folder, instructions, wanted, answers)
+            return finance.finance_pairs(setup, instructions, wanted, answers)
 
-    pairs: list[dict] = []
-    if sources:
-        limits = {"finance": args.finance_instruct_pairs, "general": args.general_pairs}
-        pairs = finance.mixed_pairs(data, shares, limits, args.mix_policy, answered)
-        pairs = sample(pairs, args.limit_pairs or len(pairs), args.seed)
+    limits = {"finance": args.finance_instruct_pairs, "general": args.general_pairs}
+    pairs = finance.mixed_pairs(data, shares, limits, args.mix_policy, answered) if sources else []
+    pairs = sample(pairs, args.limit_pairs or len(pairs), args.seed)
     fingerprint = finance.data_fingerprint(data, pairs)
     if args.load_adapter:  # a resumed run must begin with the same adapter, its reference too
         fingerprint["adapter"] = adapter_files_sha256(args.load_adapter)

@@ -409,9 +409,7 @@ def pairs_and_evaluations(
     if "finance" in sources:
         wanted, answers = args.finance_instruct_pairs, flags.fill(finance.AnswerSettings, args)
         with timed(record, "finance answers"):
-            answered = finance.finance_pairs(
-                setup.base, setup.tokenizer, setup.folder, data.items["finance"], wanted, answers
-            )
+            answered = finance.finance_pairs(setup, data.items["finance"], wanted, answers)
     reddit = Fraction(str(args.hybrid_ratio))
     shares, limits = {"reddit": reddit, "finance": 1 - reddit}, {"finance": len(answered)}
     pairs: dict[int, list[dict]] = {}

@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.evaluation import Evaluation, read_items
@@ -18,7 +17,7 @@ from llm_alignment.generation import MAX_BATCH_SIZE, Decoding, generate
 from llm_alignment.hub import read_usable
 from llm_alignment.leaks import LeakFinder, without_leaks
 from llm_alignment.messages import check_texts, refuse_needed
-from llm_alignment.models import Base, base_fingerprint, load_model
+from llm_alignment.models import base_fingerprint, load_model
 from llm_alignment.preferences import merge_system_prompt, read_pairs
 from llm_alignment.prompts import strip_thinking
 from llm_alignment.reddit import RedditSettings, hold_out_posts, leak_snippet, read_comments, reddit_pairs
@@ -27,6 +26,8 @@ from llm_alignment.texts import normalise_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llm_alignment.training import Setup
 
 log = logging.getLogger("llm_alignment")
 
@@ -65,8 +66,7 @@ def read_instruction(row: dict) -> dict[str, str]:
 def hold_out_instructions(instructions: list[dict], limit: int) -> tuple[list[dict], list[dict]]:
     """`limit` instructions as evaluation questions, chosen by a hash of their text, and the other instructions.
 
-    A question keeps the user's text as `instruction` and the answer as `reference`. Instructions of less than four
-    words are not chosen: too many texts would contain them.
+    Instructions of less than four words are not chosen: too many texts would contain them.
     """
     by_text: dict[str, dict] = {}
     for instruction in sorted(instructions, key=lambda instruction: instruction["uid"]):
@@ -83,12 +83,6 @@ def hold_out_instructions(instructions: list[dict], limit: int) -> tuple[list[di
     return questions, [instruction for instruction in instructions if instruction["uid"] not in taken]
 
 
-def distinct(instructions: list[dict]) -> list[dict]:
-    """Each instruction once; which of several answers stays does not depend on their order."""
-    by_uid = sorted(instructions, key=lambda instruction: instruction["uid"])
-    return list({normalise_text(instruction["user"]): instruction for instruction in by_uid}.values())
-
-
 @dataclasses.dataclass(frozen=True)
 class AnswerSettings:
     """How the base answers Finance-Instruct: the flags of that name."""
@@ -103,18 +97,13 @@ class AnswerSettings:
 
 
 def finance_pairs(
-    base: Base,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    instructions: list[dict],
-    wanted: int,
-    answers: AnswerSettings,
+    setup: Setup, instructions: list[dict], wanted: int, answers: AnswerSettings
 ) -> list[dict[str, str]]:
     """Pairs of the first `wanted` instructions, or as many as there are, whose answer by the base can be rejected.
 
     The reference answer is chosen, the base's own answer rejected. An answer that is empty, that the token limit cut,
     or that equals the reference is not used; at most 2 * `wanted` instructions are answered. Answers are stored as
-    they come in `folder`/finance_answers.jsonl, so that a restart continues; greedy ones are put into the baseline
+    they come in finance_answers.jsonl, so that a restart continues; greedy ones are put into the baseline
     cache, where later runs on this base find them. A dry run uses the reference instead. All processes call this.
     """
     if answers.dry_run:
@@ -124,8 +113,8 @@ def finance_pairs(
         max_new_tokens=answers.instruct_max_tokens, temperature=answers.finance_temperature, seed=answers.seed,
         thinking=answers.thinking, batch_size=answers.eval_batch_size,
     )  # fmt: skip
-    get_model = functools.cache(functools.partial(load_model, base))
-    fingerprint = {**base_fingerprint(base, thinking=decoding.thinking), "adapter": "none"}
+    get_model = functools.cache(functools.partial(load_model, setup.base))
+    fingerprint = {**base_fingerprint(setup.base, thinking=decoding.thinking), "adapter": "none"}
     settings = {"answers": "one user turn", "generation": decoding.settings("max_new_tokens", "temperature", "seed")}
     is_greedy = decoding.temperature == 0
     cache = baseline_cache({**fingerprint, **settings}) if is_greedy and not answers.no_baseline_cache else None
@@ -143,8 +132,8 @@ def finance_pairs(
             order=lambda item: len(item["prompt"]),
             rows_at_once=lambda model: decoding.batch_size or MAX_BATCH_SIZE[model.device.type],
         )
-        path = folder / "finance_answers.jsonl"
-        rows = read_items(evaluation, get_model, tokenizer, path, fingerprint=fingerprint, cache=cache)
+        path = setup.folder / "finance_answers.jsonl"
+        rows = read_items(evaluation, get_model, setup.tokenizer, path, fingerprint=fingerprint, cache=cache)
         for instruction, row in zip(batch, rows, strict=True):
             if row["finished"] and row["answer"] not in {"", instruction["chosen"]} and len(pairs) < wanted:
                 pairs.append({**instruction, "rejected": row["answer"]})
@@ -161,7 +150,7 @@ SAMPLED_AT_ONCE = 32
 def answer_instructions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[dict], *, decoding: Decoding
 ) -> list[dict]:
-    """The rows {"question_id", "prompt", "answer", "answer_tokens", "finished"} of instructions."""
+    """The rows {"question_id", "prompt", "answer", "answer_tokens", "finished"}."""
     conversations = [[{"role": "user", "content": item["prompt"]}] for item in items]
     answers = sorted(generate(model, tokenizer, conversations, decoding), key=lambda answer: answer.index)
     return [
@@ -265,7 +254,9 @@ def load_data(
         found["general"] = read_pairs(settings.general_dataset, "--general_dataset", thinking=settings.thinking)
     for source, items in found.items():
         items = without_leaks(items, finder, source, data.counts)
-        items = distinct(items) if source == "finance" else items
+        if source == "finance":  # each once; which of several answers stays does not depend on their order
+            by_uid = sorted(items, key=lambda item: item["uid"])
+            items = list({normalise_text(item["user"]): item for item in by_uid}.values())
         share = Fraction(str(settings.reddit_sample_rate)) if source == "reddit" else 1
         data.items[source] = sample(items, math.floor(share * len(items)), settings.seed)
         log.info("%s: %d items, sampled to %d", source, len(items), len(data.items[source]))

@@ -205,10 +205,10 @@ def _answer_string(parts: list[str], scale: str) -> str:
 def is_number(text: str) -> bool:
     words = _bare(text).split()
     try:
-        is_nan = math.isnan(float(words[0]))
+        is_real = not math.isnan(float(words[0]))
     except (ValueError, IndexError):
         return False
-    return not is_nan and (len(words) == 1 or _scale_value(words[1]) != 1)
+    return is_real and (len(words) == 1 or _scale_value(words[1]) != 1)
 
 
 def _to_number(text: str) -> float | None:
@@ -405,7 +405,6 @@ def tatqa_evaluation(questions: list[dict], decoding: Decoding, style: PromptSty
 
     one_line = not style.use_chat_template
     generation = decoding.settings("max_new_tokens", "temperature", "top_p", "seed")
-    golds = [style.gap + answer_text(gold_parts(asked), asked["scale"]) for asked in questions]
     return Evaluation(
         name="tatqa",
         items=questions,
@@ -418,21 +417,14 @@ def tatqa_evaluation(questions: list[dict], decoding: Decoding, style: PromptSty
         summarise=lambda rows: {"tatqa": summarise_tatqa(rows)},
         compare=compare_tatqa,
         references=[
-            (asked["question_id"], asked["prompt"], gold, asked["context"])
-            for asked, gold in zip(questions, golds, strict=True)
+            (each["question_id"], each["prompt"], style.gap + gold_text(each), each["context"]) for each in questions
         ],
         tokens=functools.partial(table_tokens, questions, decoding.max_new_tokens),
     )
 
 
 def evaluation_questions(
-    path: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    style: PromptStyle,
-    content: PromptContent,
-    *,
-    limit: int,
-    seed: int,
+    path: Path, tokenizer: PreTrainedTokenizerBase, style: PromptStyle, content: PromptContent, limit: int, seed: int
 ) -> list[dict]:
     """The questions of a TAT-QA file that an evaluation asks, as `fit_questions` gives them."""
     skipped = SkippedRows()
@@ -452,6 +444,10 @@ def gold_parts(question: dict) -> list[str]:
     if question["answer_type"] in NUMBERS:
         return [f"{question['answer']}"]
     return [part.strip() for part in question["answer"] if part.strip()]
+
+
+def gold_text(question: dict) -> str:
+    return answer_text(gold_parts(question), question["scale"])
 
 
 def answer_text(parts: list[str], scale: str) -> str:

@@ -22,7 +22,6 @@ from llm_alignment import finance, generation, reddit
 from llm_alignment.files import InputError
 from llm_alignment.finance import mix_counts
 from llm_alignment.flags import fill
-from llm_alignment.models import BaseFlags, resolve_base
 from llm_alignment.reddit import RedditSettings, reddit_pairs
 
 
@@ -223,10 +222,9 @@ def test_what_is_asked_and_trained_on_does_not_depend_on_the_order_of_rows(tmp_p
 # The base model's own answers
 
 
-def answered(args, instructions: list[dict], wanted: int, tokenizer=None) -> list[dict]:
+def answered(args, instructions: list[dict], wanted: int) -> list[dict]:
     """The pairs of the base's own answers, as dpo_train_mt.py asks for them."""
-    base, answers = resolve_base(fill(BaseFlags, args)), fill(finance.AnswerSettings, args)
-    return finance.finance_pairs(base, tokenizer, Path(args.output_dir), instructions, wanted, answers)
+    return finance.finance_pairs(setup_of(vars(args)), instructions, wanted, fill(finance.AnswerSettings, args))
 
 
 GENERATE_AND_DIE = """
@@ -234,7 +232,6 @@ import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from conftest import finance_data
 from test_finance import answered, parse
-from toys import setup_of
 from llm_alignment import results
 append, written = results.ResultFile.append, []
 def append_and_die(self, *rows):
@@ -245,7 +242,7 @@ def append_and_die(self, *rows):
             os._exit(9)
 results.ResultFile.append = append_and_die
 args = parse({argv!r})
-answered(args, finance_data(args, {{"finance"}}).items["finance"], 24, setup_of(vars(args)).tokenizer)
+answered(args, finance_data(args, {{"finance"}}).items["finance"], 24)
 """
 
 
@@ -254,7 +251,7 @@ def test_a_killed_generation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     argv = ["--demo", "--no_4bit", "--instruct_max_tokens", "12", "--output_dir", str(tmp_path / "run")]
     argv += ["--eval_batch_size", "4"]
     args = parse(argv)
-    instructions, tokenizer = finance_data(args, {"finance"}).items["finance"], setup_of(vars(args)).tokenizer
+    instructions = finance_data(args, {"finance"}).items["finance"]
     generate, asked = generation.generate, []
 
     def counting(model, tokenizer, conversations, decoding):
@@ -263,7 +260,7 @@ def test_a_killed_generation_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(finance, "generate", counting)
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "whole"))
-    whole = answered(args, instructions, 24, tokenizer)
+    whole = answered(args, instructions, 24)
     assert len(whole) == 24 and len(asked) == len(set(asked))
     assert all(pair["rejected"] not in {"", pair["chosen"]} for pair in whole)
 
@@ -274,13 +271,13 @@ def test_a_killed_generation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     before = [row["prompt"] for row in read_rows(tmp_path / "run" / "finance_answers.jsonl")[1:]]
     assert len(before) == 7
     first_time, asked[:] = list(asked), []
-    assert answered(args, instructions, 24, tokenizer) == whole
+    assert answered(args, instructions, 24) == whole
     # what was stored is not asked again, but for the batch that the kill came into
     assert set(asked) | set(before) == set(first_time) and len(set(asked) & set(before)) == 7 % 4
 
     asked.clear()  # another run on this base, with fewer pairs and another beta
     args.beta, args.output_dir = 0.5, str(tmp_path / "other")
-    assert answered(args, instructions, 10, tokenizer) == whole[:10] and asked == []
+    assert answered(args, instructions, 10) == whole[:10] and asked == []
 
 
 def fake_generate(monkeypatch, answer_of):
