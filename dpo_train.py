@@ -20,7 +20,7 @@ import random
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_alignment import flags, tatqa
 from llm_alignment.evaluation import Evaluation
@@ -182,7 +182,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     setup.check_folder()
     rows, evaluations, data = pairs_and_evaluations(args, setup)
     setup.check_folder(data)
-    settings = [flags.fill(kind, args) for kind in (training.TrainingSettings, dpo.DpoSettings, RunFlags)]
+    settings: list[Any] = [flags.fill(kind, args) for kind in (training.TrainingSettings, dpo.DpoSettings, RunFlags)]
     run_dpo(record, setup, rows, evaluations, data, *settings)
 
 
@@ -203,8 +203,9 @@ def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[
     """(training pairs as the trainer reads them, what is measured, fingerprint of the data)."""
     from llm_alignment import domains, dpo
 
-    style, content, choice = (flags.fill(kind, args) for kind in (PromptStyle, tatqa.PromptContent, PairChoice))
-    retention = flags.fill(RetentionSettings, args)
+    kinds = (PromptStyle, tatqa.PromptContent, RetentionSettings, PairChoice)
+    settings: list[Any] = [flags.fill(kind, args) for kind in kinds]
+    style, content, retention, choice = settings
     measuring = flags.fill(domains.MeasuringSettings, args, style=style, content=content, retention=retention)
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
     instructions = instruct_questions(args.instruct_limit, args.seed) if args.do_instruct else []
@@ -218,9 +219,7 @@ def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[
         mark = tatqa.QUESTION_PREFIX
         pairs, held_out, data = table_pairs(args.tatqa_dir, args.tatqa_split, args.eval_split, choice, content)
         if pairs and args.do_eval and args.eval_split == args.tatqa_split:
-            message = (
-                "--eval_split %s is trained on too, so TAT-QA is measured on questions that were seen; name another"
-            )
+            message = "--eval_split %s is trained on, so TAT-QA is measured on questions that were seen; name another"
             log.warning(message, args.eval_split)
     if args.load_adapter:  # a resumed run must begin with the same adapter, its reference too
         data["adapter"] = adapter_files_sha256(args.load_adapter)

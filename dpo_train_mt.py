@@ -19,7 +19,7 @@ import argparse
 import logging
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_alignment import flags
 from llm_alignment.evaluation import Evaluation
@@ -83,9 +83,9 @@ def asked_shares(args: argparse.Namespace) -> dict[str, Fraction]:
     if args.use_3way_hybrid:
         sources = ("reddit", "finance", "general")
         shares = {source: Fraction(str(getattr(args, f"{source}_ratio"))) for source in sources}
-        if abs(sum(shares.values()) - 1) > 1e-6:
-            total = f"{float(sum(shares.values())):g}"
-            raise InputError(f"--reddit_ratio, --finance_ratio and --general_ratio sum to {total}; make it 1")
+        total = float(sum(shares.values()))
+        if abs(total - 1) > 1e-6:
+            raise InputError(f"--reddit_ratio, --finance_ratio and --general_ratio sum to {total:g}; make it 1")
         return shares
     reddit = Fraction(str(args.hybrid_ratio))
     return {"reddit": reddit, "finance": 1 - reddit} if args.use_hybrid else {"reddit": Fraction(1)}
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     rows = dpo.fit_pairs(pairs, setup.tokenizer, chat, args.max_length)
     if not args.dry_run:  # which generates no answers to Finance-Instruct
         setup.check_folder(data)
-    settings = [flags.fill(kind, args) for kind in (training.TrainingSettings, dpo.DpoSettings, RunFlags)]
+    settings: list[Any] = [flags.fill(kind, args) for kind in (training.TrainingSettings, dpo.DpoSettings, RunFlags)]
     run_dpo(record, setup, rows, evaluations, data, *settings)
     if not args.dry_run and main_process():
         write_rows(setup.folder / "train_pairs.jsonl", pairs)
@@ -149,11 +149,12 @@ def pairs_and_evaluations(
 
     sources = set() if args.no_train else set(shares)
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-    asked = sample_questions(mtbench, args.mtbench_limit, args.seed)
     style, content, retention = (flags.fill(kind, args) for kind in (PromptStyle, PromptContent, RetentionSettings))
     measuring = flags.fill(domains.MeasuringSettings, args, style=style, content=content, retention=retention)
     settings = flags.fill(finance.DataSettings, args, reddit=flags.fill(RedditSettings, args))
-    data, evaluations = domains.data_and_evaluations(setup.tokenizer, sources, (mtbench, asked), settings, measuring)
+    data = finance.load_data(settings, sources, *measuring.forbidden(mtbench))
+    asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit, args.seed), **data.questions}
+    evaluations = domains.dpo_evaluations(setup.tokenizer, measuring, asked)
 
     def answered(instructions: list[dict], wanted: int) -> list[dict]:
         answers = flags.fill(finance.AnswerSettings, args)

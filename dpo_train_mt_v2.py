@@ -51,11 +51,9 @@ log = logging.getLogger("llm_alignment")
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
+OWN = ("epochs", "beta", "learning_rate", "lora_r", "lora_alpha")  # what a stage has of its own
 DEMO = {
-    **{
-        name: flags.FINANCE_DEMO[name]
-        for name in flags.FINANCE_DEMO.keys() - {"beta", "learning_rate", "general_pairs"}
-    },
+    **{name: value for name, value in flags.FINANCE_DEMO.items() if name not in {*OWN, "general_pairs"}},
     "output_dir": "demo_progressive",
     "force_continue": True,
     "stage1_epochs": 1.0,
@@ -126,14 +124,9 @@ def check_stage_flags(args: argparse.Namespace, stages: list[int]) -> None:
         raise InputError("--stage runs one stage alone, --resume_from_stage all from one on; give one of them")
     if not args.stage1_lora_r <= args.stage2_lora_r <= args.stage3_lora_r:
         raise InputError("--stage1_lora_r, --stage2_lora_r, --stage3_lora_r: an adapter can only grow")
-    measured_by = {
-        "mtbench": "do_mtbench",
-        "finance_instruct": "do_instruct",
-        "tatqa": "do_eval",
-        "reddit": "do_reddit",
-    }
+    flag_of = {"mtbench": "do_mtbench", "finance_instruct": "do_instruct", "tatqa": "do_eval", "reddit": "do_reddit"}
     judged = {name for stage in stages for name in GATES[stage]}
-    needed = [flag for name, flag in measured_by.items() if name in judged] + ["eval_baseline"] * (1 in stages)
+    needed = [flag for name, flag in flag_of.items() if name in judged] + ["eval_baseline"] * (1 in stages)
     missing = [flag for flag in needed if not getattr(args, flag)]
     if missing and not args.force_continue:
         raise InputError(f"--no-{missing[0]}: the gates are judged by it; leave it on, or add --force_continue")
@@ -156,9 +149,6 @@ class Stage:
 
     def fill(self, kind: type[T]) -> T:
         return flags.fill(kind, self.args)
-
-
-OWN = ("epochs", "beta", "learning_rate", "lora_r", "lora_alpha")  # what a stage has of its own
 
 
 def stage_of(args: argparse.Namespace, number: int) -> Stage:
@@ -231,9 +221,9 @@ def check_measured_alike(folder: Path, evaluations: list[Evaluation]) -> None:
         measured = read_results(path, files.SkippedRows())[0] if path.exists() else now
         before = {name: measured.get(name) for name in now}
         if before != now:
+            what = f"other {METRICS[task.name].title} questions or settings ({files.differing(before, now)})"
             raise InputError(
-                f"{folder}: it was measured on other {METRICS[task.name].title} questions or settings "
-                f"({files.differing(before, now)}), so no difference could be told; measure both in the same way"
+                f"{folder}: it was measured on {what}, so it cannot be compared; measure both in the same way"
             )
 
 
@@ -352,11 +342,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         if args.resume_from_checkpoint and training.checkpoint_problem(stage.folder) is None:
             entry = done(stage)
         else:
-            about = {
-                "device": record["device"],
-                "data": stage_fingerprint(stage, its_pairs),
-                "base": setup.base.identity,
-            }
+            about = {"device": record["device"], "data": stage_fingerprint(stage, its_pairs), "base": record["base"]}
             entry = run_stage(stage, setups[stage.number], fit(its_pairs), evaluations, checkpoint, about)
         checkpoint = None
         record["stages"].append(entry)
@@ -400,11 +386,12 @@ def pairs_and_evaluations(
 
     sources = set().union(*(SOURCES[stage.number] for stage in stages))
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-    asked = sample_questions(mtbench, args.mtbench_limit, args.seed)
     style, content, retention = (flags.fill(kind, args) for kind in (PromptStyle, PromptContent, RetentionSettings))
     measuring = flags.fill(domains.MeasuringSettings, args, style=style, content=content, retention=retention)
     settings = flags.fill(finance.DataSettings, args, reddit=flags.fill(RedditSettings, args))
-    data, evaluations = domains.data_and_evaluations(setup.tokenizer, sources, (mtbench, asked), settings, measuring)
+    data = finance.load_data(settings, sources, *measuring.forbidden(mtbench))
+    asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit, args.seed), **data.questions}
+    evaluations = domains.dpo_evaluations(setup.tokenizer, measuring, asked)
     answered: list[dict] = []  # the base answers the Finance-Instruct prompts once, for both their stages
     if "finance" in sources:
         wanted, answers = args.finance_instruct_pairs, flags.fill(finance.AnswerSettings, args)
@@ -422,10 +409,8 @@ def pairs_and_evaluations(
             pairs[number] = finance.mixed_pairs(data, shares, limits, args.mix_policy, lambda _, most: answered[:most])
         pairs[number] = files.sample(pairs[number], args.limit_pairs or len(pairs[number]), args.seed)
         if not pairs[number]:
-            raise InputError(
-                f"stage {number}: no training pair is left; name a larger data set, or raise --instruct_max_tokens if "
-                "the base's answers were cut"
-            )
+            advice = "name a larger data set, or raise --instruct_max_tokens if the base's answers were cut"
+            raise InputError(f"stage {number}: no training pair is left; {advice}")
     return pairs, evaluations, finance.data_fingerprint(data, [pair for each in pairs.values() for pair in each])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment import finance, tatqa
+from llm_alignment import tatqa
 from llm_alignment.drift import reference_drift
 from llm_alignment.evaluation import Evaluation
 from llm_alignment.generation import Decoding
@@ -93,19 +93,3 @@ def dpo_evaluations(
         evaluations.append(scored_evaluation(name, questions, how, reward_model))
     evaluations += reference_drift(tokenizer, evaluations, style, settings.max_length)
     return evaluations + retention_evaluations(settings.retention.questions(), settings.retention)
-
-
-def data_and_evaluations(
-    tokenizer: PreTrainedTokenizerBase,
-    sources: set[str],
-    mtbench: tuple[list[dict], list[dict]],
-    data: finance.DataSettings,
-    measuring: MeasuringSettings,
-) -> tuple[finance.TrainingData, list[Evaluation]]:
-    """The rows of the finance scripts' `sources` without what is asked, and what is measured.
-
-    `mtbench`: all the questions, none of which may be trained on, and those that are asked.
-    """
-    rows = finance.load_data(data, sources, *measuring.forbidden(mtbench[0]))
-    asked = {name: rows.questions.get(name, []) for name in ("finance_instruct", "reddit")}
-    return rows, dpo_evaluations(tokenizer, measuring, {"mtbench": mtbench[1]} | asked)

@@ -185,10 +185,6 @@ def reward_evaluation(pairs: list[dict], rows: list[dict], beta: float, max_leng
         {**row, "question_id": pair["uid"], "cluster": pair["cluster"]} for row, pair in zip(rows, pairs, strict=True)
     ]
 
-    def tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-        """With the adapter and without."""
-        return 2 * sum(len(ids) for item in items for ids in pair_tokens(item, tokenizer).values())
-
     return Evaluation(
         name="held_out",
         items=items,
@@ -197,7 +193,8 @@ def reward_evaluation(pairs: list[dict], rows: list[dict], beta: float, max_leng
         of_base=lambda pair: reward_row(pair, 0.0, 0.0),
         summarise=lambda rows: {"held_out": summarise_rewards(rows, beta)},
         compare=functools.partial(compare_rewards, beta=beta),
-        tokens=tokens,
+        # with the adapter and without
+        tokens=lambda tokenizer: 2 * sum(len(ids) for item in items for ids in pair_tokens(item, tokenizer).values()),
     )
 
 

@@ -118,7 +118,8 @@ def finance_pairs(
     settings = {"answers": "one user turn", "generation": decoding.settings("max_new_tokens", "temperature", "seed")}
     is_greedy = decoding.temperature == 0
     cache = baseline_cache({**fingerprint, **settings}) if is_greedy and not answers.no_baseline_cache else None
-    position, pairs = 0, []
+    position = 0
+    pairs: list[dict[str, str]] = []
     while len(pairs) < wanted and position < min(2 * wanted, len(instructions)):
         # Samples depend on the batch. So a batch of samples is small, and a restart generates it again as a whole.
         size = wanted - len(pairs) if is_greedy else SAMPLED_AT_ONCE
@@ -236,14 +237,14 @@ def load_data(
     data, forbidden = TrainingData(), dict(asked)
     comments = read_comments(settings.reddit_dataset) if settings.do_reddit or "reddit" in sources else []
     instructions = read_instructions(settings.finance_dataset) if settings.do_instruct or "finance" in sources else []
-    if settings.do_reddit:
-        posts, comments = hold_out_posts(comments, settings.reddit_limit, settings.reddit)
-        data.questions["reddit"] = posts
-        forbidden["evaluation post"] = [leak_snippet(post["turns"][0]) for post in posts]
     if settings.do_instruct:
         questions, instructions = hold_out_instructions(instructions, settings.instruct_limit)
         data.questions["finance_instruct"] = questions
         forbidden["evaluation instruction"] = [question["instruction"] for question in questions]
+    if settings.do_reddit:
+        posts, comments = hold_out_posts(comments, settings.reddit_limit, settings.reddit)
+        data.questions["reddit"] = posts
+        forbidden["evaluation post"] = [leak_snippet(post["turns"][0]) for post in posts]
     finder = LeakFinder(forbidden, passages)
     found: dict[str, list[dict]] = {}
     if "reddit" in sources:

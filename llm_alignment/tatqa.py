@@ -113,7 +113,7 @@ def question_problem(context: dict, question: dict) -> str | None:
     if not any(cell.strip() for row in context["table"]["table"] for cell in row):
         return "the table is empty"
     if kind in NUMBERS:
-        is_number = re.fullmatch(NUMBERS[kind], str(answer)) and math.isfinite(float(answer))
+        is_number = re.fullmatch(NUMBERS[kind], str(answer)) and math.isfinite(float(str(answer)))
         return None if is_number else f"the answer {answer!r:.60} is not a number"
     if not isinstance(answer, list) or not all(isinstance(part, str) for part in answer):
         return f"the answer {answer!r:.60} is not a list of texts"

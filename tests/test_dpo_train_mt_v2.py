@@ -224,13 +224,11 @@ def test_the_final_adapter_is_a_plain_one_of_rank_16(whole):
 
     folder, *_ = whole
     assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"] == 16
-    models = [
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(flags.DEMO_DIR / "model"), path)
-        for path in (folder, folder / "stage3")
-    ]
+    bases = [AutoModelForCausalLM.from_pretrained(flags.DEMO_DIR / "model") for _ in range(2)]
+    last, of_stage = map(PeftModel.from_pretrained, bases, (folder, folder / "stage3"))
     ids = torch.arange(40).reshape(2, 20)
-    assert torch.equal(*(model.eval()(ids).logits for model in models))
-    assert list(models[0].peft_config) == ["default"] and not (folder / "ref").exists()
+    assert torch.equal(last.eval()(ids).logits, of_stage.eval()(ids).logits)
+    assert list(last.peft_config) == ["default"] and not (folder / "ref").exists()
 
 
 DIE_IN_STAGE_2 = """

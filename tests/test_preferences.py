@@ -13,11 +13,17 @@ from llm_alignment.prompts import PromptStyle, fit_prompt
 
 LONG = "Human: Hi\n\nAssistant: Hello!\n\nHuman: Why?"
 SYSTEM = {"role": "system", "content": "Be brief."}
+ANSWERS = {"chosen": "Because.", "rejected": "No."}
 
 
 def dialogue(*contents: str) -> list[dict]:
     """Turns of user and assistant, one after the other."""
     return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+
+
+def sides(*asked: str, start: int = 0, before: tuple = ()) -> dict:
+    """Both sides as turns, from `start` on: `before`, what was asked, the answer."""
+    return {side: [*before, *dialogue(*asked, answer)[start:]] for side, answer in ANSWERS.items()}
 
 
 def problem(row: dict, **options) -> str | None:
@@ -28,59 +34,23 @@ def problem(row: dict, **options) -> str | None:
         return str(error)
 
 
+HH = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant:"
+
+
 @pytest.mark.parametrize(
     ("row", "prompt"),
     [
-        ({"system": "", "question": "Why?", "chosen": "Because.", "rejected": "No."}, "Why?"),
-        ({"system": "Be brief.", "question": "Why?", "chosen": "Because.", "rejected": "No."}, "Be brief.\n\nWhy?"),
-        ({"prompt": "Why?", "chosen": "Because.", "rejected": "No."}, "Why?"),
-        (
-            {
-                "chosen": "\n\nHuman: Why?\n\nAssistant: Because.",
-                "rejected": "\n\nHuman: Why?\n\nAssistant: No.",
-            },
-            "Why?",
-        ),
-        (
-            {
-                "chosen": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant: Because.",
-                "rejected": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant: No.",
-            },
-            "Human: Hi\n\nAssistant: Hello!\n\nHuman: Why?",
-        ),
-        (
-            {
-                "prompt": [{"role": "user", "content": "Why?"}],
-                "chosen": [{"role": "assistant", "content": "Because."}],
-                "rejected": [{"role": "assistant", "content": "No."}],
-            },
-            "Why?",
-        ),
-        (
-            {
-                "chosen": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}],
-                "rejected": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No."}],
-            },
-            "Why?",
-        ),
+        ({"system": "", "question": "Why?", **ANSWERS}, "Why?"),
+        ({"system": "Be brief.", "question": "Why?", **ANSWERS}, "Be brief.\n\nWhy?"),
+        ({"prompt": "Why?", **ANSWERS}, "Why?"),
+        ({side: f"\n\nHuman: Why?\n\nAssistant: {answer}" for side, answer in ANSWERS.items()}, "Why?"),
+        ({side: f"{HH} {answer}" for side, answer in ANSWERS.items()}, LONG),
+        ({"prompt": dialogue("Why?"), **sides("Why?", start=1)}, "Why?"),
+        (sides("Why?"), "Why?"),
         # a prompt and the whole dialogue beside it: the turns between belong to the prompt
-        (
-            {
-                "prompt": "Hi",
-                "chosen": dialogue("Hi", "Hello!", "Why?", "Because."),
-                "rejected": dialogue("Hi", "Hello!", "Why?", "No."),
-            },
-            LONG,
-        ),
-        ({"prompt": dialogue("Hi", "Hello!", "Why?"), "chosen": "Because.", "rejected": "No."}, LONG),
-        (
-            {
-                "prompt": dialogue("Hi"),
-                "chosen": dialogue("Hi", "Hello!", "Why?", "Because."),
-                "rejected": dialogue("Hi", "Hello!", "Why?", "No."),
-            },
-            LONG,
-        ),
+        ({"prompt": "Hi", **sides("Hi", "Hello!", "Why?")}, LONG),
+        ({"prompt": dialogue("Hi", "Hello!", "Why?"), **ANSWERS}, LONG),
+        ({"prompt": dialogue("Hi"), **sides("Hi", "Hello!", "Why?")}, LONG),
         (
             {
                 "prompt": dialogue("Hi"),
@@ -89,37 +59,12 @@ def problem(row: dict, **options) -> str | None:
             },
             LONG,
         ),
-        (
-            {
-                "prompt": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant:",
-                "chosen": " Because.",
-                "rejected": " No.",
-            },
-            LONG,
-        ),
-        ({"prompt": "Human: Why?", "chosen": "Because.", "rejected": "No."}, "Why?"),
+        ({"prompt": HH, "chosen": " Because.", "rejected": " No."}, LONG),
+        ({"prompt": "Human: Why?", **ANSWERS}, "Why?"),
         # a system turn is read like the system column, wherever it stands
-        (
-            {
-                "prompt": [SYSTEM, *dialogue("Why?")],
-                "chosen": dialogue("Why?", "Because.")[1:],
-                "rejected": dialogue("Why?", "No.")[1:],
-            },
-            "Be brief.\n\nWhy?",
-        ),
-        (
-            {"chosen": [SYSTEM, *dialogue("Why?", "Because.")], "rejected": [SYSTEM, *dialogue("Why?", "No.")]},
-            "Be brief.\n\nWhy?",
-        ),
-        (
-            {
-                "prompt": "Why?",
-                "system": "Be brief.",
-                "chosen": [SYSTEM, *dialogue("Why?", "Because.")],
-                "rejected": [SYSTEM, *dialogue("Why?", "No.")],
-            },
-            "Be brief.\n\nWhy?",
-        ),
+        ({"prompt": [SYSTEM, *dialogue("Why?")], **sides("Why?", start=1)}, "Be brief.\n\nWhy?"),
+        (sides("Why?", before=(SYSTEM,)), "Be brief.\n\nWhy?"),
+        ({"prompt": "Why?", "system": "Be brief.", **sides("Why?", before=(SYSTEM,))}, "Be brief.\n\nWhy?"),
         # other names of the two roles, parts of text, null columns
         (
             {
@@ -129,16 +74,9 @@ def problem(row: dict, **options) -> str | None:
             },
             "Why?",
         ),
-        (
-            {
-                "prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}],
-                "chosen": "Because.",
-                "rejected": "No.",
-            },
-            "Why?",
-        ),
-        ({"system": None, "question": None, "prompt": "Why?", "chosen": "Because.", "rejected": "No."}, "Why?"),
-        ({"prompt": None, "chosen": dialogue("Why?", "Because."), "rejected": dialogue("Why?", "No.")}, "Why?"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}], **ANSWERS}, "Why?"),
+        ({"system": None, "question": None, "prompt": "Why?", **ANSWERS}, "Why?"),
+        ({"prompt": None, **sides("Why?")}, "Why?"),
     ],
 )
 def test_general_pairs_of_every_shape(row, prompt):
@@ -156,44 +94,38 @@ def test_general_pairs_of_every_shape(row, prompt):
 @pytest.mark.parametrize(
     "row",
     [
-        {"instruction": "Why?", "chosen": "Because.", "rejected": "No."},
+        {"instruction": "Why?", **ANSWERS},
         {"question": "Why?", "answer": "Because."},
         {"question": "Why?", "chosen": "Because.", "rejected": "Because."},
         {"question": "Why?", "chosen": "Because.", "rejected": None},
         {"question": "Why?", "chosen": 3, "rejected": "No."},
-        {  # null is no text, least of all "None"
+        # null is no text, least of all "None"
+        {
             "prompt": "Why?",
+            **sides("Why?"),
             "chosen": [{"role": "assistant", "content": [{"type": "text", "text": None}]}],
-            "rejected": "No.",
         },
         {"chosen": "\n\nHuman: Why?\n\nAssistant: A.", "rejected": "\n\nHuman: How?\n\nAssistant: B."},
         # question 1 is not paired with the answer to question 2
         {"prompt": "Hi", "chosen": dialogue("Hi", "Hello!", "Why?", "Because."), "rejected": dialogue("Hi", "No.")},
-        {
-            "prompt": "Hi",
-            "chosen": dialogue("Hi", "A", "Why?", "Because."),
-            "rejected": dialogue("Hi", "B", "How?", "No."),
-        },
-        {"prompt": "Other", "chosen": dialogue("Why?", "Because."), "rejected": dialogue("Why?", "No.")},
-        {"chosen": [SYSTEM, *dialogue("Why?", "Because.")], "rejected": dialogue("Why?", "No.")},
+        {"prompt": "Hi", "chosen": dialogue("Hi", "A", "Why?", "So."), "rejected": dialogue("Hi", "B", "How?", "No.")},
+        {"prompt": "Other", **sides("Why?")},
+        {**sides("Why?"), "chosen": [SYSTEM, *dialogue("Why?", "Because.")]},
         # the last turn is the assistant's, and the two take turns
         {"chosen": dialogue("Why?", "Because.", "Thanks"), "rejected": dialogue("Why?", "Because.", "Really?")},
         {"prompt": "Why?", "chosen": dialogue("Why?"), "rejected": dialogue("Why?")},
-        {"prompt": dialogue("Why?", "Well."), "chosen": "Because.", "rejected": "No."},
-        {"chosen": dialogue("Why?", "Because.")[1:], "rejected": dialogue("Why?", "No.")[1:]},
-        {
-            "chosen": [*dialogue("Why?", "So."), SYSTEM, *dialogue("How?", "A.")],
-            "rejected": [*dialogue("Why?", "So."), SYSTEM, *dialogue("How?", "B.")],
-        },
+        {"prompt": dialogue("Why?", "Well."), **ANSWERS},
+        sides("Why?", start=1),
+        sides("How?", before=(*dialogue("Why?", "So."), SYSTEM)),
         # unknown roles and contents
-        {"prompt": [*dialogue("Why?"), {"role": "tool", "content": "{}"}], "chosen": "Because.", "rejected": "No."},
-        {"prompt": [{"role": None, "content": "Why?"}], "chosen": "Because.", "rejected": "No."},
-        {"prompt": [{"role": "user", "content": 3}], "chosen": "Because.", "rejected": "No."},
-        {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "Because.", "rejected": "No."},
-        {"prompt": ["Why?"], "chosen": "Because.", "rejected": "No."},
-        {"question": "Why?", "system": 3, "chosen": "Because.", "rejected": "No."},
-        {"question": " ", "chosen": "Because.", "rejected": "No."},
-        {"question": None, "prompt": None, "chosen": "Because.", "rejected": "No."},
+        {"prompt": [*dialogue("Why?"), {"role": "tool", "content": "{}"}], **ANSWERS},
+        {"prompt": [{"role": None, "content": "Why?"}], **ANSWERS},
+        {"prompt": [{"role": "user", "content": 3}], **ANSWERS},
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}], **ANSWERS},
+        {"prompt": ["Why?"], **ANSWERS},
+        {"question": "Why?", "system": 3, **ANSWERS},
+        {"question": " ", **ANSWERS},
+        {"question": None, "prompt": None, **ANSWERS},
     ],
 )
 def test_general_rows_that_cannot_be_used(row, tmp_path):
@@ -230,7 +162,7 @@ def test_thoughts_are_trained_on_with_thinking_alone(chosen, rejected, thinking,
         assert (pair["chosen"], pair["rejected"]) == expected
 
 
-PAIR = {"prompt": dialogue("Why?"), "chosen": dialogue("", "Because.")[1:], "rejected": dialogue("", "No.")[1:]}
+PAIR = {"prompt": dialogue("Why?"), **sides("", start=1)}
 
 
 @pytest.mark.parametrize("place", ["row", "prompt", "chosen", "rejected"])
