@@ -105,10 +105,9 @@ def test_reddit_rows_that_cannot_be_used(tmp_path, capsys, logged):
 
     base = ["--demo", "--output_dir", str(tmp_path / "run"), "--exp_log", str(tmp_path / "log.jsonl")]
     missing = [{key: row[key] for key in row if key != "comment_normalized_score"} for row in usable]
-    error = run_error(capsys, main, *base, "--reddit_dataset", str_rows(tmp_path / "missing.jsonl", missing))
-    assert "missing.jsonl:1 (comment_normalized_score None is not a number" in error
-    error = run_error(capsys, main, *base, "--reddit_dataset", str_rows(tmp_path / "null.jsonl", broken[:3]))
-    assert "not a number" in error
+    for name, rows in (("missing", missing), ("null", broken[:3])):
+        error = run_error(capsys, main, *base, "--reddit_dataset", str_rows(tmp_path / f"{name}.jsonl", rows))
+        assert f"{name}.jsonl:1 (comment_normalized_score None is not a number" in error
     lonely = [comment(f"p{number}", "good " * 20, 0.5) for number in range(9)]
     error = run_error(
         capsys, main, *base, "--reddit_limit", "2", "--reddit_dataset", str_rows(tmp_path / "lonely.jsonl", lonely)
