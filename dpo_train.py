@@ -20,43 +20,19 @@ import random
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from llm_alignment import flags, tatqa
 from llm_alignment.evaluation import Evaluation
 from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
-from llm_alignment.flags import (
-    DPO_DEMO,
-    add_dpo_flags,
-    add_tatqa_flags,
-    check_dpo_flags,
-    fill,
-    not_negative,
-    parse_arguments,
-)
 from llm_alignment.instructions import instruct_questions
-from llm_alignment.leaks import LeakFinder, asked_passages, without_leaks
+from llm_alignment.leaks import LeakFinder, without_leaks
 from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.preferences import read_pairs, transcript
 from llm_alignment.prompts import PromptStyle
-from llm_alignment.retention import RetentionSettings, retention_evaluations
+from llm_alignment.retention import RetentionSettings
 from llm_alignment.runs import check_writable, recorded_run
-from llm_alignment.tatqa import (
-    DEFAULT_CONTENT,
-    QUESTION_PREFIX,
-    SCALES,
-    PromptContent,
-    answer_text,
-    gold_parts,
-    is_number,
-    normalise,
-    question_texts,
-    read_tatqa,
-    tatqa_em_f1,
-    tatqa_file,
-    tatqa_parse,
-    tatqa_prompt,
-)
 from llm_alignment.texts import normalise_text
 from mtbench_eval import load_questions, sample_questions
 
@@ -77,14 +53,14 @@ def build_parser() -> Parser:
         "dry_run resume_from_checkpoint"
     )
     parser = Parser("dpo_train.py", __doc__, shown)
-    add_dpo_flags(parser)
-    add_tatqa_flags(parser)
+    flags.add_dpo_flags(parser)
+    flags.add_tatqa_flags(parser)
     add = add_group(parser, "own pairs", trains=True)
     add("--pairs", default="", metavar="FILE",
         help="train on your own pairs, not on TAT-QA's: JSONL, JSON or Parquet with prompt, chosen, rejected, texts "
         "or lists of turns; they go through the chat template. TAT-QA stays an evaluation")
     add = add_group(parser, "held-out pairs", trains="measured")
-    add("--eval_pairs", type=not_negative(int), default=0,
+    add("--eval_pairs", type=flags.not_negative(int), default=0,
         help="pairs, none of them trained on, whose reward accuracy against the base is measured: of --eval_split, or "
         "a part of --pairs that a hash chooses; 0 = none")
     parser.set_defaults(output_dir="qwen3_tatqa_dpo_base")
@@ -101,32 +77,31 @@ def tatqa_pairs(
     *,
     seed: int,
     skipped: SkippedRows | None = None,
-    content: PromptContent = DEFAULT_CONTENT,
+    content: tatqa.PromptContent = tatqa.DEFAULT_CONTENT,
 ) -> list[dict[str, str]]:
     """One preference pair {prompt, chosen, rejected, uid} for each question, sorted by uid.
 
     chosen is gold with its scale; rejected is the first plausible wrong answer that the official metric does not take
     for gold. A pair depends on its own context, its uid and the seed alone. Questions that give none go to `skipped`.
     """
-    pairs = []
+    pairs, skipped = [], skipped or SkippedRows()
     for context in contexts:
         for question in context["questions"]:
-            chosen = answer_text(gold_parts(question), question["scale"])
             wrong = _wrong_answers(context, question, random.Random(f"{seed}:{question['uid']}"))
-            texts = (answer_text(parts, scale) for parts, scale in wrong)
-            rejected = next((text for text in texts if not tatqa_em_f1(question, *tatqa_parse(text))[0]), None)
+            texts = (tatqa.answer_text(*answer) for answer in wrong)
+            graded = ((text, tatqa.tatqa_em_f1(question, *tatqa.tatqa_parse(text))[0]) for text in texts)
+            rejected = next((text for text, em in graded if not em), None)
             if rejected is None:
-                if skipped is not None:
-                    skipped.add(f"question {question['uid']}", "the table gives no wrong answer")
+                skipped.add(f"question {question['uid']}", "the table gives no wrong answer")
                 continue
-            prompt = tatqa_prompt(context, question, content)
+            prompt, chosen = tatqa.tatqa_prompt(context, question, content), tatqa.gold_text(question)
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "uid": question["uid"]})
     return sorted(pairs, key=lambda pair: pair["uid"])
 
 
 def _wrong_answers(context: dict, question: dict, rng: random.Random) -> Iterator[tuple[list[str], str]]:
     """Yields plausible wrong (answer parts, scale), the most plausible first."""
-    parts, scale = gold_parts(question), question["scale"]
+    parts, scale = tatqa.gold_parts(question), question["scale"]
     if question["answer_type"] == "count":
         count = int(parts[0])
         yield from (([str(other)], "") for other in rng.sample([count - 1, count + 1], 2) if other >= 0)
@@ -139,7 +114,7 @@ def _wrong_answers(context: dict, question: dict, rng: random.Random) -> Iterato
         choices = [
             ([rng.choice(operands)] if operands else parts, scale),
             ([f"{-gold:.{decimals}f}"], scale),
-            (parts, rng.choice([other for other in SCALES if other != scale])),
+            (parts, rng.choice([other for other in tatqa.SCALES if other != scale])),
             ([f"{error:.{decimals}f}"], scale),
         ]
         yield from rng.sample(choices, len(choices))
@@ -157,9 +132,9 @@ def _wrong_answers(context: dict, question: dict, rng: random.Random) -> Iterato
 
 def _cells_near(context: dict, text: str, rng: random.Random) -> list[str]:
     """The table's other cells: first those of the text's row or column, among them first those that look like it."""
-    target = normalise(text)
+    target = tatqa.normalise(text)
     cells = [
-        (row, column, cell.strip(), normalise(cell.strip()))
+        (row, column, cell.strip(), tatqa.normalise(cell.strip()))
         for row, line in enumerate(context["table"]["table"])
         for column, cell in enumerate(line)
     ]
@@ -170,7 +145,7 @@ def _cells_near(context: dict, text: str, rng: random.Random) -> list[str]:
     def distance(cell: tuple[int, int, str, str]) -> tuple[bool, bool, bool]:
         is_near = any(cell[0] == row or cell[1] == column for row, column in own)
         has_shape = re.sub(r"\d", "0", cell[2]) == re.sub(r"\d", "0", text)  # a year for a year
-        return not is_near, is_number(cell[2]) != is_number(text), not has_shape
+        return not is_near, tatqa.is_number(cell[2]) != tatqa.is_number(text), not has_shape
 
     return [cell[2] for cell in sorted(others, key=distance)]
 
@@ -186,7 +161,7 @@ def of_own_pairs(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
-    args = parse_arguments(build_parser(), argv, DPO_DEMO, of_own_pairs)
+    args = flags.parse_arguments(build_parser(), argv, flags.DPO_DEMO, of_own_pairs)
     with recorded_run(args, argv, "dpo_train.py") as record:
         run(args, record)
     return record
@@ -197,74 +172,58 @@ def run(args: argparse.Namespace, record: dict) -> None:
     from llm_alignment import dpo, training
     from llm_alignment.dpo_run import RunFlags, run_dpo
 
-    check_dpo_flags(args)
-    check_pairs_flags(args.pairs, args.no_train, args.eval_pairs, record["argv"])
-    if args.system_prompt and not args.pairs:
-        raise InputError("--system_prompt goes with --pairs: TAT-QA's prompts are the published ones; leave it out")
-    if args.eval_save_json:
-        check_writable(Path(args.eval_save_json), "--eval_save_json")
+    check_flags(args, record["argv"])
     setup = training.set_up(args, record, neutral_flags(build_parser()), longest=args.max_length)
     setup.check_folder()
     rows, evaluations, data = pairs_and_evaluations(args, setup)
     setup.check_folder(data)
-    longest_answer = args.max_length - args.max_prompt_length
-    settings = fill(training.TrainingSettings, args, longest=args.max_length, longest_answer=longest_answer)
-    run_dpo(record, setup, rows, evaluations, data, settings, fill(dpo.DpoSettings, args), fill(RunFlags, args))
+    settings: list[Any] = [flags.fill(kind, args) for kind in (training.TrainingSettings, dpo.DpoSettings, RunFlags)]
+    run_dpo(record, setup, rows, evaluations, data, *settings)
+
+
+def check_flags(args: argparse.Namespace, argv: list[str]) -> None:
+    """Raises InputError for flags that do not go together."""
+    flags.check_dpo_flags(args)
+    if args.pairs and any(flag.partition("=")[0] == "--tatqa_split" for flag in argv):
+        raise InputError("--pairs and --tatqa_split: both name what is trained on; leave one of them out")
+    if args.pairs and args.no_train and not args.eval_pairs:
+        raise InputError(f"--pairs {args.pairs}: with --no_train it is used only by --eval_pairs N; add it")
+    if args.system_prompt and not args.pairs:
+        raise InputError("--system_prompt goes with --pairs: TAT-QA's prompts are the published ones; leave it out")
+    if args.eval_save_json:
+        check_writable(Path(args.eval_save_json), "--eval_save_json")
 
 
 def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[dict], list[Evaluation], dict]:
     """(training pairs as the trainer reads them, what is measured, fingerprint of the data)."""
     from llm_alignment import domains, dpo
 
-    style, content, choice = fill(PromptStyle, args), fill(PromptContent, args), fill(PairChoice, args)
-    measuring = fill(domains.MeasuringSettings, args)
+    kinds = (PromptStyle, tatqa.PromptContent, RetentionSettings, PairChoice)
+    settings: list[Any] = [flags.fill(kind, args) for kind in kinds]
+    style, content, retention, choice = settings
+    measuring = flags.fill(domains.MeasuringSettings, args, style=style, content=content, retention=retention)
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-    retention = fill(RetentionSettings, args)
-    kept = retention.questions()
     instructions = instruct_questions(args.instruct_limit, args.seed) if args.do_instruct else []
-    mark, style_of_pairs = QUESTION_PREFIX, style
     if args.pairs:
-        mark, style_of_pairs = "", dataclasses.replace(style, use_chat_template=True, system=args.system_prompt)
-        forbidden = {
-            "TAT-QA question": question_texts(measuring.tatqa) if measuring.tatqa else [],
-            "MT-Bench question": [question["turns"][0] for question in mtbench],
-            "retention question": [row["turns"][-1] for row in kept],
-            "instruction": [row["turns"][0] for row in instruct_questions(0, args.seed)] if instructions else [],
-        }
-        finder = LeakFinder(forbidden, {"MT-Bench question": asked_passages(mtbench)})
-        pairs, held_out, data = own_pairs(args.pairs, choice, finder)
+        mark, style = "", dataclasses.replace(style, use_chat_template=True, system=args.system_prompt)
+        whole, passages = measuring.forbidden(mtbench)
+        if instructions:
+            whole["instruction"] = [row["turns"][0] for row in instruct_questions(0, args.seed)]
+        pairs, held_out, data = own_pairs(args.pairs, choice, LeakFinder(whole, passages))
     else:
+        mark = tatqa.QUESTION_PREFIX
         pairs, held_out, data = table_pairs(args.tatqa_dir, args.tatqa_split, args.eval_split, choice, content)
         if pairs and args.do_eval and args.eval_split == args.tatqa_split:
-            log.warning(
-                "--eval_split %s is trained on too, so TAT-QA is measured on questions that were seen; name another",
-                args.eval_split,
-            )
+            message = "--eval_split %s is trained on, so TAT-QA is measured on questions that were seen; name another"
+            log.warning(message, args.eval_split)
     if args.load_adapter:  # a resumed run must begin with the same adapter, its reference too
         data["adapter"] = adapter_files_sha256(args.load_adapter)
     rows, held_out_rows = (
-        dpo.fit_pairs(some, setup.tokenizer, style_of_pairs, args.max_length, mark) for some in (pairs, held_out)
+        dpo.fit_pairs(some, setup.tokenizer, style, args.max_length, mark) for some in (pairs, held_out)
     )
-    evaluations = domains.dpo_evaluations(
-        setup.tokenizer,
-        measuring,
-        style,
-        content,
-        asked={"mtbench": sample_questions(mtbench, args.mtbench_limit, args.seed), "instruct": instructions},
-        held_out=[dpo.reward_evaluation(held_out, held_out_rows, args.beta, args.max_length)] if held_out else [],
-    )
-    evaluations += retention_evaluations(kept, retention)
-    return rows, evaluations, data
-
-
-def check_pairs_flags(pairs: str, no_train: bool, eval_pairs: int, argv: list[str]) -> None:
-    """Raises InputError for flags that --pairs does not go with."""
-    if not pairs:
-        return
-    if any(flag.partition("=")[0] == "--tatqa_split" for flag in argv):
-        raise InputError("--pairs and --tatqa_split: both name what is trained on; leave one of them out")
-    if no_train and not eval_pairs:
-        raise InputError(f"--pairs {pairs}: with --no_train it is used only by --eval_pairs N; add it")
+    asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit, args.seed), "instruct": instructions}
+    rewards = [dpo.reward_evaluation(held_out, held_out_rows, args.beta, args.max_length)] if held_out else []
+    return rows, domains.dpo_evaluations(setup.tokenizer, measuring, asked, rewards), data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,13 +244,12 @@ class PairChoice:
 def own_pairs(source: str, choice: PairChoice, finder: LeakFinder) -> tuple[list[dict], list[dict], dict]:
     """Pairs to train on and held-out ones from --pairs, and the fingerprint of the data.
 
-    Pairs that contain the question of an evaluation are left out and counted. --eval_pairs are
-    taken prompt by prompt in the order of a hash, at most half of the prompts, so that no prompt is on both sides and
-    the choice does not depend on the seed. Raises InputError when no prompt is left to train on, or to hold out.
+    Pairs that contain the question of an evaluation are left out and counted. --eval_pairs are taken prompt by prompt
+    in the order of a hash, at most half of the prompts, so that no prompt is on both sides and the choice does not
+    depend on the seed. Raises InputError when no prompt is left to train on, or to hold out.
     """
     counts: dict[str, int] = {}
-    pairs = read_pairs(source, "--pairs", thinking=choice.thinking)
-    pairs = without_leaks(pairs, finder, "pairs", counts)
+    pairs = without_leaks(read_pairs(source, "--pairs", thinking=choice.thinking), finder, "pairs", counts)
     by_prompt: dict[str, list[dict]] = {}
     for pair in pairs:
         by_prompt.setdefault(normalise_text(transcript(pair["prompt"])), []).append(pair)
@@ -315,31 +273,31 @@ def own_pairs(source: str, choice: PairChoice, finder: LeakFinder) -> tuple[list
 
 
 def table_pairs(
-    folder: str, split: str, eval_split: str, choice: PairChoice, content: PromptContent
+    folder: str, split: str, eval_split: str, choice: PairChoice, content: tatqa.PromptContent
 ) -> tuple[list[dict], list[dict], dict]:
     """TAT-QA pairs to train on, held-out ones of `eval_split`, and the fingerprint of the data."""
     pairs: list[dict] = []
     held_out: list[dict] = []
     data: dict = {"source": folder or "next-tat/TAT-QA"}
     if not choice.no_train:
-        path = tatqa_file(folder, split)
+        path = tatqa.tatqa_file(folder, split)
         pairs, skipped = load_pairs(path, choice, content, choice.limit_pairs)
         data |= {"rows": {"tatqa_pairs": len(pairs), "skipped": skipped}, "sha256": file_sha256(path)}
     if choice.eval_pairs:
-        seen = {pair["uid"] for pair in pairs}
-        held_out, _ = load_pairs(tatqa_file(folder, eval_split), choice, content, choice.eval_pairs, without=seen)
+        seen, path = {pair["uid"] for pair in pairs}, tatqa.tatqa_file(folder, eval_split)
+        held_out, _ = load_pairs(path, choice, content, choice.eval_pairs, without=seen)
     return pairs, held_out, data
 
 
 def load_pairs(
-    path: Path, choice: PairChoice, content: PromptContent, limit: int, without: Collection[str] = ()
+    path: Path, choice: PairChoice, content: tatqa.PromptContent, limit: int, without: Collection[str] = ()
 ) -> tuple[list[dict], int]:
     """The pairs of a TAT-QA file but those of the uids in `without`, and how many questions gave none.
 
     A pair's "cluster" is its table. `limit` > 0 takes a sample by the seed.
     """
     skipped = SkippedRows()
-    contexts = read_tatqa(path, skipped)
+    contexts = tatqa.read_tatqa(path, skipped)
     table = {question["uid"]: c["questions"][0]["uid"] for c in contexts for question in c["questions"]}
     pairs = tatqa_pairs(contexts, seed=choice.seed, skipped=skipped, content=content)
     skipped.report(f"questions of {path.name} for pairs")

@@ -16,29 +16,19 @@ TAT-QA's prompts.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from llm_alignment import flags
 from llm_alignment.evaluation import Evaluation
 from llm_alignment.files import InputError, sample, write_rows
-from llm_alignment.flags import (
-    FINANCE_DEMO,
-    add_data_flags,
-    add_dpo_flags,
-    add_tatqa_flags,
-    check_dpo_flags,
-    fill,
-    parse_arguments,
-    positive,
-    ratio,
-)
 from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle
+from llm_alignment.reddit import RedditSettings
 from llm_alignment.retention import RetentionSettings
 from llm_alignment.runs import check_writable, recorded_run, timed
 from llm_alignment.tatqa import PromptContent
@@ -61,16 +51,16 @@ def build_parser() -> Parser:
         "learning_rate lora_r dry_run resume_from_checkpoint"
     )
     parser = Parser("dpo_train_mt.py", __doc__, shown)
-    add_dpo_flags(parser)
-    add_tatqa_flags(parser)
-    add_data_flags(parser)
+    flags.add_dpo_flags(parser)
+    flags.add_tatqa_flags(parser)
+    flags.add_data_flags(parser)
     add = add_group(parser, "mix; without one Reddit alone", trains=True)
     add("--use_hybrid", action="store_true", help="Reddit and Finance-Instruct, by --hybrid_ratio")
     add("--use_3way_hybrid", action="store_true", help="Reddit, Finance-Instruct and general pairs, by three ratios")
-    add("--reddit_ratio", type=ratio, default=0.4, help="share of Reddit in the three-way mix")
-    add("--finance_ratio", type=ratio, default=0.3, help="share of Finance-Instruct in it")
-    add("--general_ratio", type=ratio, default=0.3, help="share of general pairs in it")
-    add("--general_pairs", type=positive(int), default=3000, help="most general pairs")
+    add("--reddit_ratio", type=flags.ratio, default=0.4, help="share of Reddit in the three-way mix")
+    add("--finance_ratio", type=flags.ratio, default=0.3, help="share of Finance-Instruct in it")
+    add("--general_ratio", type=flags.ratio, default=0.3, help="share of general pairs in it")
+    add("--general_pairs", type=flags.positive(int), default=3000, help="most general pairs")
     parser.set_defaults(output_dir="qwen3_reddit_finance_dpo", batch=1, grad_acc=64)
     return parser
 
@@ -80,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; a mix adds its name to the output folder, as in the published runs."""
     given = build_parser().parse_args(argv)
     suffix = "_3way_hybrid" if given.use_3way_hybrid else "_hybrid" if given.use_hybrid else ""
-    args = parse_arguments(build_parser(), argv, {**FINANCE_DEMO, "output_dir": f"demo_dpo_mt{suffix}"})
+    args = flags.parse_arguments(build_parser(), argv, {**flags.FINANCE_DEMO, "output_dir": f"demo_dpo_mt{suffix}"})
     if suffix and args.output_dir == given.output_dir:  # the user's or the default; the demo's own has it already
         args.output_dir = f"{Path(args.output_dir)}{suffix}"  # a shell completes a folder's name to one with a slash
     return args
@@ -91,29 +81,23 @@ def asked_shares(args: argparse.Namespace) -> dict[str, Fraction]:
     if args.use_hybrid and args.use_3way_hybrid:
         raise InputError("--use_hybrid and --use_3way_hybrid: one mix at a time; leave out one of them")
     if args.use_3way_hybrid:
-        ratios = {"reddit": args.reddit_ratio, "finance": args.finance_ratio, "general": args.general_ratio}
-        shares = {source: Fraction(str(share)) for source, share in ratios.items()}
+        sources = ("reddit", "finance", "general")
+        shares = {source: Fraction(str(getattr(args, f"{source}_ratio"))) for source in sources}
         total = float(sum(shares.values()))
         if abs(total - 1) > 1e-6:
             raise InputError(f"--reddit_ratio, --finance_ratio and --general_ratio sum to {total:g}; make it 1")
         return shares
-    if args.use_hybrid:
-        reddit = Fraction(str(args.hybrid_ratio))
-        return {"reddit": reddit, "finance": 1 - reddit}
-    return {"reddit": Fraction(1)}
+    reddit = Fraction(str(args.hybrid_ratio))
+    return {"reddit": reddit, "finance": 1 - reddit} if args.use_hybrid else {"reddit": Fraction(1)}
 
 
 def warn_of_unused_flags(args: argparse.Namespace, argv: list[str]) -> None:
     """Names the flags in `argv` that this mix does not read: without --use_hybrid a ratio changes nothing."""
     mixes = ["--use_hybrid", "--use_3way_hybrid"]
-    read_by = {
-        "--hybrid_ratio": mixes[:1],
-        **dict.fromkeys(["--mix_policy", "--finance_instruct_pairs", "--finance_temperature"], mixes),
-        **dict.fromkeys(
-            ["--reddit_ratio", "--finance_ratio", "--general_ratio", "--general_pairs", "--general_dataset"], mixes[1:]
-        ),
-        "--tatqa_split": [],  # TAT-QA is measured here, on --eval_split
-    }
+    of_any = ("--mix_policy", "--finance_instruct_pairs", "--finance_temperature")
+    of_three = ("--reddit_ratio", "--finance_ratio", "--general_ratio", "--general_pairs", "--general_dataset")
+    read_by = {"--hybrid_ratio": mixes[:1], **dict.fromkeys(of_any, mixes), **dict.fromkeys(of_three, mixes[1:])}
+    read_by["--tatqa_split"] = []  # TAT-QA is measured here, on --eval_split
     given = {word.partition("=")[0] for word in argv}
     for flag, readers in read_by.items():
         if flag in given and not any(getattr(args, mix[2:]) for mix in readers):
@@ -140,20 +124,19 @@ def run(args: argparse.Namespace, record: dict) -> None:
 
     shares = asked_shares(args)
     warn_of_unused_flags(args, record["argv"])
-    check_dpo_flags(args)
+    flags.check_dpo_flags(args)
     if args.eval_save_json:
         check_writable(Path(args.eval_save_json), "--eval_save_json")
     neutral = neutral_flags(build_parser(), "asked", "reddit", "finance", "general")
     setup = training.set_up(args, record, neutral, longest=args.max_length)
     setup.check_folder()
     pairs, evaluations, data = pairs_and_evaluations(args, record, setup, shares)
-    chat = dataclasses.replace(fill(PromptStyle, args), use_chat_template=True, system=args.system_prompt)
+    chat = flags.fill(PromptStyle, args, use_chat_template=True, system=args.system_prompt)
     rows = dpo.fit_pairs(pairs, setup.tokenizer, chat, args.max_length)
-    longest_answer = args.max_length - args.max_prompt_length
-    settings = fill(training.TrainingSettings, args, longest=args.max_length, longest_answer=longest_answer)
     if not args.dry_run:  # which generates no answers to Finance-Instruct
         setup.check_folder(data)
-    run_dpo(record, setup, rows, evaluations, data, settings, fill(dpo.DpoSettings, args), fill(RunFlags, args))
+    settings: list[Any] = [flags.fill(kind, args) for kind in (training.TrainingSettings, dpo.DpoSettings, RunFlags)]
+    run_dpo(record, setup, rows, evaluations, data, *settings)
     if not args.dry_run and main_process():
         write_rows(setup.folder / "train_pairs.jsonl", pairs)
 
@@ -166,28 +149,21 @@ def pairs_and_evaluations(
 
     sources = set() if args.no_train else set(shares)
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-    asked = [mtbench, sample_questions(mtbench, args.mtbench_limit, args.seed)]
-    data, evaluations = domains.data_and_evaluations(
-        setup.tokenizer,
-        sources,
-        asked,
-        data=fill(finance.DataSettings, args),
-        measuring=fill(domains.MeasuringSettings, args),
-        style=fill(PromptStyle, args),
-        content=fill(PromptContent, args),
-        retention=fill(RetentionSettings, args),
-    )
+    style, content, retention = (flags.fill(kind, args) for kind in (PromptStyle, PromptContent, RetentionSettings))
+    measuring = flags.fill(domains.MeasuringSettings, args, style=style, content=content, retention=retention)
+    settings = flags.fill(finance.DataSettings, args, reddit=flags.fill(RedditSettings, args))
+    data = finance.load_data(settings, sources, *measuring.forbidden(mtbench))
+    asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit, args.seed), **data.questions}
+    evaluations = domains.dpo_evaluations(setup.tokenizer, measuring, asked)
 
     def answered(instructions: list[dict], wanted: int) -> list[dict]:
-        answers = fill(finance.AnswerSettings, args)
+        answers = flags.fill(finance.AnswerSettings, args)
         with timed(record, "finance answers"):
-            return finance.finance_pairs(setup.base, setup.tokenizer, setup.folder, instructions, wanted, answers)
+            return finance.finance_pairs(setup, instructions, wanted, answers)
 
-    pairs: list[dict] = []
-    if sources:
-        limits = {"finance": args.finance_instruct_pairs, "general": args.general_pairs}
-        pairs = finance.mixed_pairs(data, shares, limits, args.mix_policy, answered)
-        pairs = sample(pairs, args.limit_pairs or len(pairs), args.seed)
+    limits = {"finance": args.finance_instruct_pairs, "general": args.general_pairs}
+    pairs = finance.mixed_pairs(data, shares, limits, args.mix_policy, answered) if sources else []
+    pairs = sample(pairs, args.limit_pairs or len(pairs), args.seed)
     fingerprint = finance.data_fingerprint(data, pairs)
     if args.load_adapter:  # a resumed run must begin with the same adapter, its reference too
         fingerprint["adapter"] = adapter_files_sha256(args.load_adapter)

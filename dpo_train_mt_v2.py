@@ -23,46 +23,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llm_alignment import evaluation, files, flags
 from llm_alignment.card import write_card
 from llm_alignment.endings import MissedGateError
-from llm_alignment.evaluation import (
-    METRICS,
-    Evaluation,
-    TableRow,
-    asked_gates,
-    judge_gates,
-    measure,
-    print_table,
-    report,
-    save_answers,
-    stored_rows,
-)
-from llm_alignment.files import (
-    InputError,
-    SkippedRows,
-    differing,
-    digest,
-    remove_left_over,
-    replace,
-    sample,
-    write_atomic,
-    write_json,
-)
-from llm_alignment.flags import (
-    FINANCE_DEMO,
-    ON_OFF,
-    add_data_flags,
-    add_dpo_flags,
-    add_tatqa_flags,
-    check_dpo_flags,
-    fill,
-    parse_arguments,
-    positive,
-)
+from llm_alignment.evaluation import METRICS, Evaluation
+from llm_alignment.files import InputError
 from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process, on_main_process
 from llm_alignment.prompts import PromptStyle
+from llm_alignment.reddit import RedditSettings
 from llm_alignment.results import read_results
 from llm_alignment.retention import RetentionSettings, with_own_drift
 from llm_alignment.runs import begin, check_writable, recorded_run, timed
@@ -73,17 +43,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llm_alignment.models import Base
-    from llm_alignment.training import Setup, TrainingSettings
+    from llm_alignment.training import Setup
 
 T = TypeVar("T")
-
 log = logging.getLogger("llm_alignment")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
+OWN = ("epochs", "beta", "learning_rate", "lora_r", "lora_alpha")  # what a stage has of its own
 DEMO = {
-    **{name: FINANCE_DEMO[name] for name in FINANCE_DEMO.keys() - {"beta", "learning_rate", "general_pairs"}},
+    **{name: value for name, value in flags.FINANCE_DEMO.items() if name not in {*OWN, "general_pairs"}},
     "output_dir": "demo_progressive",
     "force_continue": True,
     "stage1_epochs": 1.0,
@@ -101,7 +71,7 @@ SOURCES = {1: {"general"}, 2: {"finance"}, 3: {"reddit", "finance"}}
 # (-1.0 is -0.01 as a share of the questions).
 GATES = {
     1: {"mtbench": 0.01},
-    2: {"finance_instruct": 0.05, "mtbench": -0.02},
+    2: {"mtbench": -0.02, "finance_instruct": 0.05},
     3: {"tatqa": -1.0, "mtbench": -0.01, "finance_instruct": -0.01, "reddit": -0.01},
 }
 
@@ -114,28 +84,29 @@ def build_parser() -> Parser:
         "stage2_learning_rate stage3_learning_rate stage3_lora_r dry_run resume_from_checkpoint"
     )
     parser = Parser("dpo_train_mt_v2.py", __doc__, shown)
-    add_dpo_flags(parser, in_stages=True)
-    add_tatqa_flags(parser, only_measured=True)
-    add_data_flags(parser)
+    flags.add_dpo_flags(parser, in_stages=True)
+    flags.add_tatqa_flags(parser, only_measured=True)
+    flags.add_data_flags(parser)
     add = add_group(parser, "stages", trains=False)
     add("--progressive", action="store_true", help="train in stages, which this script always does")
     add("--stage", type=int, choices=[0, 1, 2, 3], default=0, help="run this stage alone; 0 = all")
     add("--resume_from_stage", type=int, choices=[1, 2, 3], help="run this and the later stages again from scratch")
-    add("--force_continue", action=ON_OFF, default=False, help="continue after a missed gate")
+    add("--force_continue", action=flags.ON_OFF, default=False, help="continue after a missed gate")
     published = {1: (0.25, 0.01, 2e-6, 8, 16), 2: (0.75, 0.018, 3.5e-6, 12, 24), 3: (1.0, 0.025, 4e-6, 16, 32)}
     for stage, (epochs, beta, learning_rate, lora_r, lora_alpha) in published.items():
         # a stage's run.json has them without the prefix, and there they count
         add = add_group(parser, f"stage {stage}: {' and '.join(sorted(SOURCES[stage]))} pairs", trains=False)
-        add(f"--stage{stage}_epochs", type=positive(float), default=epochs, help="passes over its pairs")
-        add(f"--stage{stage}_beta", type=positive(float), default=beta,
+        add(f"--stage{stage}_epochs", type=flags.positive(float), default=epochs, help="passes over its pairs")
+        add(f"--stage{stage}_beta", type=flags.positive(float), default=beta,
             help="pull towards the stage before; lower it if the stage changes too little")
-        add(f"--stage{stage}_learning_rate", type=positive(float), default=learning_rate,
+        add(f"--stage{stage}_learning_rate", type=flags.positive(float), default=learning_rate,
             help="raise it if the stage changes too little, lower it if another domain falls")
-        add(f"--stage{stage}_lora_r", type=positive(int), default=lora_r,
+        add(f"--stage{stage}_lora_r", type=flags.positive(int), default=lora_r,
             help="size of the adapter, not below the stage before")
-        add(f"--stage{stage}_lora_alpha", type=positive(int), default=lora_alpha, help="its scale is alpha / rank")
+        add(f"--stage{stage}_lora_alpha", type=flags.positive(int), default=lora_alpha,
+            help="its scale is alpha / rank")
         if stage == 1:
-            add("--stage1_general_pairs", type=positive(int), default=800, help="most pairs")
+            add("--stage1_general_pairs", type=flags.positive(int), default=800, help="most pairs")
     parser.set_defaults(
         output_dir="qwen3_progressive_dpo", exp_log="experiments/dpo_experiments_3stage.jsonl", batch=1, grad_acc=64,
         finance_instruct_pairs=1600, hybrid_ratio=0.6, reddit_sample_rate=0.25, eval_limit=250, instruct_limit=50,
@@ -146,24 +117,17 @@ def build_parser() -> Parser:
 # fmt: on
 def check_stage_flags(args: argparse.Namespace, stages: list[int]) -> None:
     """Raises InputError for flags that do not go together."""
-    check_dpo_flags(args, in_stages=True)
+    flags.check_dpo_flags(args, in_stages=True)
     if args.eval_save_json:
         check_writable(Path(args.eval_save_json), "--eval_save_json")
     if args.stage and args.resume_from_stage:
-        raise InputError(
-            "--stage and --resume_from_stage: the one runs a stage alone, the other all from it; give one"
-        )
+        raise InputError("--stage runs one stage alone, --resume_from_stage all from one on; give one of them")
     if not args.stage1_lora_r <= args.stage2_lora_r <= args.stage3_lora_r:
         raise InputError("--stage1_lora_r, --stage2_lora_r, --stage3_lora_r: an adapter can only grow")
+    flag_of = {"mtbench": "do_mtbench", "finance_instruct": "do_instruct", "tatqa": "do_eval", "reddit": "do_reddit"}
     judged = {name for stage in stages for name in GATES[stage]}
-    is_on = {
-        "do_mtbench": args.do_mtbench or "mtbench" not in judged,
-        "do_instruct": args.do_instruct or "finance_instruct" not in judged,
-        "do_eval": args.do_eval or "tatqa" not in judged,
-        "do_reddit": args.do_reddit or "reddit" not in judged,
-        "eval_baseline": args.eval_baseline or 1 not in stages,
-    }
-    missing = [flag for flag, on in is_on.items() if not on]
+    needed = [flag for name, flag in flag_of.items() if name in judged] + ["eval_baseline"] * (1 in stages)
+    missing = [flag for flag in needed if not getattr(args, flag)]
     if missing and not args.force_continue:
         raise InputError(f"--no-{missing[0]}: the gates are judged by it; leave it on, or add --force_continue")
 
@@ -175,33 +139,29 @@ class Stage:
     number: int
     folder: Path
     args: dict[str, Any]  # under the names that the other scripts use
-    judged: dict[str, Any]  # those of them that its adapter and its measurement depend on
+    flags: dict[str, Any]  # those of them that its adapter depends on
+    judged: dict[str, Any]  # those that its adapter or its measurement depends on
 
     @property
-    def flags(self) -> dict[str, Any]:
-        """Those of them that its adapter depends on."""
-        neutral = neutral_flags(build_parser(), "asked", *SOURCES[self.number])
-        return {name: value for name, value in self.judged.items() if name not in neutral or name in OWN}
+    def before(self) -> Path:
+        """The folder of the stage before."""
+        return self.folder.with_name(f"stage{self.number - 1}")
 
-    def fill(self, kind: type[T], **more: Any) -> T:
-        return fill(kind, self.args, **more)
-
-
-OWN = ("epochs", "beta", "learning_rate", "lora_r", "lora_alpha")  # what a stage has of its own
+    def fill(self, kind: type[T]) -> T:
+        return flags.fill(kind, self.args)
 
 
 def stage_of(args: argparse.Namespace, number: int) -> Stage:
     """The stage of this number as the flags ask for it."""
-    folder = stage_folder(Path(args.output_dir), number)
+    folder = Path(args.output_dir) / f"stage{number}"
     own = {name: getattr(args, f"stage{number}_{name}") for name in OWN}
     values = {**vars(args), **own, "output_dir": str(folder)}
-    neutral = neutral_flags(build_parser(), "asked", "measured", *SOURCES[number])
-    judged = {name: value for name, value in values.items() if name not in neutral or name in OWN}
-    return Stage(number, folder, values, judged)
 
+    def counted(*words: str) -> dict[str, Any]:
+        neutral = neutral_flags(build_parser(), *words, *SOURCES[number])
+        return {name: value for name, value in values.items() if name not in neutral or name in OWN}
 
-def stage_folder(output_dir: Path, number: int) -> Path:
-    return output_dir / f"stage{number}"
+    return Stage(number, folder, values, counted("asked"), counted("asked", "measured"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,15 +170,15 @@ def stage_folder(output_dir: Path, number: int) -> Path:
 
 def stage_fingerprint(stage: Stage, pairs: list[dict]) -> dict:
     """What a stage is trained on: its pairs, and the adapter of the stage before, which must have ended."""
-    previous = stage_folder(stage.folder.parent, stage.number - 1)
-    adapter = adapter_files_sha256(previous) if stage.number > 1 else None
-    return {"pairs": len(pairs), "sha256": digest(pairs), "previous_adapter": adapter}
+    adapter = adapter_files_sha256(stage.before) if stage.number > 1 else None
+    return {"pairs": len(pairs), "sha256": files.digest(pairs), "previous_adapter": adapter}
 
 
-def other_stage(number: int) -> str:
-    return (
-        f"stage {number} was trained from another stage {number - 1} than the one that is here; --resume_from_stage "
-        f"{number - 1} runs both again from scratch, --resume_from_stage {number} this one"
+def other_stage(stage: Stage) -> InputError:
+    here, last = stage.number, stage.number - 1
+    return InputError(
+        f"{stage.folder}: stage {here} was trained from another stage {last} than the one that is here; "
+        f"--resume_from_stage {last} runs both again from scratch, --resume_from_stage {here} this one"
     )
 
 
@@ -227,7 +187,7 @@ def remove_folder(folder: Path) -> None:
     old = folder.with_name(f"{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        replace(folder, old)
+        files.replace(folder, old)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -240,16 +200,13 @@ def finished_stage(stage: Stage, base: Base, *, force_continue: bool) -> dict:
     from llm_alignment.training import check_same_run, checkpoint_problem
 
     folder, number = stage.folder, stage.number
-    problem = checkpoint_problem(folder)
-    if problem:
-        raise InputError(
-            f"{folder}: stage {number} cannot be built on, {problem}; --resume_from_stage {number} runs it again from "
-            "scratch"
-        )
+    if problem := checkpoint_problem(folder):
+        again = f"--resume_from_stage {number} runs it again from scratch"
+        raise InputError(f"{folder}: stage {number} cannot be built on, {problem}; {again}")
     check_same_run(folder, stage.judged, base)
     built_on = json.loads((folder / "run.json").read_text("utf-8"))["data"].get("previous_adapter")
-    if number > 1 and built_on != adapter_files_sha256(stage_folder(folder.parent, number - 1)):
-        raise InputError(f"{folder}: {other_stage(number)}")
+    if number > 1 and built_on != adapter_files_sha256(stage.before):
+        raise other_stage(stage)
     record = json.loads((folder / "stage.json").read_text("utf-8"))
     if record["gate"] and not force_continue:
         raise InputError(f"{folder}: stage {number} missed its gate ({record['gate']}); --force_continue continues")
@@ -258,108 +215,74 @@ def finished_stage(stage: Stage, base: Base, *, force_continue: bool) -> dict:
 
 def check_measured_alike(folder: Path, evaluations: list[Evaluation]) -> None:
     """Raises InputError when the stage in `folder` was measured on other questions or settings than these."""
-    for evaluation in evaluations:
-        path = folder / f"{evaluation.name}_final.jsonl"
-        if path.exists():
-            now = json.loads(json.dumps(evaluation.settings))
-            measured, _ = read_results(path, SkippedRows())
-            before = {name: measured.get(name) for name in now}
-            if before != now:
-                raise InputError(
-                    f"{folder}: it was measured on other {METRICS[evaluation.name].title} questions or settings "
-                    f"({differing(before, now)}), so no difference could be told; measure both in the same way"
-                )
-
-
-def missed_gate(stage: int, delta: dict[str, dict], evaluations: list[Evaluation]) -> str:
-    """By how much a stage misses its gate; "" when it passes."""
-    missed = []
-    for evaluation in evaluations:
-        key = evaluation.name
-        least = GATES[stage].get(key)
-        if least is not None and key in delta and delta[key]["mean"] < least:
-            mean = delta[key]["mean"]
-            missed.append(
-                f"{METRICS[key].title} {mean:+.3f} where {least:+.2f} is the least, {least - mean:.3f} short"
+    for task in evaluations:
+        path = folder / f"{task.name}_final.jsonl"
+        now = json.loads(json.dumps(task.settings))
+        measured = read_results(path, files.SkippedRows())[0] if path.exists() else now
+        before = {name: measured.get(name) for name in now}
+        if before != now:
+            what = f"other {METRICS[task.name].title} questions or settings ({files.differing(before, now)})"
+            raise InputError(
+                f"{folder}: it was measured on {what}, so it cannot be compared; measure both in the same way"
             )
-    return "; ".join(missed)
+
+
+def missed_gate(stage: int, delta: dict[str, dict]) -> str:
+    """By how much a stage misses its gate; "" when it passes."""
+    means = {name: delta[name]["mean"] for name in GATES[stage] if name in delta}
+    return "; ".join(
+        f"{METRICS[name].title} {means[name]:+.3f} where {least:+.2f} is the least, {least - means[name]:.3f} short"
+        for name, least in GATES[stage].items()
+        if name in means and means[name] < least
+    )
 
 
 def run_stage(
-    stage: Stage,
-    setup: Setup,
-    pairs: list[dict],
-    evaluations: list[Evaluation],
-    checkpoint: Path | None,
-    device: dict,
+    stage: Stage, setup: Setup, rows: list[dict], evaluations: list[Evaluation], checkpoint: Path | None, about: dict
 ) -> dict:
     """Trains a stage in its folder, measures it against the stage before, or the base, and returns its record.
 
-    `setup` is the stage's own; `device` is the record's and goes to the stage's run.json. The manifest is written
-    last, so that later stages can rely on the folder.
+    `setup` is the stage's own, `rows` its pairs of `fit_pairs`; `about` goes into its run.json. The manifest is
+    written last, so that later stages can rely on the folder.
     """
     from llm_alignment import adapters, dpo, models, training
 
-    folder, settings, dpo_settings = (
-        stage.folder,
-        training_settings(stage),
-        stage.fill(dpo.DpoSettings),
-    )
-    previous = stage_folder(folder.parent, stage.number - 1)
-    log.info("stage %d: %d pairs, rank %d, beta %g", stage.number, len(pairs), setup.lora.lora_r, dpo_settings.beta)
-    rows = dpo.fit_pairs(pairs, setup.tokenizer, chat_style(stage), dpo_settings.max_length)
+    folder, settings, dpo_settings = stage.folder, stage.fill(training.TrainingSettings), stage.fill(dpo.DpoSettings)
+    log.info("stage %d: %d pairs, rank %d, beta %g", stage.number, len(rows), setup.lora.lora_r, dpo_settings.beta)
     model = models.load_model(setup.base)
     models.check_head(model, setup.base.what)
     if stage.number > 1:
-        model = adapters.grown_adapter(model, previous, setup.lora, settings.seed)
+        model = adapters.grown_adapter(model, stage.before, setup.lora, settings.seed)
     trainer = dpo.build_trainer(model, setup, rows, settings, dpo_settings)
     if main_process():
         folder.mkdir(exist_ok=True)
-        remove_left_over(folder)
+        files.remove_left_over(folder)
         if not (folder / "run.json").exists():
-            data = stage_fingerprint(stage, pairs)
-            about = {"device": device, "data": data, "base": setup.base.identity}
-            write_json(folder / "run.json", {"args": stage.args, **about})
-    entry: dict = {"stage": stage.number, "pairs": len(pairs)} | {
-        key: {} for key in ("baseline", "final", "delta", "runtime_s")
-    }
-    fingerprint = models.base_fingerprint(setup.base, thinking=stage.args["thinking"])
-    use_cache = not stage.args["no_baseline_cache"]
-
-    def measured(where: Path, name: str, *, with_adapter: bool) -> dict[str, list[dict]]:
-        with timed(entry, name):
-            return measure(
-                trainer.model, setup.tokenizer, evaluations, (where, name),
-                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache,
-            )  # fmt: skip
-
+            files.write_json(folder / "run.json", {"args": stage.args, **about})
+    entry: dict = {"stage": stage.number, "pairs": len(rows)}
+    entry |= {key: {} for key in ("baseline", "final", "delta", "runtime_s")}
+    thinking, use_cache = stage.args["thinking"], not stage.args["no_baseline_cache"]
+    fingerprint = models.base_fingerprint(setup.base, thinking=thinking)
+    measured = functools.partial(
+        evaluation.measure, trainer.model, setup.tokenizer, fingerprint=fingerprint, use_cache=use_cache
+    )
     if stage.number == 1 and stage.args["eval_baseline"]:
-        measured(folder.parent, "baseline", with_adapter=False)
-    base_rows = on_main_process(lambda: stored_rows(folder.parent, "baseline", evaluations))
-    evaluations = with_own_drift(evaluations, base_rows, setup.tokenizer, thinking=stage.args["thinking"])
+        with timed(entry, "baseline"):
+            measured(evaluations, (folder.parent, "baseline"), with_adapter=False)
+    before = on_main_process(lambda: evaluation.stored_rows(folder.parent, "baseline", evaluations))
+    evaluations = with_own_drift(evaluations, before, setup.tokenizer, thinking=thinking)
     with timed(entry, "train"):
         dpo.train(trainer, checkpoint, folder, fingerprint=fingerprint, use_cache=use_cache)
-    after = measured(folder, "final", with_adapter=True)
+    with timed(entry, "final"):
+        after = measured(evaluations, (folder, "final"), with_adapter=True)
     entry["kept_step"] = trainer.state.global_step
     if main_process():
-        before = stored_rows(previous, "final", evaluations) if stage.number > 1 else base_rows
-        report({**entry, "args": stage.args}, folder, evaluations, before, after)
-        entry["gate"] = missed_gate(stage.number, entry["delta"], evaluations)
-        write_json(folder / "stage.json", entry)
+        before = evaluation.stored_rows(stage.before, "final", evaluations) if stage.number > 1 else before
+        evaluation.report({**entry, "args": stage.args}, folder, evaluations, before, after)
+        entry["gate"] = missed_gate(stage.number, entry["delta"])
+        files.write_json(folder / "stage.json", entry)
         training.write_manifest(folder)
     return on_main_process(lambda: entry)
-
-
-def training_settings(stage: Stage) -> TrainingSettings:
-    from llm_alignment.training import TrainingSettings
-
-    longest, longest_prompt = stage.args["max_length"], stage.args["max_prompt_length"]
-    return stage.fill(TrainingSettings, longest=longest, longest_answer=longest - longest_prompt)
-
-
-def chat_style(stage: Stage) -> PromptStyle:
-    """The pairs are conversations; --use_chat_template is about TAT-QA's prompts."""
-    return dataclasses.replace(stage.fill(PromptStyle), use_chat_template=True, system=stage.args["system_prompt"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,7 +291,7 @@ def chat_style(stage: Stage) -> PromptStyle:
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2), a missed gate in SystemExit(1)."""
-    args = parse_arguments(build_parser(), argv, DEMO)
+    args = flags.parse_arguments(build_parser(), argv, DEMO)
     with recorded_run(args, argv, "dpo_train_mt_v2.py") as record:
         run(args, record)
     return record
@@ -381,31 +304,29 @@ def run(args: argparse.Namespace, record: dict) -> None:
     stages = [stage_of(args, number) for number in stages_to_run(args)]
     check_stage_flags(args, [stage.number for stage in stages])
     first = stages[0]
-    lora = first.fill(adapters.LoraSettings)
-    setup = training.set_up(args, record, set(), longest=args.max_length, lora=lora)
+    setup = training.set_up(args, record, set(), longest=args.max_length, lora=first.fill(adapters.LoraSettings))
     done = functools.partial(finished_stage, base=setup.base, force_continue=args.force_continue)
     record["stages"] = [done(stage_of(args, number)) for number in range(1, first.number)]
-    setups = {
-        stage.number: dataclasses.replace(
-            setup, lora=stage.fill(adapters.LoraSettings), folder=stage.folder, flags=stage.flags
-        )
-        for stage in stages
-    }
     # With both flags, a run that did stages again was interrupted, and that one is resumed.
     from_scratch = bool(args.resume_from_stage) and not args.resume_from_checkpoint
-    for stage in [] if from_scratch else stages:
-        setups[stage.number].check_folder()
-        if stage is not first and stage.folder.exists():
-            raise InputError(f"{stage.folder}: {other_stage(stage.number)}")
+    setups = {}
+    for stage in stages:
+        lora = stage.fill(adapters.LoraSettings)
+        setups[stage.number] = dataclasses.replace(setup, lora=lora, folder=stage.folder, flags=stage.flags)
+        if not from_scratch:
+            setups[stage.number].check_folder()
+            if stage is not first and stage.folder.exists():
+                raise other_stage(stage)
     pairs, evaluations, data = pairs_and_evaluations(args, record, setup, stages)
-    gates = asked_gates(args.gates, evaluations)
-    check_measured_alike(stage_folder(Path(args.output_dir), first.number - 1), evaluations)
+    gates = evaluation.asked_gates(args.gates, evaluations)
+    check_measured_alike(first.before, evaluations)
+    chat = flags.fill(PromptStyle, args, use_chat_template=True, system=args.system_prompt)
+    fit = functools.partial(dpo.fit_pairs, tokenizer=setup.tokenizer, style=chat, max_length=args.max_length)
     if args.dry_run:
         plans.log_gates(gates, Path(args.exp_log), args.model)
         for stage in stages:
             log.info("stage %d: %s pairs", stage.number, " and ".join(sorted(SOURCES[stage.number])))
-            rows = dpo.fit_pairs(pairs[stage.number], setup.tokenizer, chat_style(stage), args.max_length)
-            settings = training_settings(stage)
+            rows, settings = fit(pairs[stage.number]), stage.fill(training.TrainingSettings)
             plans.print_dpo_plan(setups[stage.number], rows, evaluations, settings, stage.fill(dpo.DpoSettings))
         return
     checkpoint = None
@@ -417,13 +338,13 @@ def run(args: argparse.Namespace, record: dict) -> None:
         for stage in reversed(stages):  # a kill in between leaves no stage whose basis is gone
             remove_folder(stage.folder)
     for stage in stages:
+        its_pairs = pairs[stage.number]
         if args.resume_from_checkpoint and training.checkpoint_problem(stage.folder) is None:
             entry = done(stage)
         else:
-            entry = run_stage(
-                stage, setups[stage.number], pairs[stage.number], evaluations,
-                checkpoint if stage is first else None, record["device"],
-            )  # fmt: skip
+            about = {"device": record["device"], "data": stage_fingerprint(stage, its_pairs), "base": record["base"]}
+            entry = run_stage(stage, setups[stage.number], fit(its_pairs), evaluations, checkpoint, about)
+        checkpoint = None
         record["stages"].append(entry)
         record["runtime_s"][f"stage{stage.number}"] = sum(entry["runtime_s"].values())
         record["kept_step"] = entry["kept_step"]
@@ -431,20 +352,17 @@ def run(args: argparse.Namespace, record: dict) -> None:
             finish(record, stage.folder, evaluations, setup.tokenizer, args.eval_save_json)
         check_gate(entry, force_continue=args.force_continue)
     if main_process():
-        judge_gates(record, gates)
+        evaluation.judge_gates(record, gates)
 
 
 def check_gate(entry: dict, *, force_continue: bool) -> None:
     """Raises MissedGateError when a stage missed its gate, unless `force_continue`."""
-    if not entry["gate"]:
-        return
-    message = f"stage {entry['stage']} missed its gate: {entry['gate']}"
-    if force_continue:
-        log.warning("%s; continuing because of --force_continue", message)
-        return
-    if entry["stage"] < 3:
-        message += f"; --resume_from_stage {entry['stage'] + 1} --force_continue continues"
-    raise MissedGateError(message)
+    stage, gate = entry["stage"], entry["gate"]
+    if gate and force_continue:
+        log.warning("stage %d missed its gate: %s; continuing because of --force_continue", stage, gate)
+    elif gate:
+        advice = f"; --resume_from_stage {stage + 1} --force_continue continues" if stage < 3 else ""
+        raise MissedGateError(f"stage {stage} missed its gate: {gate}{advice}")
 
 
 def stages_to_run(args: argparse.Namespace) -> list[int]:
@@ -455,7 +373,7 @@ def stages_to_run(args: argparse.Namespace) -> list[int]:
         return [args.stage]
     first = args.resume_from_stage or 1
     if args.resume_from_checkpoint:
-        while first < 3 and checkpoint_problem(stage_folder(Path(args.output_dir), first)) is None:
+        while first < 3 and checkpoint_problem(Path(args.output_dir) / f"stage{first}") is None:
             first += 1
     return list(range(first, 4))
 
@@ -466,47 +384,34 @@ def pairs_and_evaluations(
     """(training pairs by stage, what is measured, fingerprint of the data)."""
     from llm_alignment import domains, finance
 
-    numbers = [stage.number for stage in stages]
-    sources = set().union(*(SOURCES[number] for number in numbers))
+    sources = set().union(*(SOURCES[stage.number] for stage in stages))
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-    asked = [mtbench, sample_questions(mtbench, args.mtbench_limit, args.seed)]
-    data, evaluations = domains.data_and_evaluations(
-        setup.tokenizer,
-        sources,
-        asked,
-        data=fill(finance.DataSettings, args),
-        measuring=fill(domains.MeasuringSettings, args),
-        style=fill(PromptStyle, args),
-        content=fill(PromptContent, args),
-        retention=fill(RetentionSettings, args),
-    )
+    style, content, retention = (flags.fill(kind, args) for kind in (PromptStyle, PromptContent, RetentionSettings))
+    measuring = flags.fill(domains.MeasuringSettings, args, style=style, content=content, retention=retention)
+    settings = flags.fill(finance.DataSettings, args, reddit=flags.fill(RedditSettings, args))
+    data = finance.load_data(settings, sources, *measuring.forbidden(mtbench))
+    asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit, args.seed), **data.questions}
+    evaluations = domains.dpo_evaluations(setup.tokenizer, measuring, asked)
     answered: list[dict] = []  # the base answers the Finance-Instruct prompts once, for both their stages
-    if any("finance" in SOURCES[number] for number in numbers):
-        answers = fill(finance.AnswerSettings, args)
+    if "finance" in sources:
+        wanted, answers = args.finance_instruct_pairs, flags.fill(finance.AnswerSettings, args)
         with timed(record, "finance answers"):
-            answered = finance.finance_pairs(
-                setup.base, setup.tokenizer, setup.folder, data.items["finance"], args.finance_instruct_pairs, answers
-            )
+            answered = finance.finance_pairs(setup, data.items["finance"], wanted, answers)
     reddit = Fraction(str(args.hybrid_ratio))
     shares, limits = {"reddit": reddit, "finance": 1 - reddit}, {"finance": len(answered)}
     pairs: dict[int, list[dict]] = {}
-    for number in numbers:
+    for number in [stage.number for stage in stages]:
         if number == 1:
             pairs[number] = data.items["general"][: args.stage1_general_pairs]
         elif number == 2:
             pairs[number] = answered
         else:
-            pairs[number] = finance.mixed_pairs(
-                data, shares, limits, args.mix_policy, lambda _, wanted: answered[:wanted]
-            )
-        pairs[number] = sample(pairs[number], args.limit_pairs or len(pairs[number]), args.seed)
+            pairs[number] = finance.mixed_pairs(data, shares, limits, args.mix_policy, lambda _, most: answered[:most])
+        pairs[number] = files.sample(pairs[number], args.limit_pairs or len(pairs[number]), args.seed)
         if not pairs[number]:
-            raise InputError(
-                f"stage {number}: no training pair is left; name a larger data set, or raise --instruct_max_tokens if "
-                "the base's answers were cut"
-            )
-    fingerprint = finance.data_fingerprint(data, [pair for number in numbers for pair in pairs[number]])
-    return pairs, evaluations, fingerprint
+            advice = "name a larger data set, or raise --instruct_max_tokens if the base's answers were cut"
+            raise InputError(f"stage {number}: no training pair is left; {advice}")
+    return pairs, evaluations, finance.data_fingerprint(data, [pair for each in pairs.values() for pair in each])
 
 
 def finish(
@@ -515,21 +420,20 @@ def finish(
     """Copies the last adapter into the run's folder; reports it against the base, and every domain by stage."""
     folder = last.parent
     for path in [*last.glob("adapter_*"), *last.glob("*token*"), *last.glob("chat_template*")]:
-        write_atomic(folder / path.name, path.read_bytes())
-    before = stored_rows(folder, "baseline", evaluations)
+        files.write_atomic(folder / path.name, path.read_bytes())
+    before = evaluation.stored_rows(folder, "baseline", evaluations)
     evaluations = with_own_drift(evaluations, before, tokenizer, thinking=record["args"]["thinking"])
-    after = stored_rows(last, "final", evaluations)
-    report(record, folder, evaluations, before, after)
-    save_answers(eval_save_json, before, after)
+    after = evaluation.stored_rows(last, "final", evaluations)
+    evaluation.report(record, folder, evaluations, before, after)
+    evaluation.save_answers(eval_save_json, before, after)
     write_card(folder)
     table = []
-    for evaluation in evaluations:
-        metric, key = METRICS[evaluation.name], evaluation.name
+    for metric, key in [(METRICS[task.name], task.name) for task in evaluations]:
         for entry in record["stages"]:
-            before_stage, after_stage = metric.read(entry["baseline"]), metric.read(entry["final"])
+            sides = metric.read(entry["baseline"]), metric.read(entry["final"])
             title, delta = f"{entry['stage']}: {metric.title}", entry["delta"].get(key)
-            table.append(TableRow(title, before_stage, after_stage, delta, metric.lower_is_better))
-    print_table(f"{folder}, by stage, each against the one before", table)
+            table.append(evaluation.TableRow(title, *sides, delta, metric.lower_is_better))
+    evaluation.print_table(f"{folder}, by stage, each against the one before", table)
 
 
 if __name__ == "__main__":

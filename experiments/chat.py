@@ -17,7 +17,7 @@ from pathlib import Path
 
 from commands import logged_exit_code
 from finished import finished_run
-from mine_pairs import prompt_problem, prompt_turns
+from mine_pairs import prompt_turns
 
 from llm_alignment.adapters import adapter_off, scaled
 from llm_alignment.files import InputError
@@ -41,7 +41,7 @@ def build_parser() -> Parser:
 def read_prompts(file: str) -> list[list[dict]]:
     """The prompts of a file as turns. Raises InputError when it has none."""
     if not file.endswith(".txt"):
-        return [prompt_turns(row) for row in read_usable(file, "--prompts", prompt_problem, "prompt or messages")]
+        return read_usable(file, "--prompts", prompt_turns, "prompt or messages")
     try:
         lines = Path(file).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeError) as error:

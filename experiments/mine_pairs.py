@@ -101,8 +101,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def read_prompts(args: argparse.Namespace) -> list[dict]:
     """The prompts [{"question_id", "prompt": turns}], each once, without those that an evaluation asks."""
-    rows = read_usable(args.prompts, "--prompts", prompt_problem, "prompt, question or messages")
-    prompts = {digest(turns)[:16]: turns for turns in map(prompt_turns, rows)}
+    rows = read_usable(args.prompts, "--prompts", prompt_turns, "prompt, question or messages")
+    prompts = {digest(turns)[:16]: turns for turns in rows}
     if twice := len(rows) - len(prompts):
         log.info("%s: %d prompts occur more than once; each is used once", args.prompts, twice)
     items = [{"question_id": key, "prompt": turns} for key, turns in prompts.items()]
@@ -110,14 +110,6 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
     if not clean:
         raise InputError(f"--prompts {args.prompts}: the evaluations ask every one of them; name other prompts")
     return clean
-
-
-def prompt_problem(row: dict) -> str | None:
-    try:
-        prompt_turns(row)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def prompt_turns(row: dict) -> list[dict[str, str]]:

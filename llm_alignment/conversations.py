@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_alignment.messages import is_given, is_trained, message_list, message_text, refuse_needed
+from llm_alignment.messages import is_given, is_trained, message_text, read_messages, refuse_needed
 
 Turns = list[tuple[str, str]]  # (role, content)
 
@@ -16,7 +16,8 @@ SHAPES = (
 LISTS = ("messages", "conversations")
 PAIRS = (("prompt", "completion"), ("instruction", "output"))  # question and answer
 COLUMNS = ("subset", "system", "input", *LISTS, *PAIRS[0], *PAIRS[1])  # those that are read
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+ROLES = {"system": "system", "user": "user", "human": "user"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
 
 
 def read_conversation(row: dict) -> tuple[str, Turns]:
@@ -35,10 +36,9 @@ def read_conversation(row: dict) -> tuple[str, Turns]:
         if pair == PAIRS[1] and is_given(row.get("input")):
             turns[-1] = ("user", f"{turns[-1][1]}\n\n{read_turns(row['input'], 'user', 'input')[0][1]}")
         turns += read_turns(row[answered], "assistant", answered)
-    elif name := next((name for name in LISTS if name in row), None):
-        raise ValueError(f"no {name}")
     else:
-        raise ValueError(f"columns {', '.join(row)}")
+        empty = next((f"no {name}" for name in LISTS if name in row), None)
+        raise ValueError(empty or f"columns {', '.join(row)}")
     if is_given(row.get("system")) and turns[0][0] != "system":
         turns[:0] = read_turns(row["system"], "system", "system")
     if turns[-1][0] != "assistant":
@@ -63,17 +63,10 @@ def read_turns(value: Any, role: str, name: str) -> Turns:
     """The turns of a list of messages; a text is one turn of `role`. `name` is the column's, for the errors."""
     if plain := plain_turns(value):
         return plain
-    messages = message_list(value)
-    if messages is None and role and isinstance(value, str):
-        messages = [{"role": role, "content": value}]
-    if messages is None:
-        raise ValueError(f"{name} holds no turns" if not role else f"{name} is neither text nor a list of turns")
     turns = []
-    for message in messages:
-        role = ROLES.get(message["role"], message["role"]) if isinstance(message["role"], str) else message["role"]
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"unknown role {role!r}")
-        text = message_text({**message, "role": role}) if len(message) > 2 or is_given(message.get("content")) else ""
+    for message in read_messages(value, role, name, ROLES.get):
+        role = message["role"]
+        text = message_text(message) if len(message) > 2 or is_given(message.get("content")) else ""
         if not text.strip():
             raise ValueError(f"empty {role} turn")
         if role == "assistant" and not is_trained(message):

@@ -1,4 +1,4 @@
-"""What a DPO script measures: held-out pairs, TAT-QA, questions that the reward model scores, drift."""
+"""What a DPO script measures: held-out pairs, TAT-QA, questions that the reward model scores, drift, retention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment import finance
+from llm_alignment import tatqa
 from llm_alignment.drift import reference_drift
 from llm_alignment.evaluation import Evaluation
 from llm_alignment.generation import Decoding
@@ -17,7 +17,6 @@ from llm_alignment.prompts import PromptStyle
 from llm_alignment.retention import RetentionSettings, retention_evaluations
 from llm_alignment.rewards import load_reward_model
 from llm_alignment.scores import scored_evaluation
-from llm_alignment.tatqa import PromptContent, evaluation_questions, question_texts, tatqa_evaluation, tatqa_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
 class MeasuringSettings:
     """What a DPO script measures, and how: the flags of that name."""
 
+    style: PromptStyle
+    content: tatqa.PromptContent
+    retention: RetentionSettings
     do_eval: bool
     tatqa_dir: str
     eval_split: str
@@ -45,43 +47,38 @@ class MeasuringSettings:
     reddit_max_tokens: int = 0  # where Reddit posts are asked
 
     @functools.cached_property
-    def tatqa(self) -> Path | None:
+    def tatqa_file(self) -> Path | None:
         """The file of TAT-QA's questions; None when they are not asked."""
-        return tatqa_file(self.tatqa_dir, self.eval_split) if self.do_eval else None
+        return tatqa.tatqa_file(self.tatqa_dir, self.eval_split) if self.do_eval else None
+
+    def forbidden(self, mtbench: list[dict]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """What may not be trained on, as LeakFinder takes it; `mtbench`: all the questions of MT-Bench."""
+        whole = {
+            "MT-Bench question": [question["turns"][0] for question in mtbench],
+            "retention question": [question["turns"][-1] for question in self.retention.questions()],
+            "TAT-QA question": tatqa.question_texts(self.tatqa_file) if self.tatqa_file else [],
+        }
+        return whole, {"MT-Bench question": asked_passages(mtbench)}
 
 
 def dpo_evaluations(
     tokenizer: PreTrainedTokenizerBase,
     settings: MeasuringSettings,
-    style: PromptStyle,
-    content: PromptContent,
-    *,
     asked: dict[str, list[dict]],
     held_out: Sequence[Evaluation] = (),
 ) -> list[Evaluation]:
-    """`held_out`, TAT-QA from a file, what is `asked`, and the drift on the reference answers of these.
+    """`held_out`, TAT-QA from a file, what is `asked`, the drift on the reference answers of these, retention.
 
-    `content`: of TAT-QA's prompts. `asked`: {name in EVALUATIONS: questions}.
+    `asked`: {name in EVALUATIONS: questions}.
     """
-    evaluations = [*held_out]
-    if settings.tatqa:
-        questions = evaluation_questions(
-            settings.tatqa, tokenizer, style, content, limit=settings.eval_limit, seed=settings.seed
+    evaluations, style = [*held_out], settings.style
+    decoding = functools.partial(Decoding, seed=settings.seed, batch_size=settings.eval_batch_size)
+    if settings.tatqa_file:
+        questions = tatqa.evaluation_questions(
+            settings.tatqa_file, tokenizer, style, settings.content, limit=settings.eval_limit, seed=settings.seed
         )
-        decoding = Decoding(
-            max_new_tokens=settings.eval_max_new_tokens,
-            temperature=settings.eval_temperature,
-            top_p=settings.eval_top_p,
-            seed=settings.seed,
-            batch_size=settings.eval_batch_size,
-        )
-        evaluations.append(tatqa_evaluation(questions, decoding, style))
-    max_new_tokens = {
-        "mtbench": settings.mtbench_max_tokens,
-        "instruct": settings.instruct_max_tokens,
-        "finance_instruct": settings.instruct_max_tokens,
-        "reddit": settings.reddit_max_tokens,
-    }
+        how = decoding(settings.eval_max_new_tokens, settings.eval_temperature, settings.eval_top_p)
+        evaluations.append(tatqa.tatqa_evaluation(questions, how, style))
     asked = {name: questions for name, questions in asked.items() if questions}
     if asked:
         reward_model = load_reward_model(
@@ -90,44 +87,9 @@ def dpo_evaluations(
             trust_remote_code=settings.trust_remote_code,
             on_meta=settings.dry_run,
         )
+    tokens = {"mtbench": settings.mtbench_max_tokens, "reddit": settings.reddit_max_tokens}
     for name, questions in asked.items():
-        decoding = Decoding(
-            max_new_tokens=max_new_tokens[name],
-            seed=settings.seed,
-            thinking=style.thinking,
-            batch_size=settings.eval_batch_size,
-        )
-        evaluations.append(scored_evaluation(name, questions, decoding, reward_model))
-    return evaluations + reference_drift(tokenizer, evaluations, style, settings.max_length)
-
-
-def data_and_evaluations(
-    tokenizer: PreTrainedTokenizerBase,
-    sources: set[str],
-    mtbench: list[list[dict]],
-    *,
-    data: finance.DataSettings,
-    measuring: MeasuringSettings,
-    style: PromptStyle,
-    content: PromptContent,
-    retention: RetentionSettings,
-) -> tuple[finance.TrainingData, list[Evaluation]]:
-    """The rows of the finance scripts' `sources` without what is asked, and what is measured.
-
-    `mtbench`: all the questions, none of which may be trained on, and those that are asked.
-    """
-    all_questions, asked = mtbench
-    kept = retention.questions()
-    rows = finance.load_data(
-        data,
-        sources,
-        {
-            "MT-Bench question": [question["turns"][0] for question in all_questions],
-            "retention question": [row["turns"][-1] for row in kept],
-            "TAT-QA question": question_texts(measuring.tatqa) if measuring.tatqa else [],
-        },
-        {"MT-Bench question": asked_passages(all_questions)},
-    )
-    both = {name: rows.questions.get(name, []) for name in ("finance_instruct", "reddit")}
-    evaluations = dpo_evaluations(tokenizer, measuring, style, content, asked={"mtbench": asked} | both)
-    return rows, evaluations + retention_evaluations(kept, retention)
+        how = decoding(tokens.get(name, settings.instruct_max_tokens), thinking=style.thinking)
+        evaluations.append(scored_evaluation(name, questions, how, reward_model))
+    evaluations += reference_drift(tokenizer, evaluations, style, settings.max_length)
+    return evaluations + retention_evaluations(settings.retention.questions(), settings.retention)

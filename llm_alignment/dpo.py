@@ -48,8 +48,14 @@ class DpoSettings:
     loss_weights: str
     label_smoothing: float
     max_length: int  # tokens of prompt and answer
+    max_prompt_length: int
     no_prefix_sharing: bool
     group_by_table: bool
+
+    def sized(self, settings: TrainingSettings, longest: int) -> TrainingSettings:
+        """The settings for examples of `longest` tokens, as the plan of the memory needs them."""
+        longest_answer = self.max_length - self.max_prompt_length
+        return dataclasses.replace(settings, longest=longest, longest_answer=longest_answer)
 
 
 def fit_pairs(
@@ -68,10 +74,8 @@ def fit_pairs(
         cut_prompts += is_cut
         cut_answers += longest > max_length
         rows.append(row)
-    log.info(
-        "%d pairs: %d prompts cut to --max_prompt_length, %d answers cut at --max_length",
-        len(rows), cut_prompts, cut_answers,
-    )  # fmt: skip
+    message = "%d pairs: %d prompts cut to --max_prompt_length, %d answers cut at --max_length"
+    log.info(message, len(rows), cut_prompts, cut_answers)
     if rows:
         chosen, rejected = (statistics.fmean(len(pair[side]) for pair in pairs) for side in ("chosen", "rejected"))
         log.info("answers: %.0f characters chosen, %.0f rejected, on average", chosen, rejected)
@@ -88,10 +92,8 @@ class SharedPromptTrainer(DPOTrainer):
         if by_table:
             groups = groups_of(self.train_dataset["prompt_ids"])
             alone = sum(len(group) == 1 for group in groups)
-            log.info(
-                "--group_by_table: %d groups of pairs whose prompts begin alike, %d single pairs",
-                len(groups) - alone, alone,
-            )  # fmt: skip
+            message = "--group_by_table: %d groups of pairs whose prompts begin alike, %d single pairs"
+            log.info(message, len(groups) - alone, alone)
             self.order = GroupedOrder(groups, self.args.seed)
 
     def create_model_card(self, *_, **__) -> None:
@@ -119,11 +121,7 @@ class SharedPromptTrainer(DPOTrainer):
 
 
 def build_trainer(
-    model: PreTrainedModel | PeftModel,
-    setup: Setup,
-    rows: list[dict],
-    settings: TrainingSettings,
-    dpo: DpoSettings,
+    model: PreTrainedModel | PeftModel, setup: Setup, rows: list[dict], settings: TrainingSettings, dpo: DpoSettings
 ) -> SharedPromptTrainer:
     """The trainer of the `rows` of `fit_pairs`, over a model that reads each prompt once.
 
@@ -143,7 +141,7 @@ def build_trainer(
     if is_fresh:
         model = new_adapter(model, setup.lora)
     config = DPOConfig(
-        **training_arguments(settings, setup.base, setup.lora),
+        **training_arguments(dpo.sized(settings, dpo.max_length), setup.base, setup.lora),
         beta=dpo.beta,
         max_length=dpo.max_length,
         loss_type=loss_types,
@@ -187,10 +185,6 @@ def reward_evaluation(pairs: list[dict], rows: list[dict], beta: float, max_leng
         {**row, "question_id": pair["uid"], "cluster": pair["cluster"]} for row, pair in zip(rows, pairs, strict=True)
     ]
 
-    def tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-        tokens = (pair_tokens(item, tokenizer) for item in items)
-        return 2 * sum(sum(map(len, pair.values())) for pair in tokens)  # with the adapter and without
-
     return Evaluation(
         name="held_out",
         items=items,
@@ -199,7 +193,8 @@ def reward_evaluation(pairs: list[dict], rows: list[dict], beta: float, max_leng
         of_base=lambda pair: reward_row(pair, 0.0, 0.0),
         summarise=lambda rows: {"held_out": summarise_rewards(rows, beta)},
         compare=functools.partial(compare_rewards, beta=beta),
-        tokens=tokens,
+        # with the adapter and without
+        tokens=lambda tokenizer: 2 * sum(len(ids) for item in items for ids in pair_tokens(item, tokenizer).values()),
     )
 
 
@@ -212,9 +207,10 @@ def read_rewards(
     rewards are 0 by definition. Source: section 4 of Rafailov et al., https://arxiv.org/abs/2305.18290.
     """
     for pair in pairs:
-        policy = answer_log_probs(model, tokenizer, pair, max_length)
+        tokens = pair_tokens(pair, tokenizer)
+        policy = answer_log_probs(model, tokens, max_length)
         with adapter_off(model):
-            base = answer_log_probs(model, tokenizer, pair, max_length)
+            base = answer_log_probs(model, tokens, max_length)
         yield reward_row(pair, *(beta * (now - then) for now, then in zip(policy, base, strict=True)))
 
 
@@ -224,26 +220,22 @@ def reward_row(pair: dict, chosen: float, rejected: float) -> dict:
     return {**kept, "chosen_reward": chosen, "rejected_reward": rejected}
 
 
-def answer_log_probs(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, pair: dict, max_length: int
-) -> list[float]:
-    """Log-probabilities, in nats, of the chosen and the rejected answer; the prompt is read once.
+def answer_log_probs(model: PreTrainedModel | PeftModel, tokens: dict[str, list[int]], max_length: int) -> list[float]:
+    """Log-probabilities, in nats, of both answers of `pair_tokens`, cut at `max_length` tokens of prompt and answer.
 
-    An answer is what is trained on (see `pair_tokens`), cut at `max_length` tokens of prompt and answer.
+    The prompt is read once.
     """
-    prompt, *answers = pair_tokens(pair, tokenizer).values()
-    start, is_shared = len(prompt), not cache_problem(model)
+    prompt, *answers = tokens.values()
+    start = len(prompt)
     cut = [torch.tensor([*prompt, *answer][:max_length], device=model.device) for answer in answers]
-    ids = pad_sequence(cut, batch_first=True)
-    cache = DynamicCache()
-    base = inner_model(model)
+    ids, cache, base = pad_sequence(cut, batch_first=True), DynamicCache(), inner_model(model)
     with torch.no_grad():
-        if is_shared:
+        if cache_problem(model):
+            hidden = base.base_model(ids, use_cache=False).last_hidden_state[:, start - 1 : -1]
+        else:
             base.base_model(ids[:1, : start - 1], past_key_values=cache)
             cache.batch_repeat_interleave(2)
             hidden = base.base_model(ids[:, start - 1 :], past_key_values=cache).last_hidden_state[:, :-1]
-        else:
-            hidden = base.base_model(ids, use_cache=False).last_hidden_state[:, start - 1 : -1]
         # summed in float32: rounded to bf16, the logits of two answers that are about as likely tell little
         weight = base.get_output_embeddings().weight
         return [

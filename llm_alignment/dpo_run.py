@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,19 +61,15 @@ def run_dpo(
     trainer = None if flags.no_train else dpo.build_trainer(model, setup, rows, settings, dpo_settings)
     folder = begin(record, data, setup.base)
     fingerprint, use_cache = models.base_fingerprint(setup.base, thinking=flags.thinking), not flags.no_baseline_cache
+    measured = functools.partial(
+        measure, trainer.model if trainer else model, setup.tokenizer, fingerprint=fingerprint, use_cache=use_cache
+    )
     before: dict[str, list[dict]] = {}
     after: dict[str, list[dict]] = {}
     is_continued = flags.adapter_trainable and trainer is not None
-
-    def measured(stage: str, *, with_adapter: bool) -> dict[str, list[dict]]:
-        with timed(record, stage):
-            return measure(
-                trainer.model if trainer else model, setup.tokenizer, evaluations, (folder, stage),
-                fingerprint=fingerprint, with_adapter=with_adapter, use_cache=use_cache,
-            )  # fmt: skip
-
     if flags.eval_baseline:  # an adapter that is trained on is its own baseline
-        before = measured("baseline", with_adapter=is_continued)
+        with timed(record, "baseline"):
+            before = measured(evaluations, (folder, "baseline"), with_adapter=is_continued)
         if not is_continued:
             evaluations = with_own_drift(evaluations, before, setup.tokenizer, thinking=flags.thinking)
     if trainer:
@@ -80,7 +77,8 @@ def run_dpo(
             dpo.train(trainer, checkpoint, folder, fingerprint=fingerprint, use_cache=use_cache)
         record["kept_step"] = trainer.state.global_step
     if trainer or flags.load_adapter:
-        after = measured("final", with_adapter=True)
+        with timed(record, "final"):
+            after = measured(evaluations, (folder, "final"), with_adapter=True)
     if main_process():
         report(record, folder, evaluations, before, after)
         save_answers(flags.eval_save_json, before, after)

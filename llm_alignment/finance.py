@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.evaluation import Evaluation, read_items
@@ -17,17 +16,18 @@ from llm_alignment.files import InputError, digest, sample
 from llm_alignment.generation import MAX_BATCH_SIZE, Decoding, generate
 from llm_alignment.hub import read_usable
 from llm_alignment.leaks import LeakFinder, without_leaks
-from llm_alignment.messages import refuse_needed
-from llm_alignment.models import Base, base_fingerprint, load_model
+from llm_alignment.messages import check_texts, refuse_needed
+from llm_alignment.models import base_fingerprint, load_model
 from llm_alignment.preferences import merge_system_prompt, read_pairs
 from llm_alignment.prompts import strip_thinking
-from llm_alignment.reddit import hold_out_posts, leak_snippet, read_comments, reddit_pairs
+from llm_alignment.reddit import RedditSettings, hold_out_posts, leak_snippet, read_comments, reddit_pairs
 from llm_alignment.results import baseline_cache
 from llm_alignment.texts import normalise_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from llm_alignment.training import Setup
 
 log = logging.getLogger("llm_alignment")
 
@@ -36,13 +36,8 @@ log = logging.getLogger("llm_alignment")
 class DataSettings:
     """The flags of the data, by name: where it is, which of it is trained on and which is asked."""
 
+    reddit: RedditSettings
     reddit_dataset: str
-    reddit_min_post_chars: int
-    reddit_max_post_chars: int
-    reddit_min_comment_chars: int
-    reddit_score_margin: float
-    reddit_length_tol: float
-    reddit_max_pairs_per_post: int
     reddit_sample_rate: float
     finance_dataset: str
     general_dataset: str
@@ -55,41 +50,23 @@ class DataSettings:
 
 
 def read_instructions(source: str) -> list[dict[str, str]]:
-    """The usable rows of --finance_dataset as instructions {"prompt", "chosen", "uid", "user"}.
-
-    `prompt` is the user's text after the system text, `chosen` the reference answer, `user` the user's text alone.
-    """
-    rows = read_usable(source, "--finance_dataset", finance_problem, "user, assistant and optionally system")
-    instructions = []
-    for row in rows:
-        prompt, chosen = merge_system_prompt(row.get("system"), row["user"]), row["assistant"].strip()
-        uid = f"finance:{digest(prompt, chosen)[:16]}"
-        instructions.append({"prompt": prompt, "chosen": chosen, "uid": uid, "user": row["user"]})
-    return instructions
+    """The usable rows of --finance_dataset, as `read_instruction` gives them."""
+    return read_usable(source, "--finance_dataset", read_instruction, "user, assistant and optionally system")
 
 
-def finance_problem(row: dict) -> str | None:
-    """The reason why an instruction cannot be used; None when it can."""
-    for column in ("user", "assistant", "system"):
-        if column not in row and column != "system":
-            return f"missing columns: {column}"
-        if not isinstance(row.get(column, ""), str):
-            return f"{column} is not text"
-    for column in ("user", "assistant"):
-        if not row[column].strip():
-            return f"empty {column}"
-    try:
-        refuse_needed(row, "the row")
-    except ValueError as error:
-        return str(error)
-    return None
+def read_instruction(row: dict) -> dict[str, str]:
+    """{"prompt": the user's text after the system text, "chosen": the reference answer, "uid", "user": the user's text
+    alone}. Raises ValueError with the reason when the row cannot be used."""
+    check_texts(row, ("user", "assistant"), ("system",))
+    refuse_needed(row, "the row")
+    prompt, chosen = merge_system_prompt(row.get("system"), row["user"]), row["assistant"].strip()
+    return {"prompt": prompt, "chosen": chosen, "uid": f"finance:{digest(prompt, chosen)[:16]}", "user": row["user"]}
 
 
 def hold_out_instructions(instructions: list[dict], limit: int) -> tuple[list[dict], list[dict]]:
     """`limit` instructions as evaluation questions, chosen by a hash of their text, and the other instructions.
 
-    A question keeps the user's text as `instruction` and the answer as `reference`. Instructions of less than four
-    words are not chosen: too many texts would contain them.
+    Instructions of less than four words are not chosen: too many texts would contain them.
     """
     by_text: dict[str, dict] = {}
     for instruction in sorted(instructions, key=lambda instruction: instruction["uid"]):
@@ -98,23 +75,12 @@ def hold_out_instructions(instructions: list[dict], limit: int) -> tuple[list[di
             by_text.setdefault(text, instruction)
     chosen = [by_text[text] for text in sorted(by_text, key=lambda text: digest("evaluation", text))[:limit]]
     questions = [
-        {
-            "question_id": instruction["uid"],
-            "category": "finance",
-            "turns": [instruction["prompt"]],
-            "instruction": instruction["user"],
-            "reference": instruction["chosen"],
-        }
-        for instruction in chosen
-    ]
+        {"question_id": each["uid"], "category": "finance", "turns": [each["prompt"]], "instruction": each["user"],
+         "reference": each["chosen"]}
+        for each in chosen
+    ]  # fmt: skip
     taken = {instruction["uid"] for instruction in chosen}
     return questions, [instruction for instruction in instructions if instruction["uid"] not in taken]
-
-
-def distinct(instructions: list[dict]) -> list[dict]:
-    """Each instruction once; which of several answers stays does not depend on their order."""
-    by_uid = sorted(instructions, key=lambda instruction: instruction["uid"])
-    return list({normalise_text(instruction["user"]): instruction for instruction in by_uid}.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,48 +95,30 @@ class AnswerSettings:
     no_baseline_cache: bool
     dry_run: bool
 
-    @property
-    def decoding(self) -> Decoding:
-        return Decoding(
-            max_new_tokens=self.instruct_max_tokens,
-            temperature=self.finance_temperature,
-            seed=self.seed,
-            thinking=self.thinking,
-            batch_size=self.eval_batch_size,
-        )
-
 
 def finance_pairs(
-    base: Base,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    instructions: list[dict],
-    wanted: int,
-    answers: AnswerSettings,
+    setup: Setup, instructions: list[dict], wanted: int, answers: AnswerSettings
 ) -> list[dict[str, str]]:
     """Pairs of the first `wanted` instructions, or as many as there are, whose answer by the base can be rejected.
 
     The reference answer is chosen, the base's own answer rejected. An answer that is empty, that the token limit cut,
     or that equals the reference is not used; at most 2 * `wanted` instructions are answered. Answers are stored as
-    they come in `folder`/finance_answers.jsonl, so that a restart continues; greedy ones are put into the baseline
+    they come in finance_answers.jsonl, so that a restart continues; greedy ones are put into the baseline
     cache, where later runs on this base find them. A dry run uses the reference instead. All processes call this.
     """
     if answers.dry_run:
         log.info("dry run: reference answers stand for the base's own answers, which a run generates first")
         return [{**instruction, "rejected": instruction["chosen"]} for instruction in instructions[:wanted]]
-    decoding = answers.decoding
-    model: list[PreTrainedModel] = []
-
-    def get_model() -> PreTrainedModel:
-        if not model:
-            model.append(load_model(base))
-        return model[0]
-
-    fingerprint = {**base_fingerprint(base, thinking=decoding.thinking), "adapter": "none"}
+    decoding = Decoding(
+        max_new_tokens=answers.instruct_max_tokens, temperature=answers.finance_temperature, seed=answers.seed,
+        thinking=answers.thinking, batch_size=answers.eval_batch_size,
+    )  # fmt: skip
+    get_model = functools.cache(functools.partial(load_model, setup.base))
+    fingerprint = {**base_fingerprint(setup.base, thinking=decoding.thinking), "adapter": "none"}
     settings = {"answers": "one user turn", "generation": decoding.settings("max_new_tokens", "temperature", "seed")}
     is_greedy = decoding.temperature == 0
     cache = baseline_cache({**fingerprint, **settings}) if is_greedy and not answers.no_baseline_cache else None
-    path, position = folder / "finance_answers.jsonl", 0
+    position = 0
     pairs: list[dict[str, str]] = []
     while len(pairs) < wanted and position < min(2 * wanted, len(instructions)):
         # Samples depend on the batch. So a batch of samples is small, and a restart generates it again as a whole.
@@ -185,20 +133,15 @@ def finance_pairs(
             order=lambda item: len(item["prompt"]),
             rows_at_once=lambda model: decoding.batch_size or MAX_BATCH_SIZE[model.device.type],
         )
-        rows = read_items(evaluation, get_model, tokenizer, path, fingerprint=fingerprint, cache=cache)
+        path = setup.folder / "finance_answers.jsonl"
+        rows = read_items(evaluation, get_model, setup.tokenizer, path, fingerprint=fingerprint, cache=cache)
         for instruction, row in zip(batch, rows, strict=True):
             if row["finished"] and row["answer"] not in {"", instruction["chosen"]} and len(pairs) < wanted:
-                kept = {key: instruction[key] for key in ("prompt", "chosen", "uid", "user")}
-                pairs.append({**kept, "rejected": row["answer"]})
-    log.info(
-        "the base's answers: %d pairs; %d answers not used (empty, cut, or equal)", len(pairs), position - len(pairs)
-    )
+                pairs.append({**instruction, "rejected": row["answer"]})
+    log.info("the base's answers: %d pairs; %d not used (empty, cut or equal)", len(pairs), position - len(pairs))
     if len(pairs) < wanted:
-        log.warning(
-            "%d Finance-Instruct pairs instead of %d: of %d instructions answered, the base's other answers were "
-            "empty, cut by --instruct_max_tokens or equal to the reference",
-            len(pairs), wanted, position,
-        )  # fmt: skip
+        message = "%d Finance-Instruct pairs instead of %d; raise --instruct_max_tokens if answers were cut"
+        log.warning(message, len(pairs), wanted)
     return pairs
 
 
@@ -208,7 +151,7 @@ SAMPLED_AT_ONCE = 32
 def answer_instructions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[dict], *, decoding: Decoding
 ) -> list[dict]:
-    """The rows {"question_id", "prompt", "answer", "answer_tokens", "finished"} of instructions."""
+    """The rows {"question_id", "prompt", "answer", "answer_tokens", "finished"}."""
     conversations = [[{"role": "user", "content": item["prompt"]}] for item in items]
     answers = sorted(generate(model, tokenizer, conversations, decoding), key=lambda answer: answer.index)
     return [
@@ -236,7 +179,7 @@ def mix_counts(available: dict[str, int], shares: dict[str, Fraction], policy: s
 
 
 def format_shares(parts: dict[str, Any]) -> str:
-    """Shares as "81-19"."""
+    """As "81-19"."""
     total = sum(parts.values())
     return "-".join(f"{float(100 * part / total):.0f}" for part in parts.values())
 
@@ -291,50 +234,33 @@ def load_data(
     What the evaluations ask is held out and not trained on: their own questions, and `asked` and `passages`, which are
     LeakFinder's. Raises InputError when a source or an evaluation has nothing left.
     """
-    data = TrainingData()
-    forbidden = dict(asked)
+    data, forbidden = TrainingData(), dict(asked)
     comments = read_comments(settings.reddit_dataset) if settings.do_reddit or "reddit" in sources else []
     instructions = read_instructions(settings.finance_dataset) if settings.do_instruct or "finance" in sources else []
-    if settings.do_reddit:
-        data.questions["reddit"], comments = hold_out_posts(
-            comments,
-            settings.reddit_limit,
-            min_chars=settings.reddit_min_post_chars,
-            max_chars=settings.reddit_max_post_chars,
-        )
-        forbidden["evaluation post"] = [leak_snippet(question["turns"][0]) for question in data.questions["reddit"]]
     if settings.do_instruct:
         questions, instructions = hold_out_instructions(instructions, settings.instruct_limit)
         data.questions["finance_instruct"] = questions
         forbidden["evaluation instruction"] = [question["instruction"] for question in questions]
+    if settings.do_reddit:
+        posts, comments = hold_out_posts(comments, settings.reddit_limit, settings.reddit)
+        data.questions["reddit"] = posts
+        forbidden["evaluation post"] = [leak_snippet(post["turns"][0]) for post in posts]
     finder = LeakFinder(forbidden, passages)
+    found: dict[str, list[dict]] = {}
     if "reddit" in sources:
-        pairs = reddit_pairs(
-            comments,
-            min_post_chars=settings.reddit_min_post_chars,
-            min_comment_chars=settings.reddit_min_comment_chars,
-            max_post_chars=settings.reddit_max_post_chars,
-            score_margin=settings.reddit_score_margin,
-            length_tol=settings.reddit_length_tol,
-            max_pairs_per_post=settings.reddit_max_pairs_per_post,
-        )
-        pairs = without_leaks(pairs, finder, "reddit", data.counts)
-        size = math.floor(Fraction(str(settings.reddit_sample_rate)) * len(pairs))
-        data.items["reddit"] = sample(pairs, size, settings.seed)
-        log.info("reddit: %d pairs, sampled to %d", len(pairs), size)
+        found["reddit"] = reddit_pairs(comments, settings.reddit)
     if "finance" in sources:
-        clean = distinct(without_leaks(instructions, finder, "finance", data.counts))
-        data.items["finance"] = sample(clean, len(clean), settings.seed)
+        found["finance"] = instructions
     if "general" in sources:
-        pairs = read_pairs(settings.general_dataset, "--general_dataset", thinking=settings.thinking)
-        pairs = without_leaks(pairs, finder, "general", data.counts)
-        data.items["general"] = sample(pairs, len(pairs), settings.seed)
-    check_nothing_is_empty(settings, data)
-    return data
-
-
-def check_nothing_is_empty(settings: DataSettings, data: TrainingData) -> None:
-    """Raises InputError when a source has no item or an evaluation no question."""
+        found["general"] = read_pairs(settings.general_dataset, "--general_dataset", thinking=settings.thinking)
+    for source, items in found.items():
+        items = without_leaks(items, finder, source, data.counts)
+        if source == "finance":  # each once; which of several answers stays does not depend on their order
+            by_uid = sorted(items, key=lambda item: item["uid"])
+            items = list({normalise_text(item["user"]): item for item in by_uid}.values())
+        share = Fraction(str(settings.reddit_sample_rate)) if source == "reddit" else 1
+        data.items[source] = sample(items, math.floor(share * len(items)), settings.seed)
+        log.info("%s: %d items, sampled to %d", source, len(items), len(data.items[source]))
     finance = f"--finance_dataset {settings.finance_dataset}"
     flags = {
         "reddit": f"--reddit_dataset {settings.reddit_dataset}, --reddit_sample_rate {settings.reddit_sample_rate}",
@@ -342,12 +268,10 @@ def check_nothing_is_empty(settings: DataSettings, data: TrainingData) -> None:
         "finance_instruct": f"{finance}, --instruct_limit {settings.instruct_limit}",
         "general": f"--general_dataset {settings.general_dataset}",
     }
-    for what, found in (("train on", data.items), ("ask about", data.questions)):
-        for name, items in found.items():
-            if not items:
-                raise InputError(
-                    f"{flags[name]}: nothing is left to {what}; name a larger set or give a larger number"
-                )
+    for what, kinds in (("train on", data.items), ("ask about", data.questions)):
+        for name in [name for name, items in kinds.items() if not items]:
+            raise InputError(f"{flags[name]}: nothing is left to {what}; name a larger set or give a larger number")
+    return data
 
 
 def data_fingerprint(data: TrainingData, pairs: list[dict]) -> dict:

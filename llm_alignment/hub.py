@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from llm_alignment.files import (
     DATA_SUFFIXES,
@@ -24,6 +24,7 @@ from llm_alignment.files import (
 if TYPE_CHECKING:
     import datasets
 
+T = TypeVar("T")
 
 # Flag -> commit of what the hub gave for it in this run; goes into run.json and the record.
 COMMITS: dict[str, str] = {}
@@ -102,22 +103,22 @@ def hub_dataset(source: str, flag: str) -> datasets.Dataset:
     return rows
 
 
-def read_usable(source: str, flag: str, problem: Callable[[dict], str | None], needs: str) -> list[dict]:
-    """The rows in which `problem` finds none, each once; the others are counted and reported.
+def read_usable(source: str, flag: str, read: Callable[[dict], T], needs: str) -> list[T]:
+    """What `read` makes of each row, equal rows once. Rows for which it raises ValueError are counted and reported.
 
     Raises InputError naming the flag, and what the rows need, when no row is left.
     """
     skipped, usable, seen = SkippedRows(), [], set()
     for place, row in open_dataset(source, flag, skipped):
-        reason = problem(row)
-        key = None if reason else digest(row)
-        if key in seen:
-            reason = "the same row came before"
-        if reason:
-            skipped.add(place, reason)
+        try:
+            found, key = read(row), digest(row)
+            if key in seen:
+                raise ValueError("the same row came before")
+        except ValueError as error:
+            skipped.add(place, str(error))
         else:
             seen.add(key)
-            usable.append(row)
+            usable.append(found)
     if not usable:
         places = "; ".join(skipped.places) or "it is empty"
         raise InputError(f"{flag} {source}: no usable row ({places}); it needs the columns {needs}")

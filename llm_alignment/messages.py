@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 # Fields without which the text of a message, or of the row around it, means something else.
@@ -28,6 +28,18 @@ def refuse_needed(fields: dict, what: str, read: Collection[str] = ()) -> None:
     needed = sorted(NEEDED & given - set(read))
     if needed:
         raise ValueError(f"{what} has {' and '.join(needed)}")
+
+
+def check_texts(row: dict, needed: Collection[str], others: Collection[str] = ()) -> None:
+    """Raises ValueError unless the columns `needed` are texts that are not empty, and `others`, where given, texts."""
+    missing = [column for column in needed if column not in row]
+    if missing:
+        raise ValueError(f"missing columns: {', '.join(missing)}")
+    for column in (*needed, *others):
+        if not isinstance(row.get(column, ""), str):
+            raise ValueError(f"{column} is not text")
+        if column in needed and not row[column].strip():
+            raise ValueError(f"empty {column}")
 
 
 def unread_fields(rows: Iterable[dict], read: Collection[str]) -> Counter[str]:
@@ -66,14 +78,36 @@ def message_list(value: Any) -> list[dict] | None:
     return messages if all(fields <= message.keys() for message in messages) else None
 
 
+def read_messages(value: Any, role: str, name: str, role_of: Callable[[str], str | None]) -> list[dict]:
+    """The `message_list` of a column with roles by `role_of`; a text is one message of `role`, where there is one.
+
+    Raises ValueError, which names the column by `name`, for what holds no messages, and for an unknown role.
+    """
+    messages = message_list(value)
+    if messages is None and role and isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if messages is None:
+        raise ValueError(f"{name} is neither a text nor a list of turns" if role else f"{name} holds no turns")
+    for message in messages:
+        known = role_of(str(message["role"]))
+        if known is None:
+            raise ValueError(f"{name} has a turn of unknown role {message['role']!r}")
+        message["role"] = known
+    return messages
+
+
 def message_text(message: dict) -> str:
-    """The text of a message; an assistant's thoughts in a field of their own stand in a <think> block before it.
+    """The text of a message, which is a text or parts [{"type": "text", "text": ...}]; an assistant's thoughts in a
+    field of their own stand in a <think> block before it.
 
     Raises ValueError with the reason when the content is not text, or when a field changes what it means.
     """
     refuse_needed(message, "a turn")
-    text, thoughts = content_text(message.get("content")), [message[name] for name in THOUGHTS if message.get(name)]
-    if text is None:
+    text, thoughts = message.get("content"), [message[name] for name in THOUGHTS if message.get(name)]
+    if isinstance(text, list) and text and all(isinstance(part, dict) and part.get("type") == "text" for part in text):
+        parts = [part.get("text") for part in text]
+        text = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    if not isinstance(text, str):
         raise ValueError("a turn whose content is not text")
     if not thoughts or message["role"] != "assistant":
         return text
@@ -85,17 +119,3 @@ def message_text(message: dict) -> str:
 def is_trained(message: dict) -> bool:
     """Whether a message may be trained on: not with a weight of 0."""
     return all(message.get(name) is None or bool(message[name]) for name in TRAINED)
-
-
-def content_text(content: Any) -> str | None:
-    """The text of a turn: a text, or parts [{"type": "text", "text": ...}] joined; None when it is neither."""
-    if isinstance(content, list) and content:
-        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        is_text = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
-        return "".join(map(str, texts)) if is_text else None
-    return content if isinstance(content, str) else None
-
-
-def without_thought(answer: str) -> str:
-    """An answer without the <think></think> block that it begins with, for training after an empty block."""
-    return re.sub(r"\A<think>.*?</think>\s*", "", answer, flags=re.DOTALL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 import math
@@ -82,7 +81,7 @@ def log_dpo_training(setup: Setup, rows: list[dict], settings: TrainingSettings,
     tokens = (total * epochs / steps for total in (sum(both), padded, read))
     log.info("tokens a step: %.0f of the pairs, %.0f padded as TRL reads them, %.0f read here", *tokens)
     once = [pair - (0 if dpo.no_prefix_sharing else len(prompt)) for pair, prompt in zip(both, prompts, strict=True)]
-    log_memory_plan(dataclasses.replace(settings, longest=max(once)), setup.base, setup.lora)
+    log_memory_plan(dpo.sized(settings, max(once)), setup.base, setup.lora)
     return read * (2 * epochs + 1)  # once more for the reference
 
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import logging
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from llm_alignment.files import digest
 from llm_alignment.hub import read_usable
-from llm_alignment.messages import (
-    is_trained,
-    message_list,
-    message_text,
-    refuse_needed,
-    unread_fields,
-    without_thought,
-)
+from llm_alignment.messages import is_trained, message_text, read_messages, refuse_needed, unread_fields
 from llm_alignment.texts import normalise_text
 
 log = logging.getLogger("llm_alignment")
@@ -27,67 +21,41 @@ GENERAL_COLUMNS = (
 )
 COLUMNS = ("system", "question", "prompt", "chosen", "rejected")
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
 def read_pairs(source: str, flag: str, *, thinking: bool = False) -> list[dict]:
-    """The preference pairs of a JSONL, JSON or Parquet file, a folder of them or a hub data set, as `general_pairs`.
+    """The preference pairs (see `general_pair`) of a JSONL, JSON or Parquet file, a folder of them or a hub data set.
 
     Rows that cannot be used are skipped, counted and reported. Raises InputError, which names `flag`, when the source
     cannot be read or no row is left.
     """
-    problem = functools.partial(general_problem, thinking=thinking)
-    rows = read_usable(source, flag, problem, GENERAL_COLUMNS)
-    unread = unread_fields(rows, COLUMNS)
-    if unread:
+    read = read_usable(source, flag, lambda row: (row, general_pair(row, thinking=thinking)), GENERAL_COLUMNS)
+    if unread := unread_fields((row for row, _ in read), COLUMNS):
         named = ", ".join(f"{field} ({count} rows)" for field, count in sorted(unread.items()))
         log.info("%s: not read: %s", source, named)
-    pairs = general_pairs(rows, thinking=thinking)
-    if len(pairs) < len(rows):
-        log.info("%s: %d pairs occur again in another form; each is used once", source, len(rows) - len(pairs))
+    pairs = distinct_pairs(pair for _, pair in read)
+    if len(pairs) < len(read):
+        log.info("%s: %d pairs occur again in another form; each is used once", source, len(read) - len(pairs))
     return pairs
 
 
-def general_pairs(rows: list[dict], *, thinking: bool = False) -> list[dict]:
-    """Preference pairs {"prompt", "chosen", "rejected", "uid"} of usable rows, sorted by uid; each once, whatever the
-    form of its prompt (see `normalise_text`).
-
-    The prompt of a single question is its text. That of a longer dialogue is a list of {role, content} turns, from a
-    user's turn to a user's turn, which goes through the chat template as such. Without `thinking` the answers lose
-    their thoughts, as the prompt ends after an empty <think></think> block then.
-    """
-    pairs: dict[str, dict] = {}
-    for row in rows:
-        turns, chosen, rejected = general_turns(row, thinking=thinking)
-        uid = f"general:{digest(transcript(turns), chosen, rejected)[:16]}"
-        prompt = turns if len(turns) > 1 else turns[0]["content"]
-        pairs[uid] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "uid": uid}
+def distinct_pairs(pairs: Iterable[dict]) -> list[dict]:
+    """The pairs sorted by uid; each once, whatever the form of its prompt (see `normalise_text`)."""
     once: dict[tuple[str, str, str], dict] = {}
-    for _, pair in sorted(pairs.items()):
+    for _, pair in sorted({pair["uid"]: pair for pair in pairs}.items()):
         once.setdefault((normalise_text(transcript(pair["prompt"])), pair["chosen"], pair["rejected"]), pair)
     return list(once.values())
 
 
-def general_problem(row: dict, *, thinking: bool = False) -> str | None:
-    """The reason why a row is not a preference pair; None when it is one."""
-    try:
-        general_turns(row, thinking=thinking)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def general_turns(row: dict, *, thinking: bool = False) -> tuple[list[dict[str, str]], str, str]:
-    """The turns of the prompt, and both answers. Raises ValueError with the reason when a row is no pair.
+def general_pair(row: dict, *, thinking: bool = False) -> dict:
+    """The pair {"prompt", "chosen", "rejected", "uid"} of a row. Raises ValueError with the reason when it is none.
 
     Everything before the last answer is the prompt, and it must be the same on both sides. A column that is null or
-    empty counts as absent. A system text stands before the first question, since evaluations have no system turn.
+    empty counts as absent. The prompt of a single question is its text, after the system text, since evaluations have
+    no system turn. That of a longer dialogue is a list of {role, content} turns, from a user's to a user's, which goes
+    through the chat template as such. Without `thinking` the answers lose their thoughts, as the prompt ends after an
+    empty <think></think> block then.
     """
     for side in ("chosen", "rejected"):
         if row.get(side) in (None, "", []):
@@ -107,19 +75,21 @@ def general_turns(row: dict, *, thinking: bool = False) -> tuple[list[dict[str, 
         join_turns(prompt, read_turns(row[side], "assistant", side)) for side in ("chosen", "rejected")
     )
     if not thinking:
-        chosen, rejected = ([lose_thought(turn) for turn in turns] for turns in (chosen, rejected))
+        chosen, rejected = ([without_thought(turn) for turn in turns] for turns in (chosen, rejected))
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected differ before the last turn")
     if chosen == rejected:
         raise ValueError("equal answers")
-    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+    turns, answers = chosen[:-1], {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
+    uid = f"general:{digest(transcript(turns), *answers.values())[:16]}"
+    return {"prompt": turns if len(turns) > 1 else turns[0]["content"], **answers, "uid": uid}
 
 
-def lose_thought(turn: dict[str, str]) -> dict[str, str]:
+def without_thought(turn: dict[str, str]) -> dict[str, str]:
     """A turn without the thought that an answer begins with. Raises ValueError when nothing is left of it."""
     if turn["role"] != "assistant":
         return turn
-    answer = without_thought(turn["content"])
+    answer = re.sub(r"\A<think>.*?</think>\s*", "", turn["content"], flags=re.DOTALL)
     if not answer or answer.startswith("<think>"):
         raise ValueError("an answer has no text outside its <think> block")
     return {**turn, "content": answer}
@@ -132,24 +102,13 @@ def read_turns(value: Any, role: str, name: str) -> list[dict[str, str]]:
     """
     if value is None:
         return []
-    if isinstance(value, str) and message_list(value) is None:
-        has_answer = role == "user" or "\n\nAssistant:" in value
-        if not re.match(r"\s*Human:", value) or not has_answer:
-            return [{"role": role, "content": value.strip()}]
+    if isinstance(value, str) and re.match(r"\s*Human:", value) and (role == "user" or "\n\nAssistant:" in value):
         _, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", value.strip())
         value = [{"role": who, "content": text} for who, text in zip(parts[::2], parts[1::2], strict=True)]
-    messages = message_list(value)
-    if messages is None:
-        raise ValueError(f"{name} is neither a text nor a list of turns")
-    turns = []
-    for message in messages:
-        if not isinstance(message["role"], str) or message["role"].lower() not in ROLES:
-            raise ValueError(f"{name} has a turn of unknown role {message['role']!r}")
-        message["role"] = ROLES[message["role"].lower()]
-        turns.append({"role": message["role"], "content": message_text(message).strip()})
+    messages = read_messages(value, role, name, lambda role: ROLES.get(role.lower()))
     if role == "assistant" and not is_trained(messages[-1]):
         raise ValueError(f"{name} has a weight of 0")
-    return turns
+    return [{"role": message["role"], "content": message_text(message).strip()} for message in messages]
 
 
 def join_turns(prompt: list[dict[str, str]], side: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -157,8 +116,8 @@ def join_turns(prompt: list[dict[str, str]], side: list[dict[str, str]]) -> list
 
     Raises ValueError unless user and assistant take turns, from the user's first to the assistant's last.
     """
-    (first, prompt), (second, side) = map(split_system, (prompt, side))
-    system = list(dict.fromkeys(first + second))
+    systems = [list(itertools.takewhile(lambda turn: turn["role"] == "system", turns)) for turns in (prompt, side)]
+    prompt, side = prompt[len(systems[0]) :], side[len(systems[1]) :]
     if side[: len(prompt)] == prompt:
         turns = side
     elif side and side[0]["role"] == "assistant":
@@ -171,17 +130,9 @@ def join_turns(prompt: list[dict[str, str]], side: list[dict[str, str]]) -> list
         raise ValueError("no prompt" if len(turns) == 1 else "user and assistant do not take turns")
     if not all(turn["content"] for turn in turns):
         raise ValueError("an empty turn")
+    system = dict.fromkeys(turn["content"] for turn in [*systems[0], *systems[1]])
     question = merge_system_prompt("\n\n".join(system), turns[0]["content"])
     return [{"role": "user", "content": question}, *turns[1:]]
-
-
-def split_system(turns: list[dict[str, str]]) -> tuple[list[str], list[dict[str, str]]]:
-    """The system texts at the beginning, and the other turns. Raises ValueError for a system turn among these."""
-    roles = [turn["role"] for turn in turns]
-    start = next((place for place, role in enumerate(roles) if role != "system"), len(turns))
-    if "system" in roles[start:]:
-        raise ValueError("a system turn in the middle")
-    return [turn["content"] for turn in turns[:start]], turns[start:]
 
 
 def transcript(prompt: str | list[dict[str, str]]) -> str:

@@ -2,89 +2,81 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 
 from llm_alignment.files import digest
 from llm_alignment.hub import read_usable
+from llm_alignment.messages import check_texts
 from llm_alignment.texts import cut_at_word
 
-REDDIT_COLUMNS = ("id", "title", "body", "comment_normalized_score")  # selftext and subreddit may be absent
+
+@dataclasses.dataclass(frozen=True)
+class RedditSettings:
+    """Which posts are used, and how pairs are made of their comments: the flags of that name."""
+
+    reddit_min_post_chars: int = 120
+    reddit_max_post_chars: int = 2000
+    reddit_min_comment_chars: int = 40
+    reddit_score_margin: float = 0.10
+    reddit_length_tol: float = 0.6
+    reddit_max_pairs_per_post: int = 1
+
+    def post_text(self, row: dict) -> str:
+        """Title and text of a post, cut at a word; "" for one that is too short."""
+        text = f"{row['title'].strip()}\n\n{row.get('selftext', '').strip()}".strip()
+        text = cut_at_word(text, self.reddit_max_post_chars)
+        return text if len(text) >= self.reddit_min_post_chars else ""
 
 
 def read_comments(source: str) -> list[dict]:
     """The usable rows of `source` (--reddit_dataset), one for each comment; an id that is a number becomes a text."""
-    rows = read_usable(source, "--reddit_dataset", reddit_problem, ", ".join(REDDIT_COLUMNS))
-    return [{**row, "id": str(row["id"])} for row in rows]
+    return read_usable(source, "--reddit_dataset", read_comment, "id, title, body, comment_normalized_score")
 
 
-def reddit_problem(row: dict) -> str | None:
-    """The reason why a row of one post and one comment cannot be used; None when it can."""
-    missing = [column for column in REDDIT_COLUMNS if column not in row]
-    if missing:
-        return f"missing columns: {', '.join(missing)}"
-    if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
-        return "id is neither a text nor a whole number"
-    for column in ("title", "body", "selftext"):
-        if not isinstance(row.get(column, ""), str):
-            return f"{column} is not text"
-    for column in ("id", "title", "body"):
-        if not str(row[column]).strip():
-            return f"empty {column}"
-    score = row["comment_normalized_score"]
+def read_comment(row: dict) -> dict:
+    """A row of one post and one comment. Raises ValueError with the reason when it cannot be used."""
+    if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
+        row = {**row, "id": str(row["id"])}
+    check_texts(row, ("id", "title", "body"), ("selftext",))
+    score = row.get("comment_normalized_score")
     if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
-        return f"comment_normalized_score {score!r} is not a number"
-    return None
+        raise ValueError(f"comment_normalized_score {score!r} is not a number")
+    return row
 
 
-def post_text(row: dict, max_chars: int) -> str:
-    """Title and text of a post, cut at a word to `max_chars` characters."""
-    return cut_at_word(f"{row['title'].strip()}\n\n{row.get('selftext', '').strip()}".strip(), max_chars)
-
-
-def reddit_pairs(
-    rows: list[dict],
-    *,
-    min_post_chars: int = 120,
-    min_comment_chars: int = 40,
-    max_post_chars: int = 2000,
-    score_margin: float = 0.10,
-    length_tol: float = 0.6,
-    max_pairs_per_post: int = 1,
-) -> list[dict[str, str]]:
+def reddit_pairs(rows: list[dict], settings: RedditSettings) -> list[dict[str, str]]:
     """Preference pairs of the posts with at least two comments, sorted by uid; the order of `rows` does not matter.
 
     chosen is the comment with the best `comment_normalized_score`. rejected are the lowest siblings, at most
-    `max_pairs_per_post`, that lie `score_margin` or more below it and differ from its length by at most `length_tol`
-    of it; without any, the lowest sibling. A post whose comments are equal in text or in score gives no pair.
+    `reddit_max_pairs_per_post`, that lie `reddit_score_margin` or more below it and differ from its length by at most
+    `reddit_length_tol` of it; without any, the lowest sibling. A post whose comments are equal in text or in score
+    gives no pair.
     """
     posts: dict[str, list[dict]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: (row["comment_normalized_score"], row["body"], row["title"])):
-        if len(row["body"].strip()) >= min_comment_chars:
+        if len(row["body"].strip()) >= settings.reddit_min_comment_chars:
             posts[row["id"]].append(row)
     pairs: list[dict[str, str]] = []
     for post_id, comments in sorted(posts.items()):
         *siblings, best = comments
-        prompt, chosen = post_text(best, max_post_chars), best["body"].strip()
-        if not siblings or len(prompt) < min_post_chars:
-            continue
-
-        def is_worse(row: dict, margin: float = 0.0, best: dict = best, chosen: str = chosen) -> bool:
-            gap = best["comment_normalized_score"] - row["comment_normalized_score"]
-            return gap > 0 and gap >= margin and row["body"].strip() != chosen
-
-        def is_as_long(row: dict, chosen: str = chosen) -> bool:
-            return abs(len(row["body"].strip()) - len(chosen)) <= length_tol * len(chosen)
-
-        near = [row for row in siblings if is_worse(row, score_margin) and is_as_long(row)]
-        rejected = near[:max_pairs_per_post] or list(filter(is_worse, siblings[:1]))
-        for number, row in enumerate(rejected):
+        prompt, chosen, score = settings.post_text(best), best["body"].strip(), best["comment_normalized_score"]
+        worse = [row for row in siblings if row["comment_normalized_score"] < score and row["body"].strip() != chosen]
+        near = [
+            row
+            for row in worse
+            if score - row["comment_normalized_score"] >= settings.reddit_score_margin
+            and abs(len(row["body"].strip()) - len(chosen)) <= settings.reddit_length_tol * len(chosen)
+        ]
+        rejected = near[: settings.reddit_max_pairs_per_post] or [row for row in worse if row is siblings[0]]
+        for number, row in enumerate(rejected if prompt else ()):
             uid = f"reddit:{post_id}:{number}"
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": row["body"].strip(), "uid": uid})
     return pairs
 
 
-def hold_out_posts(rows: list[dict], limit: int, *, min_chars: int, max_chars: int) -> tuple[list[dict], list[dict]]:
+def hold_out_posts(rows: list[dict], limit: int, settings: RedditSettings) -> tuple[list[dict], list[dict]]:
     """`limit` posts as evaluation questions, chosen by a hash of their id, and the rows of all other posts.
 
     The choice depends on nothing else, so runs with other seeds ask the same. A question keeps the subreddit, the
@@ -92,8 +84,7 @@ def hold_out_posts(rows: list[dict], limit: int, *, min_chars: int, max_chars: i
     """
     posts: dict[str, dict] = {}
     for row in sorted(rows, key=lambda row: (-row["comment_normalized_score"], row["title"], row["body"])):
-        text = post_text(row, max_chars)
-        if len(text) >= min_chars:
+        if text := settings.post_text(row):
             subreddit = str(row.get("subreddit", ""))
             question = {"question_id": row["id"], "category": subreddit, "turns": [text]}
             kept = {"title": row["title"], "subreddit": subreddit, "reference": row["body"].strip()}

@@ -24,10 +24,10 @@ def add_reference(trainer: Any, folder: Path, *, fingerprint: dict, use_cache: b
     trained on, that adapter as it is now, TRL's copy "ref". The values are kept in `folder`/reference.jsonl and in the
     baseline cache, by the base's `fingerprint`, the adapter and the pairs' tokens. All processes share the work.
     """
-    trainer.train_dataset = trainer.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-    items = [{"question_id": digest(row)[:32], "row": row} for row in trainer.train_dataset.to_list()]
+    pairs = trainer.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    items = [{"question_id": digest(row)[:32], "row": row} for row in pairs.to_list()]
     is_continued = "ref" in trainer.model.peft_config
-    settings: dict[str, Any] = {
+    settings = {
         "reference_of": digest([{"question_id": item["question_id"]} for item in items]),
         "max_length": trainer.args.max_length,
         "prefix_sharing": trainer.is_shared,
@@ -42,18 +42,11 @@ def add_reference(trainer: Any, folder: Path, *, fingerprint: dict, use_cache: b
     )
     fingerprint = {**fingerprint, "adapter": adapter_sha256(trainer.model) if is_continued else "none"}
     cache = baseline_cache({**fingerprint, **settings}) if use_cache else None
-    rows = read_items(
-        evaluation,
-        lambda: trainer.model,
-        trainer.processing_class,
-        folder / "reference.jsonl",
-        fingerprint=fingerprint,
-        cache=cache,
-    )
+    path, tokenizer = folder / "reference.jsonl", trainer.processing_class
+    rows = read_items(evaluation, lambda: trainer.model, tokenizer, path, fingerprint=fingerprint, cache=cache)
     for side in ("chosen", "rejected"):
-        values = [row[side] for row in rows]
-        trainer.train_dataset = trainer.train_dataset.add_column(f"ref_{side}_logps", values)
-    trainer.precompute_ref_logps = True
+        pairs = pairs.add_column(f"ref_{side}_logps", [row[side] for row in rows])
+    trainer.train_dataset, trainer.precompute_ref_logps = pairs, True
     if is_continued:
         trainer.model.delete_adapter("ref")
 

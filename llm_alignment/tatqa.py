@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import logging
 import math
+import operator
 import random
 import re
 import statistics
@@ -30,21 +30,15 @@ if TYPE_CHECKING:
 
     from llm_alignment.generation import Decoding
 
-
-log = logging.getLogger("llm_alignment")
-
-
 TATQA_FILES = {
     "train": "tatqa_dataset_train.json",
     "validation": "tatqa_dataset_dev.json",
     "test": "tatqa_dataset_test_gold.json",
 }
-
-
 ANSWER_TYPES = ("span", "multi-span", "arithmetic", "count")
-
-
+NUMBERS = {"arithmetic": r"-?\d+(\.\d+)?(e[-+]?\d+)?", "count": r"-?\d+"}  # those whose answers are numbers
 SCALES = {"": 1, "thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000, "percent": 0.01}
+QUESTION_PREFIX = "\n\nQuestion:"  # truncation keeps a prompt from here on
 
 
 def tatqa_file(folder: str, split: str) -> Path:
@@ -61,28 +55,21 @@ def read_tatqa(path: Path, skipped: SkippedRows) -> list[dict]:
     `skipped`. Raises InputError, with the place, when the file is missing, truncated or of another shape, or when no
     question is left.
     """
-    if not path.exists():
-        raise InputError(f"{path}: no such file; --tatqa_dir takes the folder that holds {path.name}")
     with open_data(path) as file:
-        content = file.read()
-    try:
-        text = content.decode("utf-8-sig")
-        contexts = parse_json(text)
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise InputError(f"{path}: not valid JSON ({error}); fetch the file again") from error
+        try:
+            contexts = parse_json(file.read())
+        except ValueError as error:  # UnicodeDecodeError is one
+            raise InputError(f"{path}: not valid JSON ({error}); fetch the file again") from error
     if not isinstance(contexts, list):
         raise InputError(f"{path}: not a list of contexts; fetch the TAT-QA file of that name again")
     uids: set[str] = set()
     for number, context in enumerate(contexts, 1):
-        if not is_context(context):
-            raise InputError(f"{path}: context {number} is not a table of strings, passages and questions as TAT-QA's")
-        if problem := object_problem(context, text):
+        if problem := context_problem(context) or object_problem(context):
             raise InputError(f"{path}: context {number}: {problem}; fetch the file again")
         usable = []
         for question in context["questions"]:
-            problem = question_problem(context, question)
-            if question["uid"] in uids:
-                problem = "another question has its uid"
+            is_second = question["uid"] in uids
+            problem = "another question has its uid" if is_second else question_problem(context, question)
             if problem:
                 skipped.add(f"{path.name}: context {number}, question {question['uid']}", problem)
             else:
@@ -94,18 +81,19 @@ def read_tatqa(path: Path, skipped: SkippedRows) -> list[dict]:
     return contexts
 
 
-def is_context(context: Any) -> bool:
-    """Whether a value has the shape of a context: a table of strings, numbered passages, questions with their uid."""
+def context_problem(context: Any) -> str | None:
+    """Why a value is no context; None for a table of texts, numbered passages, and questions with their uid."""
     try:
         rows, passages, questions = context["table"]["table"], context["paragraphs"], context["questions"]
         texts = [cell for row in rows for cell in row] + [passage["text"] for passage in passages]
         texts += [question[key] for question in questions for key in ("uid", "question")]
+        "".join(texts)
         lists = [rows, *rows, *(question.get("rel_paragraphs") or [] for question in questions)]
-        orders = [str(passage["order"]) for passage in passages]
+        is_whole = all(isinstance(value, list) for value in lists)
+        is_whole &= all(re.fullmatch(r"\d{1,9}", str(passage["order"])) is not None for passage in passages)
     except (TypeError, KeyError, AttributeError):
-        return False
-    is_whole = all(isinstance(text, str) for text in texts) and all(isinstance(value, list) for value in lists)
-    return is_whole and all(order.isdecimal() and len(order) < 10 for order in orders)
+        is_whole = False
+    return None if is_whole else "not a table of texts, numbered passages and questions as TAT-QA's"
 
 
 def question_texts(path: Path) -> list[str]:
@@ -115,27 +103,21 @@ def question_texts(path: Path) -> list[str]:
 
 def question_problem(context: dict, question: dict) -> str | None:
     """The reason why a question cannot be used, or None."""
-    kind, answer = question.get("answer_type"), question.get("answer")
+    kind, scale, answer = (question.get(key) for key in ("answer_type", "scale", "answer"))
     if not question["question"].strip():
         return "no question"
     if kind not in ANSWER_TYPES:
         return f"answer type {kind!r} is not one of {', '.join(ANSWER_TYPES)}"
-    if question.get("scale") not in list(SCALES):
-        return f"scale {question.get('scale')!r} is not one of {', '.join(filter(None, SCALES))} or empty"
+    if scale not in list(SCALES):
+        return f"scale {scale!r} is not one of {', '.join(filter(None, SCALES))} or empty"
     if not any(cell.strip() for row in context["table"]["table"] for cell in row):
         return "the table is empty"
-    if answer is None or answer in ("", []):
-        return "no answer"
-    if kind in ("span", "multi-span"):
-        if not isinstance(answer, list) or not all(isinstance(part, str) for part in answer):
-            return "the answer is not a list of strings"
-        if not any(part.strip() for part in answer):
-            return "no answer"
-    elif not re.fullmatch(r"-?\d+" if kind == "count" else r"-?\d+(\.\d+)?(e[-+]?\d+)?", str(answer)) or math.isinf(
-        float(answer)
-    ):
-        return f"the answer {answer!r:.60} is not a number"
-    return None
+    if kind in NUMBERS:
+        is_number = re.fullmatch(NUMBERS[kind], str(answer)) and math.isfinite(float(str(answer)))
+        return None if is_number else f"the answer {answer!r:.60} is not a number"
+    if not isinstance(answer, list) or not all(isinstance(part, str) for part in answer):
+        return f"the answer {answer!r:.60} is not a list of texts"
+    return None if any(part.strip() for part in answer) else "no answer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +161,6 @@ def tatqa_prompt(context: dict, question: dict, content: PromptContent = DEFAULT
     )
 
 
-QUESTION_PREFIX = "\n\nQuestion:"  # truncation keeps a prompt from here on
-
-
 def tatqa_em_f1(question: dict, prediction: str | list[str], scale: str) -> tuple[float, float]:
     """The official exact match and F1 of one prediction, both 0..1.
 
@@ -191,24 +170,22 @@ def tatqa_em_f1(question: dict, prediction: str | list[str], scale: str) -> tupl
     import numpy as np
 
     gold = question["answer"]
-    if question["answer_type"] in ("arithmetic", "count"):
+    if question["answer_type"] in NUMBERS:
         gold = [str(int(gold) if question["answer_type"] == "count" else gold)]
     if not prediction or not gold:
         return 0.0, 0.0
     parts = prediction if isinstance(prediction, list) else [prediction]
     forms = [_answer_string(parts, scale)]
-    if len(parts) == 1 and not scale and "%" not in parts[0]:
-        value = _to_number(parts[0])
-        if value is not None:  # a share may be given bare: 0.2342 for 23.42 percent
-            forms.append(f"{value:.4f}")
+    bare = _to_number(parts[0]) if len(parts) == 1 and not scale and "%" not in parts[0] else None
+    if bare is not None:  # a share may be given so: 0.2342 for 23.42 percent
+        forms.append(f"{bare:.4f}")
     gold_tokens = normalise(_answer_string(gold, question["scale"])).split()
     best = (0.0, 0.0)
-    for form in forms:
-        tokens = normalise(form).split()
-        em = float(tokens == gold_tokens)
-        best = max(best, (em, float(np.round(_bag_f1(set(tokens), set(gold_tokens)), 2))))
+    for tokens in (normalise(form).split() for form in forms):
+        f1 = float(np.round(_bag_f1(set(tokens), set(gold_tokens)), 2))
+        best = max(best, (float(tokens == gold_tokens), f1))
     em, f1 = best
-    return em, em if question["answer_type"] in ("arithmetic", "count") else f1
+    return em, em if question["answer_type"] in NUMBERS else f1
 
 
 def _answer_string(parts: list[str], scale: str) -> str:
@@ -228,10 +205,10 @@ def _answer_string(parts: list[str], scale: str) -> str:
 def is_number(text: str) -> bool:
     words = _bare(text).split()
     try:
-        is_nan = math.isnan(float(words[0]))
+        is_real = not math.isnan(float(words[0]))
     except (ValueError, IndexError):
         return False
-    return not is_nan and (len(words) == 1 or _scale_value(words[1]) != 1)
+    return is_real and (len(words) == 1 or _scale_value(words[1]) != 1)
 
 
 def _to_number(text: str) -> float | None:
@@ -324,9 +301,7 @@ def tatqa_questions(
     `answer` is gold as the file has it, `context` names the table. With `limit` > 0 the questions come from whole
     contexts in an order by `seed` that does not depend on the file's.
     """
-    contexts = sorted(
-        (context for context in contexts if context["questions"]), key=lambda c: c["questions"][0]["uid"]
-    )
+    contexts = sorted(filter(operator.itemgetter("questions"), contexts), key=lambda c: c["questions"][0]["uid"])
     questions = [
         {
             "question_id": question["uid"],
@@ -343,10 +318,7 @@ def tatqa_questions(
 def fit_questions(questions: list[dict], tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> list[dict]:
     """The questions with their prompts as the model reads them, and the `tokens` of these prompts."""
     fitted = [fit_prompt(question["prompt"], tokenizer, style, QUESTION_PREFIX) for question in questions]
-    return [
-        {**question, "prompt": prompt.text, "tokens": prompt.tokens}
-        for question, prompt in zip(questions, fitted, strict=True)
-    ]
+    return [{**asked, "prompt": fit.text, "tokens": fit.tokens} for asked, fit in zip(questions, fitted, strict=True)]
 
 
 def answer_questions(
@@ -357,17 +329,19 @@ def answer_questions(
     decoding: Decoding,
     one_line: bool,
 ) -> Iterator[dict]:
-    """Yields the rows (see `graded_row`) of questions as `fit_questions` gives them; what those on one context share
-    is read once. With `one_line` an answer ends with its first line."""
+    """Yields the rows of questions as `fit_questions` gives them; what those on one context share is read once.
+
+    A row: {"question_id", "context", "question", "answer_type", "scale", "gold": the reference answer, "answer": the
+    model's text, "em_like", "em", "f1", "batch_size"}. With `one_line` an answer ends with its first line.
+    """
     import torch
 
     from llm_alignment import generation
     from llm_alignment.exactness import cache_problem
 
     settings = generation.generation_config(model, tokenizer, decoding)
-    line_break = (
-        generation.line_break_tokens(tokenizer, model.get_output_embeddings().weight.shape[0]) if one_line else None
-    )
+    width = model.get_output_embeddings().weight.shape[0]
+    line_break = generation.line_break_tokens(tokenizer, width) if one_line else None
     groups = [[*group] for _, group in itertools.groupby(items, key=lambda question: question["context"])]
     torch.manual_seed(decoding.seed ^ zlib.crc32(items[0]["question_id"].encode()))
     prompts = [[question["tokens"] for question in group] for group in groups]
@@ -377,16 +351,10 @@ def answer_questions(
     for question, answer in zip(items, itertools.chain(*answers), strict=True):
         until_end = itertools.takewhile(lambda token: token not in settings.eos_token_id, answer)
         text = strip_thinking(generation.text_of([*until_end], tokenizer, question["tokens"]))
-        yield {**graded_row(question, text), "batch_size": len(items)}
-
-
-def graded_row(question: dict, text: str) -> dict:
-    """The row of a question and the model's text: {"question_id", "context", "question", "answer_type", "scale",
-    "gold", "answer", "em_like", "em", "f1"}; `gold` is the reference answer, `answer` the text."""
-    em, f1 = tatqa_em_f1(question, *tatqa_parse(text))
-    kept = {key: question[key] for key in ("question_id", "context", "question", "answer_type", "scale")}
-    graded = {"em_like": tatqa_em_like(question, text), "em": em, "f1": f1}
-    return {**kept, "gold": question["answer"], "answer": text, **graded}
+        em, f1 = tatqa_em_f1(question, *tatqa_parse(text))
+        row = {key: question[key] for key in ("question_id", "context", "question", "answer_type", "scale")}
+        row |= {"gold": question["answer"], "answer": text, "em_like": tatqa_em_like(question, text)}
+        yield {**row, "em": em, "f1": f1, "batch_size": len(items)}
 
 
 def summarise_tatqa(rows: list[dict]) -> dict:
@@ -401,8 +369,8 @@ def summarise_tatqa(rows: list[dict]) -> dict:
 
     kinds = sorted({row["answer_type"] for row in rows})
     by_type = {kind: shares([row for row in rows if row["answer_type"] == kind]) for kind in kinds}
-    sizes = {row["batch_size"] for row in rows if "batch_size" in row}  # older files do not have it
-    return {**shares(rows), "by_type": by_type, "batch_sizes": sorted(sizes)}
+    sizes = sorted({row["batch_size"] for row in rows if "batch_size" in row})  # older files do not have it
+    return {**shares(rows), "by_type": by_type, "batch_sizes": sizes}
 
 
 def compare_tatqa(before: list[dict], after: list[dict]) -> dict[str, dict]:
@@ -437,7 +405,6 @@ def tatqa_evaluation(questions: list[dict], decoding: Decoding, style: PromptSty
 
     one_line = not style.use_chat_template
     generation = decoding.settings("max_new_tokens", "temperature", "top_p", "seed")
-    golds = [style.gap + answer_text(gold_parts(question), question["scale"]) for question in questions]
     return Evaluation(
         name="tatqa",
         items=questions,
@@ -450,21 +417,14 @@ def tatqa_evaluation(questions: list[dict], decoding: Decoding, style: PromptSty
         summarise=lambda rows: {"tatqa": summarise_tatqa(rows)},
         compare=compare_tatqa,
         references=[
-            (question["question_id"], question["prompt"], gold, question["context"])
-            for question, gold in zip(questions, golds, strict=True)
+            (each["question_id"], each["prompt"], style.gap + gold_text(each), each["context"]) for each in questions
         ],
         tokens=functools.partial(table_tokens, questions, decoding.max_new_tokens),
     )
 
 
 def evaluation_questions(
-    path: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    style: PromptStyle,
-    content: PromptContent,
-    *,
-    limit: int,
-    seed: int,
+    path: Path, tokenizer: PreTrainedTokenizerBase, style: PromptStyle, content: PromptContent, limit: int, seed: int
 ) -> list[dict]:
     """The questions of a TAT-QA file that an evaluation asks, as `fit_questions` gives them."""
     skipped = SkippedRows()
@@ -481,9 +441,13 @@ def table_tokens(questions: list[dict], max_new_tokens: int, tokenizer: PreTrain
 
 
 def gold_parts(question: dict) -> list[str]:
-    if question["answer_type"] in ("arithmetic", "count"):
+    if question["answer_type"] in NUMBERS:
         return [f"{question['answer']}"]
     return [part.strip() for part in question["answer"] if part.strip()]
+
+
+def gold_text(question: dict) -> str:
+    return answer_text(gold_parts(question), question["scale"])
 
 
 def answer_text(parts: list[str], scale: str) -> str:

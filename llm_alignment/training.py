@@ -59,7 +59,7 @@ class TrainingSettings:
     report_to: str
     exp_tag: str
     gradient_checkpointing: str
-    longest: int  # tokens of the longest example
+    longest: int = 0  # tokens of the longest example; DPO's own settings know theirs
     longest_answer: int = 0  # of DPO: tokens of the longest answer, which go through the head
     weight_decay: float = 0.0
     warmup_ratio: float = 0.05

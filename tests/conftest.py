@@ -307,6 +307,7 @@ def finance_data(args: argparse.Namespace, sources: set[str]) -> TrainingData:
     from llm_alignment.finance import DataSettings, load_data
     from llm_alignment.flags import fill
     from llm_alignment.leaks import asked_passages
+    from llm_alignment.reddit import RedditSettings
     from llm_alignment.tatqa import question_texts, tatqa_file
     from mtbench_eval import load_questions
 
@@ -315,7 +316,8 @@ def finance_data(args: argparse.Namespace, sources: set[str]) -> TrainingData:
         "MT-Bench question": [question["turns"][0] for question in questions],
         "TAT-QA question": question_texts(tatqa_file(args.tatqa_dir, args.eval_split)) if args.do_eval else [],
     }
-    return load_data(fill(DataSettings, args), sources, asked, {"MT-Bench question": asked_passages(questions)})
+    settings = fill(DataSettings, args, reddit=fill(RedditSettings, args))
+    return load_data(settings, sources, asked, {"MT-Bench question": asked_passages(questions)})
 
 
 def run_error(capsys: pytest.CaptureFixture, main: Callable[[list[str]], object], *argv: str, code: int = 2) -> str:

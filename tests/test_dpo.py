@@ -53,12 +53,12 @@ def loaded(setup, adapter):
     return adapters.load_adapter(model, adapter, trainable=True) if adapter else model
 
 
-def move(trainer, shift):
+def move(model, shift):
     """Moves the policy off its reference."""
     import torch
 
     torch.manual_seed(1)
-    for parameter in trainer.model.parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += shift * torch.randn_like(parameter)
 
@@ -66,7 +66,7 @@ def move(trainer, shift):
 def loss_and_gradients(trainer, shift=0.0):
     """Loss, adapter gradients and TRL's metrics on the first pairs, after a `move`."""
     if shift:
-        move(trainer, shift)
+        move(trainer.model, shift)
     trainer.model.zero_grad()
     trainer.model.train()
     first = trainer.train_dataset.select(range(trainer.args.per_device_train_batch_size))  # the loaders' orders differ
@@ -88,28 +88,20 @@ def assert_same_step(result, expected):
 
 @pytest.fixture(scope="module")
 def rows():
-    rng = random.Random(3)
+    rng, words = random.Random(3), ["net", "sales", "12", "percent", "of", "dividends"]
 
     def text(low, high):
-        return "".join(
-            f" {rng.choice(['net', 'sales', '12', 'percent', 'of', 'dividends'])}"
-            for _ in range(rng.randint(low, high))
-        )
+        return "".join(f" {rng.choice(words)}" for _ in range(rng.randint(low, high)))
 
     return [{"prompt": "Q:" + text(3, 40), "chosen": text(1, 9), "rejected": text(1, 9)} for _ in range(12)]
 
 
 @pytest.fixture(scope="module")
 def saved_adapter(tmp_path_factory):
-    import torch
-
     folder = tmp_path_factory.mktemp("adapter")
     setup, *_ = toy_run(folder)
     model = adapters.new_adapter(models.load_model(setup.base), setup.lora)
-    torch.manual_seed(7)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = 0.05 * torch.randn_like(parameter)
+    move(model, 0.05)
     model.save_pretrained(folder)
     return str(folder)
 
@@ -172,7 +164,7 @@ def three_trainers(rows, tmp_path_factory):
     )
     trainers = [trls_trainer(shared, rows), demo_trainer(shared, rows), demo_trainer(apart, rows)]
     for trainer in trainers:
-        move(trainer, 0.02)
+        move(trainer.model, 0.02)
     return trainers
 
 
@@ -208,6 +200,7 @@ def test_the_list_of_losses_is_trls():
         ("--group_by_table --batch 1", "--batch 2 or more"),
         ("--group_by_table --no_prefix_sharing", "--no_prefix_sharing"),
         ("--no_train --no-eval_baseline", "--no-eval_baseline"),
+        ("--load_adapter a --adapter_trainable --output_dir a", "--load_adapter a is --output_dir too"),
     ],
 )
 def test_flags_that_do_not_fit(flags, words):

@@ -73,11 +73,14 @@ def test_pairs_do_not_depend_on_the_order_of_the_file():
     assert tatqa_pairs([two, one], seed=43) != pairs
 
 
+def lonely() -> dict:
+    """A context whose table has no other cell than the answer."""
+    return {**context(question("span", ("Sales",))), "table": {"table": [["Sales"]]}}
+
+
 def test_a_question_without_a_wrong_answer_is_counted():
-    lonely = context(question("span", ("Sales",)))
-    lonely["table"]["table"] = [["Sales"]]
     skipped = SkippedRows()
-    assert tatqa_pairs([lonely], seed=42, skipped=skipped) == []
+    assert tatqa_pairs([lonely()], seed=42, skipped=skipped) == []
     assert skipped.count == 1
 
 
@@ -237,10 +240,8 @@ def test_bad_input_ends_before_anything_is_written(tmp_path, capsys, flags, word
         other = Qwen3ForCausalLM(Qwen3Config(vocab_size=8, num_key_value_heads=1, **size))
         get_peft_model(other, LoraConfig(target_modules=["q_proj", "v_proj"])).save_pretrained("other")
     if "broken" in flags:
-        lonely = context(question("span", ("Sales",)))
-        lonely["table"]["table"] = [["Sales"]]
         (tmp_path / "broken").mkdir()
-        (tmp_path / "broken" / "tatqa_dataset_train.json").write_text(json.dumps([lonely]), encoding="utf-8")
+        (tmp_path / "broken" / "tatqa_dataset_train.json").write_text(json.dumps([lonely()]), encoding="utf-8")
     with pytest.raises(SystemExit) as error:
         dpo_train.main([*SMALL, "--output_dir", "out", "--exp_log", "log.jsonl", *flags])
     stderr = capsys.readouterr().err.strip().split("\n")
@@ -254,12 +255,6 @@ def test_questions_that_are_trained_on_are_measured_with_a_warning(capsys, split
     argv = [*SMALL, "--no-do_mtbench", "--no-do_instruct", "--eval_pairs", "0", "--eval_split", split, "--dry_run"]
     dpo_train.main(argv)
     assert (f"--eval_split {split} is trained on" in capsys.readouterr().out) is is_seen
-
-
-def test_an_adapter_is_not_trained_into_its_own_folder():
-    args = dpo_train.build_parser().parse_args("--load_adapter a --adapter_trainable --output_dir a".split())
-    with pytest.raises(InputError, match="--load_adapter a is --output_dir too"):
-        check_dpo_flags(args)
 
 
 def test_an_adapter_with_a_trained_head_is_refused(tmp_path):
@@ -316,8 +311,8 @@ def test_own_pairs(tmp_path, capsys):
     held_out = read_rows(Path("out/held_out_final.jsonl"))[1:]
     # the choice depends on the file alone, and no prompt is on both sides
     choice = dpo_train.PairChoice(False, eval_pairs=6, limit_pairs=0, seed=7, thinking=False)
-    asked = [own_rows()[-1]["question"]]
-    pairs, others, _ = dpo_train.own_pairs("own.jsonl", choice, LeakFinder({"TAT-QA question": asked}, {}))
+    finder = LeakFinder({"TAT-QA question": [own_rows()[-1]["question"]]})
+    pairs, others, _ = dpo_train.own_pairs("own.jsonl", choice, finder)
     assert {pair["uid"] for pair in others} == {row["question_id"] for row in held_out}
     assert not {str(pair["prompt"]) for pair in pairs} & {str(pair["prompt"]) for pair in others}
     write_rows(tmp_path / "one.jsonl", own_rows()[:1])  # with nothing to hold out, one pair is enough
@@ -337,12 +332,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "pairs: 12" in out and "steps: 6" in out and "tatqa: 8 questions" in out and "memory" in out
     assert "Question:" in out and "chosen: " in out and "<|im_end|>\nrejected: " in out  # a pair as the model reads it
-    assert (
-        "device: " in out
-        and "6 forward and backward passes" in out
-        and "2 forward passes, once" in out
-        and "tokens a step" in out
-    )
+    for words in ("device: ", "6 forward and backward passes", "2 forward passes, once", "tokens a step"):
+        assert words in out
     assert "tatqa: 8 questions, 2 x at most" in out and "of all that go through the model" in out
     assert [path.name for path in tmp_path.iterdir()] in ([], ["cache"])  # hashes of the model's files
 

@@ -163,7 +163,7 @@ def test_a_stage_begins_as_the_policy_that_the_last_one_ended_with(whole, stage)
     args = stage_of(dpo_train_mt_v2_args(folder), stage).args
     setup, settings, dpo_settings = toy_run(**{"folder": folder, **args})
     lines = (flags.DEMO_DIR / "orca_pairs.jsonl").read_text("utf-8").split("\n")[:4]
-    pairs = preferences.general_pairs([json.loads(line) for line in lines])
+    pairs = [preferences.general_pair(json.loads(line)) for line in lines]
     rows = dpo.fit_pairs(pairs, setup.tokenizer, PromptStyle(), dpo_settings.max_length)
     previous = folder / f"stage{stage - 1}"
 
@@ -224,13 +224,11 @@ def test_the_final_adapter_is_a_plain_one_of_rank_16(whole):
 
     folder, *_ = whole
     assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"] == 16
-    models = [
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(flags.DEMO_DIR / "model"), path)
-        for path in (folder, folder / "stage3")
-    ]
+    bases = [AutoModelForCausalLM.from_pretrained(flags.DEMO_DIR / "model") for _ in range(2)]
+    last, of_stage = map(PeftModel.from_pretrained, bases, (folder, folder / "stage3"))
     ids = torch.arange(40).reshape(2, 20)
-    assert torch.equal(*(model.eval()(ids).logits for model in models))
-    assert list(models[0].peft_config) == ["default"] and not (folder / "ref").exists()
+    assert torch.equal(last.eval()(ids).logits, of_stage.eval()(ids).logits)
+    assert list(last.peft_config) == ["default"] and not (folder / "ref").exists()
 
 
 DIE_IN_STAGE_2 = """

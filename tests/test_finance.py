@@ -18,12 +18,11 @@ from hypothesis import strategies as st
 from toys import setup_of, toy_model
 
 from dpo_train_mt import main, parse
-from llm_alignment import finance, generation, hub, reddit
+from llm_alignment import finance, generation, reddit
 from llm_alignment.files import InputError
 from llm_alignment.finance import mix_counts
 from llm_alignment.flags import fill
-from llm_alignment.models import BaseFlags, resolve_base
-from llm_alignment.reddit import reddit_pairs
+from llm_alignment.reddit import RedditSettings, reddit_pairs
 
 
 def comment(post: str, body: str, score: object, **others) -> dict:
@@ -57,9 +56,9 @@ posts = st.lists(
 @settings(max_examples=300, deadline=None)
 def test_reddit_pairs_of_random_posts(comments, most, margin, tolerance):
     rows = [comment(*entry) for entry in comments]
-    options = dict(min_comment_chars=4, score_margin=margin, length_tol=tolerance, max_pairs_per_post=most)
-    pairs = reddit_pairs(rows, **options)
-    assert pairs == reddit_pairs(rows[::-1], **options)
+    options = RedditSettings(120, 2000, 4, margin, tolerance, most)
+    pairs = reddit_pairs(rows, options)
+    assert pairs == reddit_pairs(rows[::-1], options)
     by_post = defaultdict(list)
     for pair in pairs:
         by_post[pair["uid"].split(":")[1]].append(pair)
@@ -84,13 +83,13 @@ def test_reddit_pairs_of_random_posts(comments, most, margin, tolerance):
 def test_reddit_pairs_by_hand():
     best, near, far = "the best comment of them all " * 3, "a worse comment of such length " * 3, "a rude one " * 40
     rows = [comment("p", far, 0.0), comment("p", best, 0.9), comment("p", near, 0.5), comment("q", best, 0.9)]
-    [pair] = reddit_pairs(rows)
+    [pair] = reddit_pairs(rows, RedditSettings())
     assert (pair["chosen"], pair["rejected"]) == (best.strip(), near.strip())
     assert pair["prompt"].startswith("Title of p\n\nThe story of p.")
-    [pair] = reddit_pairs(rows, score_margin=0.6)
+    [pair] = reddit_pairs(rows, RedditSettings(reddit_score_margin=0.6))
     assert pair["rejected"] == far.strip()  # none is near enough, so the lowest
-    assert reddit_pairs(rows, min_post_chars=10_000) == []
-    [pair] = reddit_pairs(rows, min_post_chars=0, max_post_chars=60)
+    assert reddit_pairs(rows, RedditSettings(reddit_min_post_chars=10_000)) == []
+    [pair] = reddit_pairs(rows, RedditSettings(reddit_min_post_chars=0, reddit_max_post_chars=60))
     assert pair["prompt"] == ("Title of p\n\n" + "The story of p. " * 10)[:59].strip()
 
 
@@ -101,18 +100,14 @@ def test_reddit_rows_that_cannot_be_used(tmp_path, capsys, logged):
         comment("q", None, 0.5), comment("", "x" * 50, 0.5), {"id": "r", "title": "t"}, usable[0],
     ]  # fmt: skip
     path = str_rows(tmp_path / "reddit.jsonl", usable + broken)
-    rows = hub.read_usable(path, "--reddit_dataset", reddit.reddit_problem, "columns")
-    assert rows == usable
-    assert (
-        "skipped 7 rows" in logged.text and "reddit.jsonl:3 (missing columns: comment_normalized_score" in logged.text
-    )
+    assert reddit.read_comments(path) == usable
+    assert "skipped 7 rows" in logged.text and "reddit.jsonl:3 (comment_normalized_score None" in logged.text
 
     base = ["--demo", "--output_dir", str(tmp_path / "run"), "--exp_log", str(tmp_path / "log.jsonl")]
     missing = [{key: row[key] for key in row if key != "comment_normalized_score"} for row in usable]
-    error = run_error(capsys, main, *base, "--reddit_dataset", str_rows(tmp_path / "missing.jsonl", missing))
-    assert "missing.jsonl:1 (missing columns: comment_normalized_score" in error
-    error = run_error(capsys, main, *base, "--reddit_dataset", str_rows(tmp_path / "null.jsonl", broken[:3]))
-    assert "not a number" in error
+    for name, rows in (("missing", missing), ("null", broken[:3])):
+        error = run_error(capsys, main, *base, "--reddit_dataset", str_rows(tmp_path / f"{name}.jsonl", rows))
+        assert f"{name}.jsonl:1 (comment_normalized_score None is not a number" in error
     lonely = [comment(f"p{number}", "good " * 20, 0.5) for number in range(9)]
     error = run_error(
         capsys, main, *base, "--reddit_limit", "2", "--reddit_dataset", str_rows(tmp_path / "lonely.jsonl", lonely)
@@ -197,7 +192,8 @@ def test_reddit_ids_that_are_numbers(tmp_path):
     rows = [comment(7, "good " * 20, 0.9), comment(7, "bad " * 20, 0.1), comment(True, "x" * 50, 0.5)]
     args = finance_args(tmp_path, "--reddit_dataset", str_rows(tmp_path / "reddit.jsonl", rows))
     assert [row["id"] for row in reddit.read_comments(args.reddit_dataset)] == ["7", "7"]
-    assert "neither a text nor a whole number" in reddit.reddit_problem(rows[2])
+    with pytest.raises(ValueError, match="id is not text"):
+        reddit.read_comment(rows[2])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,10 +221,9 @@ def test_what_is_asked_and_trained_on_does_not_depend_on_the_order_of_rows(tmp_p
 # The base model's own answers
 
 
-def answered(args, instructions: list[dict], wanted: int, tokenizer=None) -> list[dict]:
+def answered(args, instructions: list[dict], wanted: int) -> list[dict]:
     """The pairs of the base's own answers, as dpo_train_mt.py asks for them."""
-    base, answers = resolve_base(fill(BaseFlags, args)), fill(finance.AnswerSettings, args)
-    return finance.finance_pairs(base, tokenizer, Path(args.output_dir), instructions, wanted, answers)
+    return finance.finance_pairs(setup_of(vars(args)), instructions, wanted, fill(finance.AnswerSettings, args))
 
 
 GENERATE_AND_DIE = """
@@ -236,7 +231,6 @@ import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from conftest import finance_data
 from test_finance import answered, parse
-from toys import setup_of
 from llm_alignment import results
 append, written = results.ResultFile.append, []
 def append_and_die(self, *rows):
@@ -247,7 +241,7 @@ def append_and_die(self, *rows):
             os._exit(9)
 results.ResultFile.append = append_and_die
 args = parse({argv!r})
-answered(args, finance_data(args, {{"finance"}}).items["finance"], 24, setup_of(vars(args)).tokenizer)
+answered(args, finance_data(args, {{"finance"}}).items["finance"], 24)
 """
 
 
@@ -256,7 +250,7 @@ def test_a_killed_generation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     argv = ["--demo", "--no_4bit", "--instruct_max_tokens", "12", "--output_dir", str(tmp_path / "run")]
     argv += ["--eval_batch_size", "4"]
     args = parse(argv)
-    instructions, tokenizer = finance_data(args, {"finance"}).items["finance"], setup_of(vars(args)).tokenizer
+    instructions = finance_data(args, {"finance"}).items["finance"]
     generate, asked = generation.generate, []
 
     def counting(model, tokenizer, conversations, decoding):
@@ -265,7 +259,7 @@ def test_a_killed_generation_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(finance, "generate", counting)
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "whole"))
-    whole = answered(args, instructions, 24, tokenizer)
+    whole = answered(args, instructions, 24)
     assert len(whole) == 24 and len(asked) == len(set(asked))
     assert all(pair["rejected"] not in {"", pair["chosen"]} for pair in whole)
 
@@ -276,13 +270,13 @@ def test_a_killed_generation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     before = [row["prompt"] for row in read_rows(tmp_path / "run" / "finance_answers.jsonl")[1:]]
     assert len(before) == 7
     first_time, asked[:] = list(asked), []
-    assert answered(args, instructions, 24, tokenizer) == whole
+    assert answered(args, instructions, 24) == whole
     # what was stored is not asked again, but for the batch that the kill came into
     assert set(asked) | set(before) == set(first_time) and len(set(asked) & set(before)) == 7 % 4
 
     asked.clear()  # another run on this base, with fewer pairs and another beta
     args.beta, args.output_dir = 0.5, str(tmp_path / "other")
-    assert answered(args, instructions, 10, tokenizer) == whole[:10] and asked == []
+    assert answered(args, instructions, 10) == whole[:10] and asked == []
 
 
 def fake_generate(monkeypatch, answer_of):
@@ -330,7 +324,7 @@ def test_generation_ends_after_twice_the_wanted_number(tmp_path, monkeypatch, lo
     args = finance_args(tmp_path, "--no_baseline_cache")
     pairs = answered(args, numbered(500), 10)
     assert [pair["prompt"] for pair in pairs] == ["Q3"] and sum(map(len, batches)) == 20
-    assert "1 Finance-Instruct pairs instead of 10" in logged.text and "of 20 instructions answered" in logged.text
+    assert "1 Finance-Instruct pairs instead of 10" in logged.text and "1 pairs; 19 not used" in logged.text
 
 
 def test_sampled_answers_do_not_depend_on_a_kill(tmp_path, monkeypatch):

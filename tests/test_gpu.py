@@ -16,7 +16,7 @@ from toys import WORDS, chats, peak_bytes, toy_base, toy_run
 import dpo_train
 import dpo_train_mt
 import sft_train
-from llm_alignment import adapters, dpo, generation, models, prefixes, training
+from llm_alignment import adapters, dpo, generation, models, prefixes, prompts, training
 from llm_alignment.rewards import RewardModel
 
 ON_GPU = torch.cuda.is_available()
@@ -246,7 +246,7 @@ def test_held_out_answers_of_1000_tokens_take_little_memory(sized_model, demo_to
     assert min(lengths) >= 1000
 
     def run():
-        dpo.answer_log_probs(model, demo_tokenizer, pair, 1100)
+        dpo.answer_log_probs(model, prompts.pair_tokens(pair, demo_tokenizer), 1100)
 
     if ON_GPU:
         run()

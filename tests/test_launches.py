@@ -120,7 +120,7 @@ def test_held_out_answers_are_read_without_full_logits():
     """Their log-probabilities are those of the full logits, and no tensor has more than 256 rows of the vocabulary."""
     from toys import make_model
 
-    from llm_alignment import dpo
+    from llm_alignment import dpo, prompts
 
     class Words:
         eos_token, bos_token_id = " end", None
@@ -138,7 +138,7 @@ def test_held_out_answers_are_read_without_full_logits():
     answers = [" ".join(f"{side}{number}" for number in range(length)) for side, length in (("a", 900), ("b", 700))]
     pair = {"prompt": "what is it ", "chosen": answers[0], "rejected": answers[1]}
     with Largest() as largest:
-        found = dpo.answer_log_probs(model, Words(), pair, 800)
+        found = dpo.answer_log_probs(model, prompts.pair_tokens(pair, Words()), 800)
     expected = []
     for side in ("chosen", "rejected"):
         ids = torch.tensor(Words()(pair["prompt"] + pair[side] + Words.eos_token)["input_ids"][:800])

@@ -13,6 +13,7 @@ from llm_alignment.prompts import PromptStyle, fit_prompt
 
 LONG = "Human: Hi\n\nAssistant: Hello!\n\nHuman: Why?"
 SYSTEM = {"role": "system", "content": "Be brief."}
+ANSWERS = {"chosen": "Because.", "rejected": "No."}
 
 
 def dialogue(*contents: str) -> list[dict]:
@@ -20,59 +21,36 @@ def dialogue(*contents: str) -> list[dict]:
     return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
 
 
+def sides(*asked: str, start: int = 0, before: tuple = ()) -> dict:
+    """Both sides as turns, from `start` on: `before`, what was asked, the answer."""
+    return {side: [*before, *dialogue(*asked, answer)[start:]] for side, answer in ANSWERS.items()}
+
+
+def problem(row: dict, **options) -> str | None:
+    """The reason why a row is no pair; None when it is one."""
+    try:
+        preferences.general_pair(row, **options)
+    except ValueError as error:
+        return str(error)
+
+
+HH = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant:"
+
+
 @pytest.mark.parametrize(
     ("row", "prompt"),
     [
-        ({"system": "", "question": "Why?", "chosen": "Because.", "rejected": "No."}, "Why?"),
-        ({"system": "Be brief.", "question": "Why?", "chosen": "Because.", "rejected": "No."}, "Be brief.\n\nWhy?"),
-        ({"prompt": "Why?", "chosen": "Because.", "rejected": "No."}, "Why?"),
-        (
-            {
-                "chosen": "\n\nHuman: Why?\n\nAssistant: Because.",
-                "rejected": "\n\nHuman: Why?\n\nAssistant: No.",
-            },
-            "Why?",
-        ),
-        (
-            {
-                "chosen": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant: Because.",
-                "rejected": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant: No.",
-            },
-            "Human: Hi\n\nAssistant: Hello!\n\nHuman: Why?",
-        ),
-        (
-            {
-                "prompt": [{"role": "user", "content": "Why?"}],
-                "chosen": [{"role": "assistant", "content": "Because."}],
-                "rejected": [{"role": "assistant", "content": "No."}],
-            },
-            "Why?",
-        ),
-        (
-            {
-                "chosen": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}],
-                "rejected": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "No."}],
-            },
-            "Why?",
-        ),
+        ({"system": "", "question": "Why?", **ANSWERS}, "Why?"),
+        ({"system": "Be brief.", "question": "Why?", **ANSWERS}, "Be brief.\n\nWhy?"),
+        ({"prompt": "Why?", **ANSWERS}, "Why?"),
+        ({side: f"\n\nHuman: Why?\n\nAssistant: {answer}" for side, answer in ANSWERS.items()}, "Why?"),
+        ({side: f"{HH} {answer}" for side, answer in ANSWERS.items()}, LONG),
+        ({"prompt": dialogue("Why?"), **sides("Why?", start=1)}, "Why?"),
+        (sides("Why?"), "Why?"),
         # a prompt and the whole dialogue beside it: the turns between belong to the prompt
-        (
-            {
-                "prompt": "Hi",
-                "chosen": dialogue("Hi", "Hello!", "Why?", "Because."),
-                "rejected": dialogue("Hi", "Hello!", "Why?", "No."),
-            },
-            LONG,
-        ),
-        ({"prompt": dialogue("Hi", "Hello!", "Why?"), "chosen": "Because.", "rejected": "No."}, LONG),
-        (
-            {
-                "prompt": dialogue("Hi"),
-                "chosen": dialogue("Hi", "Hello!", "Why?", "Because."),
-                "rejected": dialogue("Hi", "Hello!", "Why?", "No."),
-            },
-            LONG,
-        ),
+        ({"prompt": "Hi", **sides("Hi", "Hello!", "Why?")}, LONG),
+        ({"prompt": dialogue("Hi", "Hello!", "Why?"), **ANSWERS}, LONG),
+        ({"prompt": dialogue("Hi"), **sides("Hi", "Hello!", "Why?")}, LONG),
         (
             {
                 "prompt": dialogue("Hi"),
@@ -81,37 +59,12 @@ def dialogue(*contents: str) -> list[dict]:
             },
             LONG,
         ),
-        (
-            {
-                "prompt": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant:",
-                "chosen": " Because.",
-                "rejected": " No.",
-            },
-            LONG,
-        ),
-        ({"prompt": "Human: Why?", "chosen": "Because.", "rejected": "No."}, "Why?"),
+        ({"prompt": HH, "chosen": " Because.", "rejected": " No."}, LONG),
+        ({"prompt": "Human: Why?", **ANSWERS}, "Why?"),
         # a system turn is read like the system column, wherever it stands
-        (
-            {
-                "prompt": [SYSTEM, *dialogue("Why?")],
-                "chosen": dialogue("Why?", "Because.")[1:],
-                "rejected": dialogue("Why?", "No.")[1:],
-            },
-            "Be brief.\n\nWhy?",
-        ),
-        (
-            {"chosen": [SYSTEM, *dialogue("Why?", "Because.")], "rejected": [SYSTEM, *dialogue("Why?", "No.")]},
-            "Be brief.\n\nWhy?",
-        ),
-        (
-            {
-                "prompt": "Why?",
-                "system": "Be brief.",
-                "chosen": [SYSTEM, *dialogue("Why?", "Because.")],
-                "rejected": [SYSTEM, *dialogue("Why?", "No.")],
-            },
-            "Be brief.\n\nWhy?",
-        ),
+        ({"prompt": [SYSTEM, *dialogue("Why?")], **sides("Why?", start=1)}, "Be brief.\n\nWhy?"),
+        (sides("Why?", before=(SYSTEM,)), "Be brief.\n\nWhy?"),
+        ({"prompt": "Why?", "system": "Be brief.", **sides("Why?", before=(SYSTEM,))}, "Be brief.\n\nWhy?"),
         # other names of the two roles, parts of text, null columns
         (
             {
@@ -121,24 +74,16 @@ def dialogue(*contents: str) -> list[dict]:
             },
             "Why?",
         ),
-        (
-            {
-                "prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}],
-                "chosen": "Because.",
-                "rejected": "No.",
-            },
-            "Why?",
-        ),
-        ({"system": None, "question": None, "prompt": "Why?", "chosen": "Because.", "rejected": "No."}, "Why?"),
-        ({"prompt": None, "chosen": dialogue("Why?", "Because."), "rejected": dialogue("Why?", "No.")}, "Why?"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}], **ANSWERS}, "Why?"),
+        ({"system": None, "question": None, "prompt": "Why?", **ANSWERS}, "Why?"),
+        ({"prompt": None, **sides("Why?")}, "Why?"),
     ],
 )
 def test_general_pairs_of_every_shape(row, prompt):
-    assert preferences.general_problem(row) is None
-    turns, *answers = preferences.general_turns(row)
-    assert (preferences.transcript(turns), *answers) == (prompt, "Because.", "No.")
-    [pair] = preferences.general_pairs([row, row])
-    assert (pair["chosen"], pair["rejected"]) == ("Because.", "No.")
+    pair = preferences.general_pair(row)
+    assert preferences.distinct_pairs([pair, pair]) == [pair]
+    texts = preferences.transcript(pair["prompt"]), pair["chosen"], pair["rejected"]
+    assert texts == (prompt, "Because.", "No.")
     if prompt.startswith("Human:"):
         turns = [("user", "Hi"), ("assistant", "Hello!"), ("user", "Why?")]
         assert pair["prompt"] == [{"role": role, "content": content} for role, content in turns]
@@ -149,48 +94,42 @@ def test_general_pairs_of_every_shape(row, prompt):
 @pytest.mark.parametrize(
     "row",
     [
-        {"instruction": "Why?", "chosen": "Because.", "rejected": "No."},
+        {"instruction": "Why?", **ANSWERS},
         {"question": "Why?", "answer": "Because."},
         {"question": "Why?", "chosen": "Because.", "rejected": "Because."},
         {"question": "Why?", "chosen": "Because.", "rejected": None},
         {"question": "Why?", "chosen": 3, "rejected": "No."},
-        {  # null is no text, least of all "None"
+        # null is no text, least of all "None"
+        {
             "prompt": "Why?",
+            **sides("Why?"),
             "chosen": [{"role": "assistant", "content": [{"type": "text", "text": None}]}],
-            "rejected": "No.",
         },
         {"chosen": "\n\nHuman: Why?\n\nAssistant: A.", "rejected": "\n\nHuman: How?\n\nAssistant: B."},
         # question 1 is not paired with the answer to question 2
         {"prompt": "Hi", "chosen": dialogue("Hi", "Hello!", "Why?", "Because."), "rejected": dialogue("Hi", "No.")},
-        {
-            "prompt": "Hi",
-            "chosen": dialogue("Hi", "A", "Why?", "Because."),
-            "rejected": dialogue("Hi", "B", "How?", "No."),
-        },
-        {"prompt": "Other", "chosen": dialogue("Why?", "Because."), "rejected": dialogue("Why?", "No.")},
-        {"chosen": [SYSTEM, *dialogue("Why?", "Because.")], "rejected": dialogue("Why?", "No.")},
+        {"prompt": "Hi", "chosen": dialogue("Hi", "A", "Why?", "So."), "rejected": dialogue("Hi", "B", "How?", "No.")},
+        {"prompt": "Other", **sides("Why?")},
+        {**sides("Why?"), "chosen": [SYSTEM, *dialogue("Why?", "Because.")]},
         # the last turn is the assistant's, and the two take turns
         {"chosen": dialogue("Why?", "Because.", "Thanks"), "rejected": dialogue("Why?", "Because.", "Really?")},
         {"prompt": "Why?", "chosen": dialogue("Why?"), "rejected": dialogue("Why?")},
-        {"prompt": dialogue("Why?", "Well."), "chosen": "Because.", "rejected": "No."},
-        {"chosen": dialogue("Why?", "Because.")[1:], "rejected": dialogue("Why?", "No.")[1:]},
-        {
-            "chosen": [*dialogue("Why?", "So."), SYSTEM, *dialogue("How?", "A.")],
-            "rejected": [*dialogue("Why?", "So."), SYSTEM, *dialogue("How?", "B.")],
-        },
+        {"prompt": dialogue("Why?", "Well."), **ANSWERS},
+        sides("Why?", start=1),
+        sides("How?", before=(*dialogue("Why?", "So."), SYSTEM)),
         # unknown roles and contents
-        {"prompt": [*dialogue("Why?"), {"role": "tool", "content": "{}"}], "chosen": "Because.", "rejected": "No."},
-        {"prompt": [{"role": None, "content": "Why?"}], "chosen": "Because.", "rejected": "No."},
-        {"prompt": [{"role": "user", "content": 3}], "chosen": "Because.", "rejected": "No."},
-        {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "Because.", "rejected": "No."},
-        {"prompt": ["Why?"], "chosen": "Because.", "rejected": "No."},
-        {"question": "Why?", "system": 3, "chosen": "Because.", "rejected": "No."},
-        {"question": " ", "chosen": "Because.", "rejected": "No."},
-        {"question": None, "prompt": None, "chosen": "Because.", "rejected": "No."},
+        {"prompt": [*dialogue("Why?"), {"role": "tool", "content": "{}"}], **ANSWERS},
+        {"prompt": [{"role": None, "content": "Why?"}], **ANSWERS},
+        {"prompt": [{"role": "user", "content": 3}], **ANSWERS},
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}], **ANSWERS},
+        {"prompt": ["Why?"], **ANSWERS},
+        {"question": "Why?", "system": 3, **ANSWERS},
+        {"question": " ", **ANSWERS},
+        {"question": None, "prompt": None, **ANSWERS},
     ],
 )
 def test_general_rows_that_cannot_be_used(row, tmp_path):
-    assert preferences.general_problem(row)
+    assert problem(row)
     path = write_rows(tmp_path / "pairs.jsonl", [row])
     with pytest.raises(InputError, match="question, chosen, rejected.*system.*prompt, chosen, rejected"):
         preferences.read_pairs(str(path), "--general_dataset")
@@ -217,13 +156,13 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path, logged):
 def test_thoughts_are_trained_on_with_thinking_alone(chosen, rejected, thinking, expected):
     """The prompt ends after an empty block, and a second one would stand behind it."""
     row = {"prompt": "Well?", "chosen": chosen, "rejected": rejected}
-    assert (preferences.general_problem(row, thinking=thinking) is None) == bool(expected)
+    assert (problem(row, thinking=thinking) is None) == bool(expected)
     if expected:
-        [pair] = preferences.general_pairs([row], thinking=thinking)
+        pair = preferences.general_pair(row, thinking=thinking)
         assert (pair["chosen"], pair["rejected"]) == expected
 
 
-PAIR = {"prompt": dialogue("Why?"), "chosen": dialogue("", "Because.")[1:], "rejected": dialogue("", "No.")[1:]}
+PAIR = {"prompt": dialogue("Why?"), **sides("", start=1)}
 
 
 @pytest.mark.parametrize("place", ["row", "prompt", "chosen", "rejected"])
@@ -234,8 +173,8 @@ def test_a_field_that_changes_what_an_answer_means_is_not_lost(field, place):
             return {**PAIR, field: value}
         return {**PAIR, place: [{**PAIR[place][0], field: value}]}
 
-    assert f"has {field}" in preferences.general_problem(pair_with([{"name": "find"}]))
-    assert not any(preferences.general_problem(pair_with(nothing)) for nothing in (None, [], "", False))
+    assert f"has {field}" in problem(pair_with([{"name": "find"}]))
+    assert not any(problem(pair_with(nothing)) for nothing in (None, [], "", False))
 
 
 @pytest.mark.parametrize(
@@ -258,15 +197,15 @@ def test_a_field_that_changes_what_an_answer_means_is_not_lost(field, place):
 )
 def test_what_a_pair_says_counts(change, usable):
     row = {**PAIR, **change}
-    assert (preferences.general_problem(row) is None) == usable
+    assert (problem(row) is None) == usable
     if usable:
-        [pair] = preferences.general_pairs([row])
+        pair = preferences.general_pair(row)
         assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("Why?", "Because.", "No.")
 
 
 def test_an_answer_in_json_stays_a_text():
     answer = '[{"role": "admin", "name": "Ann"}]'
-    [pair] = preferences.general_pairs([{**PAIR, "chosen": answer}])
+    pair = preferences.general_pair({**PAIR, "chosen": answer})
     assert pair["chosen"] == answer
 
 
@@ -278,9 +217,9 @@ def test_thoughts_in_a_field_are_thoughts(field):
         "chosen": [said],
         "rejected": "No.",
     }
-    [pair] = preferences.general_pairs([row], thinking=True)
+    pair = preferences.general_pair(row, thinking=True)
     assert pair["chosen"] == "<think>\nhm\n</think>\n\nBecause." and "<think>" in pair["prompt"][1]["content"]
-    [pair] = preferences.general_pairs([row])
+    pair = preferences.general_pair(row)
     assert pair["chosen"] == "Because." and pair["prompt"][1]["content"] == "Hello!"
 
 
@@ -293,9 +232,10 @@ def test_fields_that_nothing_reads_are_named_and_counted(tmp_path, logged):
 
 def test_one_prompt_in_several_forms_is_one():
     forms = ["Какой ёж?", unicodedata.normalize("NFD", "Какой ёж?"), "какой\u00a0 еж", "«Какой ЁЖ»?"]
-    pairs = preferences.general_pairs([{"prompt": form, "chosen": "Злой.", "rejected": "Нет."} for form in forms])
-    assert len(pairs) == 1
-    assert len(preferences.general_pairs([{"prompt": "Why?", "chosen": a, "rejected": "No."} for a in "ab"])) == 2
+    pairs = [preferences.general_pair({"prompt": form, "chosen": "Злой.", "rejected": "Нет."}) for form in forms]
+    assert len(preferences.distinct_pairs(pairs)) == 1
+    pairs = [preferences.general_pair({"prompt": "Why?", "chosen": text, "rejected": "No."}) for text in "ab"]
+    assert len(preferences.distinct_pairs(pairs)) == 2
 
 
 def test_a_leak_in_an_earlier_turn_is_found():

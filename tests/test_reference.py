@@ -39,11 +39,11 @@ def adapter_of(folder):
 
 def difference(one, other):
     """The norm of the difference of two adapters over the norm of the first."""
-    squares = [
-        sum(float((tensors[name]).norm() ** 2) for name in one)
-        for tensors in (one, {k: one[k] - other[k] for k in one})
-    ]
-    return math.sqrt(squares[1] / squares[0])
+    apart, whole = (
+        math.hypot(*(float(tensor.norm()) for tensor in tensors))
+        for tensors in ([one[name] - other[name] for name in one], one.values())
+    )
+    return apart / whole
 
 
 @pytest.mark.slow
@@ -116,9 +116,8 @@ def test_the_reference_of_an_adapter_is_that_adapter(tmp_path):
 
     first = trainer_with_reference(tmp_path / "first")
     torch.manual_seed(2)
-    for parameter in first.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = 0.05 * torch.randn_like(parameter)
+    for parameter in filter(lambda parameter: parameter.requires_grad, first.model.parameters()):
+        parameter.data = 0.05 * torch.randn_like(parameter)
     first.model.save_pretrained(tmp_path / "adapter")
     on = trainer_with_reference(tmp_path / "on", adapter=str(tmp_path / "adapter"))
     assert values(on)[0] != pytest.approx(values(first)[0], rel=1e-3)

@@ -188,7 +188,7 @@ def test_parse(text, expected):
         (json.dumps([context({**question(), "question": "\ud800?"})]), ["context 1", "unpaired surrogate"]),
         ("version https://git-lfs.github.com/spec/v1", ["Git LFS pointer"]),
         ("[]", ["no usable question"]),
-        (json.dumps([context(question(answer=None))]), ["context 1, question q1", "no answer"]),
+        (json.dumps([context(question(answer=None))]), ["context 1, question q1", "None is not a list of texts"]),
         (json.dumps([context(question("essay"))]), ["question q1", "'essay'"]),
         (json.dumps([{**context(question()), "table": {"table": [["", " "]]}}]), ["the table is empty"]),
         (json.dumps([context(question("count", "many"))]), ["'many' is not a number"]),
