@@ -61,7 +61,9 @@ def in_shards(folder: Path) -> None:
     """Leaves the first of two shards with their index."""
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     index = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}), encoding="utf-8")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8"
+    )
 
 
 def without(*names: str) -> Callable[[Path], object]:
@@ -92,17 +94,20 @@ DAMAGES = {
     "the tokenizer is cut off": (cut("tokenizer.json"), ["tokenizer.json", "JSON"]),
     "the config is cut off": (cut("config.json"), ["config.json", "JSON"]),
     "the config is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "object"]),
-    "a shard is missing": (in_shards, ["model-00002-of-00002.safetensors is missing"]),
+    "a shard is missing": (in_shards, ["No such file", "model-00002-of-00002.safetensors"]),
     "no index": (
         lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
-        ["model.safetensors.index.json"],
+        ["no file named model.safetensors"],
     ),
     "the config is too deep": (lambda f: (f / "config.json").write_text("[" * 100_000), ["config.json", "deeply"]),
     "the index is no index": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'),
-        ["model.safetensors.index.json", "names no files"],
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map"'),
+        ["model.safetensors.index.json", "JSON"],
     ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["no .safetensors"]),
+    "no weights but a pickle": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        ["no file named model.safetensors"],
+    ),
     "stored in fp8": (
         lambda f: change_json(f / "config.json", quantization_config={"quant_method": "fp8"}),
         ["stored in fp8"],
@@ -112,10 +117,10 @@ DAMAGES = {
         ["stored in gptq"],
     ),
     "an unknown type": (lambda f: change_json(f / "config.json", model_type="qwen99"), ["qwen99"]),
-    "no head": (without("lm_head.weight"), ["lm_head.weight", "not in its weights"]),
+    "no head": (without("lm_head.weight"), ["lack 1 tensors", "lm_head.weight"]),
     "half a layer": (
         without("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"),
-        ["model.layers.1.mlp.down_proj.weight and 1 more"],
+        ["lack 2 tensors", "model.layers.1.mlp.down_proj.weight"],
     ),
     "other sizes": (lambda f: change_json(f / "config.json", intermediate_size=128), ["cannot be loaded"]),
     "a small embedding": (
