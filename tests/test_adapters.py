@@ -47,13 +47,13 @@ def with_layer_9(tensors: dict) -> dict:
 ADAPTERS = {
     "other names": (
         lambda f: change_tensors(f, lambda t: {k.replace("layers", "blocks"): v for k, v in t.items()}),
-        ["none of its tensors"],
+        ["has other tensors (8 of 8", "blocks"],
     ),
     "half of the layers": (
         lambda f: change_tensors(f, lambda t: {k: v for k, v in t.items() if "layers.0" in k}),
-        ["lacks 4 of 8 tensors", "layers.1"],
+        ["lacks tensors (4 of 8", "layers.1"],
     ),
-    "more layers": (lambda f: change_tensors(f, with_layer_9), ["holds 4 tensors", "layers.9"]),
+    "more layers": (lambda f: change_tensors(f, with_layer_9), ["has other tensors (4 of 8", "layers.9"]),
     "not finite": (lambda f: change_tensors(f, with_nan), ["not finite"]),
     "other sizes": (
         lambda f: change_tensors(f, lambda t: {k: v[:, :4].contiguous() if "B" in k else v for k, v in t.items()}),
