@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def sorted_within_steps(order: list[int], lengths: Sequence[int], *, batch: int, step: int) -> list[int]:
     """`order` in which each run of `step` examples, one optimiser step, is sorted by length, the longest first.
 
-    Cut into micro-batches of `batch`, a step then has little padding, and its examples are those that it had before. A
-    last micro-batch that is not full keeps its examples: a loss that is a mean over the micro-batch weighs them more.
+    Cut into micro-batches of `batch`, a step has the same examples and little padding. A last micro-batch that is not
+    full keeps its examples: a loss that is a mean over the micro-batch weighs them more.
     """
     result = []
     for start in range(0, len(order), step):
@@ -55,8 +55,7 @@ class LengthSortedSampler:
         self.sampler, self.lengths, self.batch, self.step, self.multiple = sampler, lengths, batch, step, multiple
 
     def __iter__(self) -> Iterator[int]:
-        order = list(self.sampler)
-        order = list(itertools.islice(itertools.cycle(order), len(self)))
+        order = list(itertools.islice(itertools.cycle(list(self.sampler)), len(self)))
         return iter(sorted_within_steps(order, self.lengths, batch=self.batch, step=self.step))
 
     def __len__(self) -> int:
@@ -67,10 +66,9 @@ class LengthSortedSampler:
 
 
 def sort_by_length(loader: DataLoaderShard, args: TrainingArguments, lengths: Sequence[int]) -> DataLoaderShard:
-    """Makes a Trainer's training loader sort the examples of each optimiser step by length (`LengthSortedSampler`).
+    """Makes what a Trainer's `get_train_dataloader` returns sort the examples of each optimiser step by length.
 
-    `loader` is what `get_train_dataloader` returns, so its order is the one that the seed gave before; `lengths` are
-    in tokens, one for each example.
+    `lengths` are in tokens, one for each example.
     """
     multiple = args.train_batch_size * args.world_size if args.world_size > 1 else 1
     step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -55,9 +55,3 @@ def memory_estimate(
         "logits": logits,
         "context": round(0.7 * GIB),  # of the driver and the libraries' kernels: 0.5 to 0.8
     }
-
-
-def fits_without_checkpointing(needed: dict[str, int], free: int) -> bool:
-    """Whether training without gradient checkpointing fits into `free` bytes; the weights are loaded already."""
-    without = needed["adapter"] + needed["activations"] + needed["logits"]
-    return 1.15 * without + GIB <= free

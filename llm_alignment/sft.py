@@ -60,8 +60,7 @@ def early_stop_reason(
     baseline: float | None, scores: list[float], patience: int, title: str, gain: float, fall: float, sign: int
 ) -> str | None:
     """Why to stop after these scores, or None: one that is more than `fall` worse than the baseline, or `patience`
-    consecutive evaluations that are not better by `gain` than the last one that was. `sign`: -1 where lower is better.
-    """
+    consecutive evaluations that are not better by `gain` than the last one that was."""
     if baseline is not None and sign * (scores[-1] - baseline) < -fall:
         return f"{title} {scores[-1]:.3f} is more than {fall:.2f} worse than the baseline {baseline:.3f}"
     best, without_gain = -math.inf, 0
@@ -79,16 +78,12 @@ class AnchoredTrainer(SFTTrainer):
         self.nll_since_log = self.kl_since_log = 0.0
         self.steps_since_log = self.anchored_since_log = 0
         super().__init__(**arguments)
-        collate: Callable = self.data_collator  # type: ignore[has-type]
-
-        def with_replay(examples: list[dict]) -> dict[str, torch.Tensor]:
-            """TRL's collator drops columns that it does not know."""
-            batch = collate(examples)
-            if self.anchor.kl_on == "replay":
-                batch["replay"] = torch.tensor([example["replay"] for example in examples])
-            return batch
-
-        self.data_collator = with_replay
+        if anchor.kl_on == "replay":  # TRL's collator drops columns that it does not know
+            collate: Callable = self.data_collator  # type: ignore[has-type]
+            self.data_collator = lambda rows: {
+                **collate(rows),
+                "replay": torch.tensor([row["replay"] for row in rows]),
+            }
 
     def create_model_card(self, *_, **__) -> None:
         """Of no checkpoint: `write_card` writes one when the run was measured."""
@@ -169,7 +164,7 @@ class AnchoredTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def evaluate(self, *_, **__):
-        """What early stopping runs every --eval_steps; the Trainer keeps the checkpoint with the best MT-Bench."""
+        """What early stopping runs every --eval_steps; the Trainer keeps the best checkpoint."""
         measured = self.early.evaluate(self.model, self.state.global_step)
         metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(metrics)
@@ -206,10 +201,8 @@ def build_trainer(
     anchor: AnchorSettings,
     early: EarlyStopping | None = None,
 ) -> AnchoredTrainer:
-    """The trainer, with a fresh adapter on `model`.
-
-    `rows` of "train" and "validation" have "input_ids" and "labels", cut to a length.
-    """
+    """The trainer, with a fresh adapter on `model`. `rows` of "train" and "validation" have "input_ids" and "labels",
+    cut to a length."""
     if sft.packing and (problem := packing_problem(model)):
         raise InputError(f"--packing: {problem}; leave it out")
     set_seed(settings.seed)
@@ -248,7 +241,7 @@ def build_trainer(
 
 
 def train(trainer: AnchoredTrainer, checkpoint: Path | None, folder: Path) -> int:
-    """Trains, or continues from `checkpoint`; returns the step that is kept: the last, or the best by MT-Bench."""
+    """Trains, or continues from `checkpoint`; returns the step that is kept: the last, or the best of several."""
     reason = None
     if checkpoint and trainer.early:
         trainer.state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
@@ -262,5 +255,5 @@ def train(trainer: AnchoredTrainer, checkpoint: Path | None, folder: Path) -> in
         return trainer.state.global_step
     moved = folder / Path(best).name  # the state names the folder as it was called then
     trainer._load_from_checkpoint(str(moved if moved.is_dir() else best))
-    log.info("kept the adapter of step %d, the best by MT-Bench", trainer.state.best_global_step)
+    log.info("kept the adapter of step %d, the best one", trainer.state.best_global_step)
     return trainer.state.best_global_step
