@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-
 log = logging.getLogger("llm_alignment")
 
 HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what TRL's DPO loss and metrics read
@@ -68,9 +67,9 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
     """Makes the fused forward of `trl.trainer.utils.add_fused_lm_head` read what pairs share once.
 
     The batch is TRL's: (2 B, L), the B chosen rows and then the B rejected ones, padded on the right, with labels of
-    -100 outside the answers. The outputs keep TRL's meaning and shape (2 B, L - 1), so its loss and metrics stay as
-    they are. Only the hidden states that predict an answer token go through the LM head; without `sharing` that alone
-    is done. The head's product is summed in float32: in bf16 the rewards of two similar answers are mostly noise.
+    -100 outside the answers; the outputs keep TRL's meaning and shape (2 B, L - 1). Only the hidden states that
+    predict an answer token go through the LM head; without `sharing` that alone is done. The head's product is summed
+    in float32: in bf16 the rewards of two similar answers are mostly noise.
     """
     import torch
     from trl.trainer.utils import add_fused_lm_head
@@ -86,18 +85,14 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
     def forward(self, *args, fused_lm_head=False, input_ids=None, attention_mask=None, labels=None, **kwargs):
         if not fused_lm_head:
             return fused_forward(*args, input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        is_target = labels[:, 1:] != -100
-        device = labels.device
+        is_target, device = labels[:, 1:] != -100, labels.device.type
         if sharing:
-            autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else self.dtype
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
             fold = fold_pairs(input_ids, attention_mask, labels, dtype)
-            rows = fold.predictors
-            batch = folded_inputs(fold)
+            batch, rows = folded_inputs(fold), fold.predictors
         else:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-            columns = torch.arange(labels.shape[1] - 1, device=device)
-            rows = (torch.arange(len(labels), device=device)[:, None] * labels.shape[1] + columns)[is_target]
+            rows = torch.nn.functional.pad(is_target, (0, 1)).flatten().nonzero().squeeze(1)
 
         def keep_rows(module, inputs, output):
             output.last_hidden_state = output.last_hidden_state.flatten(0, 1).index_select(0, rows)[None]
@@ -125,18 +120,16 @@ def folded_inputs(fold: Fold) -> dict[str, Any]:
     """The arguments with which a model that `register_attention` has seen reads a fold."""
     import torch
 
+    batch = {"input_ids": fold.input_ids, "position_ids": fold.position_ids}
+    if fold.mask is not None:
+        return batch | {"attention_mask": fold.mask}
     # a mask of four dimensions is taken as it is; with blocks it is not read, so that none of (T, T) is made
-    mask = fold.input_ids.new_empty(1, 1, 1, 1, dtype=torch.float32) if fold.mask is None else fold.mask
-    batch = {"input_ids": fold.input_ids, "position_ids": fold.position_ids, "attention_mask": mask}
-    return {**batch, "fold": fold if fold.mask is None else None}
+    return batch | {"attention_mask": torch.empty(1, 1, 1, 1, device=fold.input_ids.device), "fold": fold}
 
 
 def settle_head(device: torch.device) -> None:
-    """Tries TRL's Triton kernel of the LM head, four rows forward and backward, and leaves it where it does not work.
-
-    It is compiled at its first use, which needs a C compiler and Python's headers. Without it, or where its numbers
-    are not those of TRL's tiles, the tiles are taken for the rest of the process, with one line.
-    """
+    """Tries TRL's Triton kernel of the LM head, which needs a C compiler and Python's headers, on four rows. Where it
+    fails, or its numbers are not those of TRL's tiles, the process takes the tiles, with one line."""
     import torch
     from trl.kernels import chunked_logprob
 
@@ -176,43 +169,40 @@ def fold_pairs(
     prompts = [rows[pair][:start] for pair, start in enumerate(starts)]
     tokens: list[int] = []
     positions: list[int] = []
-    queries: list[int] = []
-    paths: list[list[tuple[int, int]]] = []
-    masks: list[torch.Tensor | None] = []
     predictors: list[list[int]] = [[]] * len(rows)
-    is_shared = False
+    reads: list[tuple[int, list[tuple[int, int]], torch.Tensor | None]] = []  # queries, path and mask of each block
     path: list[tuple[int, int]] = []  # where in the row the tokens of the prompt before are, as (start, end) ranges
-    for pair, shared in shared_lengths(prompts):
-        prompt, answers = prompts[pair], [rows[side][starts[pair] :] for side in (pair, n_pairs + pair)]
-        begin = len(tokens)
-        is_shared |= shared > 0
-        path = beginning(path, shared)
-        if shared < len(prompt):
-            path.append((begin, begin + len(prompt) - shared))
-        tokens += prompt[shared:]
-        positions += range(shared, len(prompt))
-        for side, answer in zip((pair, n_pairs + pair), answers, strict=True):
-            # the prompt's last token predicts the first of either answer, and the last of an answer nothing
-            last = [path[-1][1] - 1] if path else []
-            predictors[side] = [*last, *range(len(tokens), len(tokens) + len(answer) - 1)]
-            tokens += answer
-            positions += range(len(prompt), len(prompt) + len(answer))
+
+    def append(part: list[int], position: int) -> tuple[int, int]:
+        """Where it is in the row."""
+        tokens.extend(part)
+        positions.extend(range(position, position + len(part)))
+        return len(tokens) - len(part), len(tokens)
+
+    order = list(shared_lengths(prompts))
+    for pair, shared in order:
+        prompt, sides = prompts[pair], (pair, n_pairs + pair)
+        begin, end = append(prompt[shared:], shared)
+        path = beginning(path, shared) + [(begin, end)] * (begin < end)
         if prompt and not shared:
-            queries.append(len(prompt))
-            paths.append(path)
-            masks.append(None)
-            begin += len(prompt)
-        queries.append(len(tokens) - begin)
-        paths.append([*path, (len(tokens) - sum(map(len, answers)), len(tokens))])
-        chosen, rejected = map(len, answers)
-        masks.append(answers_mask(len(prompt), chosen, rejected, queries[-1], dtype, device))
-    cuts = sorted({place for path in paths for range_ in path for place in range_})
+            reads.append((len(prompt), path, None))
+            begin = end
+        answers = [append(rows[side][len(prompt) :], len(prompt)) for side in sides]
+        for side, (first, after) in zip(sides, answers, strict=True):
+            # the prompt's last token predicts the first of either answer, and the last of an answer nothing
+            predictors[side] = [*(last - 1 for _, last in path[-1:]), *range(first, after - 1)]
+        queries, lengths = len(tokens) - begin, [after - first for first, after in answers]
+        mask = answers_mask(len(prompt), *lengths, queries, dtype, device)
+        reads.append((queries, [*path, (end, len(tokens))], mask))
+    cuts = sorted({place for _, path, _ in reads for range_ in path for place in range_})
     number = {cut: index for index, cut in enumerate(cuts)}
-    keys = [[segment for a, b in path for segment in range(number[a], number[b])] for path in paths]
     segments = [b - a for a, b in itertools.pairwise(cuts)]
-    blocks = [Block(*block) for block in zip(queries, keys, masks, strict=True)]
+    blocks = [
+        Block(queries, [segment for a, b in path for segment in range(number[a], number[b])], mask)
+        for queries, path, mask in reads
+    ]
     seen = sum(block.queries * segments[segment] for block in blocks for segment in block.keys)
-    in_one_call = is_shared and len(tokens) ** 2 <= MOST_UNSEEN[device.type] * seen
+    in_one_call = any(shared for _, shared in order) and len(tokens) ** 2 <= MOST_UNSEEN[device.type] * seen
     return Fold(
         torch.tensor([tokens], device=device),
         torch.tensor([positions], device=device),
@@ -224,10 +214,8 @@ def fold_pairs(
 
 
 def shared_lengths(prompts: list[list[int]]) -> Iterator[tuple[int, int]]:
-    """Yields (index, how many tokens to share with the prompt before) of the prompts in sorted order.
-
-    In that order a prompt has most in common with the one just before it.
-    """
+    """Yields (index, how many tokens to share with the prompt before) of the prompts in sorted order, in which a
+    prompt has most in common with the one just before it."""
     previous: list[int] = []
     for index in sorted(range(len(prompts)), key=prompts.__getitem__):
         shared = common_length([previous, prompts[index]])
@@ -346,12 +334,10 @@ class GroupedOrder:
     """A sampler: group after group; seed and epoch choose the order of the groups, and the order within each."""
 
     def __init__(self, groups: list[list[int]], seed: int) -> None:
-        self.groups = groups
-        self.seed = seed
-        self.epoch = 0
+        self.groups, self.seed, self.epoch = groups, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The Trainer calls this at the start of every epoch, also of the one that it resumes."""
+        """The Trainer calls this at the start of every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
