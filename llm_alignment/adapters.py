@@ -10,28 +10,20 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_alignment.files import InputError, differing, digest, is_out_of_memory
 from llm_alignment.model_files import check_safetensors, read_json
 from llm_alignment.models import Base, check_finite, check_logits, check_vocabulary, load_model, one_line
 from llm_alignment.prefixes import no_packing_reason, no_sharing_reason
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("llm_alignment")
 

@@ -6,19 +6,16 @@ import functools
 import operator
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import DynamicCache
+from peft import PeftModel
+from transformers import DynamicCache, PreTrainedModel
 
 from llm_alignment.files import is_out_of_memory
 from llm_alignment.models import evaluating, inner_model, one_line
 from llm_alignment.prefixes import fold_pairs, folded_inputs, no_sharing_reason, register_attention
 from llm_alignment.processes import gathered
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 def rows_of(model: PreTrainedModel, *lengths: int) -> list[list[int]]:

@@ -9,10 +9,12 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+import transformers
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from llm_alignment.devices import apply_liger, prepare_cuda, unused_card
@@ -20,10 +22,6 @@ from llm_alignment.files import InputError, is_out_of_memory
 from llm_alignment.hub import commit_of
 from llm_alignment.model_files import check_files, fetch_model, files_sha256, read_json, stored_tensors
 from llm_alignment.processes import device_and_dtype, main_process, on_main_process, versions
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("llm_alignment")
 
@@ -93,7 +91,7 @@ def resolve_base(flags: BaseFlags) -> Base:
 def read_tokenizer(folder: Path, what: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder. Raises InputError when it is damaged or has no chat template."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust tokenizers raise plain Exceptions
         reason = one_line(error)
         raise InputError(f"{what}: its tokenizer or config cannot be read ({reason}); fetch it again") from error
@@ -185,7 +183,7 @@ def load_model(base: Base, *, on_meta: bool = False) -> PreTrainedModel:
 
     quantization = None
     if base.quantization != "none" and not on_meta:
-        quantization = BitsAndBytesConfig(
+        quantization = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=base.quantization,
             bnb_4bit_use_double_quant=True,
@@ -195,7 +193,7 @@ def load_model(base: Base, *, on_meta: bool = False) -> PreTrainedModel:
         apply_liger(read_json(base.folder / "config.json", base.what)["model_type"], base.device)
     gc.collect()  # a previous model may be held by reference cycles alone; both would need memory at once
     model = from_pretrained(
-        AutoModelForCausalLM,
+        transformers.AutoModelForCausalLM,
         base.folder,
         base.what,
         dtype=base.dtype,
@@ -281,8 +279,6 @@ def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     What measures goes through it: a PeftModel that a trainer has prepared runs in accelerate's autocast, so in half
     precision a baseline would be measured in another way than what follows.
     """
-    from peft import PeftModel
-
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

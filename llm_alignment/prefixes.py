@@ -1,18 +1,19 @@
-"""What the pairs of a micro-batch begin with is read once: the folded row, its attention, the order of the pairs."""
+"""What the pairs of a micro-batch begin with is read once: the folded row and its attention."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import logging
-import random
 import types
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from llm_alignment.batches import shared_lengths
 
 log = logging.getLogger("llm_alignment")
 
@@ -54,10 +55,6 @@ class Fold(NamedTuple):
     predictors: torch.Tensor  # (labels,)
 
 
-# A shared beginning that is shorter than this part of the prompt is read again: the mask of the rest would take as
-# much memory as it saves.
-SHARED_PART = 1 / 8
-
 # Pairs that share something are read in one call where all scores of the row are at most this many times those of the
 # blocks. A block costs some twenty operators a layer: on a GPU their launches take longer than the arithmetic.
 MOST_UNSEEN = {"cuda": 3.0, "cpu": 1.5}
@@ -71,7 +68,6 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
     predict an answer token go through the LM head; without `sharing` that alone is done. The head's product is summed
     in float32: in bf16 the rewards of two similar answers are mostly noise.
     """
-    import torch
     from trl.trainer.utils import add_fused_lm_head
 
     settle_head(model.device)
@@ -108,9 +104,6 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
 
 def register_attention(model: PreTrainedModel) -> None:
     """Gives the model the attention that reads a `Fold`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     AttentionInterface.register("prefix_sdpa", prefix_attention)
     AttentionMaskInterface.register("prefix_sdpa", sdpa_mask)
     model.set_attn_implementation("prefix_sdpa")
@@ -118,8 +111,6 @@ def register_attention(model: PreTrainedModel) -> None:
 
 def folded_inputs(fold: Fold) -> dict[str, Any]:
     """The arguments with which a model that `register_attention` has seen reads a fold."""
-    import torch
-
     batch = {"input_ids": fold.input_ids, "position_ids": fold.position_ids}
     if fold.mask is not None:
         return batch | {"attention_mask": fold.mask}
@@ -130,7 +121,6 @@ def folded_inputs(fold: Fold) -> dict[str, Any]:
 def settle_head(device: torch.device) -> None:
     """Tries TRL's Triton kernel of the LM head, which needs a C compiler and Python's headers, on four rows. Where it
     fails, or its numbers are not those of TRL's tiles, the process takes the tiles, with one line."""
-    import torch
     from trl.kernels import chunked_logprob
 
     if not chunked_logprob._use_triton(device):
@@ -161,8 +151,6 @@ def fold_pairs(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
 ) -> Fold:
     """Folds B pairs, given as TRL's (2 B, L) batch, into one row; masks have the type `dtype` of the attention."""
-    import torch
-
     device, n_pairs = input_ids.device, len(input_ids) // 2
     rows = [row[:end] for row, end in zip(input_ids.tolist(), attention_mask.sum(dim=1).tolist(), strict=True)]
     starts = (labels != -100).int().argmax(dim=1)[:n_pairs].tolist()
@@ -213,16 +201,6 @@ def fold_pairs(
     )
 
 
-def shared_lengths(prompts: list[list[int]]) -> Iterator[tuple[int, int]]:
-    """Yields (index, how many tokens to share with the prompt before) of the prompts in sorted order, in which a
-    prompt has most in common with the one just before it."""
-    previous: list[int] = []
-    for index in sorted(range(len(prompts)), key=prompts.__getitem__):
-        shared = common_length([previous, prompts[index]])
-        yield index, shared if shared >= SHARED_PART * len(prompts[index]) else 0
-        previous = prompts[index]
-
-
 def beginning(path: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
     """The ranges of the first `length` places of a path."""
     kept = []
@@ -233,12 +211,6 @@ def beginning(path: list[tuple[int, int]], length: int) -> list[tuple[int, int]]
     return kept
 
 
-def common_length(sequences: Sequence[Sequence]) -> int:
-    """How many tokens all sequences begin with in common."""
-    columns = zip(*sequences, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-
-
 def answers_mask(
     prompt: int, chosen: int, rejected: int, queries: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -246,8 +218,6 @@ def answers_mask(
 
     Shape (1, 1, queries, prompt + chosen + rejected). Causal, and the chosen answer is hidden from the rejected one.
     """
-    import torch
-
     length = prompt + chosen + rejected
     hidden = torch.ones(queries, length, dtype=torch.bool, device=device).triu(length - queries + 1)
     hidden[queries - rejected :, prompt : prompt + chosen] = True
@@ -256,8 +226,6 @@ def answers_mask(
 
 def whole_mask(blocks: list[Block], segments: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The masks of all blocks as one for the whole row, (1, 1, T, T): 0, else -inf."""
-    import torch
-
     mask = torch.full((sum(segments),) * 2, float("-inf"), dtype=dtype, device=device)
     columns = torch.arange(sum(segments), device=device).split(segments)
     rows = mask.split([block.queries for block in blocks])
@@ -280,9 +248,6 @@ def prefix_attention(
 
     query (1, heads, T, head size), key and value (1, key heads, T, head size) -> (1, T, heads, head size).
     """
-    import torch
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if fold is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     keys, values = key.split(fold.segments, dim=2), value.split(fold.segments, dim=2)
@@ -313,38 +278,3 @@ def no_packing_reason(model: PreTrainedModel) -> str | None:
     if model._is_stateful or not kinds <= {"full_attention", "sliding_attention", "chunked_attention"}:
         return "the model has layers that carry a state from one example into the next"
     return None
-
-
-def groups_of(prompts: Sequence[Sequence]) -> list[list[int]]:
-    """The indices of prompts (tokens or texts) that share half of them or more with the next one, group by group.
-
-    On TAT-QA these are the questions of one table. A prompt that shares less is a group of its own.
-    """
-    groups: list[list[int]] = []
-    for index in sorted(range(len(prompts)), key=lambda index: list(prompts[index])):
-        before = prompts[groups[-1][-1]] if groups else []
-        if before and 2 * common_length([before, prompts[index]]) >= min(len(before), len(prompts[index])):
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
-
-
-class GroupedOrder:
-    """A sampler: group after group; seed and epoch choose the order of the groups, and the order within each."""
-
-    def __init__(self, groups: list[list[int]], seed: int) -> None:
-        self.groups, self.seed, self.epoch = groups, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """The Trainer calls this at the start of every epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return sum(map(len, self.groups))
-
-    def __iter__(self) -> Iterator[int]:
-        rng = random.Random(f"{self.seed}:{self.epoch}")
-        groups = rng.sample(self.groups, len(self.groups))
-        # a long system prompt makes one group of all pairs, whose topics must not come one after the other
-        return itertools.chain.from_iterable(rng.sample(group, len(group)) for group in groups)

@@ -7,10 +7,11 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerCallback, TrainerState, set_seed
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from llm_alignment.adapters import adapter_kept_in_float32, new_adapter
@@ -22,11 +23,6 @@ from llm_alignment.models import without_router_logits
 from llm_alignment.training import Setup, TrainingSettings, run_training, training_arguments
 from llm_alignment.twix import LARGE_DATA, row_lengths
 from llm_alignment.validation import without_head
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 log = logging.getLogger("llm_alignment")
 

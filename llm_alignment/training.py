@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from llm_alignment import files
@@ -31,9 +32,6 @@ from llm_alignment.memory import GIB, memory_estimate
 from llm_alignment.models import Base, BaseFlags, load_tokenizer, one_line, resolve_base
 from llm_alignment.processes import DDP_TIMEOUT, gathered, main_process, named_device, processes
 from llm_alignment.runs import damaged_run
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("llm_alignment")
 
@@ -113,9 +111,9 @@ def memory_of(settings: TrainingSettings, base: Base, lora: LoraSettings) -> dic
 
     For DPO an example is a prompt and both answers.
     """
-    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)
+    config = transformers.AutoConfig.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
         model = new_adapter(model, lora)
     return memory_estimate(
         model,

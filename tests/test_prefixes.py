@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_alignment import prefixes
+from llm_alignment import batches, prefixes
 
 
 @functools.cache
@@ -136,8 +136,8 @@ def test_one_call_where_it_is_little_more_arithmetic():
 
 def test_masks_stay_small():
     """A short common beginning is read again: with it the mask of the rest would be nearly (T, T)."""
-    assert list(prefixes.shared_lengths([[1, 2, *[3] * 98], [1, 2, *[4] * 98]])) == [(0, 0), (1, 0)]
-    assert list(prefixes.shared_lengths([[1] * 50 + [3] * 50, [1] * 50 + [2] * 50])) == [(1, 0), (0, 50)]
+    assert list(batches.shared_lengths([[1, 2, *[3] * 98], [1, 2, *[4] * 98]])) == [(0, 0), (1, 0)]
+    assert list(batches.shared_lengths([[1] * 50 + [3] * 50, [1] * 50 + [2] * 50])) == [(1, 0), (0, 50)]
 
 
 def test_other_models_keep_their_attention():
@@ -172,9 +172,9 @@ def test_steps_back_with_a_reason():
 def test_groups_share_half_of_their_prompt():
     one, two = [1] * 10, [2] * 10
     prompts = [one + [5], two + [5], one + [6, 6], [9, 9, 9], two + [7], one[:4] + [3] * 9]
-    groups = prefixes.groups_of(prompts)
+    groups = batches.groups_of(prompts)
     assert sorted(sorted(group) for group in groups) == [[0, 2], [1, 4], [3], [5]]
-    order = prefixes.GroupedOrder(groups, seed=1)
+    order = batches.GroupedOrder(groups, seed=1)
     first = list(order)
     assert sorted(first) == list(range(6)) and len(order) == 6 and list(order) == first
     assert abs(first.index(0) - first.index(2)) == 1 and abs(first.index(1) - first.index(4)) == 1
@@ -183,7 +183,7 @@ def test_groups_share_half_of_their_prompt():
         order.set_epoch(epoch)
         orders.add(tuple(order))
     assert len(orders) > 1 and first in map(list, orders)
-    alone = [prefixes.GroupedOrder([list(range(30))], seed) for seed in (1, 2)]  # all under one system prompt
+    alone = [batches.GroupedOrder([list(range(30))], seed) for seed in (1, 2)]  # all under one system prompt
     assert list(alone[0]) != list(alone[1]) and list(range(30)) not in map(list, alone)
 
 
@@ -209,7 +209,7 @@ def test_sharing_across_pairs_keeps_fewer_bytes(monkeypatch, rest):
         return sum(size for size, _ in kept.values())
 
     tree = kept_bytes(shared)
-    monkeypatch.setattr(prefixes, "SHARED_PART", 2.0)
+    monkeypatch.setattr(batches, "SHARED_PART", 2.0)
     assert tree < kept_bytes(shared) < kept_bytes(plain)
 
 
