@@ -18,7 +18,7 @@ from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llm_alignment.files import InputError, differing, digest, is_out_of_memory
 from llm_alignment.model_files import check_safetensors, read_json
@@ -90,15 +90,12 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
     """Puts a fresh LoRA adapter on `model`. Raises InputError for layers that the model does not have."""
     config, what = lora.config, f"--target_modules {lora.target_modules}"
     if config.target_modules != "all-linear":
-        names = {name for name, _ in model.named_modules() if name}
-        head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+        modules, head = {name: module for name, module in model.named_modules() if name}, model.get_output_embeddings()
         for layer in config.target_modules:
-            if not any(name == layer or name.endswith(f".{layer}") for name in names):
-                linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-                known = ", ".join(sorted({name.split(".")[-1] for name in linear - {head}}))
-                raise InputError(f"{what}: this model has no layer {layer!r}; it has {known}")
-            if head.split(".")[-1] == layer.split(".")[-1]:
-                raise InputError(f"{what}: the head, {layer}, cannot be trained here; leave it out")
+            if not any(name == layer or name.endswith(f".{layer}") for name in modules):
+                linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+                known = {name.split(".")[-1] for name in linear if modules[name] is not head}
+                raise InputError(f"{what}: this model has no layer {layer!r}; it has {', '.join(sorted(known))}")
     before = check_logits(model, model.name_or_path)
     try:
         adapted = get_peft_model(model, config)
@@ -217,8 +214,6 @@ def grown_adapter(model: PreTrainedModel, previous: Path, lora: LoraSettings, se
     With A (r, in), B (out, r) and s = alpha / r: A' is A followed by freshly initialised rows, and B' is B * s / s'
     followed by columns of zeros, so s' B' A' = s B A.
     """
-    from transformers import set_seed
-
     set_seed(seed)
     model = new_adapter(model, lora)
     config = adapter_config(str(previous))

@@ -41,10 +41,8 @@ def hub(server: local_hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     import datasets
     import huggingface_hub
 
-    server.faults.clear()
-    server.requests.clear()
-    server.heads.clear()
-    server.older.clear()
+    for kept in (server.faults, server.requests, server.heads, server.older):
+        kept.clear()
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -126,10 +124,7 @@ def ask(what: str) -> object:
 @pytest.mark.parametrize(
     "fault, message",
     [
-        ({"/api/": 401}, "answers 401"),
-        ({"/api/": 403}, "answers 403"),
-        ({"/api/": 404}, "answers 404"),
-        ({"/api/": 500}, "answers 500"),
+        *(({"/api/": code}, f"answers {code}") for code in (401, 403, 404, 500)),
         ({"/resolve/": 500}, "answers 500"),
         ({"/cdn/": "cut"}, "broke off"),
         ({"/cdn/": "other"}, "another file than its ETag says"),
@@ -139,12 +134,8 @@ def test_what_a_hub_does_wrong_is_one_line_and_the_next_start_goes_on(what, flag
     hub.faults.update(fault)
     with pytest.raises(InputError) as error:
         ask(what)
-    assert (
-        message in str(error.value)
-        and str(error.value).startswith(f"{flag} ")
-        and f"give {flag} a local path" in str(error.value)
-    )
-    assert "\n" not in str(error.value)
+    line = str(error.value)
+    assert message in line and line.startswith(f"{flag} ") and f"give {flag} a local path" in line and "\n" not in line
     hub.faults.clear()
     assert ask(what)
     fetched(hub)
@@ -161,9 +152,8 @@ def test_a_download_that_broke_off_goes_on_where_it_was(hub):
 def test_questions_are_fetched_once_and_written_to_the_working_folder(hub):
     fetched_now = load_questions("auto", language="ru")
     rows = (local_hub.DEMO / "mt_bench_ru.jsonl").read_text("utf-8").split("\n")
-    assert fetched_now[0]["turns"] == json.loads(rows[0])["turns"] and "\\u" not in Path("mt_bench_ru.json").read_text(
-        "utf-8"
-    )
+    assert fetched_now[0]["turns"] == json.loads(rows[0])["turns"]
+    assert "\\u" not in Path("mt_bench_ru.json").read_text("utf-8")
     assert any("/api/datasets/t-tech/ru-mt-bench/" in line for line in hub.requests) and len(fetched(hub)) == 1
     assert load_questions("mt_bench_ru.json") == fetched_now and hub.requests == []
     load_questions("mt_bench_en.json")
