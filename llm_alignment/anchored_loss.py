@@ -32,21 +32,17 @@ def fused_nll_kl(
 
     Args:
         hidden: (rows, H) the student's last hidden states, any float type.
-        weight: (V, H) the LM head, frozen, shared by student and reference. The matrix products take its type; with a
-            half type everything else is computed in float32.
+        weight: (V, H) the LM head, frozen, of both. The matrix products take its type; with a half type everything
+            else is computed in float32.
         labels: (rows,) int64 next tokens, already shifted; -100 is not a target.
         ref_hidden: (rows, H) the reference's last hidden states; None leaves the KL out (it is 0).
         kl_mask: (rows,) bool, the targets that the KL acts on. None: all of them.
-        kl_direction: "reverse" is KL(p_student || p_reference), "forward" is KL(p_reference || p_student).
-        sft_loss: "nll", or "dft": each target's NLL times its probability, which gets no gradient (Wu et al.,
-            arXiv 2508.05629). "dft" with "forward" is ASFT (arXiv 2509.23753).
+        kl_direction: "reverse" (3) or "forward" (4).
+        sft_loss: "nll" (1) or "dft" (2), arXiv 2508.05629; "dft" with "forward" is ASFT (arXiv 2509.23753).
         num_items: the divisor of the SFT term; None means the number of target rows.
 
-    Returns:
-        (loss, nll, kl), scalars; only `loss` = nll + kl_coef * kl has a gradient. `nll` is the SFT term.
-
-    Raises:
-        ValueError: `weight` requires a gradient, which is not computed, or a name is unknown.
+    Returns (loss, nll, kl), scalars; only `loss` = nll + kl_coef * kl has a gradient, `nll` is the SFT term. Raises
+    ValueError when `weight` requires a gradient, which is not computed, or for a name that is unknown.
 
     p_s and p_r are the two distributions of a row, K is the number of KL rows, sg is without gradient:
         (1) NLL         -log p_s[label]                   (2) DFT         -sg(p_s[label]) * log p_s[label]
@@ -106,10 +102,8 @@ def fused_nll_kl(
 
 
 def rows_at_once(vocabulary: int, device: torch.device) -> int:
-    """How many rows `fused_nll_kl` should take at once: 1,024 where their logits are a small part of a GPU, else 256.
-
-    By the size of the card and not by what is free, so that a run that is resumed sums in the same order.
-    """
+    """How many rows `fused_nll_kl` should take at once: 1,024 where their logits are a small part of a GPU, else 256;
+    not by what is free, so that a run that is resumed sums in the same order."""
     import torch
 
     if device.type != "cuda":

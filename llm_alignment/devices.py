@@ -26,9 +26,8 @@ OLDEST_DRIVER = {12: 525, 13: 580}
 def prepare_cuda(device: torch.device, memory_share: float | None = None) -> None:
     """Settings of a CUDA device that hold for the whole process; to be called before anything is put on it.
 
-    `memory_share`: the part of the device's memory, 0 to 1, that the process may take. None: all of it, and 0.95 on
-    Windows, whose driver moves what does not fit into host memory: everything becomes 10 to 50 times slower without an
-    error, and no batch is halved.
+    `memory_share`: the part of its memory, 0 to 1, that the process may take. None: all of it, and 0.95 on Windows,
+    whose driver moves what does not fit into host memory: all is 10 to 50 times slower, and no batch is halved.
     """
     import torch
     from transformers.integrations import sdpa_attention
@@ -56,8 +55,7 @@ def free_memory() -> tuple[int, int]:
 def tf32(is_on: bool) -> Iterator[None]:
     """Inside, CUDA's products of float32 tensors round their inputs to TF32 (10 bits, as float16), or they do not.
 
-    For training in a half type: its float32 products are of values of that type, which are exact in TF32, and of their
-    gradients, which lose no more than in a product of float16.
+    In training in a half type they are of values of that type, exact in TF32, and of gradients.
     """
     import torch
 

@@ -52,9 +52,8 @@ def sharing_problem(model: PreTrainedModel | PeftModel) -> str:
     inner = inner_model(model)
     if reason := no_sharing_reason(inner):
         return reason
-    start, first, second, *answers = rows_of(
-        inner, 12, 6, 4, 5, 7, 5, 7
-    )  # prompts and answers make rows of one length
+    # prompts and answers that make rows of one length
+    start, first, second, *answers = rows_of(inner, 12, 6, 4, 5, 7, 5, 7)
 
     def both_ways(inner: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Tensor]:
         ids = torch.tensor([*map(operator.add, prompts * 2, answers)], device=inner.device)
@@ -87,6 +86,9 @@ def packing_problem(model: PreTrainedModel | PeftModel) -> str:
     return problem_of(model, both_ways)
 
 
+CACHE_PROBLEMS: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()  # asked once a model
+
+
 def cache_problem(model: PreTrainedModel | PeftModel) -> str:
     """Why a beginning cannot be read once and its keys and values repeated; "" when they can."""
     inner = inner_model(model)
@@ -99,12 +101,9 @@ def cache_problem(model: PreTrainedModel | PeftModel) -> str:
         plain = read(inner, [start + rest for rest in rests])[:, 10:]
         return [plain, read(inner, rests, past_key_values=cache, use_cache=True)]
 
-    if inner not in _cache_problems:
-        _cache_problems[inner] = problem_of(model, both_ways)
-    return _cache_problems[inner]
-
-
-_cache_problems: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
+    if inner not in CACHE_PROBLEMS:
+        CACHE_PROBLEMS[inner] = problem_of(model, both_ways)
+    return CACHE_PROBLEMS[inner]
 
 
 def anchor_problem(model: PeftModel) -> str:

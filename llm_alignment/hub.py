@@ -25,17 +25,16 @@ def hub_files(
 ) -> Path:
     """The folder of those files of a hub repository that match `patterns`; what is not in the cache is downloaded.
 
-    `source` is "owner/name" or "owner/name@revision", `kind` is model, dataset or space. Raises InputError, within
-    30 s, when the hub does not give them; it names `flag`.
+    `source`: "owner/name" or "owner/name@revision"; `kind`: model, dataset or space. Raises InputError that names
+    `flag`, within 30 s, when the hub does not give them.
     """
     import huggingface_hub
 
     source, _, asked = source.partition("@")
     revision = revision or asked or None
+    options = dict(repo_type=kind, revision=revision, allow_patterns=patterns)
     with hub_errors(source, flag, kind):
-        folder = Path(
-            huggingface_hub.snapshot_download(source, repo_type=kind, revision=revision, allow_patterns=patterns)
-        )
+        folder = Path(huggingface_hub.snapshot_download(source, **options))
     COMMITS[flag.removeprefix("--")] = folder.name
     absent = [pattern for pattern in patterns if "*" not in pattern and not (folder / pattern).is_file()]
     if absent:
@@ -64,10 +63,7 @@ def open_dataset(source: str, flag: str, skipped: SkippedRows) -> Iterator[tuple
 
 
 def hub_dataset(source: str, flag: str) -> datasets.Dataset:
-    """The training split of a hub data set, "owner/name" or "owner/name@revision", on the disk.
-
-    Raises InputError, within 30 s, when `source` is not on the hub; it names `flag`.
-    """
+    """The training split of a hub data set, "owner/name" or "owner/name@revision", on the disk; else an InputError."""
     if source.count("/") != 1 or files.data_suffix(Path(source)) in files.DATA_SUFFIXES:  # it looks local
         raise InputError(f"{flag} {source}: no such file or folder, and not a hub id of the form owner/name")
     import datasets

@@ -228,10 +228,8 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None
 
 
 def check_logits(model: PreTrainedModel | PeftModel, what: str) -> torch.Tensor | None:
-    """The logits of a short row; None without weights, on torch's meta device.
-
-    Raises InputError when they are not finite: the model's answers would be one token again and again.
-    """
+    """The logits of a short row; None on torch's meta device. Raises InputError when they are not finite: the model's
+    answers would be one token again and again."""
     if model.device.type == "meta":
         return None
     ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]), device=model.device)[None]
@@ -249,17 +247,14 @@ def check_head(model: PreTrainedModel, what: str) -> None:
     head's own output is compared, so that rounding does not matter.
     """
     head, seen = model.get_output_embeddings(), {}
-    hooks = (
+    with (
         model.base_model.register_forward_hook(lambda _, inputs, output: seen.update(last=output.last_hidden_state)),
         head.register_forward_hook(lambda _, inputs, output: seen.update(hidden=inputs[0], logits=output)),
-    )
-    with hooks[0], hooks[1]:
+    ):
         logits = check_logits(model, what)
     is_plain = getattr(head, "bias", None) is None and torch.equal(logits, seen["logits"].to(logits.dtype))
     if not is_plain or not torch.allclose(seen["last"], seen["hidden"], rtol=1e-3, atol=1e-3):
-        raise InputError(
-            f"{what}: its logits are not hidden states times its head, but capped, scaled or biased; name another"
-        )
+        raise InputError(f"{what}: its head's logits are capped, scaled or biased; name another model")
 
 
 @contextmanager
@@ -274,11 +269,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model that a PeftModel holds, its adapter at work; any other model as it is.
-
-    What measures goes through it: a PeftModel that a trainer has prepared runs in accelerate's autocast, so in half
-    precision a baseline would be measured in another way than what follows.
-    """
+    """The transformers model that a PeftModel holds, its adapter at work; any other model as it is. What measures goes
+    through it: a PeftModel that a trainer has prepared runs in accelerate's autocast, and a baseline does not."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

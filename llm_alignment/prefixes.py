@@ -129,10 +129,9 @@ def settle_head(device: torch.device) -> None:
     hidden, weight = (torch.randn(rows, 64, generator=generator).to(device) for rows in (4, 1500))
 
     def run() -> torch.Tensor:
-        states = hidden.clone().requires_grad_()
-        log_probs, *others = chunked_logprob.ChunkedLogProbFunction.apply(
-            states, weight, None, torch.arange(4, device=device), 1.0, 1024, None, 1.0, HEAD_OUTPUTS
-        )
+        states, labels = hidden.clone().requires_grad_(), torch.arange(4, device=device)
+        inputs = states, weight, None, labels, 1.0, 1024, None, 1.0, HEAD_OUTPUTS
+        log_probs, *others = chunked_logprob.ChunkedLogProbFunction.apply(*inputs)
         (gradient,) = torch.autograd.grad(log_probs.sum(), states)
         return torch.cat([log_probs.detach(), gradient.flatten(), *(part for part in others if part is not None)])
 

@@ -107,10 +107,7 @@ def optimiser_steps(settings: TrainingSettings, rows: int) -> int:
 
 
 def memory_of(settings: TrainingSettings, base: Base, lora: LoraSettings) -> dict[str, int]:
-    """`memory_estimate` for micro-batches of the longest examples; no weights are loaded.
-
-    For DPO an example is a prompt and both answers.
-    """
+    """`memory_estimate` for micro-batches of the longest examples: of DPO a prompt and both answers."""
     config = transformers.AutoConfig.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
@@ -315,7 +312,7 @@ def checkpoint_problem(folder: Path) -> str | None:
 
 
 def state_problem(folder: Path) -> str | None:
-    """Only tensors and plain values are read: code that a pickled object would run does not run."""
+    """Of a checkpoint's *.pt and *.pth. Code that a pickled object would run does not run."""
     moments = "state1" if torch.cuda.is_available() else "exp_avg"  # of bitsandbytes' AdamW, and of torch's
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
         try:
@@ -334,10 +331,8 @@ def state_problem(folder: Path) -> str | None:
 
 
 def newest_complete(folder: Path, resume: str | None) -> Path | None:
-    """The checkpoint to resume from, None to start from the first step; says which, and names the ones skipped.
-
-    Raises InputError when the checkpoint that `resume` (--resume_from_checkpoint) names is not complete.
-    """
+    """The checkpoint to resume from, None to start from the first step; names it, and the ones skipped. Raises
+    InputError when the one that `resume` (--resume_from_checkpoint) names is not complete."""
     if resume is None:
         return None
     candidates = [Path(resume)]
@@ -368,17 +363,13 @@ class Setup:
     flags: dict[str, Any]  # the values of those that change what is trained
 
     def check_folder(self, data: dict | None = None) -> None:
-        """Raises InputError, before anything is written, when the folder holds another run; `data`: its fingerprint.
-
-        Without `resume` that is any run; with it, one that `check_same_run` finds to be another. To be called first of
-        all, and again when the data is known.
-        """
+        """Raises InputError, before anything is written, when the folder holds another run: without `resume` any run,
+        with it one that `check_same_run` finds to be another. To be called first of all, and again when the
+        fingerprint of the data is known."""
         if self.resume is None:
             if (self.folder / "run.json").exists() or any(self.folder.glob("checkpoint-*")):
-                raise InputError(
-                    f"--output_dir {self.folder} holds another run; name another folder, or resume that run by "
-                    "--resume_from_checkpoint auto"
-                )
+                advice = "name another folder, or --resume_from_checkpoint auto"
+                raise InputError(f"--output_dir {self.folder} holds another run; {advice}")
             return
         for folder in sorted({self.folder, self.folder if self.resume == "auto" else Path(self.resume).parent}):
             if (folder / "run.json").exists():
@@ -393,7 +384,7 @@ def set_up(
     """Looks up the base, and checks model files and adapter, for the flags of a training script.
 
     `neutral` are the flags that do not change what is trained; `longest`: tokens of the longest example. `lora`: of a
-    script that has no such flags. The settings of an adapter that --load_adapter names go into the record.
+    script without such flags. The settings of an adapter that --load_adapter names go into the record.
     """
     base = resolve_base(fill(BaseFlags, args))
     adapter = getattr(args, "load_adapter", "")

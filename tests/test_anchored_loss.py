@@ -43,21 +43,13 @@ def case(seed, rows, width, vocabulary, ignored, in_kl, dtype):
 
 @settings(max_examples=120, deadline=None)
 @given(
-    seed=st.integers(0, 10**6),
-    rows=st.integers(1, 23),
-    width=st.integers(1, 9),
-    vocabulary=st.integers(2, 40),
-    ignored=st.sampled_from([0.0, 0.3, 1.0]),
-    in_kl=st.sampled_from([0.0, 0.5, 1.0, None]),
-    with_reference=st.booleans(),
-    kl_coef=st.sampled_from([0.0, 0.02, 1.5]),
-    num_items=st.sampled_from([None, 7]),
-    rows_per_chunk=st.integers(1, 30),
-    upstream=st.sampled_from([1.0, -2.5]),
-    dtype=st.sampled_from([torch.float64, torch.float32]),
-    kl_direction=st.sampled_from(["reverse", "forward"]),
+    seed=st.integers(0, 10**6), rows=st.integers(1, 23), width=st.integers(1, 9), vocabulary=st.integers(2, 40),
+    ignored=st.sampled_from([0.0, 0.3, 1.0]), in_kl=st.sampled_from([0.0, 0.5, 1.0, None]),
+    with_reference=st.booleans(), kl_coef=st.sampled_from([0.0, 0.02, 1.5]), num_items=st.sampled_from([None, 7]),
+    rows_per_chunk=st.integers(1, 30), upstream=st.sampled_from([1.0, -2.5]),
+    dtype=st.sampled_from([torch.float64, torch.float32]), kl_direction=st.sampled_from(["reverse", "forward"]),
     sft_loss=st.sampled_from(["nll", "dft"]),
-)
+)  # fmt: skip
 def test_fused_equals_the_plain_formula(
     seed, rows, width, vocabulary, ignored, in_kl, with_reference, kl_coef, num_items, rows_per_chunk, upstream, dtype,
     kl_direction, sft_loss,
