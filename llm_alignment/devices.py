@@ -16,6 +16,7 @@ from llm_alignment.files import InputError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("llm_alignment")
 
@@ -112,12 +113,12 @@ def apply_liger(model_type: str, device: torch.device) -> bool:
     sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
     config = AutoConfig.for_model(model_type, num_hidden_layers=1, vocab_size=64, pad_token_id=0, **sizes)
 
-    def small_model() -> torch.nn.Module:
+    def small_model() -> PreTrainedModel:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return AutoModelForCausalLM.from_config(config).to(device)
 
-    def step(model: torch.nn.Module) -> torch.Tensor:
+    def step(model: PreTrainedModel) -> torch.Tensor:
         """Its logits and a gradient, flat."""
         logits = model(torch.arange(8, device=device)[None]).logits
         logits.square().sum().backward()

@@ -28,13 +28,12 @@ def hub_files(
     `source`: "owner/name" or "owner/name@revision"; `kind`: model, dataset or space. Raises InputError that names
     `flag`, within 30 s, when the hub does not give them.
     """
-    import huggingface_hub
+    from huggingface_hub import snapshot_download
 
     source, _, asked = source.partition("@")
     revision = revision or asked or None
-    options = dict(repo_type=kind, revision=revision, allow_patterns=patterns)
     with hub_errors(source, flag, kind):
-        folder = Path(huggingface_hub.snapshot_download(source, **options))
+        folder = Path(snapshot_download(source, repo_type=kind, revision=revision, allow_patterns=patterns))
     COMMITS[flag.removeprefix("--")] = folder.name
     absent = [pattern for pattern in patterns if "*" not in pattern and not (folder / pattern).is_file()]
     if absent:

@@ -246,13 +246,16 @@ def check_head(model: PreTrainedModel, what: str) -> None:
     Models that cap, scale or bias their logits (Gemma 2, Cohere, Phi) would train and measure something else. The
     head's own output is compared, so that rounding does not matter.
     """
-    head, seen = model.get_output_embeddings(), {}
+    head = model.get_output_embeddings()
+    seen: dict[str, torch.Tensor] = {}
     with (
         model.base_model.register_forward_hook(lambda _, inputs, output: seen.update(last=output.last_hidden_state)),
-        head.register_forward_hook(lambda _, inputs, output: seen.update(hidden=inputs[0], logits=output)),
+        head.register_forward_hook(lambda _, inputs, output: seen.update(hidden=inputs[0], product=output)),
+        model.register_forward_hook(lambda _, inputs, output: seen.update(logits=output.logits)),
     ):
-        logits = check_logits(model, what)
-    is_plain = getattr(head, "bias", None) is None and torch.equal(logits, seen["logits"].to(logits.dtype))
+        check_logits(model, what)
+    is_product = torch.equal(seen["logits"], seen["product"].to(seen["logits"].dtype))
+    is_plain = getattr(head, "bias", None) is None and is_product
     if not is_plain or not torch.allclose(seen["last"], seen["hidden"], rtol=1e-3, atol=1e-3):
         raise InputError(f"{what}: its head's logits are capped, scaled or biased; name another model")
 

@@ -178,8 +178,8 @@ def fold_pairs(
         for side, (first, after) in zip(sides, answers, strict=True):
             # the prompt's last token predicts the first of either answer, and the last of an answer nothing
             predictors[side] = [*(last - 1 for _, last in path[-1:]), *range(first, after - 1)]
-        queries, lengths = len(tokens) - begin, [after - first for first, after in answers]
-        mask = answers_mask(len(prompt), *lengths, queries, dtype, device)
+        queries, (chosen, rejected) = len(tokens) - begin, (after - first for first, after in answers)
+        mask = answers_mask(len(prompt), chosen, rejected, queries, dtype, device)
         reads.append((queries, [*path, (end, len(tokens))], mask))
     cuts = sorted({place for _, path, _ in reads for range_ in path for place in range_})
     number = {cut: index for index, cut in enumerate(cuts)}

@@ -214,7 +214,9 @@ class RunKeeper(TrainerCallback):
         self.last_step = random_state(), state.num_input_tokens_seen
         self.first_step, self.started = state.global_step, time.monotonic()
         if state.max_steps == 1 and args.get_warmup_steps(1):
-            log.warning("the only step is a warmup step of rate 0: nothing is trained; lower --batch or --grad_acc")
+            log.warning(
+                "the only step is a warmup step of rate 0: nothing is trained; lower --batch or raise --epochs"
+            )
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.in_steps = True
