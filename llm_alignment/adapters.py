@@ -10,30 +10,20 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import safe_open
 from safetensors.torch import load_file, save
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llm_alignment.files import InputError, differing, digest, is_out_of_memory
-from llm_alignment.model_files import check_safetensors, read_json, stored_tensors
+from llm_alignment.model_files import check_safetensors, read_json
 from llm_alignment.models import Base, check_finite, check_logits, check_vocabulary, load_model, one_line
 from llm_alignment.prefixes import no_packing_reason, no_sharing_reason
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("llm_alignment")
 
@@ -74,8 +64,7 @@ def check_model(
     packing: bool = False,
     group_by_table: bool = False,
 ) -> None:
-    """Raises InputError for a model, a saved adapter or a fresh one that would not load, or an adapter that cannot be
-    `scaled`; reads no weights of the base.
+    """Raises InputError for a model, a saved adapter or a fresh one that would not load, or cannot be `scaled`.
 
     The model is built on torch's meta device, where loading looks at names and shapes alone. `longest`: tokens of the
     longest example, which the model's context should hold. `packing` and `group_by_table` are the flags.
@@ -101,15 +90,12 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
     """Puts a fresh LoRA adapter on `model`. Raises InputError for layers that the model does not have."""
     config, what = lora.config, f"--target_modules {lora.target_modules}"
     if config.target_modules != "all-linear":
-        names = {name for name, _ in model.named_modules() if name}
-        head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+        modules, head = {name: module for name, module in model.named_modules() if name}, model.get_output_embeddings()
         for layer in config.target_modules:
-            if not any(name == layer or name.endswith(f".{layer}") for name in names):
-                raise InputError(
-                    f"{what}: this model has no layer {layer!r}; it has {', '.join(linear_layers(model))}"
-                )
-            if head.split(".")[-1] == layer.split(".")[-1]:
-                raise InputError(f"{what}: the head, {layer}, cannot be trained here; leave it out")
+            if not any(name == layer or name.endswith(f".{layer}") for name in modules):
+                linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+                known = {name.split(".")[-1] for name in linear if modules[name] is not head}
+                raise InputError(f"{what}: this model has no layer {layer!r}; it has {', '.join(sorted(known))}")
     before = check_logits(model, model.name_or_path)
     try:
         adapted = get_peft_model(model, config)
@@ -120,30 +106,15 @@ def new_adapter(model: PreTrainedModel, lora: LoraSettings) -> PeftModel:
 
 
 def check_switched_off(model: PeftModel, before: torch.Tensor | None, what: str) -> None:
-    """Raises InputError unless the logits of `check_logits` with the adapter off are, to the bit, those `before` it;
-    and for an adapter on the embedding or the head."""
+    """Raises InputError for an adapter on the embedding or the head, whose weights the losses take from the base; and
+    unless the logits of `check_logits` with the adapter off are, to the bit, those `before` it."""
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
         if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            raise InputError(
-                f"{what}: it changes the embedding or the head (lm_head), which the losses here take from the base; "
-                "name an adapter of other layers"
-            )
+            raise InputError(f"{what}: it changes the embedding or the head; name an adapter of other layers")
     with model.disable_adapter():
         after = check_logits(model, what)
     if before is not None and after is not None and not torch.equal(before, after):
-        raise InputError(
-            f"{what}: switched off it leaves the base changed; merge it into its base and name that model, or train "
-            "another adapter"
-        )
-
-
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """The names, such as q_proj, of the linear layers within the blocks of a model."""
-    return sorted({
-        name.split(".")[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
-    })
+        raise InputError(f"{what}: switched off it leaves the base changed; {MERGE_IT}")
 
 
 # The settings with which an adapter is low-rank matrices beside the base's layers and no more: switched off it is the
@@ -157,45 +128,33 @@ PLAIN = NEUTRAL | {
 }  # fmt: skip
 # How its matrices began; any other way (PiSSA, OLoRA, CorDA, LoftQ, ...) takes something out of the base's weights.
 PLAIN_BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")
+MERGE_IT = "merge it into its base and name that model, or train another adapter"
 
 
-def check_kind(config: dict, what: str) -> None:
-    """Raises InputError for an adapter that changes more than it adds, by its adapter_config.json: the base would not
-    be the base while it is off, or a part of it would not be saved, merged or grown."""
-    if config["peft_type"] != "LORA":
-        raise InputError(f"{what}: it is of the kind {config['peft_type']}; name a LoRA adapter")
+def adapter_config(folder: str) -> dict:
+    """The adapter_config.json of a saved LoRA adapter.
+
+    Raises InputError when there is none that can be read, and for an adapter that changes more than it adds: the base
+    would not be the base while it is off, or a part of it would not be saved, merged or grown.
+    """
+    what, path = f"adapter {folder}", Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise InputError(f"{what}: no adapter_config.json in this folder; name the output folder of a training run")
+    config = read_json(path, what)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{what}: adapter_config.json has peft_type {config.get('peft_type')!r}; name a LoRA adapter")
     defaults = LoraConfig().to_dict()
     for name, value in config.items():
         is_plain = name in PLAIN or name not in defaults or not value or value == defaults[name]
         if name == "init_lora_weights":
             is_plain = value in PLAIN_BEGINNINGS
         if not is_plain:
-            raise InputError(
-                f"{what}: with {name} {value!r} it changes more than LoRA's matrices, and the base would not be the "
-                "base while it is off; merge it into its base and name that model, or train an adapter without it"
-            )
-
-
-def adapter_config(folder: str) -> dict:
-    """The adapter_config.json of a saved adapter.
-
-    Raises InputError when there is none that can be read, and for a kind that `check_kind` refuses.
-    """
-    what, path = f"adapter {folder}", Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise InputError(f"{what}: no adapter_config.json in this folder; name the output folder of a training run")
-    config = read_json(path, what)
-    if config.get("peft_type") not in list(PEFT_TYPE_TO_CONFIG_MAPPING):
-        raise InputError(f"{what}: adapter_config.json names no known peft_type ({config.get('peft_type')!r})")
-    check_kind(config, what)
+            raise InputError(f"{what}: {name} {value!r} changes more than LoRA's matrices; {MERGE_IT}")
     return config
 
 
 def saved_settings(folder: str, asked: LoraSettings) -> LoraSettings:
-    """Rank, alpha and layers of a saved adapter, which count whatever the flags ask for; says where they differ.
-
-    Raises InputError when its adapter_config.json cannot be read.
-    """
+    """The settings of a saved adapter, which count whatever the flags ask for; says where they differ."""
     config = adapter_config(folder)
     layers = config.get("target_modules")
     own: dict[str, Any] = {
@@ -216,18 +175,17 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     Raises InputError when the adapter cannot be read, holds values that are not finite, or does not fit tensor by
     tensor: PEFT itself takes what fits and leaves the rest as it was.
     """
-    what, config = f"adapter {folder}", adapter_config(folder)
+    what, config, is_meta = f"adapter {folder}", adapter_config(folder), model.device.type == "meta"
     unknown = sorted(config.keys() - LoraConfig.__dataclass_fields__.keys())
-    if unknown and model.device.type != "meta":
+    if unknown and not is_meta:
         log.warning("%s: this peft does not know these settings of it: %s", what, ", ".join(unknown))
     weights = Path(folder) / "adapter_model.safetensors"
     check_safetensors(weights, what)
-    check_finite(stored_tensors(weights), what)
-    alpha = config.get("lora_alpha")
+    stored = load_file(weights)
+    check_finite(stored.items(), what)
+    alpha, base = config.get("lora_alpha"), config.get("base_model_name_or_path")
     if isinstance(alpha, int | float) and not 0 < abs(alpha) < math.inf:  # with 0 it would change nothing
-        raise InputError(
-            f"{what}: lora_alpha {alpha} in adapter_config.json is not a valid scale; train or fetch it again"
-        )
+        raise InputError(f"{what}: lora_alpha {alpha} in adapter_config.json is no scale; train or fetch it again")
     before = check_logits(model, model.name_or_path)
     try:
         with warnings.catch_warnings():
@@ -237,31 +195,17 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().split("\n")[-1].strip()
-        base = config.get("base_model_name_or_path")
         raise InputError(f"{what} of {base} does not fit {model.name_or_path} ({reason})") from error
-    base = config.get("base_model_name_or_path")
     check_switched_off(adapted, before, what)
-    check_adapter_fits(adapted, weights, f"{what} of {base}")
-    if base and Path(base).resolve() != Path(model.name_or_path).resolve() and model.device.type != "meta":
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    for others, problem in ((stored.keys() - wanted, "has other tensors"), (wanted - stored.keys(), "lacks tensors")):
+        if others:
+            counts = f"{len(others)} of {len(wanted)}, the first is {min(others)}"
+            raise InputError(f"{what} of {base} does not fit {model.name_or_path}: it {problem} ({counts})")
+    if base and Path(base).resolve() != Path(model.name_or_path).resolve() and not is_meta:
         log.warning("%s was trained on %s, not on %s: right only for equal weights", what, base, model.name_or_path)
     check_logits(adapted, what)
     return adapted
-
-
-def check_adapter_fits(model: PeftModel, weights: Path, what: str) -> None:
-    """Raises InputError unless the file holds every tensor of the model's adapter and no others."""
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    with safe_open(weights, "pt") as file:
-        stored = set(file.keys())
-    foreign = sorted(stored - wanted)
-    absent = sorted(wanted - stored)
-    base = model.get_base_model().name_or_path
-    if foreign and len(foreign) == len(stored):
-        raise InputError(f"{what}: none of its tensors belongs to {base} (the first is {foreign[0]})")
-    if foreign:
-        raise InputError(f"{what} holds {len(foreign)} tensors that {base} does not have (the first is {foreign[0]})")
-    if absent:
-        raise InputError(f"{what} lacks {len(absent)} of {len(wanted)} tensors for {base} (the first is {absent[0]})")
 
 
 def grown_adapter(model: PreTrainedModel, previous: Path, lora: LoraSettings, seed: int) -> PeftModel:
@@ -270,8 +214,6 @@ def grown_adapter(model: PreTrainedModel, previous: Path, lora: LoraSettings, se
     With A (r, in), B (out, r) and s = alpha / r: A' is A followed by freshly initialised rows, and B' is B * s / s'
     followed by columns of zeros, so s' B' A' = s B A.
     """
-    from transformers import set_seed
-
     set_seed(seed)
     model = new_adapter(model, lora)
     config = adapter_config(str(previous))
@@ -298,14 +240,9 @@ def scaled(model: PreTrainedModel | PeftModel, scale: float) -> Iterator[None]:
     The weights between base and run are WiSE-FT's (https://arxiv.org/abs/2109.01903). Raises InputError for a model
     without a LoRA adapter, and for DoRA, whose scale is not linear.
     """
-    if scale == 1:
-        yield
-        return
-    config = model.active_peft_config if isinstance(model, PeftModel) else None
-    if not isinstance(config, LoraConfig) or config.use_dora:
-        what = "a model without a LoRA adapter" if config is None else "an adapter that is not plain LoRA (DoRA)"
-        raise InputError(f"a scale of {scale:g}: {what} cannot be scaled; leave the scale out")
-    with rescale_adapter_scale(model, scale):
+    if scale != 1 and (not isinstance(model, PeftModel) or model.active_peft_config.use_dora):
+        raise InputError(f"a scale of {scale:g}: only a plain LoRA adapter can be scaled; leave the scale out")
+    with contextlib.nullcontext() if scale == 1 else rescale_adapter_scale(model, scale):
         yield
 
 

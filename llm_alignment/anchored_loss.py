@@ -32,28 +32,21 @@ def fused_nll_kl(
 
     Args:
         hidden: (rows, H) the student's last hidden states, any float type.
-        weight: (V, H) the LM head, frozen, shared by student and reference. The matrix products take its type; with a
-            half type everything else is computed in float32.
+        weight: (V, H) the LM head, frozen, of both. The matrix products take its type; with a half type everything
+            else is computed in float32.
         labels: (rows,) int64 next tokens, already shifted; -100 is not a target.
         ref_hidden: (rows, H) the reference's last hidden states; None leaves the KL out (it is 0).
-        kl_mask: (rows,) bool, the rows that the KL acts on; those that are not targets are ignored. None: all targets.
-        kl_direction: "reverse" is KL(p_student || p_reference), "forward" is KL(p_reference || p_student).
-        sft_loss: "nll", or "dft": each target's NLL times its probability, which gets no gradient (Wu et al.,
-            arXiv 2508.05629). "dft" with "forward" is ASFT (arXiv 2509.23753).
+        kl_mask: (rows,) bool, the targets that the KL acts on. None: all of them.
+        kl_direction: "reverse" (3) or "forward" (4).
+        sft_loss: "nll" (1) or "dft" (2), arXiv 2508.05629; "dft" with "forward" is ASFT (arXiv 2509.23753).
         num_items: the divisor of the SFT term; None means the number of target rows.
 
-    Returns:
-        (loss, nll, kl), scalars; only `loss` has a gradient. `nll` is the SFT term as it stands in the loss: with
-        "dft" the weighted sum. loss = nll + kl_coef * kl.
+    Returns (loss, nll, kl), scalars; only `loss` = nll + kl_coef * kl has a gradient, `nll` is the SFT term. Raises
+    ValueError when `weight` requires a gradient, which is not computed, or for a name that is unknown.
 
-    Raises:
-        ValueError: `weight` requires a gradient, which is not computed, or a name is unknown.
-
-    p_s and p_r are the two distributions of a row, K is the number of KL rows:
-        (1) NLL      -log p_s[label]
-        (2) DFT      -sg(p_s[label]) * log p_s[label], sg: without gradient; arXiv 2508.05629
-        (3) reverse  KL = sum p_s * (log p_s - log p_r)
-        (4) forward  KL = sum p_r * (log p_r - log p_s)
+    p_s and p_r are the two distributions of a row, K is the number of KL rows, sg is without gradient:
+        (1) NLL         -log p_s[label]                   (2) DFT         -sg(p_s[label]) * log p_s[label]
+        (3) reverse KL  sum p_s * (log p_s - log p_r)     (4) forward KL  sum p_r * (log p_r - log p_s)
     The gradient to the row's logits, with a = 1/num_items, for (2) p_s[label]/num_items, is the sum of
         (5) (1), (2)  a * (p_s - onehot(label))
         (6) (3)       kl_coef/K * p_s * (log p_s - log p_r - KL)
@@ -67,9 +60,9 @@ def fused_nll_kl(
         raise ValueError(f"unknown kl_direction {kl_direction!r} or sft_loss {sft_loss!r}")
     dtype = torch.promote_types(weight.dtype, torch.float32)
     targets = labels != -100
-    kl_rows = torch.zeros_like(targets)
-    if ref_hidden is not None:
-        kl_rows = targets if kl_mask is None else targets & kl_mask
+    kl_rows = targets if kl_mask is None else targets & kl_mask
+    if ref_hidden is None:
+        kl_rows = torch.zeros_like(targets)
     num_items = torch.as_tensor(targets.sum() if num_items is None else num_items, device=hidden.device)
     share = 1 / num_items.clamp(min=1).to(dtype)
     c = kl_coef / kl_rows.sum().clamp(min=1).to(dtype)
@@ -91,7 +84,8 @@ def fused_nll_kl(
                 row_kl, exp, total, kl_gradient, scale = kl_chunk(z, ref_z)
                 kl += row_kl.sum()
             else:
-                exp, total = exp_and_total(z)
+                exp = z.exp_()
+                total = exp.sum(1, keepdim=True)
             row_nll = total.log() - z_label  # (1)
             row_weight = (-row_nll).exp() if sft_loss == "dft" else torch.ones_like(row_nll)  # (2)
             nll += (row_weight * row_nll).sum()
@@ -108,10 +102,8 @@ def fused_nll_kl(
 
 
 def rows_at_once(vocabulary: int, device: torch.device) -> int:
-    """How many rows `fused_nll_kl` should take at once: 1,024 where their logits are a small part of a GPU, else 256.
-
-    By the size of the card and not by what is free, so that a run that is resumed sums in the same order.
-    """
+    """How many rows `fused_nll_kl` should take at once: 1,024 where their logits are a small part of a GPU, else 256;
+    not by what is free, so that a run that is resumed sums in the same order."""
     import torch
 
     if device.type != "cuda":
@@ -148,24 +140,18 @@ def shifted_logits(hidden: torch.Tensor, weight: torch.Tensor, buffer: torch.Ten
     return z.sub_(z.amax(1, keepdim=True))
 
 
-def exp_and_total(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(exp, total) in the memory of `z`: the probabilities are exp / total. total: (rows, 1)."""
-    exp = z.exp_()
-    return exp, exp.sum(1, keepdim=True)
-
-
 def reverse_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """KL(p_student || p_reference) of each row, and its gradient to the student's logits: (3) and (6).
 
-    z, ref_z: (rows, V) logits less each row's largest; their memory is used for what is returned.
-    Returns (kl, exp, total, gradient, scale): kl (rows, 1), the student's exp and total, and (rows, V) `gradient`,
-    which divided by `scale` (rows, 1) is p_s * (log p_s - log p_r - kl).
+    z, ref_z: (rows, V) logits less each row's largest; their memory is used for what is returned: kl (rows, 1), exp
+    and total, of which p_s = exp / total, `gradient` (rows, V) and `scale` (rows, 1), of which (6) is the quotient.
     """
     import torch
 
     ref_total = sum(part.exp().sum(1, keepdim=True) for part in ref_z.split(8192, dim=1))
     log_ratio = ref_z.neg_().add_(z)  # log p_s - log p_r, up to a constant of the row
-    exp, total = exp_and_total(z)
+    exp = z.exp_()
+    total = exp.sum(1, keepdim=True)
     mean = torch.einsum("rv,rv->r", exp, log_ratio)[:, None] / total
     kl = mean - total.log() + ref_total.log()  # (3)
     return kl, exp, total, log_ratio.sub_(mean).mul_(exp), total  # (6); the constant drops out
@@ -180,7 +166,8 @@ def forward_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor
         difference = ref_part - part
         cross = cross + torch.einsum("rv,rv->r", ref_part.exp_(), difference)[:, None]
     ref_exp, ref_total = ref_z, ref_z.sum(1, keepdim=True)
-    exp, total = exp_and_total(z)
+    exp = z.exp_()
+    total = exp.sum(1, keepdim=True)
     kl = cross / ref_total - ref_total.log() + total.log()  # (4)
     scale = torch.minimum(total, ref_total)  # keeps both parts at most 1, the range of half types
     return kl, exp, total, ref_exp.mul_(-scale / ref_total).addcmul_(exp, scale / total), scale  # (7)
@@ -200,10 +187,9 @@ class AnchorSettings:
 
     def over(self, steps: int) -> AnchorSettings:
         """The settings of a run of so many steps: shares become steps."""
-        start, warmup = (
-            round(value * steps) if value < 1 else value for value in (self.kl_start_step, self.kl_warmup_steps)
-        )
-        return dataclasses.replace(self, kl_start_step=start, kl_warmup_steps=warmup)
+        shares = {name: getattr(self, name) for name in ("kl_start_step", "kl_warmup_steps")}
+        in_steps = {name: round(share * steps) for name, share in shares.items() if share < 1}
+        return dataclasses.replace(self, **in_steps)
 
     def coefficient(self, step: int) -> float:
         """c(t): 0 before `kl_start_step`, then a linear rise to `kl_coef` over `kl_warmup_steps`."""
@@ -215,8 +201,8 @@ class AnchorSettings:
 def tail_mask(is_target: torch.Tensor, example: torch.Tensor, limit: int) -> torch.Tensor:
     """The last `limit` targets of each example; 0 means all of them.
 
-    is_target: (batch, positions) bool. example: the same shape, int64: the number of the example that a position
-    belongs to, rising along each row and from row to row; in a padded batch its row, under packing its place.
+    is_target: (batch, positions) bool. example: the same shape, int64: a number for the example that a position
+    belongs to, rising along each row and from row to row.
     """
     import torch
 

@@ -1,9 +1,10 @@
-"""Micro-batches of examples of like length."""
+"""What shares a micro-batch: examples of like length, prompts that begin alike."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 def sorted_within_steps(order: list[int], lengths: Sequence[int], *, batch: int, step: int) -> list[int]:
     """`order` in which each run of `step` examples, one optimiser step, is sorted by length, the longest first.
 
-    Cut into micro-batches of `batch`, a step then has little padding, and its examples are those that it had before. A
-    last micro-batch that is not full keeps its examples: a loss that is a mean over the micro-batch weighs them more.
+    Cut into micro-batches of `batch`, a step has the same examples and little padding. A last micro-batch that is not
+    full keeps its examples: a loss that is a mean over the micro-batch weighs them more.
     """
     result = []
     for start in range(0, len(order), step):
@@ -55,8 +56,7 @@ class LengthSortedSampler:
         self.sampler, self.lengths, self.batch, self.step, self.multiple = sampler, lengths, batch, step, multiple
 
     def __iter__(self) -> Iterator[int]:
-        order = list(self.sampler)
-        order = list(itertools.islice(itertools.cycle(order), len(self)))
+        order = list(itertools.islice(itertools.cycle(list(self.sampler)), len(self)))
         return iter(sorted_within_steps(order, self.lengths, batch=self.batch, step=self.step))
 
     def __len__(self) -> int:
@@ -67,10 +67,9 @@ class LengthSortedSampler:
 
 
 def sort_by_length(loader: DataLoaderShard, args: TrainingArguments, lengths: Sequence[int]) -> DataLoaderShard:
-    """Makes a Trainer's training loader sort the examples of each optimiser step by length (`LengthSortedSampler`).
+    """Makes what a Trainer's `get_train_dataloader` returns sort the examples of each optimiser step by length.
 
-    `loader` is what `get_train_dataloader` returns, so its order is the one that the seed gave before; `lengths` are
-    in tokens, one for each example.
+    `lengths` are in tokens, one for each example.
     """
     multiple = args.train_batch_size * args.world_size if args.world_size > 1 else 1
     step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -89,3 +88,59 @@ def token_counts(dataset: Dataset, *columns: str) -> list[int]:
         sizes = [pyarrow.compute.list_value_length(part[column]).to_pylist() for column in columns]
         counts += map(sum, zip(*sizes, strict=True))
     return counts
+
+
+# A shared beginning that is shorter than this part of the prompt is read again: the mask of the rest would take as
+# much memory as it saves.
+SHARED_PART = 1 / 8
+
+
+def shared_lengths(prompts: list[list[int]]) -> Iterator[tuple[int, int]]:
+    """Yields (index, how many tokens to share with the prompt before) of the prompts in sorted order, in which a
+    prompt has most in common with the one just before it."""
+    previous: list[int] = []
+    for index in sorted(range(len(prompts)), key=prompts.__getitem__):
+        shared = common_length([previous, prompts[index]])
+        yield index, shared if shared >= SHARED_PART * len(prompts[index]) else 0
+        previous = prompts[index]
+
+
+def common_length(sequences: Sequence[Sequence]) -> int:
+    """How many tokens all sequences begin with in common."""
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def groups_of(prompts: Sequence[Sequence]) -> list[list[int]]:
+    """The indices of prompts (tokens or texts) that share half of them or more with the next one, group by group.
+
+    On TAT-QA these are the questions of one table. A prompt that shares less is a group of its own.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(prompts)), key=lambda index: list(prompts[index])):
+        before = prompts[groups[-1][-1]] if groups else []
+        if before and 2 * common_length([before, prompts[index]]) >= min(len(before), len(prompts[index])):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+class GroupedOrder:
+    """A sampler: group after group; seed and epoch choose the order of the groups, and the order within each."""
+
+    def __init__(self, groups: list[list[int]], seed: int) -> None:
+        self.groups, self.seed, self.epoch = groups, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The Trainer calls this at the start of every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups))
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"{self.seed}:{self.epoch}")
+        groups = rng.sample(self.groups, len(self.groups))
+        # a long system prompt makes one group of all pairs, whose topics must not come one after the other
+        return itertools.chain.from_iterable(rng.sample(group, len(group)) for group in groups)

@@ -9,7 +9,6 @@ import logging
 import os
 import subprocess
 import sys
-import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from llm_alignment.files import InputError
 
 if TYPE_CHECKING:
     import torch
-
+    from transformers import PreTrainedModel
 
 log = logging.getLogger("llm_alignment")
 
@@ -28,9 +27,8 @@ OLDEST_DRIVER = {12: 525, 13: 580}
 def prepare_cuda(device: torch.device, memory_share: float | None = None) -> None:
     """Settings of a CUDA device that hold for the whole process; to be called before anything is put on it.
 
-    `memory_share`: the part of the device's memory, 0 to 1, that the process may take. None: all of it, and 0.95 on
-    Windows, whose driver moves what does not fit into host memory: everything becomes 10 to 50 times slower without an
-    error, and no batch is halved.
+    `memory_share`: the part of its memory, 0 to 1, that the process may take. None: all of it, and 0.95 on Windows,
+    whose driver moves what does not fit into host memory: all is 10 to 50 times slower, and no batch is halved.
     """
     import torch
     from transformers.integrations import sdpa_attention
@@ -58,8 +56,7 @@ def free_memory() -> tuple[int, int]:
 def tf32(is_on: bool) -> Iterator[None]:
     """Inside, CUDA's products of float32 tensors round their inputs to TF32 (10 bits, as float16), or they do not.
 
-    For training in a half type: its float32 products are of values of that type, which are exact in TF32, and of their
-    gradients, which lose no more than in a product of float16.
+    In training in a half type they are of values of that type, exact in TF32, and of gradients.
     """
     import torch
 
@@ -83,18 +80,15 @@ def unused_card() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     name, _, driver = found.stdout.partition("\n")[0].rpartition(", ")
-    if torch.version.cuda is None:
-        return f"{name} is not used: this torch is built for CPU; install its CUDA build (README, Install)"
-    needed = OLDEST_DRIVER.get(int(torch.version.cuda.split(".")[0]), 0)
-    if int(driver.split(".")[0]) < needed:
-        return (
-            f"{name} is not used: its driver {driver} is too old for CUDA {torch.version.cuda}; install driver "
-            f"{needed} or newer"
-        )
-    return (
-        f"{name} is not used: torch finds no CUDA device with driver {driver}; restart the computer, or install the "
-        "driver again"
-    )
+    cuda = torch.version.cuda
+    needed = OLDEST_DRIVER.get(int(cuda.split(".")[0]), 0) if cuda else 0
+    if not cuda:
+        reason = "this torch is built for CPU; install its CUDA build (README, Install)"
+    elif int(driver.split(".")[0]) < needed:
+        reason = f"its driver {driver} is too old for CUDA {cuda}; install driver {needed} or newer"
+    else:
+        reason = f"torch finds no CUDA device with driver {driver}; restart the computer, or install the driver again"
+    return f"{name} is not used: {reason}"
 
 
 @functools.cache
@@ -106,6 +100,7 @@ def apply_liger(model_type: str, device: torch.device) -> bool:
     Raises InputError where liger-kernel is not installed. Source: arXiv 2410.10989.
     """
     import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -115,33 +110,31 @@ def apply_liger(model_type: str, device: torch.device) -> bool:
     if patch is None:
         log.warning("--liger: Liger does not know models of type %s; continuing without it", model_type)
         return False
-    module, expected = small_step(model_type, device)
-    before = dict(vars(module))
-    wanted = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
-    wanted |= {"fused_linear_cross_entropy": False}
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
+    config = AutoConfig.for_model(model_type, num_hidden_layers=1, vocab_size=64, pad_token_id=0, **sizes)
+
+    def small_model() -> PreTrainedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(config).to(device)
+
+    def step(model: PreTrainedModel) -> torch.Tensor:
+        """Its logits and a gradient, flat."""
+        logits = model(torch.arange(8, device=device)[None]).logits
+        logits.square().sum().backward()
+        return torch.cat([logits.detach().flatten(), model.get_input_embeddings().weight.grad.flatten()])
+
+    model = small_model()
+    expected, module = step(model), vars(sys.modules[type(model).__module__])
+    before = dict(module)
+    wanted = dict(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False)
     try:
         patch(**{name: is_on for name, is_on in wanted.items() if name in inspect.signature(patch).parameters})
-        is_same = torch.allclose(small_step(model_type, device)[1], expected, rtol=1e-3, atol=1e-4)
+        is_same = torch.allclose(step(small_model()), expected, rtol=1e-3, atol=1e-4)
         problem = None if is_same else "they compute something else"
     except Exception as error:  # a compiler that is missing or fails raises anything
         problem = str(error).strip().partition("\n")[0] or type(error).__name__
     if problem:
-        vars(module).update(before)
+        module.update(before)
         log.warning("--liger: its kernels do not work here (%s); continuing without them", problem)
     return problem is None
-
-
-def small_step(model_type: str, device: torch.device) -> tuple[types.ModuleType, torch.Tensor]:
-    """The module of transformers' causal models of this kind; logits and a gradient of one of a single layer, flat."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
-    config = AutoConfig.for_model(model_type, num_hidden_layers=1, vocab_size=64, pad_token_id=0, **sizes)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).to(device)
-    logits = model(torch.arange(8, device=device)[None]).logits
-    logits.square().sum().backward()
-    gradient = model.get_input_embeddings().weight.grad
-    return sys.modules[type(model).__module__], torch.cat([logits.detach().flatten(), gradient.flatten()])

@@ -19,14 +19,14 @@ from trl import DPOConfig, DPOTrainer
 
 from llm_alignment.adapters import adapter_kept_in_float32, adapter_off, new_adapter
 from llm_alignment.anchored_loss import fused_nll_kl
-from llm_alignment.batches import depends_on_batch, sort_by_length, token_counts
+from llm_alignment.batches import GroupedOrder, depends_on_batch, groups_of, sort_by_length, token_counts
 from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.exactness import cache_problem, sharing_problem
 from llm_alignment.files import InputError, digest
 from llm_alignment.flags import losses
 from llm_alignment.models import inner_model
 from llm_alignment.plots import LOSS, REWARDS, plot_curves, save_figure
-from llm_alignment.prefixes import GroupedOrder, add_prefix_sharing, groups_of
+from llm_alignment.prefixes import add_prefix_sharing
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle, fit_prompt, pair_tokens
 from llm_alignment.reference import add_reference

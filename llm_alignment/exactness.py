@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import DynamicCache
+from peft import PeftModel
+from transformers import DynamicCache, PreTrainedModel
 
 from llm_alignment.files import is_out_of_memory
 from llm_alignment.models import evaluating, inner_model, one_line
 from llm_alignment.prefixes import fold_pairs, folded_inputs, no_sharing_reason, register_attention
 from llm_alignment.processes import gathered
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
 
 def rows_of(model: PreTrainedModel, *lengths: int) -> list[list[int]]:
-    """Rows of these lengths of tokens that a model has; no two begin alike."""
+    """Rows of tokens, of these lengths; no two begin alike."""
     size = model.get_input_embeddings().weight.shape[0]
     return [[(7 * number + 13 * place + 3) % size for place in range(n)] for number, n in enumerate(lengths)]
 
@@ -33,11 +31,8 @@ def read(model: PreTrainedModel, rows: list[list[int]], **inputs: Any) -> torch.
 
 
 def problem_of(model: PreTrainedModel | PeftModel, both_ways: Callable[[PreTrainedModel], list[torch.Tensor]]) -> str:
-    """Why the second of `both_ways` to the same hidden states cannot stand for the first; "" when it can.
-
-    They may differ by rounding: by the square root of the type's precision, relative to their norm. All processes
-    call this and get one answer.
-    """
+    """Why the second of `both_ways` to the same hidden states cannot stand for the first; "" when they differ by
+    rounding: by the square root of the type's precision, relative to their norm. All processes get one answer."""
     inner, problem = inner_model(model), ""
     try:
         with torch.no_grad(), evaluating(model):
@@ -57,18 +52,15 @@ def sharing_problem(model: PreTrainedModel | PeftModel) -> str:
     inner = inner_model(model)
     if reason := no_sharing_reason(inner):
         return reason
-    start, first, second, *answers = rows_of(inner, 12, 6, 4, 5, 7, 5, 3)
+    # prompts and answers that make rows of one length
+    start, first, second, *answers = rows_of(inner, 12, 6, 4, 5, 7, 5, 7)
 
     def both_ways(inner: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Tensor]:
-        rows = [prompt + answer for prompt, answer in zip(prompts * 2, answers, strict=True)]
-        ids, mask, labels = (torch.full((4, max(map(len, rows))), empty) for empty in (0, 0, -100))
-        for place, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-            ids[place, : len(row)] = torch.tensor(row)
-            mask[place, : len(row)] = 1
-            labels[place, len(row) - len(answer) : len(row)] = torch.tensor(answer)
-        ids, mask, labels = (part.to(inner.device) for part in (ids, mask, labels))
-        plain = read(inner, ids.tolist(), attention_mask=mask)[:, :-1][labels[:, 1:] != -100]
-        fold = fold_pairs(ids, mask, labels, inner.dtype)
+        ids = torch.tensor([*map(operator.add, prompts * 2, answers)], device=inner.device)
+        starts = torch.tensor([[len(prompt)] for prompt in prompts * 2], device=inner.device)
+        labels = ids.masked_fill(torch.arange(ids.shape[1], device=inner.device) < starts, -100)
+        plain = read(inner, ids.tolist())[:, :-1][labels[:, 1:] != -100]
+        fold = fold_pairs(ids, torch.ones_like(ids), labels, inner.dtype)
         own = inner.config._attn_implementation
         register_attention(inner)
         try:
@@ -94,8 +86,11 @@ def packing_problem(model: PreTrainedModel | PeftModel) -> str:
     return problem_of(model, both_ways)
 
 
+CACHE_PROBLEMS: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()  # asked once a model
+
+
 def cache_problem(model: PreTrainedModel | PeftModel) -> str:
-    """Why a beginning cannot be read once and its keys and values repeated; "" when they can. Asked once a model."""
+    """Why a beginning cannot be read once and its keys and values repeated; "" when they can."""
     inner = inner_model(model)
 
     def both_ways(inner: PreTrainedModel) -> list[torch.Tensor]:
@@ -106,12 +101,9 @@ def cache_problem(model: PreTrainedModel | PeftModel) -> str:
         plain = read(inner, [start + rest for rest in rests])[:, 10:]
         return [plain, read(inner, rests, past_key_values=cache, use_cache=True)]
 
-    if inner not in _cache_problems:
-        _cache_problems[inner] = problem_of(model, both_ways)
-    return _cache_problems[inner]
-
-
-_cache_problems: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
+    if inner not in CACHE_PROBLEMS:
+        CACHE_PROBLEMS[inner] = problem_of(model, both_ways)
+    return CACHE_PROBLEMS[inner]
 
 
 def anchor_problem(model: PeftModel) -> str:

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig
 from transformers.configuration_utils import get_head_shapes
 
+from llm_alignment.batches import common_length
 from llm_alignment.devices import free_memory
 from llm_alignment.models import evaluating, inner_model
-from llm_alignment.prefixes import common_length
 from llm_alignment.processes import halved_when_full, main_process
 from llm_alignment.prompts import PromptStyle, encode, render
 

@@ -10,16 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from llm_alignment.files import (
-    DATA_SUFFIXES,
-    InputError,
-    SkippedRows,
-    causes,
-    data_suffix,
-    digest,
-    read_rows,
-    without_nulls,
-)
+from llm_alignment import files
+from llm_alignment.files import InputError, SkippedRows, digest
 
 if TYPE_CHECKING:
     import datasets
@@ -35,17 +27,15 @@ def hub_files(
 ) -> Path:
     """The folder of those files of a hub repository that match `patterns`; what is not in the cache is downloaded.
 
-    `source` is "owner/name" or "owner/name@revision", `kind` is model, dataset or space. Raises InputError, within
-    30 s, when the hub does not give them; it names `flag`.
+    `source`: "owner/name" or "owner/name@revision"; `kind`: model, dataset or space. Raises InputError that names
+    `flag`, within 30 s, when the hub does not give them.
     """
-    import huggingface_hub
+    from huggingface_hub import snapshot_download
 
     source, _, asked = source.partition("@")
     revision = revision or asked or None
     with hub_errors(source, flag, kind):
-        folder = Path(
-            huggingface_hub.snapshot_download(source, repo_type=kind, revision=revision, allow_patterns=patterns)
-        )
+        folder = Path(snapshot_download(source, repo_type=kind, revision=revision, allow_patterns=patterns))
     COMMITS[flag.removeprefix("--")] = folder.name
     absent = [pattern for pattern in patterns if "*" not in pattern and not (folder / pattern).is_file()]
     if absent:
@@ -59,28 +49,23 @@ def commit_of(folder: Path | None) -> str | None:
 
 
 def open_dataset(source: str, flag: str, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
-    """(place, row) of a local path or of the training split of a hub data set; rows that cannot be read go to
-    `skipped`.
+    """(place, row) of a local path or of the training split of a hub data set, without columns that are null; rows
+    that cannot be read go to `skipped`.
 
-    Columns that are null are left out of a row. Raises InputError, within 30 s, when `source` is neither a local path
-    nor on the hub; it names `flag`.
+    Raises InputError, within 30 s, when `source` is neither a local path nor on the hub; it names `flag`.
     """
     if Path(source).exists():
-        yield from read_rows(Path(source), skipped)
+        yield from files.read_rows(Path(source), skipped)
         return
     dataset = hub_dataset(source, flag)
     with hub_errors(source, flag, "dataset"):
         for number, row in enumerate(dataset, 1):
-            yield f"{source}: row {number}", without_nulls(row)
+            yield f"{source}: row {number}", files.without_nulls(row)
 
 
 def hub_dataset(source: str, flag: str) -> datasets.Dataset:
-    """The training split of a hub data set, "owner/name" or "owner/name@revision", on the disk.
-
-    Raises InputError, within 30 s, when `source` is not on the hub; it names `flag`.
-    """
-    looks_local = source.count("/") != 1 or data_suffix(Path(source)) in DATA_SUFFIXES
-    if looks_local:
+    """The training split of a hub data set, "owner/name" or "owner/name@revision", on the disk; else an InputError."""
+    if source.count("/") != 1 or files.data_suffix(Path(source)) in files.DATA_SUFFIXES:  # it looks local
         raise InputError(f"{flag} {source}: no such file or folder, and not a hub id of the form owner/name")
     import datasets
     import huggingface_hub
@@ -128,21 +113,16 @@ def read_usable(source: str, flag: str, read: Callable[[dict], T], needs: str) -
 
 @contextlib.contextmanager
 def hub_errors(source: str, flag: str, kind: str = "model") -> Iterator[None]:
-    """Around what downloads: turns what goes wrong into an InputError that names `flag`.
-
-    A file whose content is not the one that its ETag names is deleted, so that the next start fetches it again.
-    """
-    started = time.time()
+    """Around what downloads: turns what goes wrong into an InputError that names `flag`."""
+    started, error = time.time(), None
     try:
         yield
-    except Exception as error:
-        reason = damaged_download(source, kind, started) or hub_problem(error)
-        if not reason:
-            raise
+    except Exception as raised:
+        error = raised
+    if reason := damaged_download(source, kind, started) or (error and hub_problem(error)):
         raise InputError(f"{flag} {source}: {reason}, or give {flag} a local path") from error
-    reason = damaged_download(source, kind, started)
-    if reason:
-        raise InputError(f"{flag} {source}: {reason}, or give {flag} a local path")
+    if error:
+        raise error
 
 
 def hub_problem(error: BaseException) -> str:
@@ -150,13 +130,12 @@ def hub_problem(error: BaseException) -> str:
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-    chain = causes(error)
+    chain = files.causes(error)
     responses = [getattr(cause, "response", None) for cause in chain]
     statuses = [response.status_code for response in responses if response is not None]
-    if statuses and statuses[0] >= 500:
-        return f"the hub answers {statuses[0]}; start again later"
     if statuses:
-        return f"the hub answers {statuses[0]}; check the name and the access rights (HF_TOKEN)"
+        advice = "start again later" if statuses[0] >= 500 else "check the name and the access rights (HF_TOKEN)"
+        return f"the hub answers {statuses[0]}; {advice}"
     if any("Consistency check" in str(cause) or "peer closed" in str(cause) for cause in chain):
         return "the download broke off; start again, and it resumes"
     if any(isinstance(cause, OSError) and cause.filename is not None for cause in chain):
@@ -173,17 +152,13 @@ def hub_problem(error: BaseException) -> str:
 
 def damaged_download(source: str, kind: str, started: float) -> str:
     """Deletes downloads since `started` whose content is not what their name in the cache, the ETag, says; and says
-    so.
-
-    The ETag is the SHA-256 of a large file and git's SHA-1 of a small one.
-    """
+    so. The ETag is the SHA-256 of a large file and git's SHA-1 of a small one."""
     from huggingface_hub import constants, file_download
 
     cache = Path(constants.HF_HUB_CACHE) / file_download.repo_folder_name(repo_id=source, repo_type=kind)
-    blobs = [path for path in cache.glob("blobs/*") if len(path.name) in (40, 64)]
     damaged = ""
-    for path in blobs:
-        if path.stat().st_mtime < started - 2:
+    for path in cache.glob("blobs/*"):
+        if len(path.name) not in (40, 64) or path.stat().st_mtime < started - 2:
             continue
         with path.open("rb") as file:
             hashed = hashlib.sha256() if len(path.name) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)

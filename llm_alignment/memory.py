@@ -18,11 +18,9 @@ def memory_estimate(
     "weights"; "adapter" with its gradient and Adam's two moments; "activations", what the layers keep for the backward
     pass; "checkpointed", the same with gradient checkpointing; "logits" of the LM head's chunks; "context" of CUDA.
 
-    Args:
-        model: with its adapter, which may be on torch's meta device.
-        width: bytes of a number in the type of the weights.
-        scored: answer tokens of a DPO micro-batch, which TRL's head reads; 0 is the anchored SFT loss.
-        chunk: rows of that loss at a time.
+    `model` has its adapter and may be on torch's meta device. `width`: bytes of a number in the type of the weights.
+    `scored`: answer tokens of a DPO micro-batch, which TRL's head reads; 0 is the anchored SFT loss, which reads
+    `chunk` rows at a time.
     """
     from transformers.utils import is_triton_available
 
@@ -55,9 +53,3 @@ def memory_estimate(
         "logits": logits,
         "context": round(0.7 * GIB),  # of the driver and the libraries' kernels: 0.5 to 0.8
     }
-
-
-def fits_without_checkpointing(needed: dict[str, int], free: int) -> bool:
-    """Whether training without gradient checkpointing fits into `free` bytes; the weights are loaded already."""
-    without = needed["adapter"] + needed["activations"] + needed["logits"]
-    return 1.15 * without + GIB <= free

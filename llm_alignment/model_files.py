@@ -12,7 +12,6 @@ from llm_alignment.hub import hub_files
 if TYPE_CHECKING:
     import torch
 
-
 # what transformers reads of a model
 KINDS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py")
 
@@ -20,8 +19,7 @@ KINDS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py")
 def fetch_model(name: str, revision: str | None, flag: str) -> Path:
     """The folder of a model: `name` itself when it is one, else the hub's snapshot in the local cache.
 
-    Raises InputError when it is neither, when the hub cannot be reached, when the folder holds no config.json, or for
-    a revision of a folder.
+    Raises InputError when there is none, when it holds no config.json, or for a revision of a folder.
     """
     folder = Path(name)
     if folder.exists() and revision:
@@ -47,70 +45,57 @@ def adapter_files_sha256(folder: str | Path) -> str:
 
 
 def check_files(folder: Path, what: str) -> None:
-    """Raises InputError for files of a model that cannot be loaded; reads no weights. `what`: the flag and its value.
+    """Raises InputError for a model's files that loading it on the meta device would let pass or would not name.
 
-    That is: a config that is not a JSON object, has a wrong value or names a quantisation, weights that are missing,
-    cut off, or a Git LFS pointer, and a tokenizer that is not JSON.
+    That is: JSON that is cut off or a Git LFS pointer, a wrong value, and weights that are cut off or quantised; of
+    weights the headers are read alone. `what`: the flag and its value.
     """
-    config = read_json(folder / "config.json", what)
-    stored_as = config.get("quantization_config")
-    if stored_as:
-        method = stored_as.get("quant_method", "a quantised form") if isinstance(stored_as, dict) else stored_as
-        raise InputError(f"{what}: this model is stored in {method}; name the one that is not quantised")
-    shards = sorted(folder.glob("*.safetensors"))
-    if (folder / "model.safetensors.index.json").is_file():
-        index = read_json(folder / "model.safetensors.index.json", what)
-        names = index.get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise InputError(f"{what}: model.safetensors.index.json names no files of weights; fetch it again")
-        shards = [folder / name for name in sorted(set(names.values()))]
-    elif shards and not (folder / "model.safetensors").is_file():
-        raise InputError(
-            f"{what}: neither model.safetensors nor model.safetensors.index.json is there; fetch it again"
-        )
-    if not shards:
-        raise InputError(f"{what}: no .safetensors weights in this folder; name the folder of a model")
-    for path in shards:
+    for name in ("config", "generation_config", "tokenizer", "tokenizer_config", "model.safetensors.index"):
+        path = folder / f"{name}.json"
+        if path.is_file():
+            check_values(read_json(path, what), what, path.name)
+    for path in sorted(folder.glob("*.safetensors")):
         check_safetensors(path, what)
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            check_values(read_json(folder / name, what), f"{what}: {name}")
 
 
 LEAST = {"max_position_embeddings": 2, "num_hidden_layers": 1, "model_max_length": 2}
 
 
-def check_values(config: dict, what: str) -> None:
-    """Raises InputError for a size below the `LEAST`, and for a token's id that is not a whole number."""
+def check_values(config: dict, what: str, file: str) -> None:
+    """Raises InputError for a quantisation, a size below the `LEAST`, and an id of a token that is not one."""
     for name, value in config.items():
         if value is None:
             continue
+        if name == "quantization_config" and value:
+            method = value.get("quant_method", "a quantised form") if isinstance(value, dict) else value
+            raise InputError(f"{what}: this model is stored in {method}; name the one that is not quantised")
         if name in LEAST and not (isinstance(value, int | float) and value >= LEAST[name]):
-            raise InputError(f"{what} has {name} {value!r}, and it must be at least {LEAST[name]}; fetch it again")
+            raise InputError(f"{what}: {file} has {name} {value!r}, and not {LEAST[name]} or more; fetch it again")
         tokens = value if isinstance(value, list) else [value]
         if name.endswith("_token_id") and not all(type(token) is int and token < 2**31 for token in tokens):
-            raise InputError(f"{what} has {name} {value!r}, which is not the id of a token; fetch it again")
+            raise InputError(f"{what}: {file} has {name} {value!r}, which is not the id of a token; fetch it again")
 
 
 def read_json(path: Path, what: str) -> dict:
     """The JSON object in a file of a model. Raises InputError that names the file when it holds none."""
-    content = path.read_bytes()
     try:
-        value = parse_json(content)
+        value = parse_json(path.read_bytes())
     except ValueError as error:
-        reason = LFS_POINTER if content.startswith(b"version https://git-lfs") else f"not valid JSON ({error})"
-        raise InputError(f"{what}: {path.name} cannot be read: {reason}; fetch it again") from error
+        raise unreadable(path, what, f"not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{what}: {path.name} is not a JSON object; fetch it again")
     return value
 
 
-LFS_POINTER = "it is a Git LFS pointer, not the file itself (git lfs pull fetches it)"
+def unreadable(path: Path, what: str, reason: str) -> InputError:
+    with path.open("rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            reason = "it is a Git LFS pointer, not the file itself (git lfs pull fetches it)"
+    return InputError(f"{what}: {path.name} cannot be read: {reason}; fetch it again")
 
 
 def check_safetensors(path: Path, what: str) -> None:
-    """Raises InputError when a file of weights is missing, cut off, something else or quantised; reads its header
-    alone."""
+    """Raises InputError when a file of weights is missing, cut off, something else or quantised."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -119,9 +104,7 @@ def check_safetensors(path: Path, what: str) -> None:
         with safe_open(path, "pt") as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys() if name.endswith(".weight")}  # noqa: SIM118 - it is not a dict
     except (SafetensorError, OSError) as error:
-        with path.open("rb") as file:
-            reason = LFS_POINTER if file.read(23) == b"version https://git-lfs" else f"cut off or damaged ({error})"
-        raise InputError(f"{what}: {path.name} cannot be read: {reason}; fetch it again") from error
+        raise unreadable(path, what, f"cut off or damaged ({error})") from error
     for name, kind in kinds.items():
         if kind not in {"F64", "F32", "F16", "BF16"}:  # transformers and PEFT would take the codes for the values
             raise InputError(f"{what}: {name} is stored as {kind}; name the one that is not quantised")

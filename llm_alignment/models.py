@@ -9,10 +9,12 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+import transformers
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from llm_alignment.devices import apply_liger, prepare_cuda, unused_card
@@ -20,10 +22,6 @@ from llm_alignment.files import InputError, is_out_of_memory
 from llm_alignment.hub import commit_of
 from llm_alignment.model_files import check_files, fetch_model, files_sha256, read_json, stored_tensors
 from llm_alignment.processes import device_and_dtype, main_process, on_main_process, versions
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("llm_alignment")
 
@@ -93,21 +91,17 @@ def resolve_base(flags: BaseFlags) -> Base:
 def read_tokenizer(folder: Path, what: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder. Raises InputError when it is damaged or has no chat template."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust tokenizers raise plain Exceptions
-        raise InputError(
-            f"{what}: its tokenizer or config cannot be read ({one_line(error)}); fetch it again"
-        ) from error
+        reason = one_line(error)
+        raise InputError(f"{what}: its tokenizer or config cannot be read ({reason}); fetch it again") from error
     if tokenizer.chat_template is None:
         raise InputError(f"{what}: its tokenizer has no chat template; name a chat model")
     return tokenizer
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """The base's own tokenizer, with a pad token, and with the template's end of turn as its `eos_token`.
-
-    Raises InputError when its files cannot be read, or when it has no chat template.
-    """
+    """The base's `read_tokenizer`, with a pad token, and with the template's end of turn as its `eos_token`."""
     tokenizer = read_tokenizer(base.folder, base.what, trust_remote_code=base.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -139,36 +133,29 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, what: str) -> str | None:
 def from_pretrained(
     auto_class: Any, folder: Path, what: str, *, advice: str = "fetch it again or name another model", **options: Any
 ) -> PreTrainedModel:
-    """`auto_class.from_pretrained`, whose failures become an InputError: also weights that do not fill the model, and
-    values that are not finite.
-
-    `what` is the flag and its value, and `advice` what to do, for the message.
-    """
+    """`auto_class.from_pretrained`, whose failures become an InputError that names `what`, the flag and its value, and
+    `advice`; so do weights that do not fill the model, and values that are not finite."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # its load report is the error below
     has_bar = transformers_logging.is_progress_bar_enabled()
     if options.get("device_map") == "meta":  # no weights are read
         transformers_logging.disable_progress_bar()
     try:
-        model, loading = auto_class.from_pretrained(folder, output_loading_info=True, **options)
+        model, loading = auto_class.from_pretrained(folder, output_loading_info=True, use_safetensors=True, **options)
     except Exception as error:  # a config with a wrong value fails anywhere in transformers
         if is_out_of_memory(error):
             raise
+        reason = one_line(error)
         if "trust_remote_code" in str(error):
-            raise InputError(
-                f"{what}: this model needs code of its repository; --trust_remote_code runs it, if you trust it"
-            ) from error
-        raise InputError(f"{what}: it cannot be loaded ({one_line(error)}); {advice}") from error
+            reason, advice = "it needs code of its repository", "--trust_remote_code runs it, if you trust it"
+        raise InputError(f"{what}: it cannot be loaded ({reason}); {advice}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if has_bar:
             transformers_logging.enable_progress_bar()
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        count = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{what}: {missing[0]}{count} not in its weights; {advice}")
-    unused = sorted(loading["unexpected_keys"])
-    if unused:
+    if missing := sorted(loading["missing_keys"]):
+        raise InputError(f"{what}: its weights lack {len(missing)} tensors, the first is {missing[0]}; {advice}")
+    if unused := sorted(loading["unexpected_keys"]):
         log.warning("%s: %d tensors of its weights are not used, the first is %s", what, len(unused), unused[0])
     if model.device.type != "meta":
         check_finite(model.named_parameters(), what)
@@ -190,14 +177,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
 def load_model(base: Base, *, on_meta: bool = False) -> PreTrainedModel:
     """The base model on this process's device, in 4 bits with double quantisation unless its quantisation is "none".
 
-    A previous model that only reference cycles keep alive is freed first. `on_meta` gives a model without weights.
-    Raises InputError when its files do not make a whole model.
+    `on_meta` gives a model without weights. Raises InputError when its files do not make a whole model.
     """
     from bitsandbytes.nn import Linear4bit
 
     quantization = None
     if base.quantization != "none" and not on_meta:
-        quantization = BitsAndBytesConfig(
+        quantization = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=base.quantization,
             bnb_4bit_use_double_quant=True,
@@ -207,7 +193,7 @@ def load_model(base: Base, *, on_meta: bool = False) -> PreTrainedModel:
         apply_liger(read_json(base.folder / "config.json", base.what)["model_type"], base.device)
     gc.collect()  # a previous model may be held by reference cycles alone; both would need memory at once
     model = from_pretrained(
-        AutoModelForCausalLM,
+        transformers.AutoModelForCausalLM,
         base.folder,
         base.what,
         dtype=base.dtype,
@@ -242,10 +228,8 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], what: str) -> None
 
 
 def check_logits(model: PreTrainedModel | PeftModel, what: str) -> torch.Tensor | None:
-    """The logits of a short row; None without weights, on torch's meta device.
-
-    Raises InputError when they are not finite: the model's answers would be one token again and again.
-    """
+    """The logits of a short row; None on torch's meta device. Raises InputError when they are not finite: the model's
+    answers would be one token again and again."""
     if model.device.type == "meta":
         return None
     ids = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]), device=model.device)[None]
@@ -257,28 +241,23 @@ def check_logits(model: PreTrainedModel | PeftModel, what: str) -> torch.Tensor 
 
 
 def check_head(model: PreTrainedModel, what: str) -> None:
-    """Raises InputError unless the logits are the last hidden states times the head, with nothing before or after.
+    """Raises InputError unless the logits are the last hidden states times the head, as in the fused losses.
 
-    The fused losses compute them so. Models that cap, scale or bias their logits (Gemma 2, Cohere, Phi) would train
-    and measure something else. The head's own output is compared, so that rounding does not matter.
+    Models that cap, scale or bias their logits (Gemma 2, Cohere, Phi) would train and measure something else. The
+    head's own output is compared, so that rounding does not matter.
     """
-    check_logits(model, what)
-    head, seen = model.get_output_embeddings(), {}
-
-    def keep(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        seen["hidden"], seen["logits"] = inputs[0], output
-
-    ids = torch.arange(min(8, head.weight.shape[0]), device=model.device)[None]
-    with torch.no_grad(), head.register_forward_hook(keep):
-        logits = model(ids, use_cache=False).logits
-    with torch.no_grad():
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state
-    is_plain = getattr(head, "bias", None) is None and torch.equal(logits, seen["logits"].to(logits.dtype))
-    if not is_plain or not torch.allclose(hidden, seen["hidden"], rtol=1e-3, atol=1e-3):
-        raise InputError(
-            f"{what}: its logits are not hidden states times its head (they are capped, scaled or biased), and the "
-            "losses here need that; name another model"
-        )
+    head = model.get_output_embeddings()
+    seen: dict[str, torch.Tensor] = {}
+    with (
+        model.base_model.register_forward_hook(lambda _, inputs, output: seen.update(last=output.last_hidden_state)),
+        head.register_forward_hook(lambda _, inputs, output: seen.update(hidden=inputs[0], product=output)),
+        model.register_forward_hook(lambda _, inputs, output: seen.update(logits=output.logits)),
+    ):
+        check_logits(model, what)
+    is_product = torch.equal(seen["logits"], seen["product"].to(seen["logits"].dtype))
+    is_plain = getattr(head, "bias", None) is None and is_product
+    if not is_plain or not torch.allclose(seen["last"], seen["hidden"], rtol=1e-3, atol=1e-3):
+        raise InputError(f"{what}: its head's logits are capped, scaled or biased; name another model")
 
 
 @contextmanager
@@ -293,13 +272,8 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model that a PeftModel holds, its adapter at work; any other model as it is.
-
-    What measures goes through it: once a trainer has prepared a PeftModel, the forward pass of that one alone runs in
-    accelerate's autocast, so in half precision a baseline would be measured in another way than what follows.
-    """
-    from peft import PeftModel
-
+    """The transformers model that a PeftModel holds, its adapter at work; any other model as it is. What measures goes
+    through it: a PeftModel that a trainer has prepared runs in accelerate's autocast, and a baseline does not."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from llm_alignment.anchored_loss import AnchorSettings
-from llm_alignment.batches import padded_tokens
+from llm_alignment.batches import GroupedOrder, groups_of, padded_tokens, shared_lengths
 from llm_alignment.dpo import DpoSettings
 from llm_alignment.encoder import ChatEncoder
 from llm_alignment.evaluation import Evaluation
 from llm_alignment.files import read_records
 from llm_alignment.gates import questions_needed
-from llm_alignment.prefixes import GroupedOrder, groups_of, settle_head, shared_lengths
+from llm_alignment.prefixes import settle_head
 from llm_alignment.processes import processes
 from llm_alignment.reference import PAIRS_AT_ONCE
 from llm_alignment.sft import SftSettings

@@ -1,19 +1,19 @@
-"""What the pairs of a micro-batch begin with is read once: the folded row, its attention, the order of the pairs."""
+"""What the pairs of a micro-batch begin with is read once: the folded row and its attention."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import logging
-import random
 import types
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
+from llm_alignment.batches import shared_lengths
 
 log = logging.getLogger("llm_alignment")
 
@@ -55,10 +55,6 @@ class Fold(NamedTuple):
     predictors: torch.Tensor  # (labels,)
 
 
-# A shared beginning that is shorter than this part of the prompt is read again: the mask of the rest would take as
-# much memory as it saves.
-SHARED_PART = 1 / 8
-
 # Pairs that share something are read in one call where all scores of the row are at most this many times those of the
 # blocks. A block costs some twenty operators a layer: on a GPU their launches take longer than the arithmetic.
 MOST_UNSEEN = {"cuda": 3.0, "cpu": 1.5}
@@ -68,11 +64,10 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
     """Makes the fused forward of `trl.trainer.utils.add_fused_lm_head` read what pairs share once.
 
     The batch is TRL's: (2 B, L), the B chosen rows and then the B rejected ones, padded on the right, with labels of
-    -100 outside the answers. The outputs keep TRL's meaning and shape (2 B, L - 1), so its loss and metrics stay as
-    they are. Only the hidden states that predict an answer token go through the LM head; without `sharing` that alone
-    is done. The head's product is summed in float32: in bf16 the rewards of two similar answers are mostly noise.
+    -100 outside the answers; the outputs keep TRL's meaning and shape (2 B, L - 1). Only the hidden states that
+    predict an answer token go through the LM head; without `sharing` that alone is done. The head's product is summed
+    in float32: in bf16 the rewards of two similar answers are mostly noise.
     """
-    import torch
     from trl.trainer.utils import add_fused_lm_head
 
     settle_head(model.device)
@@ -86,18 +81,14 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
     def forward(self, *args, fused_lm_head=False, input_ids=None, attention_mask=None, labels=None, **kwargs):
         if not fused_lm_head:
             return fused_forward(*args, input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        is_target = labels[:, 1:] != -100
-        device = labels.device
+        is_target, device = labels[:, 1:] != -100, labels.device.type
         if sharing:
-            autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else self.dtype
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
             fold = fold_pairs(input_ids, attention_mask, labels, dtype)
-            rows = fold.predictors
-            batch = folded_inputs(fold)
+            batch, rows = folded_inputs(fold), fold.predictors
         else:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-            columns = torch.arange(labels.shape[1] - 1, device=device)
-            rows = (torch.arange(len(labels), device=device)[:, None] * labels.shape[1] + columns)[is_target]
+            rows = torch.nn.functional.pad(is_target, (0, 1)).flatten().nonzero().squeeze(1)
 
         def keep_rows(module, inputs, output):
             output.last_hidden_state = output.last_hidden_state.flatten(0, 1).index_select(0, rows)[None]
@@ -113,9 +104,6 @@ def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
 
 def register_attention(model: PreTrainedModel) -> None:
     """Gives the model the attention that reads a `Fold`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     AttentionInterface.register("prefix_sdpa", prefix_attention)
     AttentionMaskInterface.register("prefix_sdpa", sdpa_mask)
     model.set_attn_implementation("prefix_sdpa")
@@ -123,21 +111,16 @@ def register_attention(model: PreTrainedModel) -> None:
 
 def folded_inputs(fold: Fold) -> dict[str, Any]:
     """The arguments with which a model that `register_attention` has seen reads a fold."""
-    import torch
-
+    batch = {"input_ids": fold.input_ids, "position_ids": fold.position_ids}
+    if fold.mask is not None:
+        return batch | {"attention_mask": fold.mask}
     # a mask of four dimensions is taken as it is; with blocks it is not read, so that none of (T, T) is made
-    mask = fold.input_ids.new_empty(1, 1, 1, 1, dtype=torch.float32) if fold.mask is None else fold.mask
-    batch = {"input_ids": fold.input_ids, "position_ids": fold.position_ids, "attention_mask": mask}
-    return {**batch, "fold": fold if fold.mask is None else None}
+    return batch | {"attention_mask": torch.empty(1, 1, 1, 1, device=fold.input_ids.device), "fold": fold}
 
 
 def settle_head(device: torch.device) -> None:
-    """Tries TRL's Triton kernel of the LM head, four rows forward and backward, and leaves it where it does not work.
-
-    It is compiled at its first use, which needs a C compiler and Python's headers. Without it, or where its numbers
-    are not those of TRL's tiles, the tiles are taken for the rest of the process, with one line.
-    """
-    import torch
+    """Tries TRL's Triton kernel of the LM head, which needs a C compiler and Python's headers, on four rows. Where it
+    fails, or its numbers are not those of TRL's tiles, the process takes the tiles, with one line."""
     from trl.kernels import chunked_logprob
 
     if not chunked_logprob._use_triton(device):
@@ -146,10 +129,9 @@ def settle_head(device: torch.device) -> None:
     hidden, weight = (torch.randn(rows, 64, generator=generator).to(device) for rows in (4, 1500))
 
     def run() -> torch.Tensor:
-        states = hidden.clone().requires_grad_()
-        log_probs, *others = chunked_logprob.ChunkedLogProbFunction.apply(
-            states, weight, None, torch.arange(4, device=device), 1.0, 1024, None, 1.0, HEAD_OUTPUTS
-        )
+        states, labels = hidden.clone().requires_grad_(), torch.arange(4, device=device)
+        inputs = states, weight, None, labels, 1.0, 1024, None, 1.0, HEAD_OUTPUTS
+        log_probs, *others = chunked_logprob.ChunkedLogProbFunction.apply(*inputs)
         (gradient,) = torch.autograd.grad(log_probs.sum(), states)
         return torch.cat([log_probs.detach(), gradient.flatten(), *(part for part in others if part is not None)])
 
@@ -168,51 +150,46 @@ def fold_pairs(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
 ) -> Fold:
     """Folds B pairs, given as TRL's (2 B, L) batch, into one row; masks have the type `dtype` of the attention."""
-    import torch
-
     device, n_pairs = input_ids.device, len(input_ids) // 2
     rows = [row[:end] for row, end in zip(input_ids.tolist(), attention_mask.sum(dim=1).tolist(), strict=True)]
     starts = (labels != -100).int().argmax(dim=1)[:n_pairs].tolist()
     prompts = [rows[pair][:start] for pair, start in enumerate(starts)]
     tokens: list[int] = []
     positions: list[int] = []
-    queries: list[int] = []
-    paths: list[list[tuple[int, int]]] = []
-    masks: list[torch.Tensor | None] = []
     predictors: list[list[int]] = [[]] * len(rows)
-    is_shared = False
+    reads: list[tuple[int, list[tuple[int, int]], torch.Tensor | None]] = []  # queries, path and mask of each block
     path: list[tuple[int, int]] = []  # where in the row the tokens of the prompt before are, as (start, end) ranges
-    for pair, shared in shared_lengths(prompts):
-        prompt, answers = prompts[pair], [rows[side][starts[pair] :] for side in (pair, n_pairs + pair)]
-        begin = len(tokens)
-        is_shared |= shared > 0
-        path = beginning(path, shared)
-        if shared < len(prompt):
-            path.append((begin, begin + len(prompt) - shared))
-        tokens += prompt[shared:]
-        positions += range(shared, len(prompt))
-        for side, answer in zip((pair, n_pairs + pair), answers, strict=True):
-            # the prompt's last token predicts the first of either answer, and the last of an answer nothing
-            last = [path[-1][1] - 1] if path else []
-            predictors[side] = [*last, *range(len(tokens), len(tokens) + len(answer) - 1)]
-            tokens += answer
-            positions += range(len(prompt), len(prompt) + len(answer))
+
+    def append(part: list[int], position: int) -> tuple[int, int]:
+        """Where it is in the row."""
+        tokens.extend(part)
+        positions.extend(range(position, position + len(part)))
+        return len(tokens) - len(part), len(tokens)
+
+    order = list(shared_lengths(prompts))
+    for pair, shared in order:
+        prompt, sides = prompts[pair], (pair, n_pairs + pair)
+        begin, end = append(prompt[shared:], shared)
+        path = beginning(path, shared) + [(begin, end)] * (begin < end)
         if prompt and not shared:
-            queries.append(len(prompt))
-            paths.append(path)
-            masks.append(None)
-            begin += len(prompt)
-        queries.append(len(tokens) - begin)
-        paths.append([*path, (len(tokens) - sum(map(len, answers)), len(tokens))])
-        chosen, rejected = map(len, answers)
-        masks.append(answers_mask(len(prompt), chosen, rejected, queries[-1], dtype, device))
-    cuts = sorted({place for path in paths for range_ in path for place in range_})
+            reads.append((len(prompt), path, None))
+            begin = end
+        answers = [append(rows[side][len(prompt) :], len(prompt)) for side in sides]
+        for side, (first, after) in zip(sides, answers, strict=True):
+            # the prompt's last token predicts the first of either answer, and the last of an answer nothing
+            predictors[side] = [*(last - 1 for _, last in path[-1:]), *range(first, after - 1)]
+        queries, (chosen, rejected) = len(tokens) - begin, (after - first for first, after in answers)
+        mask = answers_mask(len(prompt), chosen, rejected, queries, dtype, device)
+        reads.append((queries, [*path, (end, len(tokens))], mask))
+    cuts = sorted({place for _, path, _ in reads for range_ in path for place in range_})
     number = {cut: index for index, cut in enumerate(cuts)}
-    keys = [[segment for a, b in path for segment in range(number[a], number[b])] for path in paths]
     segments = [b - a for a, b in itertools.pairwise(cuts)]
-    blocks = [Block(*block) for block in zip(queries, keys, masks, strict=True)]
+    blocks = [
+        Block(queries, [segment for a, b in path for segment in range(number[a], number[b])], mask)
+        for queries, path, mask in reads
+    ]
     seen = sum(block.queries * segments[segment] for block in blocks for segment in block.keys)
-    in_one_call = is_shared and len(tokens) ** 2 <= MOST_UNSEEN[device.type] * seen
+    in_one_call = any(shared for _, shared in order) and len(tokens) ** 2 <= MOST_UNSEEN[device.type] * seen
     return Fold(
         torch.tensor([tokens], device=device),
         torch.tensor([positions], device=device),
@@ -221,18 +198,6 @@ def fold_pairs(
         whole_mask(blocks, segments, dtype, device) if in_one_call else None,
         torch.tensor(sum(predictors, []), device=device),
     )
-
-
-def shared_lengths(prompts: list[list[int]]) -> Iterator[tuple[int, int]]:
-    """Yields (index, how many tokens to share with the prompt before) of the prompts in sorted order.
-
-    In that order a prompt has most in common with the one just before it.
-    """
-    previous: list[int] = []
-    for index in sorted(range(len(prompts)), key=prompts.__getitem__):
-        shared = common_length([previous, prompts[index]])
-        yield index, shared if shared >= SHARED_PART * len(prompts[index]) else 0
-        previous = prompts[index]
 
 
 def beginning(path: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
@@ -245,12 +210,6 @@ def beginning(path: list[tuple[int, int]], length: int) -> list[tuple[int, int]]
     return kept
 
 
-def common_length(sequences: Sequence[Sequence]) -> int:
-    """How many tokens all sequences begin with in common."""
-    columns = zip(*sequences, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-
-
 def answers_mask(
     prompt: int, chosen: int, rejected: int, queries: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -258,8 +217,6 @@ def answers_mask(
 
     Shape (1, 1, queries, prompt + chosen + rejected). Causal, and the chosen answer is hidden from the rejected one.
     """
-    import torch
-
     length = prompt + chosen + rejected
     hidden = torch.ones(queries, length, dtype=torch.bool, device=device).triu(length - queries + 1)
     hidden[queries - rejected :, prompt : prompt + chosen] = True
@@ -268,8 +225,6 @@ def answers_mask(
 
 def whole_mask(blocks: list[Block], segments: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The masks of all blocks as one for the whole row, (1, 1, T, T): 0, else -inf."""
-    import torch
-
     mask = torch.full((sum(segments),) * 2, float("-inf"), dtype=dtype, device=device)
     columns = torch.arange(sum(segments), device=device).split(segments)
     rows = mask.split([block.queries for block in blocks])
@@ -292,9 +247,6 @@ def prefix_attention(
 
     query (1, heads, T, head size), key and value (1, key heads, T, head size) -> (1, T, heads, head size).
     """
-    import torch
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if fold is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     keys, values = key.split(fold.segments, dim=2), value.split(fold.segments, dim=2)
@@ -325,40 +277,3 @@ def no_packing_reason(model: PreTrainedModel) -> str | None:
     if model._is_stateful or not kinds <= {"full_attention", "sliding_attention", "chunked_attention"}:
         return "the model has layers that carry a state from one example into the next"
     return None
-
-
-def groups_of(prompts: Sequence[Sequence]) -> list[list[int]]:
-    """The indices of prompts (tokens or texts) that share half of them or more with the next one, group by group.
-
-    On TAT-QA these are the questions of one table. A prompt that shares less is a group of its own.
-    """
-    groups: list[list[int]] = []
-    for index in sorted(range(len(prompts)), key=lambda index: list(prompts[index])):
-        before = prompts[groups[-1][-1]] if groups else []
-        if before and 2 * common_length([before, prompts[index]]) >= min(len(before), len(prompts[index])):
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
-
-
-class GroupedOrder:
-    """A sampler: group after group; seed and epoch choose the order of the groups, and the order within each."""
-
-    def __init__(self, groups: list[list[int]], seed: int) -> None:
-        self.groups = groups
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """The Trainer calls this at the start of every epoch, also of the one that it resumes."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return sum(map(len, self.groups))
-
-    def __iter__(self) -> Iterator[int]:
-        rng = random.Random(f"{self.seed}:{self.epoch}")
-        groups = rng.sample(self.groups, len(self.groups))
-        # a long system prompt makes one group of all pairs, whose topics must not come one after the other
-        return itertools.chain.from_iterable(rng.sample(group, len(group)) for group in groups)

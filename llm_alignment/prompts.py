@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
 
+from llm_alignment.batches import common_length
 from llm_alignment.files import InputError
-from llm_alignment.prefixes import common_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

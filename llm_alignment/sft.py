@@ -7,10 +7,11 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerCallback, TrainerState, set_seed
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from llm_alignment.adapters import adapter_kept_in_float32, new_adapter
@@ -22,11 +23,6 @@ from llm_alignment.models import without_router_logits
 from llm_alignment.training import Setup, TrainingSettings, run_training, training_arguments
 from llm_alignment.twix import LARGE_DATA, row_lengths
 from llm_alignment.validation import without_head
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 log = logging.getLogger("llm_alignment")
 
@@ -60,8 +56,7 @@ def early_stop_reason(
     baseline: float | None, scores: list[float], patience: int, title: str, gain: float, fall: float, sign: int
 ) -> str | None:
     """Why to stop after these scores, or None: one that is more than `fall` worse than the baseline, or `patience`
-    consecutive evaluations that are not better by `gain` than the last one that was. `sign`: -1 where lower is better.
-    """
+    consecutive evaluations that are not better by `gain` than the last one that was."""
     if baseline is not None and sign * (scores[-1] - baseline) < -fall:
         return f"{title} {scores[-1]:.3f} is more than {fall:.2f} worse than the baseline {baseline:.3f}"
     best, without_gain = -math.inf, 0
@@ -79,16 +74,12 @@ class AnchoredTrainer(SFTTrainer):
         self.nll_since_log = self.kl_since_log = 0.0
         self.steps_since_log = self.anchored_since_log = 0
         super().__init__(**arguments)
-        collate: Callable = self.data_collator  # type: ignore[has-type]
-
-        def with_replay(examples: list[dict]) -> dict[str, torch.Tensor]:
-            """TRL's collator drops columns that it does not know."""
-            batch = collate(examples)
-            if self.anchor.kl_on == "replay":
-                batch["replay"] = torch.tensor([example["replay"] for example in examples])
-            return batch
-
-        self.data_collator = with_replay
+        if anchor.kl_on == "replay":  # TRL's collator drops columns that it does not know
+            collate: Callable = self.data_collator  # type: ignore[has-type]
+            self.data_collator = lambda rows: {
+                **collate(rows),
+                "replay": torch.tensor([row["replay"] for row in rows]),
+            }
 
     def create_model_card(self, *_, **__) -> None:
         """Of no checkpoint: `write_card` writes one when the run was measured."""
@@ -169,7 +160,7 @@ class AnchoredTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def evaluate(self, *_, **__):
-        """What early stopping runs every --eval_steps; the Trainer keeps the checkpoint with the best MT-Bench."""
+        """What early stopping runs every --eval_steps; the Trainer keeps the best checkpoint."""
         measured = self.early.evaluate(self.model, self.state.global_step)
         metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(metrics)
@@ -206,10 +197,8 @@ def build_trainer(
     anchor: AnchorSettings,
     early: EarlyStopping | None = None,
 ) -> AnchoredTrainer:
-    """The trainer, with a fresh adapter on `model`.
-
-    `rows` of "train" and "validation" have "input_ids" and "labels", cut to a length.
-    """
+    """The trainer, with a fresh adapter on `model`. `rows` of "train" and "validation" have "input_ids" and "labels",
+    cut to a length."""
     if sft.packing and (problem := packing_problem(model)):
         raise InputError(f"--packing: {problem}; leave it out")
     set_seed(settings.seed)
@@ -248,7 +237,7 @@ def build_trainer(
 
 
 def train(trainer: AnchoredTrainer, checkpoint: Path | None, folder: Path) -> int:
-    """Trains, or continues from `checkpoint`; returns the step that is kept: the last, or the best by MT-Bench."""
+    """Trains, or continues from `checkpoint`; returns the step that is kept: the last, or the best of several."""
     reason = None
     if checkpoint and trainer.early:
         trainer.state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
@@ -262,5 +251,5 @@ def train(trainer: AnchoredTrainer, checkpoint: Path | None, folder: Path) -> in
         return trainer.state.global_step
     moved = folder / Path(best).name  # the state names the folder as it was called then
     trainer._load_from_checkpoint(str(moved if moved.is_dir() else best))
-    log.info("kept the adapter of step %d, the best by MT-Bench", trainer.state.best_global_step)
+    log.info("kept the adapter of step %d, the best one", trainer.state.best_global_step)
     return trainer.state.best_global_step

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_alignment.batches import shared_lengths
 from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import InputError, SkippedRows, digest, object_problem, open_data, parse_json
 from llm_alignment.hub import hub_files
-from llm_alignment.prefixes import shared_lengths
 from llm_alignment.prompts import PromptStyle, encode, fit_prompt, strip_thinking
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 from llm_alignment.texts import cut_at_word

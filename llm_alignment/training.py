@@ -9,37 +9,29 @@ import logging
 import math
 import random
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState
+import transformers
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
+from llm_alignment import files
 from llm_alignment.adapters import LoraSettings, check_model, new_adapter, saved_settings
 from llm_alignment.anchored_loss import rows_at_once
 from llm_alignment.devices import free_memory, tf32
 from llm_alignment.endings import Interrupted, NotFiniteError, signal_name, signals_go_to
-from llm_alignment.files import (
-    InputError,
-    differing,
-    file_sha256,
-    parse_json,
-    read_records,
-    replace,
-    write_atomic,
-    write_json,
-)
+from llm_alignment.files import InputError
 from llm_alignment.flags import fill
-from llm_alignment.memory import GIB, fits_without_checkpointing, memory_estimate
+from llm_alignment.memory import GIB, memory_estimate
 from llm_alignment.models import Base, BaseFlags, load_tokenizer, one_line, resolve_base
 from llm_alignment.processes import DDP_TIMEOUT, gathered, main_process, named_device, processes
 from llm_alignment.runs import damaged_run
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("llm_alignment")
 
@@ -115,13 +107,10 @@ def optimiser_steps(settings: TrainingSettings, rows: int) -> int:
 
 
 def memory_of(settings: TrainingSettings, base: Base, lora: LoraSettings) -> dict[str, int]:
-    """`memory_estimate` for micro-batches of the longest examples; no weights are loaded.
-
-    For DPO an example is a prompt and both answers.
-    """
-    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)
+    """`memory_estimate` for micro-batches of the longest examples: of DPO a prompt and both answers."""
+    config = transformers.AutoConfig.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
         model = new_adapter(model, lora)
     return memory_estimate(
         model,
@@ -141,7 +130,8 @@ def uses_checkpointing(settings: TrainingSettings, base: Base, lora: LoraSetting
     if not torch.cuda.is_available():
         return False
     free = min(gathered([free_memory()[0]]))  # ranks that decide differently wait for each other forever
-    is_on = not fits_without_checkpointing(memory_of(settings, base, lora), free)
+    needed = memory_of(settings, base, lora)  # of which the weights are loaded already
+    is_on = 1.15 * (needed["adapter"] + needed["activations"] + needed["logits"]) + GIB > free
     log.info("gradient checkpointing %s: %.1f GiB are free", "on" if is_on else "off", free / GIB)
     return is_on
 
@@ -151,12 +141,10 @@ def log_memory_plan(settings: TrainingSettings, base: Base, lora: LoraSettings) 
     needed = {part: size / GIB for part, size in memory_of(settings, base, lora).items()}
     common = needed["weights"] + needed["adapter"] + needed["logits"] + needed["context"]
     named_device(base.device, base.dtype)
+    parts = ", ".join(f"{part} {size:.2f}" for part, size in needed.items())
     log.info(
-        "memory: about %.2f GiB with gradient checkpointing, %.2f GiB without (weights %.2f, adapter, optimizer %.2f, "
-        "activations %.2f or %.2f, logits %.2f, CUDA %.2f); --gradient_checkpointing %s",
-        common + needed["checkpointed"], common + needed["activations"], needed["weights"], needed["adapter"],
-        needed["checkpointed"], needed["activations"], needed["logits"], needed["context"],
-        settings.gradient_checkpointing,
+        "memory: about %.2f GiB with gradient checkpointing, %.2f GiB without (%s); --gradient_checkpointing %s",
+        common + needed["checkpointed"], common + needed["activations"], parts, settings.gradient_checkpointing,
     )  # fmt: skip
 
 
@@ -169,17 +157,16 @@ def save_adapter(trainer: Trainer, folder: Path) -> None:
     if main_process():
         (folder / "saving" / "README.md").unlink(missing_ok=True)  # PEFT's card; `write_card` writes ours
         for path in (folder / "saving").iterdir():
-            replace(path, folder / path.name)
+            files.replace(path, folder / path.name)
         (folder / "saving").rmdir()
 
 
 def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Trains, from `checkpoint` if given, with complete checkpoints and a log on disk.
+    """Trains, from `checkpoint` if given, with complete checkpoints and a log on disk; after the last step no more.
 
-    A checkpoint of the last step is loaded and no further step is taken. Ctrl-C, SIGTERM and SIGHUP finish the
-    current micro-batch, save a checkpoint of the last whole optimiser step and raise Interrupted; a second signal,
-    a second or more later, stops at once. A loss or gradient that is not finite in any process raises NotFiniteError
-    in all of them at the same step.
+    Ctrl-C, SIGTERM and SIGHUP finish the current micro-batch, save a checkpoint of the last whole optimiser step and
+    raise Interrupted; a second signal, a second or more later, stops at once. A loss or gradient that is not finite in
+    any process raises NotFiniteError in all of them at the same step.
     """
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -187,25 +174,20 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
             log.info("training had ended at step %d; no further step is taken", state.global_step)
             history = Path(trainer.args.output_dir) / "train_log.jsonl"
             if history.exists():  # it has what was logged after that checkpoint too
-                state.log_history = read_records(history)
+                state.log_history = files.read_records(history)
             trainer.state = state
             trainer._load_from_checkpoint(str(checkpoint))
             return
-
     keeper = RunKeeper(trainer, checkpoint)
     trainer.add_callback(keeper)
-    half = trainer.args.bf16 or trainer.args.fp16
-    with signals_go_to(keeper.on_signal), tf32(half):
+    with signals_go_to(keeper.on_signal), tf32(trainer.args.bf16 or trainer.args.fp16):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if keeper.signal:  # it came after the last micro-batch
         raise Interrupted(keeper.signal)
 
 
 class RunKeeper(TrainerCallback):
-    """What `run_training` adds to a Trainer.
-
-    It ends micro-batches in all processes together, saves when a signal came, marks checkpoints, writes the log.
-    """
+    """Ends micro-batches in all processes together, saves when a signal came, marks checkpoints, writes the log."""
 
     def __init__(self, trainer: Trainer, checkpoint: Path | None):
         self.trainer, self.checkpoint = trainer, checkpoint
@@ -222,10 +204,7 @@ class RunKeeper(TrainerCallback):
         if self.signal or not self.in_steps:
             raise Interrupted(signum)
         self.signal, self.signal_time = signum, now
-        log.warning(
-            "%s: finishing this micro-batch, then saving a checkpoint; a second signal stops at once",
-            signal_name(signum),
-        )
+        log.warning("%s: finishing this micro-batch, then saving; a second signal stops at once", signal_name(signum))
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.checkpoint is not None:
@@ -236,8 +215,7 @@ class RunKeeper(TrainerCallback):
         self.first_step, self.started = state.global_step, time.monotonic()
         if state.max_steps == 1 and args.get_warmup_steps(1):
             log.warning(
-                "the only step is the first one of the warmup, whose learning rate is 0: nothing is trained; lower "
-                "--batch or --grad_acc, or raise --epochs"
+                "the only step is a warmup step of rate 0: nothing is trained; lower --batch or raise --epochs"
             )
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -254,7 +232,8 @@ class RunKeeper(TrainerCallback):
         if any(signals):
             if state.global_step != self.saved_step:
                 generators, state.num_input_tokens_seen = self.last_step
-                set_random_state(generators)
+                for put_back in generators:
+                    put_back()
                 self.trainer._save_checkpoint(self.trainer.model, None)
                 self.on_save(args, state, control)
             raise Interrupted(int(max(signals)))
@@ -269,15 +248,14 @@ class RunKeeper(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.skipped_steps = self.skipped_steps + 1 if self.trainer.accelerator.optimizer_step_was_skipped else 0
         if self.skipped_steps == MAX_SKIPPED_STEPS:
-            raise NotFiniteError(
-                f"a gradient is not finite in fp16, {self.skipped_steps} steps in a row up to {state.global_step}"
-            )
+            steps = f"{self.skipped_steps} steps in a row up to {state.global_step}"
+            raise NotFiniteError(f"a gradient is not finite in fp16, {steps}")
         self.last_step = random_state(), state.num_input_tokens_seen
         self.in_steps = not control.should_evaluate
-        done = state.global_step - self.first_step
-        if done == 10 and state.is_world_process_zero:
-            minutes = (time.monotonic() - self.started) / 600 * (state.max_steps - self.first_step)
-            log.info("training takes about %.0f minutes for %d steps", minutes, state.max_steps - self.first_step)
+        if state.global_step - self.first_step == 10 and state.is_world_process_zero:
+            steps = state.max_steps - self.first_step
+            minutes = (time.monotonic() - self.started) / 600 * steps
+            log.info("training takes about %.0f minutes for %d steps", minutes, steps)
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.last_step = random_state(), state.num_input_tokens_seen
@@ -292,21 +270,19 @@ class RunKeeper(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             lines = [json.dumps(entry) + "\n" for entry in state.log_history]
-            write_atomic(Path(args.output_dir) / "train_log.jsonl", "".join(lines))
+            files.write_atomic(Path(args.output_dir) / "train_log.jsonl", "".join(lines))
 
 
-def random_state() -> tuple:
-    """The state of every random generator that training uses; `set_random_state` takes it back."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda
-
-
-def set_random_state(state: tuple) -> None:
-    random.setstate(state[0])
-    numpy.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    if state[3] is not None:
-        torch.cuda.set_rng_state(state[3])
+def random_state() -> list[Callable[[], object]]:
+    """Calls that put the random generators of training back to where they are now."""
+    calls: list[Callable[[], object]] = [
+        partial(random.setstate, random.getstate()),
+        partial(numpy.random.set_state, numpy.random.get_state()),
+        partial(torch.set_rng_state, torch.get_rng_state()),
+    ]
+    if torch.cuda.is_available():
+        calls.append(partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
+    return calls
 
 
 MAX_SKIPPED_STEPS = 20  # in a row, with fp16, before the run stops
@@ -315,25 +291,65 @@ MANIFEST = "complete.json"
 
 def write_manifest(folder: Path) -> None:
     """Marks a checkpoint complete: writes name and SHA-256 of every file, last of all."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
-    write_json(folder / MANIFEST, {path.name: file_sha256(path) for path in files})
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    files.write_json(folder / MANIFEST, {path.name: files.file_sha256(path) for path in paths})
 
 
 def checkpoint_problem(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from; None when every file is what its manifest says."""
+    """Why a checkpoint cannot be resumed from; None when every file is what its manifest says and can be loaded."""
     if not (folder / MANIFEST).is_file():
-        return "it was not finished"
+        return "it was not finished" if folder.is_dir() else "no such folder"
     try:
-        files = parse_json((folder / MANIFEST).read_bytes())
+        digests = files.parse_json((folder / MANIFEST).read_bytes())
     except ValueError:
-        files = None
-    if not isinstance(files, dict) or not files:
+        digests = None
+    if not isinstance(digests, dict) or not digests:
         return f"{MANIFEST} is damaged"
-    for name, digest in files.items():
+    for name, digest in digests.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if file_sha256(folder / name) != digest:
+        if files.file_sha256(folder / name) != digest:
             return f"{name} is damaged"
+    return state_problem(folder)
+
+
+def state_problem(folder: Path) -> str | None:
+    """Of a checkpoint's *.pt and *.pth. Code that a pickled object would run does not run."""
+    moments = "state1" if torch.cuda.is_available() else "exp_avg"  # of bitsandbytes' AdamW, and of torch's
+    for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+        try:
+            with safe_globals():
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged archive, or objects: anything
+            return f"{path.name} cannot be loaded ({one_line(error)})"
+        if path.name == "optimizer.pt":
+            try:
+                sizes = sorted(each[moments].shape for each in state["state"].values())
+            except (KeyError, TypeError, AttributeError):
+                return f"{path.name} is the state of another optimiser"
+            if sizes != sorted(tensor.shape for tensor in load_file(folder / "adapter_model.safetensors").values()):
+                return f"{path.name} is the state of an optimiser of other tensors"
+    return None
+
+
+def newest_complete(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint to resume from, None to start from the first step; names it, and the ones skipped. Raises
+    InputError when the one that `resume` (--resume_from_checkpoint) names is not complete."""
+    if resume is None:
+        return None
+    candidates = [Path(resume)]
+    if resume == "auto":
+        numbered = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+        candidates = sorted(numbered, key=lambda path: -int(path.name.partition("-")[2]))
+    for candidate in candidates:
+        problem = checkpoint_problem(candidate)
+        if problem is None:
+            log.info("resuming from %s", candidate)
+            return candidate
+        if resume != "auto":
+            raise InputError(f"--resume_from_checkpoint {resume}: {problem}; use auto to take the newest complete one")
+        log.warning("skipped %s: %s", candidate, problem)
+    log.info("no complete checkpoint in %s: starting from the first step", folder)
     return None
 
 
@@ -349,12 +365,19 @@ class Setup:
     flags: dict[str, Any]  # the values of those that change what is trained
 
     def check_folder(self, data: dict | None = None) -> None:
-        """Raises InputError, before anything is written, when the folder holds another run; `data`: its fingerprint.
-
-        Without `resume` that is any run; with it, one that `check_same_run` finds to be another. To be called first of
-        all, and again when the data is known.
-        """
-        check_output_folder(self.folder, self.resume, self.flags, self.base, data)
+        """Raises InputError, before anything is written, when the folder holds another run: without `resume` any run,
+        with it one that `check_same_run` finds to be another. To be called first of all, and again when the
+        fingerprint of the data is known."""
+        if self.resume is None:
+            if (self.folder / "run.json").exists() or any(self.folder.glob("checkpoint-*")):
+                advice = "name another folder, or --resume_from_checkpoint auto"
+                raise InputError(f"--output_dir {self.folder} holds another run; {advice}")
+            return
+        for folder in sorted({self.folder, self.folder if self.resume == "auto" else Path(self.resume).parent}):
+            if (folder / "run.json").exists():
+                check_same_run(folder, self.flags, self.base, data)
+            elif any(folder.glob("checkpoint-*")):
+                log.warning("no run.json in %s: the flags and data of its checkpoints cannot be checked", folder)
 
 
 def set_up(
@@ -363,7 +386,7 @@ def set_up(
     """Looks up the base, and checks model files and adapter, for the flags of a training script.
 
     `neutral` are the flags that do not change what is trained; `longest`: tokens of the longest example. `lora`: of a
-    script that has no such flags. The settings of an adapter that --load_adapter names go into the record.
+    script without such flags. The settings of an adapter that --load_adapter names go into the record.
     """
     base = resolve_base(fill(BaseFlags, args))
     adapter = getattr(args, "load_adapter", "")
@@ -378,35 +401,14 @@ def set_up(
     return Setup(base, tokenizer, lora, Path(args.output_dir), args.resume_from_checkpoint, flags)
 
 
-def check_output_folder(
-    folder: Path, resume: str | None, flags: dict[str, Any], base: Base, data: dict | None = None
-) -> None:
-    """See `Setup.check_folder`."""
-    if resume is None:
-        if (folder / "run.json").exists() or any(folder.glob("checkpoint-*")):
-            raise InputError(
-                f"--output_dir {folder} holds another run; name another folder, or resume that run by "
-                "--resume_from_checkpoint auto"
-            )
-        return
-    for each in sorted({folder} | ({Path(resume).parent} if resume != "auto" else set())):
-        if (each / "run.json").exists():
-            check_same_run(each, flags, base, data)
-        elif any(each.glob("checkpoint-*")):
-            log.warning("no run.json in %s: the flags and data of its checkpoints cannot be checked", each)
-
-
 def check_same_run(folder: Path, flags: dict[str, Any], base: Base, data: dict | None = None) -> None:
-    """Raises InputError that lists the differences between the run in `folder` (its run.json) and this one.
-
-    Compared are `flags`, the values of those that change what is trained, the number of processes, the base and its
-    type, and with `data` the fingerprint of the data.
-    """
+    """Raises InputError that lists the differences between the run in `folder` (its run.json) and this one: in
+    `flags`, those that change what is trained, number of processes, base, its type, and `data`, if given."""
     path = folder / "run.json"
     device = {"processes": processes(), "dtype": base.dtype_name}
     now = {"args": flags, "device": device, "data": data, "base": base.identity}
     try:
-        stored = parse_json(path.read_bytes())
+        stored = files.parse_json(path.read_bytes())
         before, after = (
             {f"--{name}": value for name, value in run["args"].items() if name in flags}
             | {name: run["device"][name] for name in ("processes", "dtype")}
@@ -419,52 +421,5 @@ def check_same_run(folder: Path, flags: dict[str, Any], base: Base, data: dict |
     # a flag that is newer than the stored run was at its default there
     after = {name: value for name, value in after.items() if name in before or not name.startswith("--")}
     if before != after:
-        other = differing(before, after)
+        other = files.differing(before, after)
         raise InputError(f"{folder}: the run to resume had another base, other flags or data ({other})")
-
-
-def state_problem(folder: Path) -> str | None:
-    """Why the files of a complete checkpoint cannot be loaded; None when they can. Only tensors and plain values are
-    read: code that a pickled object would run does not run."""
-    moments = "state1" if torch.cuda.is_available() else "exp_avg"  # of bitsandbytes' AdamW, and of torch's
-    for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
-        try:
-            with safe_globals():
-                state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged archive, or objects: anything
-            return f"{path.name} cannot be loaded ({one_line(error)})"
-        if path.name == "optimizer.pt":
-            try:
-                sizes = sorted(tuple(each[moments].shape) for each in state["state"].values())
-            except (KeyError, TypeError, AttributeError):
-                return f"{path.name} is the state of another optimiser"
-            with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-                wanted = sorted(tuple(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-            if sizes != wanted:
-                return f"{path.name} is the state of an optimiser of other tensors"
-    return None
-
-
-def newest_complete(folder: Path, resume: str | None) -> Path | None:
-    """The checkpoint to resume from, None to start from the first step; says which, and names the ones skipped.
-
-    Raises InputError when the checkpoint that `resume` (--resume_from_checkpoint) names is not complete.
-    """
-    if resume is None:
-        return None
-    if resume != "auto":
-        named = Path(resume)
-        problem = (checkpoint_problem(named) or state_problem(named)) if named.is_dir() else "no such folder"
-        if problem:
-            raise InputError(f"--resume_from_checkpoint {named}: {problem}; use auto to take the newest complete one")
-        log.info("resuming from %s", named)
-        return named
-    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
-    for candidate in sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: -int(steps[path])):
-        problem = checkpoint_problem(candidate) or state_problem(candidate)
-        if problem is None:
-            log.info("resuming from %s", candidate)
-            return candidate
-        log.warning("skipped %s: %s", candidate, problem)
-    log.info("no complete checkpoint in %s: starting from the first step", folder)
-    return None

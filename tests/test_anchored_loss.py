@@ -43,21 +43,13 @@ def case(seed, rows, width, vocabulary, ignored, in_kl, dtype):
 
 @settings(max_examples=120, deadline=None)
 @given(
-    seed=st.integers(0, 10**6),
-    rows=st.integers(1, 23),
-    width=st.integers(1, 9),
-    vocabulary=st.integers(2, 40),
-    ignored=st.sampled_from([0.0, 0.3, 1.0]),
-    in_kl=st.sampled_from([0.0, 0.5, 1.0, None]),
-    with_reference=st.booleans(),
-    kl_coef=st.sampled_from([0.0, 0.02, 1.5]),
-    num_items=st.sampled_from([None, 7]),
-    rows_per_chunk=st.integers(1, 30),
-    upstream=st.sampled_from([1.0, -2.5]),
-    dtype=st.sampled_from([torch.float64, torch.float32]),
-    kl_direction=st.sampled_from(["reverse", "forward"]),
+    seed=st.integers(0, 10**6), rows=st.integers(1, 23), width=st.integers(1, 9), vocabulary=st.integers(2, 40),
+    ignored=st.sampled_from([0.0, 0.3, 1.0]), in_kl=st.sampled_from([0.0, 0.5, 1.0, None]),
+    with_reference=st.booleans(), kl_coef=st.sampled_from([0.0, 0.02, 1.5]), num_items=st.sampled_from([None, 7]),
+    rows_per_chunk=st.integers(1, 30), upstream=st.sampled_from([1.0, -2.5]),
+    dtype=st.sampled_from([torch.float64, torch.float32]), kl_direction=st.sampled_from(["reverse", "forward"]),
     sft_loss=st.sampled_from(["nll", "dft"]),
-)
+)  # fmt: skip
 def test_fused_equals_the_plain_formula(
     seed, rows, width, vocabulary, ignored, in_kl, with_reference, kl_coef, num_items, rows_per_chunk, upstream, dtype,
     kl_direction, sft_loss,
@@ -175,9 +167,13 @@ def test_a_weak_anchor_is_not_rounded_away(half, direction, device):
     assert cosine > 0.95
 
 
-def test_a_head_that_wants_a_gradient_is_refused():
+def test_what_cannot_be_computed_is_refused():
+    hidden, weight, labels = torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match="freeze"):
-        fused_nll_kl(torch.zeros(1, 2), torch.zeros(3, 2, requires_grad=True), torch.zeros(1, dtype=torch.long))
+        fused_nll_kl(hidden, weight.clone().requires_grad_(), labels)
+    for unknown in ({"kl_direction": "backward"}, {"sft_loss": "mse"}):
+        with pytest.raises(ValueError, match="unknown"):
+            fused_nll_kl(hidden, weight, labels, **unknown)
 
 
 def test_rows_at_once_depend_on_the_card_alone(monkeypatch):
@@ -186,14 +182,6 @@ def test_rows_at_once_depend_on_the_card_alone(monkeypatch):
         card = argparse.Namespace(total_memory=gigabytes * 2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
         assert rows_at_once(151_936, device) == rows and rows_at_once(151_936, torch.device("cpu")) == 256
-
-
-def test_an_unknown_loss_is_refused():
-    inputs = torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.long)
-    with pytest.raises(ValueError, match="unknown"):
-        fused_nll_kl(*inputs, kl_direction="backward")
-    with pytest.raises(ValueError, match="unknown"):
-        fused_nll_kl(*inputs, sft_loss="mse")
 
 
 def test_the_known_gradient_leaves_the_loss_exact():

@@ -41,19 +41,17 @@ def hub(server: local_hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     import datasets
     import huggingface_hub
 
-    server.faults.clear()
-    server.requests.clear()
-    server.heads.clear()
-    server.older.clear()
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    for kept in (server.faults, server.requests, server.heads, server.older):
+        kept.clear()
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    for module, values in {
+        huggingface_hub.constants: dict(
+            ENDPOINT=server.url, HUGGINGFACE_CO_URL_TEMPLATE=template, HF_HUB_CACHE=str(tmp_path / "hf")
+        ),
+        datasets.config: dict(HF_ENDPOINT=server.url, HF_DATASETS_CACHE=tmp_path / "datasets"),
+    }.items():
+        for name, value in {**values, "HF_HUB_OFFLINE": False}.items():
+            monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)  # between its retries
     monkeypatch.chdir(tmp_path)
     return server
@@ -126,10 +124,7 @@ def ask(what: str) -> object:
 @pytest.mark.parametrize(
     "fault, message",
     [
-        ({"/api/": 401}, "answers 401"),
-        ({"/api/": 403}, "answers 403"),
-        ({"/api/": 404}, "answers 404"),
-        ({"/api/": 500}, "answers 500"),
+        *(({"/api/": code}, f"answers {code}") for code in (401, 403, 404, 500)),
         ({"/resolve/": 500}, "answers 500"),
         ({"/cdn/": "cut"}, "broke off"),
         ({"/cdn/": "other"}, "another file than its ETag says"),
@@ -139,12 +134,8 @@ def test_what_a_hub_does_wrong_is_one_line_and_the_next_start_goes_on(what, flag
     hub.faults.update(fault)
     with pytest.raises(InputError) as error:
         ask(what)
-    assert (
-        message in str(error.value)
-        and str(error.value).startswith(f"{flag} ")
-        and f"give {flag} a local path" in str(error.value)
-    )
-    assert "\n" not in str(error.value)
+    line = str(error.value)
+    assert message in line and line.startswith(f"{flag} ") and f"give {flag} a local path" in line and "\n" not in line
     hub.faults.clear()
     assert ask(what)
     fetched(hub)
@@ -161,9 +152,8 @@ def test_a_download_that_broke_off_goes_on_where_it_was(hub):
 def test_questions_are_fetched_once_and_written_to_the_working_folder(hub):
     fetched_now = load_questions("auto", language="ru")
     rows = (local_hub.DEMO / "mt_bench_ru.jsonl").read_text("utf-8").split("\n")
-    assert fetched_now[0]["turns"] == json.loads(rows[0])["turns"] and "\\u" not in Path("mt_bench_ru.json").read_text(
-        "utf-8"
-    )
+    assert fetched_now[0]["turns"] == json.loads(rows[0])["turns"]
+    assert "\\u" not in Path("mt_bench_ru.json").read_text("utf-8")
     assert any("/api/datasets/t-tech/ru-mt-bench/" in line for line in hub.requests) and len(fetched(hub)) == 1
     assert load_questions("mt_bench_ru.json") == fetched_now and hub.requests == []
     load_questions("mt_bench_en.json")
@@ -186,15 +176,10 @@ def test_names_that_the_hub_does_not_have(hub):
 def test_a_data_set_of_another_shape(hub):
     hub.repositories["datasets", "some/lines"] = {"train.jsonl": b'{"a": 1}\n{"a": \n'}
     hub.repositories["datasets", "some/tests"] = {"test.jsonl": b'{"a": 1}\n'}
-    hub.blobs |= {
-        local_hub.sha256(data): data
-        for name in ("lines", "tests")
-        for data in hub.repositories["datasets", f"some/{name}"].values()
-    }
-    with pytest.raises(InputError, match="--dataset some/lines: cannot be used"):
-        next(open_dataset("some/lines", "--dataset", SkippedRows()))
-    with pytest.raises(InputError, match="--dataset some/tests: cannot be used .*train"):
-        next(open_dataset("some/tests", "--dataset", SkippedRows()))
+    for name, reason in (("some/lines", ""), ("some/tests", ".*train")):
+        hub.blobs |= {local_hub.sha256(data): data for data in hub.repositories["datasets", name].values()}
+        with pytest.raises(InputError, match=f"--dataset {name}: cannot be used {reason}"):
+            next(open_dataset(name, "--dataset", SkippedRows()))
 
 
 def test_a_hub_that_cannot_be_reached(hub, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import DEMO
 from peft import LoraConfig, get_peft_model
-from toys import CHATML, make_tokenizer
+from toys import CHATML, make_tokenizer, toy_base
 from transformers import GenerationConfig
 
 from llm_alignment import adapters, encoder, generation, models, prompts, training
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("own_folders")
 
 
 def base_of(folder) -> models.Base:
-    return models.resolve_base(models.BaseFlags(model=str(folder), no_4bit=True, dtype="fp32"))
+    return toy_base(model=str(folder), dtype="fp32")
 
 
 @pytest.fixture
@@ -30,9 +30,8 @@ def folder(tmp_path, model, tokenizer):
 
 def save_adapter(model, folder, **settings):
     """An adapter with random values; the model is left with it."""
-    adapted = get_peft_model(
-        model, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "target_modules": ["q_proj"]} | settings)
-    )
+    settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]} | settings
+    adapted = get_peft_model(model, LoraConfig(**settings))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
@@ -70,23 +69,16 @@ def test_a_setting_of_an_adapter_decides_its_hash(tmp_path, folder):
 
 
 @pytest.mark.parametrize(
-    ("settings", "changes"),
-    [
-        ({"bias": "all"}, {}),
-        ({"bias": "lora_only"}, {}),
-        ({"modules_to_save": ["lm_head"]}, {}),
-        ({"modules_to_save": ["norm"]}, {}),
-        ({"trainable_token_indices": [5, 6]}, {}),
-        ({"target_modules": ["q_proj", "lm_head"]}, {}),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, {}),
-        ({"layer_replication": [(0, 2), (0, 2)]}, {}),
-        ({}, {"init_lora_weights": "pissa"}),
-        ({}, {"init_lora_weights": "olora"}),
-        ({}, {"init_lora_weights": "pissa_niter_4"}),
-        ({}, {"alora_invocation_tokens": [3]}),
-        ({}, {"peft_type": "IA3"}),
-    ],
-)
+    "settings, changes",
+    [*(({name: value}, {}) for name, value in [
+        ("bias", "all"), ("bias", "lora_only"), ("modules_to_save", ["lm_head"]), ("modules_to_save", ["norm"]),
+        ("trainable_token_indices", [5, 6]), ("target_modules", ["q_proj", "lm_head"]),
+        ("target_modules", ["q_proj", "embed_tokens"]), ("layer_replication", [(0, 2), (0, 2)]),
+    ]), *(({}, {name: value}) for name, value in [
+        ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"), ("init_lora_weights", "pissa_niter_4"),
+        ("alora_invocation_tokens", [3]), ("peft_type", "IA3"),
+    ])],
+)  # fmt: skip
 def test_an_adapter_that_changes_the_base_is_refused(tmp_path, folder, settings, changes):
     saved = tmp_path / "adapter"
     save_adapter(models.load_model(base_of(folder)), saved, **settings)
@@ -162,10 +154,8 @@ def test_one_way_from_text_to_tokens(added, template, pad):
 
     tokenizer = make_tokenizer(template, pad, "<s>")
     if added:
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single=added,
-            special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "<|im_end|>")],
-        )
+        special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "<|im_end|>")]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=added, special_tokens=special)
     turns = [{"role": "user", "content": "the Volga"}]
     written = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False).removeprefix("<s>")
     begins = added.startswith("<s>") or template != CHATML

@@ -57,93 +57,87 @@ def cut(name: str, keep: float = 0.6) -> Callable[[Path], object]:
     return damage
 
 
+def written(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
+
+
+def changed(name: str, **changes: object) -> Callable[[Path], object]:
+    return lambda folder: change_json(folder / name, **changes)
+
+
+def moved(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "model.safetensors").rename(folder / name)
+
+
 def in_shards(folder: Path) -> None:
     """Leaves the first of two shards with their index."""
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    moved("model-00001-of-00002.safetensors")(folder)
     index = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}), encoding="utf-8")
+    written("model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": index}))(folder)
 
 
-def without(*names: str) -> Callable[[Path], object]:
+def with_tensors(change: Callable[[dict], dict]) -> Callable[[Path], object]:
+    from safetensors.torch import load_file, save_file
+
     def damage(folder: Path) -> None:
-        from safetensors.torch import load_file, save_file
-
-        tensors = load_file(folder / "model.safetensors")
-        kept = {name: tensor for name, tensor in tensors.items() if name not in names}
-        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
     return damage
 
 
-def with_codes(folder: Path) -> None:
-    """Weights of a layer are whole numbers of 8 bits."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    name = next(name for name in tensors if "q_proj" in name)
-    save_file(tensors | {name: tensors[name].to(torch.int8)}, folder / "model.safetensors", metadata={"format": "pt"})
+def without(*names: str) -> Callable[[Path], object]:
+    return with_tensors(lambda tensors: {name: tensor for name, tensor in tensors.items() if name not in names})
 
 
+def as_codes(tensors: dict) -> dict:
+    """Weights of some layers are whole numbers of 8 bits."""
+    return {name: tensor.to(torch.int8) if "q_proj" in name else tensor for name, tensor in tensors.items()}
+
+
+def no_text_as_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    change_json(folder / "tokenizer_config.json", chat_template=5)
+
+
+WEIGHTS, INDEX, UP_DOWN = "model.safetensors", "model.safetensors.index.json", "model.layers.1.mlp.{}_proj.weight"
 DAMAGES = {
-    "weights are an LFS pointer": (lambda f: (f / "model.safetensors").write_text(LFS), ["model.safetensors", "LFS"]),
-    "tokenizer is an LFS pointer": (lambda f: (f / "tokenizer.json").write_text(LFS), ["tokenizer.json", "LFS"]),
-    "weights are cut off": (cut("model.safetensors"), ["model.safetensors", "cut off"]),
-    "a header is cut off": (cut("model.safetensors", 0.001), ["model.safetensors", "cut off"]),
+    "weights are an LFS pointer": (written(WEIGHTS, LFS), [WEIGHTS, "LFS"]),
+    "tokenizer is an LFS pointer": (written("tokenizer.json", LFS), ["tokenizer.json", "LFS"]),
+    "weights are cut off": (cut(WEIGHTS), [WEIGHTS, "cut off"]),
+    "a header is cut off": (cut(WEIGHTS, 0.001), [WEIGHTS, "cut off"]),
     "the tokenizer is cut off": (cut("tokenizer.json"), ["tokenizer.json", "JSON"]),
     "the config is cut off": (cut("config.json"), ["config.json", "JSON"]),
-    "the config is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "object"]),
-    "a shard is missing": (in_shards, ["model-00002-of-00002.safetensors is missing"]),
-    "no index": (
-        lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
-        ["model.safetensors.index.json"],
-    ),
-    "the config is too deep": (lambda f: (f / "config.json").write_text("[" * 100_000), ["config.json", "deeply"]),
-    "the index is no index": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'),
-        ["model.safetensors.index.json", "names no files"],
-    ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["no .safetensors"]),
-    "stored in fp8": (
-        lambda f: change_json(f / "config.json", quantization_config={"quant_method": "fp8"}),
-        ["stored in fp8"],
-    ),
-    "stored by GPTQ": (
-        lambda f: change_json(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-        ["stored in gptq"],
-    ),
-    "an unknown type": (lambda f: change_json(f / "config.json", model_type="qwen99"), ["qwen99"]),
-    "no head": (without("lm_head.weight"), ["lm_head.weight", "not in its weights"]),
-    "half a layer": (
-        without("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"),
-        ["model.layers.1.mlp.down_proj.weight and 1 more"],
-    ),
-    "other sizes": (lambda f: change_json(f / "config.json", intermediate_size=128), ["cannot be loaded"]),
+    "the config is a list": (written("config.json", "[]"), ["config.json", "object"]),
+    "a shard is missing": (in_shards, ["No such file", "model-00002-of-00002.safetensors"]),
+    "no index": (moved("model-00001-of-00002.safetensors"), ["no file named model.safetensors"]),
+    "the config is too deep": (written("config.json", "[" * 100_000), ["config.json", "deeply"]),
+    "the index is cut off": (written(INDEX, '{"weight_map"'), [INDEX, "JSON"]),
+    "no weights but a pickle": (moved("pytorch_model.bin"), ["no file named model.safetensors"]),
+    "stored in fp8": (changed("config.json", quantization_config={"quant_method": "fp8"}), ["stored in fp8"]),
+    "stored by GPTQ": (changed("config.json", quantization_config={"quant_method": "gptq"}), ["stored in gptq"]),
+    "an unknown type": (changed("config.json", model_type="qwen99"), ["qwen99"]),
+    "no head": (without("lm_head.weight"), ["lack 1 tensors", "lm_head.weight"]),
+    "half a layer": (without(*map(UP_DOWN.format, ("up", "down"))), ["lack 2 tensors", UP_DOWN.format("down")]),
+    "other sizes": (changed("config.json", intermediate_size=128), ["cannot be loaded"]),
     "a small embedding": (
         lambda f: make_model(tie_word_embeddings=False, vocab_size=250).save_pretrained(f),
         ["the tokenizer has", "the model 250"],
     ),
-    "no context": (lambda f: change_json(f / "config.json", max_position_embeddings=0), ["max_position_embeddings 0"]),
-    "an end that is a text": (lambda f: change_json(f / "config.json", eos_token_id="</s>"), ["eos_token_id '</s>'"]),
+    "no context": (changed("config.json", max_position_embeddings=0), ["max_position_embeddings 0"]),
+    "no layers": (changed("config.json", num_hidden_layers=0, layer_types=[]), ["num_hidden_layers 0"]),
+    "an end that is a text": (changed("config.json", eos_token_id="</s>"), ["eos_token_id '</s>'"]),
     "an end of answers that is a text": (
-        lambda f: change_json(f / "generation_config.json", eos_token_id=[0, "</s>"]),
+        changed("generation_config.json", eos_token_id=[0, "</s>"]),
         ["generation_config.json has eos_token_id"],
     ),
-    "a size that is a text": (
-        lambda f: change_json(f / "config.json", hidden_size="large"),
-        ["config", "hidden_size"],
-    ),
-    "no heads": (lambda f: change_json(f / "config.json", num_attention_heads=0), ["cannot be"]),
-    "an unknown activation": (lambda f: change_json(f / "config.json", hidden_act="tanhh"), ["tanhh"]),
-    "a template that is no text": (
-        lambda f: (
-            (f / "chat_template.jinja").unlink(missing_ok=True),
-            change_json(f / "tokenizer_config.json", chat_template=5),
-        ),
-        ["template"],
-    ),
-    "quantised without a word of it": (with_codes, ["q_proj.weight is stored as I8"]),
+    "a size that is a text": (changed("config.json", hidden_size="large"), ["config", "hidden_size"]),
+    "no heads": (changed("config.json", num_attention_heads=0), ["cannot be"]),
+    "an unknown activation": (changed("config.json", hidden_act="tanhh"), ["tanhh"]),
+    "a template that is no text": (no_text_as_template, ["template"]),
+    "quantised without a word of it": (with_tensors(as_codes), ["q_proj.weight is stored as I8"]),
     "a template that is broken": (
-        lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no chats here') }}"),
+        written("chat_template.jinja", "{{ raise_exception('no chats here') }}"),
         ["chat template", "no chats here"],
     ),
 }

@@ -5,19 +5,22 @@ import functools
 import types
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl.kernels import chunked_logprob
+from trl.trainer.utils import add_fused_lm_head
 
-from llm_alignment import prefixes
+from llm_alignment import batches, prefixes
 
 
 @functools.cache
 def small_models():
     """Two copies of a random Qwen3 of two layers: one with TRL's fused head alone, one that also shares prefixes."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-    from trl.trainer.utils import add_fused_lm_head
-
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -34,9 +37,6 @@ def small_models():
 
 def trl_batch(prompts, answers):
     """TRL's batch of a fused forward: the chosen rows, then the rejected ones, padded on the right."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
     rows = [prompt + answer[side] for side in (0, 1) for prompt, answer in zip(prompts, answers, strict=True)]
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
@@ -47,8 +47,6 @@ def trl_batch(prompts, answers):
 
 
 def assert_equal_to_plain(prompts, answers):
-    import torch
-
     batch = trl_batch(prompts, answers)
     torch.manual_seed(1)
     weights = torch.randn(batch["labels"].shape)[:, 1:]  # so that every log-probability has a gradient of its own
@@ -57,10 +55,8 @@ def assert_equal_to_plain(prompts, answers):
         model.zero_grad()
         output = model(**batch, fused_lm_head=True)
         (output.log_probs * weights).sum().backward()
-        results.append((
-            output,
-            {name: p.grad.clone() for name, p in model.named_parameters() if "lm_head" not in name},
-        ))
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if "lm_head" not in name}
+        results.append((output, gradients))
     (expected, expected_gradients), (output, gradients) = results
     for name in ("log_probs", "entropy", "mean_logits"):
         assert torch.allclose(output[name], expected[name], rtol=1e-4, atol=1e-5), name
@@ -107,8 +103,6 @@ def test_a_pair_without_a_prompt_predicts_all_but_the_first_token():
 
 
 def test_the_row_holds_what_is_shared_once(monkeypatch):
-    import torch
-
     monkeypatch.setitem(prefixes.MOST_UNSEEN, "cpu", 3)
     batch = trl_batch([[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 3]], [([7, 7], [8, 8, 8]), ([7, 7, 7], [8])])
     fold = prefixes.fold_pairs(**batch, dtype=torch.float32)
@@ -124,7 +118,6 @@ def test_the_row_holds_what_is_shared_once(monkeypatch):
 
 def test_one_call_where_it_is_little_more_arithmetic():
     """Two questions on one table; not where nothing is shared, nor where long rests of their own follow."""
-    import torch
 
     def mask(*prompts):
         return prefixes.fold_pairs(**trl_batch(prompts, [([7], [8])] * len(prompts)), dtype=torch.bfloat16).mask
@@ -136,15 +129,11 @@ def test_one_call_where_it_is_little_more_arithmetic():
 
 def test_masks_stay_small():
     """A short common beginning is read again: with it the mask of the rest would be nearly (T, T)."""
-    assert list(prefixes.shared_lengths([[1, 2, *[3] * 98], [1, 2, *[4] * 98]])) == [(0, 0), (1, 0)]
-    assert list(prefixes.shared_lengths([[1] * 50 + [3] * 50, [1] * 50 + [2] * 50])) == [(1, 0), (0, 50)]
+    assert list(batches.shared_lengths([[1, 2, *[3] * 98], [1, 2, *[4] * 98]])) == [(0, 0), (1, 0)]
+    assert list(batches.shared_lengths([[1] * 50 + [3] * 50, [1] * 50 + [2] * 50])) == [(1, 0), (0, 50)]
 
 
 def test_other_models_keep_their_attention():
-    from transformers import Qwen3ForCausalLM
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     _, shared = small_models()
     other = Qwen3ForCausalLM(copy.deepcopy(shared.config))
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
@@ -154,27 +143,22 @@ def test_other_models_keep_their_attention():
 
 
 def test_steps_back_with_a_reason():
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    size = dict(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, head_dim=8
-    )
-    model = Qwen3ForCausalLM(Qwen3Config(**size, num_key_value_heads=1))
+    names = ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
+    size = dict.fromkeys(names, 8) | dict(num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1)
+    model = Qwen3ForCausalLM(Qwen3Config(**size))
     assert prefixes.no_sharing_reason(model) is None
     model.config._attn_implementation = "flash_attention_2"
     assert "flash_attention_2" in prefixes.no_sharing_reason(model)
-    windowed = Qwen3Config(
-        **size, num_key_value_heads=1, use_sliding_window=True, sliding_window=4, max_window_layers=1
-    )
+    windowed = Qwen3Config(**size, use_sliding_window=True, sliding_window=4, max_window_layers=1)
     assert "full attention" in prefixes.no_sharing_reason(Qwen3ForCausalLM(windowed))
 
 
 def test_groups_share_half_of_their_prompt():
     one, two = [1] * 10, [2] * 10
     prompts = [one + [5], two + [5], one + [6, 6], [9, 9, 9], two + [7], one[:4] + [3] * 9]
-    groups = prefixes.groups_of(prompts)
+    groups = batches.groups_of(prompts)
     assert sorted(sorted(group) for group in groups) == [[0, 2], [1, 4], [3], [5]]
-    order = prefixes.GroupedOrder(groups, seed=1)
+    order = batches.GroupedOrder(groups, seed=1)
     first = list(order)
     assert sorted(first) == list(range(6)) and len(order) == 6 and list(order) == first
     assert abs(first.index(0) - first.index(2)) == 1 and abs(first.index(1) - first.index(4)) == 1
@@ -183,15 +167,13 @@ def test_groups_share_half_of_their_prompt():
         order.set_epoch(epoch)
         orders.add(tuple(order))
     assert len(orders) > 1 and first in map(list, orders)
-    alone = [prefixes.GroupedOrder([list(range(30))], seed) for seed in (1, 2)]  # all under one system prompt
+    alone = [batches.GroupedOrder([list(range(30))], seed) for seed in (1, 2)]  # all under one system prompt
     assert list(alone[0]) != list(alone[1]) and list(range(30)) not in map(list, alone)
 
 
 @pytest.mark.parametrize("rest", [4, 150])
 def test_sharing_across_pairs_keeps_fewer_bytes(monkeypatch, rest):
     """What the backward pass needs, masks included, against each prompt read once and against TRL's rows."""
-    import torch
-
     plain, shared = small_models()
     table = [1 + number % 7 for number in range(200)]
     prompts = [table + [8 + (pair + number) % 20 for number in range(rest)] for pair in range(6)]
@@ -209,15 +191,13 @@ def test_sharing_across_pairs_keeps_fewer_bytes(monkeypatch, rest):
         return sum(size for size, _ in kept.values())
 
     tree = kept_bytes(shared)
-    monkeypatch.setattr(prefixes, "SHARED_PART", 2.0)
+    monkeypatch.setattr(batches, "SHARED_PART", 2.0)
     assert tree < kept_bytes(shared) < kept_bytes(plain)
 
 
 @pytest.mark.parametrize("kernel, is_kept", [("works", True), ("wrong", False), ("no compiler", False)])
 def test_trls_kernel_is_tried_before_it_is_needed(monkeypatch, logged, kernel, is_kept):
     """On a machine with Triton; the tiles stand in for the kernel that works."""
-    import torch
-    from trl.kernels import chunked_logprob
 
     def wrong(*args, **kwargs):
         chunked_logprob._forward_tile(*args, **kwargs)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from harness import SHAPES, in_turns
 
-from llm_alignment import prefixes
+from llm_alignment import batches, prefixes
 from llm_alignment.files import SkippedRows
 from llm_alignment.flags import DEMO_DIR
 
@@ -139,13 +139,13 @@ def as_variant(trainer: Any, variant: Variant, batch: dict) -> Iterator[dict]:
     """The micro-batch as the variant gets it, with the reference's log-probabilities where these are cached."""
     import trl.trainer.utils
 
-    part, use_triton = prefixes.SHARED_PART, trl.trainer.utils._use_triton
+    part, use_triton = batches.SHARED_PART, trl.trainer.utils._use_triton
     if variant.answers_alone:
         trl.trainer.utils._use_triton = lambda device: True  # what this module asks before it picks the tokens
-    prefixes.SHARED_PART = part if variant.sharing == "tree" else 2.0  # no beginning is twice its prompt
+    batches.SHARED_PART = part if variant.sharing == "tree" else 2.0  # no beginning is twice its prompt
     trainer.precompute_ref_logps = variant.cached_reference
     yield dict(batch) if variant.cached_reference else {k: v for k, v in batch.items() if not k.startswith("ref_")}
-    prefixes.SHARED_PART, trl.trainer.utils._use_triton = part, use_triton
+    batches.SHARED_PART, trl.trainer.utils._use_triton = part, use_triton
 
 
 def micro_batches(trainer: Any, rows: list[dict], size: int) -> list[dict]:
@@ -223,7 +223,7 @@ def compare(args: argparse.Namespace) -> dict[str, float]:
     """Prints every variant on grouped and on random micro-batches; returns the main ratios of the grouped ones."""
     rows = tatqa_rows(args)
     count = args.pairs * args.batches
-    grouped = [rows[index] for index in prefixes.GroupedOrder(prefixes.groups_of([r["prompt_ids"] for r in rows]), 0)]
+    grouped = [rows[index] for index in batches.GroupedOrder(batches.groups_of([r["prompt_ids"] for r in rows]), 0)]
     shuffled = random.Random(0).sample(rows, len(rows))
     ratios: dict[str, float] = {}
     for order, chosen in (("grouped by table", grouped[:count]), ("random order", shuffled[:count])):
