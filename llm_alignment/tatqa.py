@@ -375,9 +375,8 @@ def answer_questions(
         model, prompts, settings, decoding.max_new_tokens, line_break, share_prefix=not cache_problem(model)
     )
     for question, answer in zip(items, itertools.chain(*answers), strict=True):
-        until_end = itertools.takewhile(lambda token: token not in settings.eos_token_id, answer)
-        text = strip_thinking(generation.text_of([*until_end], tokenizer, question["tokens"]))
-        yield {**graded_row(question, text), "batch_size": len(items)}
+        text, *_ = generation.read_answer(answer, settings, tokenizer, question["tokens"])
+        yield {**graded_row(question, strip_thinking(text)), "batch_size": len(items)}
 
 
 def graded_row(question: dict, text: str) -> dict:
