@@ -168,9 +168,11 @@ def letter_codes() -> np.ndarray:
 
 def item_texts(item: dict) -> list[str]:
     """The texts of a row of messages, or of a pair: its prompt's turns and its answers."""
-    turns = item["messages"] if "messages" in item else item["prompt"]
-    texts = [turns] if isinstance(turns, str) else [turn["content"] for turn in turns]
-    return texts + [item[side] for side in ("chosen", "rejected") if side in item]
+    if "messages" in item:
+        return [message["content"] for message in item["messages"]]
+    prompt = item["prompt"]
+    turns = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+    return [*turns, *(item[side] for side in ("chosen", "rejected") if side in item)]
 
 
 def asked_passages(questions: list[dict]) -> list[str]:
