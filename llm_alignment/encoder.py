@@ -51,7 +51,6 @@ class ChatEncoder:
         self.tokenizer, self.thinking, self.assistant_only = tokenizer, thinking, assistant_only
         self.layouts: dict[tuple[str, ...], Layout | str] = {}  # by the order of roles; a text: why there is none
         self.first = encode("", tokenizer)  # what begins every text, once
-        self.header = self.supplied = ""  # what begins every assistant turn, and what the generation prompt adds
         question, answer = ("user", "QUESTION"), ("assistant", "<think>\nTHOUGHT\n</think>\n\nANSWER")
         try:
             asked = self.render([question])
@@ -59,29 +58,25 @@ class ChatEncoder:
             thought = re.search(r"(<think>\s*)THOUGHT(\s*</think>\s*)ANSWER", self.render([question, answer]))
             twice = self._layout(("user", "assistant") * 2)
         except (jinja2.TemplateError, ValueError) as error:
-            raise InputError(
-                f"--model {tokenizer.name_or_path}: its chat template fails on a conversation of two turns ({error}); "
-                "name a chat model"
-            ) from error
+            what = f"its chat template fails on a conversation of two turns ({error})"
+            raise InputError(f"--model {tokenizer.name_or_path}: {what}; name a chat model") from error
         opening = prompt.removeprefix(commonprefix([asked, prompt]))
-        self.header = opening.partition("<think>")[0]
-        self.supplied = opening.removeprefix(self.header)
+        self.header = opening.partition("<think>")[0]  # what begins every assistant turn
+        self.supplied = opening.removeprefix(self.header)  # what the generation prompt adds
         self.block = thought.groups() if thought else ("<think>\n", "\n</think>\n\n")  # around a thought
         after = twice.between[2], twice.between[4]
         self.end = commonprefix(after).rstrip()  # what ends every answer, where no token does
         self.own = self._own_tokens("".join([prompt, *twice.between]))
         ends = all(map(self._end, after))
         if not ends or not self.own.search(after[1]):
+            why = "ends an answer with no token, so training does not teach the model to stop"
             log.warning(
-                "--model %s: its chat template ends an answer with no token, so training does not teach the model to "
-                "stop; name another, or add the end token to the template", tokenizer.name_or_path,
-            )  # fmt: skip
+                "--model %s: its chat template %s; name another, or add the token", tokenizer.name_or_path, why
+            )
         begins = self.header and all(self.header in before for before in twice.between[1:4:2])
         if assistant_only and not (begins and ends and tokenizer.is_fast):
-            raise InputError(
-                f"--assistant_only_loss: the chat template of {tokenizer.name_or_path} does not mark where the "
-                "assistant's turns begin and end; leave the flag out"
-            )
+            what = f"the chat template of {tokenizer.name_or_path} does not mark where an answer begins and ends"
+            raise InputError(f"--assistant_only_loss: {what}; leave the flag out")
 
     def render(self, turns: Turns, **options: Any) -> str:
         """A conversation as the template writes it."""
@@ -176,9 +171,9 @@ class ChatEncoder:
         layout = self.layout(turns)
         if isinstance(layout, str):
             raise ValueError(layout)
-        text, spans = "", []
+        text, spans, between = "", [], layout.between
         for place, before, after, (left, right) in zip(
-            layout.order, layout.between, layout.between[1:], layout.stripped, strict=False
+            layout.order, between, between[1:], layout.stripped, strict=False
         ):
             role, content = turns[place]
             content = content.lstrip(left).rstrip(right)

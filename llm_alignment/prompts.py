@@ -43,10 +43,9 @@ def render(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, style: 
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if style.system:
         turns = [{"role": "system", "content": style.system}, *turns]
+    how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": style.thinking}
     try:
-        return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, enable_thinking=style.thinking
-        )
+        return tokenizer.apply_chat_template(turns, **how)
     except TemplateError as error:
         if style.system:
             raise InputError(f"--system_prompt: the chat template refuses it ({error}); leave it out") from error
@@ -110,10 +109,8 @@ def fit_prompt(
         if excess <= 0:
             return FittedPrompt(text, tokens, is_cut=kept + tail != prompt)
         if not kept:
-            raise InputError(
-                f"--max_prompt_length {style.max_prompt_length} is {excess} tokens short of the question "
-                f"{tail.strip()[:60]!r} alone; raise it"
-            )
+            short = f"{excess} tokens short of the question {tail.strip()[:60]!r} alone"
+            raise InputError(f"--max_prompt_length {style.max_prompt_length} is {short}; raise it")
         kept = without_tokens(kept, excess, tokenizer, at_end=place >= 0)
 
 

@@ -67,9 +67,8 @@ def given_dialogues(file: str, encoder: ChatEncoder, finder: LeakFinder) -> list
         else:
             found.append([{"role": role, "content": text} for role, text in turns])
     if not found:
-        raise InputError(
-            f"--replay {file}: no usable row ({'; '.join(skipped.places) or 'it is empty'}); name another"
-        )
+        why = "; ".join(skipped.places) or "it is empty"
+        raise InputError(f"--replay {file}: no usable row ({why}); name another")
     skipped.report("rows of --replay")
     return found
 

@@ -151,9 +151,9 @@ def load_data(
 ) -> tuple[Selection, Callable[[str], datasets.Dataset]]:
     """Reads the data set once and chooses; `rows("train")` and `rows("validation")` are then the rows of a side.
 
-    They have the columns "messages" and "length", in characters, and lie in files that are removed when the process
-    ends. Rows that `encoder` refuses, and chosen ones in which `finder` finds a text of an evaluation, are left out,
-    counted and named. Raises InputError when no row of the subset can be used.
+    They have the columns "messages" and "length", in characters, and lie in files that go when the process ends. Rows
+    that `encoder` refuses, and chosen ones in which `finder` finds a text of an evaluation, are left out, counted and
+    named. Raises InputError when no row of the subset can be used.
     """
     import datasets
     from datasets.fingerprint import get_temporary_cache_files_directory
@@ -192,11 +192,8 @@ def without_questions(selection: Selection, rows: datasets.Dataset, finder: Leak
 
 
 def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> dict[str, np.ndarray]:
-    """Reads every row and writes the usable ones of the wanted subsets to an Arrow file.
-
-    By subset, (rows, 4) in float64: the hash of the prompt in its normal form, the row's number as in Selection, the
-    hashes of the prompt and of the row.
-    """
+    """Writes the usable rows of the wanted subsets to an Arrow file. By subset, (rows, 4) in float64: the hash of the
+    prompt in its normal form, the row's number as in Selection, the hashes of the prompt and of the row."""
     import numpy as np
     import pyarrow
 
@@ -236,9 +233,8 @@ def usable_rows(
             if subset not in wanted:
                 others[subset] += 1
                 continue
-            written = turns
-            if choice.system_prompt and turns[0][0] != "system":
-                written = [("system", choice.system_prompt), *turns]
+            has_own = not choice.system_prompt or turns[0][0] == "system"
+            written = turns if has_own else [("system", choice.system_prompt), *turns]
             if encoder and (refusal := encoder.refusal(written)):
                 raise ValueError(refusal)
         except ValueError as error:
@@ -256,9 +252,8 @@ def usable_rows(
         seen = f"; it has {dict(others)}" if others else ""
         places = f" ({'; '.join(skipped.places)})" if skipped.places else ""
         shapes = f"; accepted are rows {SHAPES}" if "(columns " in places else ""
-        raise InputError(
-            f"--dataset {choice.dataset}: no usable row of subset {choice.subset}{seen}{places}; choose others{shapes}"
-        )
+        what = f"no usable row of subset {choice.subset}{seen}{places}"
+        raise InputError(f"--dataset {choice.dataset}: {what}; choose others{shapes}")
     log.info("rows read as: %s", counted(kinds))
     if unread:
         log.info("not read: %s", counted(unread))
@@ -304,13 +299,10 @@ def tokenise(
     tokens = datasets.List(datasets.Value("int32"))
     is_replay = {"replay": datasets.Value("bool")} if "replay" in rows.column_names else {}
     return rows.map(
-        encode,
-        batched=True,
-        remove_columns=rows.column_names,
+        encode, batched=True, remove_columns=rows.column_names,
         features=datasets.Features({"input_ids": tokens, "labels": tokens} | is_replay),
-        num_proc=num_proc if len(rows) > LARGE_DATA else None,
-        desc="tokenising",
-    )
+        num_proc=num_proc if len(rows) > LARGE_DATA else None, desc="tokenising",
+    )  # fmt: skip
 
 
 def with_answers(rows: datasets.Dataset, side: str, longest: int) -> datasets.Dataset:
