@@ -51,7 +51,6 @@ class ChatEncoder:
         self.tokenizer, self.thinking, self.assistant_only = tokenizer, thinking, assistant_only
         self.layouts: dict[tuple[str, ...], Layout | str] = {}  # by the order of roles; a text: why there is none
         self.first = encode("", tokenizer)  # what begins every text, once
-        self.header = self.supplied = ""  # what begins every assistant turn, and what the generation prompt adds
         question, answer = ("user", "QUESTION"), ("assistant", "<think>\nTHOUGHT\n</think>\n\nANSWER")
         try:
             asked = self.render([question])
@@ -59,36 +58,30 @@ class ChatEncoder:
             thought = re.search(r"(<think>\s*)THOUGHT(\s*</think>\s*)ANSWER", self.render([question, answer]))
             twice = self._layout(("user", "assistant") * 2)
         except (jinja2.TemplateError, ValueError) as error:
-            raise InputError(
-                f"--model {tokenizer.name_or_path}: its chat template fails on a conversation of two turns ({error}); "
-                "name a chat model"
-            ) from error
+            what = f"its chat template fails on a conversation of two turns ({error})"
+            raise InputError(f"--model {tokenizer.name_or_path}: {what}; name a chat model") from error
         opening = prompt.removeprefix(commonprefix([asked, prompt]))
-        self.header = opening.partition("<think>")[0]
-        self.supplied = opening.removeprefix(self.header)
+        self.header = opening.partition("<think>")[0]  # what begins every assistant turn
+        self.supplied = opening.removeprefix(self.header)  # what the generation prompt adds
         self.block = thought.groups() if thought else ("<think>\n", "\n</think>\n\n")  # around a thought
         after = twice.between[2], twice.between[4]
         self.end = commonprefix(after).rstrip()  # what ends every answer, where no token does
         self.own = self._own_tokens("".join([prompt, *twice.between]))
-        if not all(map(self._end, after)) or not self.own.search(after[1]):
+        ends = all(map(self._end, after))
+        if not ends or not self.own.search(after[1]):
+            why = "ends an answer with no token, so training does not teach the model to stop"
             log.warning(
-                "--model %s: its chat template ends an answer with no token, so training does not teach the model to "
-                "stop; name a model whose template does, or add the end token to the template",
-                tokenizer.name_or_path,
+                "--model %s: its chat template %s; name another, or add the token", tokenizer.name_or_path, why
             )
         begins = self.header and all(self.header in before for before in twice.between[1:4:2])
-        if assistant_only and not (begins and all(map(self._end, after)) and tokenizer.is_fast):
-            raise InputError(
-                f"--assistant_only_loss: the chat template of {tokenizer.name_or_path} does not mark where the "
-                "assistant's turns begin and end; leave the flag out"
-            )
+        if assistant_only and not (begins and ends and tokenizer.is_fast):
+            what = f"the chat template of {tokenizer.name_or_path} does not mark where an answer begins and ends"
+            raise InputError(f"--assistant_only_loss: {what}; leave the flag out")
 
     def render(self, turns: Turns, **options: Any) -> str:
         """A conversation as the template writes it."""
         messages = [{"role": role, "content": content} for role, content in turns]
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, **{"enable_thinking": self.thinking, **options}
-        )
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=self.thinking, **options)
 
     def _layout(self, roles: tuple[str, ...]) -> Layout:
         """Raises ValueError when the template does not show each text once and as it is, blanks around it apart."""
@@ -129,12 +122,8 @@ class ChatEncoder:
         tokens |= {tag for tag in ("<think>", "</think>") if tag in written}
         if re.search(r"\W", self.header.strip()):
             tokens.add(self.header.strip())
-        return re.compile(
-            "|".join(
-                re.escape(token) for token in sorted(tokens, key=lambda token: (-len(token), token)) if token.strip()
-            )
-            or r"\Z."
-        )
+        longest_first = sorted(filter(str.strip, tokens), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"\Z.")
 
     def layout(self, turns: Turns) -> Layout | str:
         """Of a conversation; a text says why the template cannot write it. It is asked once an order of roles."""
@@ -151,26 +140,23 @@ class ChatEncoder:
         layout = self.layout(turns)
         if isinstance(layout, str):
             return layout
-        for role, content in turns:
-            texts = [content]
+        for role, text in turns:
+            thought = ""
             if role == "assistant":
-                thought, answer = split_thought(content)
-                texts = [thought, answer]
-                if not answer.strip() or answer.lstrip().startswith("<think>"):
+                thought, text = split_thought(text)
+                if not text.strip() or text.lstrip().startswith("<think>"):
                     return "an answer has no text outside its <think> block"
-                if "<think>" in answer or "</think>" in answer or "<think>" in thought:
+                if "<think>" in text or "</think>" in text or "<think>" in thought:
                     return "an answer has a <think> tag within its text"
-            for text in texts:
-                if found := self.own.search(text):
-                    return f"a turn contains the chat template's own {found[0]!r}"
+            if found := self.own.search(thought) or self.own.search(text):
+                return f"a turn contains the chat template's own {found[0]!r}"
         return None
 
     def answer(self, content: str) -> str:
         """An answer as it is trained on, after what the generation prompt supplies."""
         thought, answer = split_thought(content)
+        thought = thought if self.thinking else ""
         before, after = self.block
-        if not self.thinking:
-            thought = ""
         if self.supplied.count("<think>") > self.supplied.count("</think>"):  # the prompt ends within a thought
             return thought + after + answer.lstrip()
         if thought:
@@ -185,9 +171,9 @@ class ChatEncoder:
         layout = self.layout(turns)
         if isinstance(layout, str):
             raise ValueError(layout)
-        text, spans = "", []
+        text, spans, between = "", [], layout.between
         for place, before, after, (left, right) in zip(
-            layout.order, layout.between, layout.between[1:], layout.stripped, strict=False
+            layout.order, between, between[1:], layout.stripped, strict=False
         ):
             role, content = turns[place]
             content = content.lstrip(left).rstrip(right)
@@ -207,10 +193,10 @@ class ChatEncoder:
         first = [] if ids[:1] == self.first else self.first
         if not self.assistant_only:
             return {"input_ids": first + ids, "labels": first + ids}
-        labels = [-100] * len(ids)
-        for place, (begin, last) in enumerate(encoded["offset_mapping"]):
-            if any(start <= begin < last <= end for start, end in spans):
-                labels[place] = ids[place]
+        labels = [
+            token if any(start <= begin < last <= end for start, end in spans) else -100
+            for token, (begin, last) in zip(ids, encoded["offset_mapping"], strict=True)
+        ]
         return {"input_ids": first + ids, "labels": [-100] * len(first) + labels}
 
     def marked(self, row: dict, max_length: int) -> str:

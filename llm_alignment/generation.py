@@ -8,9 +8,8 @@ import dataclasses
 import functools
 import itertools
 import logging
-import operator
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -59,13 +58,9 @@ class Answer(NamedTuple):
 
 
 def generate(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: list[list[dict]],
-    decoding: Decoding,
-    *,
-    description: str = "",
-) -> Iterator[Answer]:
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]],
+    decoding: Decoding, *, description: str = "",
+) -> Iterator[Answer]:  # fmt: skip
     """Answers conversations of {role, content} turns that end with the user's; yields each answer when it is ready.
 
     Temperature 0 is greedy and in float32 does not depend on the batch size; above 0, sampling is seeded. The settings
@@ -80,10 +75,8 @@ def generate(
     device, context = model.device, model.config.get_text_config().max_position_embeddings
     max_new_tokens = min(decoding.max_new_tokens, context // 2)
     if max_new_tokens < decoding.max_new_tokens:
-        log.warning(
-            "answers get %d new tokens, not %d: half of the model's context; lower the limit",
-            max_new_tokens, decoding.max_new_tokens,
-        )  # fmt: skip
+        why = "half of the model's context; lower the limit"
+        log.warning("answers get %d new tokens, not %d: %s", max_new_tokens, decoding.max_new_tokens, why)
     style = PromptStyle(thinking=decoding.thinking)
     prompts = [encode(render(turns, tokenizer, style), tokenizer) for turns in conversations]
     cut = sum(len(prompt) > context - max_new_tokens for prompt in prompts)
@@ -99,28 +92,28 @@ def generate(
         return answers(model, batch_prompts, settings, max_new_tokens)
 
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    progress = tqdm(
-        total=len(prompts), desc=description, unit="answer", leave=False,
-        disable=not (description and main_process()),
-    )  # fmt: skip
+    is_shown = bool(description) and main_process()
+    progress = tqdm(total=len(prompts), desc=description, unit="answer", leave=False, disable=not is_shown)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), progress, evaluating(model):
-        is_continuous = decoding.backend == "auto" and can_run_continuously(
-            model, [prompts[index] for index in order[:3]], settings
-        )
+        shortest = [prompts[index] for index in order[:3]]
+        is_continuous = decoding.backend == "auto" and can_run_continuously(model, shortest, settings)
         size = len(order) if is_continuous else decoding.batch_size
         size = size or free_batch_size(model, len(prompts[order[-1]]) + max_new_tokens)
         for index, tokens in halved_when_full(order, size, answer_batch):
-            end = next((n for n, token in enumerate(tokens) if token in settings.eos_token_id), None)
             progress.update()
-            text = text_of(tokens[:end], tokenizer, prompts[index])
-            yield Answer(index, text, len(tokens[:end]), end is not None, size)
+            yield Answer(index, *read_answer(tokens, settings, tokenizer, prompts[index]), size)
 
 
-def text_of(tokens: list[int], tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
-    """The text of the new tokens after the tokens of a prompt; special tokens are shown as nothing.
+def read_answer(
+    tokens: list[int], settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase, prompt: list[int]
+) -> tuple[str, int, bool]:
+    """Of the new tokens after a prompt: their text, how many there are before an end token, whether there is one.
 
-    The tags of thinking must be seen to be removed by `strip_thinking`, also one that the template has opened.
+    Special tokens are shown as nothing; but the tags of thinking must be seen to be removed by `strip_thinking`, also
+    one that the template has opened.
     """
+    end = next((place for place, token in enumerate(tokens) if token in settings.eos_token_id), None)
+    tokens = tokens[:end]
     hidden = {
         number
         for number, token in tokenizer.added_tokens_decoder.items()
@@ -128,7 +121,7 @@ def text_of(tokens: list[int], tokenizer: PreTrainedTokenizerBase, prompt: list[
     }
     text = tokenizer.decode([token for token in tokens if token not in hidden]).strip()
     is_open = tokenizer.decode(prompt[-16:]).rstrip().endswith("<think>")
-    return f"<think>{text}" if is_open else text
+    return f"<think>{text}" if is_open else text, len(tokens), end is not None
 
 
 def generation_config(
@@ -140,19 +133,14 @@ def generation_config(
     """
     own_end = tokenizer.convert_tokens_to_ids(str(tokenizer.init_kwargs.get("eos_token")))
     eos = sorted({own_end, tokenizer.eos_token_id} - {None, tokenizer.unk_token_id})
-    is_sampled = decoding.temperature > 0
+    sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
     return GenerationConfig(
-        do_sample=is_sampled,
-        temperature=decoding.temperature or 1.0,
-        top_p=decoding.top_p if is_sampled else 1.0,
-        top_k=0 if is_sampled else 50,  # 50 is transformers' "not set": any other value warns when greedy
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        num_beams=1,
+        do_sample=decoding.temperature > 0,
         eos_token_id=eos,
         pad_token_id=eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         use_cache=True,
         return_dict_in_generate=True,
+        **(sampling if decoding.temperature > 0 else {}),
     )
 
 
@@ -169,14 +157,9 @@ def only_these(model: PreTrainedModel | PeftModel, settings: GenerationConfig) -
 
 
 def batched_answers(
-    model: PreTrainedModel | PeftModel,
-    prompts: list[list[int]],
-    settings: GenerationConfig,
-    max_new_tokens: int,
-    *,
-    cache: DynamicCache | None = None,
-    line_break: torch.Tensor | None = None,
-) -> Iterator[tuple[int, list[int]]]:
+    model: PreTrainedModel | PeftModel, prompts: list[list[int]], settings: GenerationConfig, max_new_tokens: int, *,
+    cache: DynamicCache | None = None, line_break: torch.Tensor | None = None,
+) -> Iterator[tuple[int, list[int]]]:  # fmt: skip
     """Generates from left-padded token lists; yields (row, new tokens), the end token included, as rows end.
 
     `model.generate` pauses whenever a quarter of its rows has ended: they leave, and the others continue from their
@@ -205,11 +188,7 @@ def batched_answers(
         settings.max_new_tokens = width + max_new_tokens - ids.shape[1]
         with only_these(model, settings) as alone:
             output = alone.generate(
-                ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                generation_config=settings,
-                stopping_criteria=[pause],
+                ids, attention_mask=mask, past_key_values=cache, generation_config=settings, stopping_criteria=[pause]
             )
         ids, cache = output.sequences, output.past_key_values
         if ids.shape[1] == width + max_new_tokens:
@@ -234,14 +213,9 @@ def line_break_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> to
 
 
 def generate_grouped(
-    model: PreTrainedModel | PeftModel,
-    groups: list[list[list[int]]],
-    settings: GenerationConfig,
-    max_new_tokens: int,
-    line_break: torch.Tensor | None = None,
-    *,
-    share_prefix: bool = True,
-) -> list[list[list[int]]]:
+    model: PreTrainedModel | PeftModel, groups: list[list[list[int]]], settings: GenerationConfig, max_new_tokens: int,
+    line_break: torch.Tensor | None = None, *, share_prefix: bool = True,
+) -> list[list[list[int]]]:  # fmt: skip
     """The new tokens, the end token included, of every token list of every group, generated in one batch.
 
     What the lists of a group begin with in common is read once (unless not `share_prefix`). With `line_break` (see
@@ -251,18 +225,18 @@ def generate_grouped(
     cache = None
     if share_prefix:
         rows = [row for group in groups for row in read_group(model, group, settings.pad_token_id)]
-        cache = stack_left_padded(rows)
+        cache = DynamicCache([
+            [stack_left_padded(states) for states in zip(*layer, strict=True)] for layer in zip(*rows, strict=True)
+        ])
     by_row = dict(batched_answers(model, prompts, settings, max_new_tokens, cache=cache, line_break=line_break))
     answers = (by_row[row] for row in range(len(prompts)))
     return [list(itertools.islice(answers, len(group))) for group in groups]
 
 
-def shared_length(prompts: list[list[int]]) -> int:
-    """How many tokens the prompts begin with in common; one less than the shortest prompt has at most.
-
-    The last token of a prompt is never read ahead: `model.generate` needs a token of each.
-    """
-    return min(common_length(prompts), min(map(len, prompts)) - 1)
+def stack_left_padded(states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of (heads, tokens, head size) of every row: (rows, heads, tokens, head size), padded on the left."""
+    width = max(state.shape[1] for state in states)
+    return torch.stack([torch.nn.functional.pad(state, (0, 0, width - state.shape[1], 0)) for state in states])
 
 
 # The keys and values of one prompt without its last token, by layer: two tensors (heads, tokens, head size) each.
@@ -272,10 +246,8 @@ RESTS_AT_ONCE = 4  # the lengths differ much, by the passages, so larger batches
 
 
 def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad_token_id: int) -> list[CachedPrompt]:
-    """Reads prompts of two tokens or more: their common beginning once, then the rests in small batches.
-
-    A rest is padded on the right, where causal attention needs no mask.
-    """
+    """Reads prompts of two tokens or more without their last one, of which `model.generate` needs one: their common
+    beginning once, then the rests in small batches, padded on the right, where causal attention needs no mask."""
 
     def read(tokens: list[list[int]], cache: DynamicCache) -> None:
         ids = torch.tensor(tokens, dtype=torch.long, device=model.device)
@@ -283,7 +255,7 @@ def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad
             with torch.no_grad():
                 inner_model(model)(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    shared = shared_length(prompts)
+    shared = common_length([prompt[:-1] for prompt in prompts])
     prefix = DynamicCache()
     read([prompts[0][:shared]], prefix)
     rows: dict[int, CachedPrompt] = {}
@@ -300,19 +272,6 @@ def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad
             end = len(prompts[index]) - 1
             rows[index] = [(layer.keys[place, :, :end], layer.values[place, :, :end]) for layer in cache.layers]
     return [rows[index] for index in range(len(prompts))]
-
-
-def stack_left_padded(rows: list[CachedPrompt]) -> DynamicCache:
-    """One cache of all rows, padded on the left to the longest; by layer two (rows, heads, tokens, head size)."""
-    width = max(row[0][0].shape[1] for row in rows)
-
-    def stacked(states: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([torch.nn.functional.pad(state, (0, 0, width - state.shape[1], 0)) for state in states])
-
-    return DynamicCache([
-        (stacked([row[layer][0] for row in rows]), stacked([row[layer][1] for row in rows]))
-        for layer in range(len(rows[0]))
-    ])
 
 
 def continuous_answers(
@@ -333,22 +292,16 @@ def can_run_continuously(
 ) -> bool:
     """Whether continuous batching can be trusted: on CUDA, with a 4-bit base after a check on a few prompts.
 
-    Others have seen garbage with 4-bit weights there, so it must give the first 32 tokens that `batched_answers`
-    gives.
+    Others have seen garbage with 4-bit weights there: it must give the first 32 tokens that `batched_answers` gives.
     """
-
-    def agrees() -> bool:
-        settings_greedy = copy.copy(settings)
-        settings_greedy.do_sample = False
-        ways = (dict(way(model, prompts, settings_greedy, 32)) for way in (batched_answers, continuous_answers))
-        return operator.eq(*ways)
-
     if model.device.type != "cuda" or not getattr(model, "is_loaded_in_4bit", False):
         return model.device.type == "cuda"
-    is_same = agrees()
-    if not is_same:
+    greedy = copy.copy(settings)
+    greedy.do_sample = False
+    simple, continuous = (dict(way(model, prompts, greedy, 32)) for way in (batched_answers, continuous_answers))
+    if simple != continuous:
         log.warning("continuous batching gives other answers with this 4-bit base: answering in simple batches")
-    return is_same
+    return simple == continuous
 
 
 # Rows answered together when nobody says how many. On CPU more rows save no time, they only pad each other.
@@ -367,9 +320,8 @@ def free_batch_size(model: PreTrainedModel | PeftModel, tokens: int) -> int:
     config = model.config.get_text_config()
     heads, head_size = get_head_shapes(config)
     row = 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize * tokens + 12 * config.vocab_size
-    rows = max(
-        1, min(most, int(free_memory()[0] / 2 / row))
-    )  # half stays free for activations and for copying the cache
+    spare = free_memory()[0] / 2  # half stays free for activations and for copying the cache
+    rows = max(1, min(most, int(spare / row)))
     size = 1 << (rows.bit_length() - 1)
     log.info("batches of %d rows of up to %d tokens, by free memory", size, tokens)
     return size

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from llm_alignment.prefixes import common_length
 from llm_alignment.texts import WITHIN_WORDS, WORD, fold, normalise_text
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ class LeakFinder:
         for place, group in itertools.chain(*(enumerate(in_a_row(words, size)) for size in self.keys)):
             for number, its_place in self.anchors.get(group, ()):
                 known, need, kind = self.known[number]
-                before = equal_words(reversed(words[:place]), reversed(known[:its_place]))
-                if before + equal_words(words[place:], known[its_place:]) >= need:
+                before = common_length([words[:place][::-1], known[:its_place][::-1]])
+                if before + common_length([words[place:], known[its_place:]]) >= need:
                     return kind
         return None
 
@@ -109,11 +110,6 @@ class LeakFinder:
 def in_a_row(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
     """Every `size` words in a row."""
     return zip(*(words[start:] for start in range(size)), strict=False)
-
-
-def equal_words(some: Iterable[str], others: Iterable[str]) -> int:
-    """How many words are equal from the beginning on."""
-    return sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(some, others, strict=False)))
 
 
 def word_keys(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -184,24 +180,20 @@ def asked_passages(questions: list[dict]) -> list[str]:
     texts = []
     for question in questions:
         references = question.get("reference", [])
-        references = references if isinstance(references, list) else [references]
-        texts += [*question["turns"], *(text for text in references if isinstance(text, str))]
-    return texts
+        texts += [*question["turns"], *(references if isinstance(references, list) else [references])]
+    return [text for text in texts if isinstance(text, str)]
 
 
-def report_leaks(source: str, leaks: list[str | None], counts: dict[str, int]) -> None:
-    """Counts the kinds that were found, one for each item or None, in `counts` and in a line of the log."""
-    kinds = Counter(leak for leak in leaks if leak)
-    counts[f"{source}_leaks"] = kinds.total()
+def have_leaks(items: Iterable[dict], finder: LeakFinder, source: str, counts: dict[str, int]) -> list[bool]:
+    """Which items contain a text of an evaluation; they are counted in `counts` and reported by kind."""
+    leaks = list(finder.find_all(map(item_texts, items)))
+    kinds = Counter(filter(None, leaks))
+    found = counts[f"{source}_leaks"] = kinds.total()
     named = "".join(f", {count} {kind}s" for kind, count in sorted(kinds.items()))
-    log.info(
-        "%s: %d of %d left out because they contain an evaluation question%s",
-        source, kinds.total(), len(leaks), named,
-    )  # fmt: skip
+    log.info("%s: %d of %d left out: they contain an evaluation question%s", source, found, len(leaks), named)
+    return [leak is not None for leak in leaks]
 
 
 def without_leaks(items: list[dict], finder: LeakFinder, source: str, counts: dict[str, int]) -> list[dict]:
-    """The items that contain no text of an evaluation; the others are counted in `counts` and reported by kind."""
-    leaks = list(finder.find_all(map(item_texts, items)))
-    report_leaks(source, leaks, counts)
-    return [item for item, leak in zip(items, leaks, strict=True) if not leak]
+    """The items that contain no text of an evaluation, see `have_leaks`."""
+    return [item for item, leaks in zip(items, have_leaks(items, finder, source, counts), strict=True) if not leaks]

@@ -43,10 +43,9 @@ def render(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, style: 
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if style.system:
         turns = [{"role": "system", "content": style.system}, *turns]
+    how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": style.thinking}
     try:
-        return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, enable_thinking=style.thinking
-        )
+        return tokenizer.apply_chat_template(turns, **how)
     except TemplateError as error:
         if style.system:
             raise InputError(f"--system_prompt: the chat template refuses it ({error}); leave it out") from error
@@ -73,7 +72,7 @@ def pair_tokens(row: dict, tokenizer: PreTrainedTokenizerBase) -> dict[str, list
     chosen, rejected = (
         encode(row["prompt"] + row[side].removesuffix(end) + end, tokenizer) for side in ("chosen", "rejected")
     )
-    start = min(common_length([prompt, answer]) for answer in (chosen, rejected))
+    start = common_length([prompt, chosen, rejected])
     return {"prompt_ids": prompt[:start], "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
 
 
@@ -101,8 +100,8 @@ def fit_prompt(
                 return FittedPrompt(text, tokens, is_cut=first > 0)
         chat = dataclasses.replace(style, use_chat_template=True)
         return fit_prompt(prompt[-1]["content"], tokenizer, chat, mark)._replace(is_cut=True)
-    head, found, question = prompt.rpartition(mark) if mark else ("", "", "")
-    kept, tail = (head, found + question) if found else (prompt, "")
+    place = prompt.rfind(mark) if mark else -1
+    kept, tail = (prompt[:place], prompt[place:]) if place >= 0 else (prompt, "")
     while True:
         text = render(kept + tail, tokenizer, style)
         tokens = encode(text, tokenizer)
@@ -110,11 +109,9 @@ def fit_prompt(
         if excess <= 0:
             return FittedPrompt(text, tokens, is_cut=kept + tail != prompt)
         if not kept:
-            raise InputError(
-                f"--max_prompt_length {style.max_prompt_length} is {excess} tokens short of the question "
-                f"{tail.strip()[:60]!r} alone; raise it"
-            )
-        kept = without_tokens(kept, excess, tokenizer, at_end=bool(found))
+            short = f"{excess} tokens short of the question {tail.strip()[:60]!r} alone"
+            raise InputError(f"--max_prompt_length {style.max_prompt_length} is {short}; raise it")
+        kept = without_tokens(kept, excess, tokenizer, at_end=place >= 0)
 
 
 def without_tokens(text: str, count: int, tokenizer: PreTrainedTokenizerBase, *, at_end: bool) -> str:

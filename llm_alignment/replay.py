@@ -13,7 +13,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm_alignment.conversations import read_conversation
 from llm_alignment.evaluation import Evaluation, read_items
@@ -21,11 +21,12 @@ from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.health import ends_in_a_loop
 from llm_alignment.hub import open_dataset
 from llm_alignment.leaks import LeakFinder
-from llm_alignment.prompts import strip_thinking
 from llm_alignment.results import baseline_cache
+from llm_alignment.scores import answer_questions
 from llm_alignment.texts import normalise_text
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llm_alignment.encoder import ChatEncoder
@@ -40,7 +41,7 @@ AT_ONCE = 32
 
 @dataclasses.dataclass(frozen=True)
 class ReplaySettings:
-    """The flags of that name."""
+    """The flags of these names."""
 
     replay_ratio: float  # share of the training rows
     replay: str  # "self", or a file of rows
@@ -66,9 +67,8 @@ def given_dialogues(file: str, encoder: ChatEncoder, finder: LeakFinder) -> list
         else:
             found.append([{"role": role, "content": text} for role, text in turns])
     if not found:
-        raise InputError(
-            f"--replay {file}: no usable row ({'; '.join(skipped.places) or 'it is empty'}); name another"
-        )
+        why = "; ".join(skipped.places) or "it is empty"
+        raise InputError(f"--replay {file}: no usable row ({why}); name another")
     skipped.report("rows of --replay")
     return found
 
@@ -83,7 +83,6 @@ def own_dialogues(
     end within 512 tokens, loops, repeats another question or holds an evaluation's is dropped. Every try is kept in
     `folder`/replay.jsonl and in the cache by base and seed: a restart continues, and another run tries nothing again.
     """
-    tokenizer = encoder.tokenizer
     kept: dict[str, list[dict]] = {}
     what = {"replay": {"seed": settings.seed, "tokens": TOKENS}}
     cache = None if settings.no_baseline_cache else baseline_cache({**fingerprint, **what})
@@ -94,19 +93,18 @@ def own_dialogues(
             name="replay", items=items, read=functools.partial(write_dialogues, settings=settings), settings=what,
             rows_at_once=lambda model: AT_ONCE,
         )  # fmt: skip
-        rows = read_items(
-            evaluation, lambda: model, tokenizer, folder / "replay.jsonl", fingerprint=fingerprint, cache=cache
-        )
         tried += len(items)
-        for row in rows:
+        for row in read_items(
+            evaluation, lambda: model, encoder.tokenizer, folder / "replay.jsonl", fingerprint=fingerprint, cache=cache
+        ):
             turns = [("user", row["question"]), ("assistant", row["answer"])]
             is_whole = row["finished"] and all(text.strip() for _, text in turns) and not ends_in_a_loop(row["answer"])
             if is_whole and not (encoder.refusal(turns) or finder.find(row["question"], row["answer"])):
                 kept.setdefault(normalise_text(row["question"]), [{"role": r, "content": text} for r, text in turns])
     if not kept:
         raise InputError(
-            f"--replay self: none of {tried} dialogues that the base wrote can be used (they do not end, loop, repeat "
-            "or hold an evaluation's question); give rows by --replay FILE"
+            f"--replay self: none of {tried} dialogues that the base wrote can be used (they do not end, loop or hold "
+            "an evaluation's question); give rows by --replay FILE"
         )
     log.info("replay: %d of %d dialogues that the base wrote can be used", len(kept), tried)
     return list(kept.values())[:wanted]
@@ -118,7 +116,7 @@ def write_dialogues(
     """Yields {"question_id", "question", "answer", "finished"} of each try; an unfinished question has no answer."""
     import torch
 
-    from llm_alignment.generation import Decoding, batched_answers, generate, generation_config, text_of
+    from llm_alignment.generation import Decoding, batched_answers, generation_config, read_answer
 
     opening = tokenizer.apply_chat_template([{"role": "user", "content": "QUESTION"}], tokenize=False)
     prompt = tokenizer(opening.partition("QUESTION")[0], add_special_tokens=False)["input_ids"]
@@ -126,24 +124,29 @@ def write_dialogues(
     torch.manual_seed(settings.seed ^ zlib.crc32(str(items[0]["question_id"]).encode()))
     questions = {}
     for place, tokens in batched_answers(model, [prompt] * len(items), sampling, TOKENS):
-        end = next((n for n, token in enumerate(tokens) if token in sampling.eos_token_id), None)
-        if end is not None:
-            questions[place] = text_of(tokens[:end], tokenizer, prompt)
-    asked = [place for place in sorted(questions) if questions[place]]
-    chats = [[{"role": "user", "content": questions[place]}] for place in asked]
+        text, _, finished = read_answer(tokens, sampling, tokenizer, prompt)
+        questions[place] = text if finished else ""
+    asked = [{"place": place, "turns": [text]} for place, text in sorted(questions.items()) if text]
     decoding = Decoding(TOKENS, batch_size=settings.eval_batch_size)
-    answers = {asked[answer.index]: answer for answer in generate(model, tokenizer, chats, decoding)}
+    rows = answer_questions(model, tokenizer, asked, decoding=decoding) if asked else []
+    answers = {row["place"]: {"answer": row["answers"][0], "finished": row["finished"][0]} for row in rows}
     for place, item in enumerate(items):
-        answer = answers.get(place)
-        text, finished = (strip_thinking(answer.text), answer.finished) if answer else ("", False)
-        yield {**item, "question": questions.get(place, ""), "answer": text, "finished": finished}
+        yield {**item, "question": questions[place], **answers.get(place, {"answer": "", "finished": False})}
 
 
-def with_replay(rows: Any, dialogues: list[list[dict]], wanted: int) -> Any:
-    """`rows` of "messages" and "length" (a `datasets.Dataset`) with `wanted` dialogues, taken in turn, and a column
-    "replay" that tells them apart."""
+def replay_rows(
+    rows: datasets.Dataset, settings: ReplaySettings, encoder: ChatEncoder, finder: LeakFinder,
+    write: Callable[[int], list[list[dict]]],
+) -> datasets.Dataset:  # fmt: skip
+    """The training rows ("messages", "length") with their replay rows, and a column "replay" that tells them apart.
+
+    Dialogues are taken in turn; `write(wanted)` gives those of --replay self.
+    """
     import datasets
 
+    wanted = settings.wanted(len(rows))
+    own = settings.replay == "self"
+    dialogues = write(min(wanted, MOST)) if own else given_dialogues(settings.replay, encoder, finder)
     taken = [dialogues[number % len(dialogues)] for number in range(wanted)]
     lengths = [sum(len(message["content"]) for message in messages) for messages in taken]
     added = datasets.Dataset.from_dict({"messages": taken, "length": lengths}, features=rows.features)
@@ -151,14 +154,3 @@ def with_replay(rows: Any, dialogues: list[list[dict]], wanted: int) -> Any:
              wanted, wanted + len(rows), min(wanted, len(dialogues)), taken[0])  # fmt: skip
     both = datasets.concatenate_datasets([rows, added])
     return both.add_column("replay", [False] * len(rows) + [True] * wanted)
-
-
-def replay_rows(
-    rows: Any, settings: ReplaySettings, encoder: ChatEncoder, finder: LeakFinder,
-    write: Callable[[int], list[list[dict]]],
-) -> Any:  # fmt: skip
-    """The training rows with their replay rows; `write(wanted)` gives the dialogues of --replay self."""
-    wanted = settings.wanted(len(rows))
-    own = settings.replay == "self"
-    dialogues = write(min(wanted, MOST)) if own else given_dialogues(settings.replay, encoder, finder)
-    return with_replay(rows, dialogues, wanted)

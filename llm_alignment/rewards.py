@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from llm_alignment import prompts
 from llm_alignment.devices import tf32
 from llm_alignment.files import InputError
 from llm_alignment.hub import commit_of
 from llm_alignment.model_files import check_files, fetch_model, files_sha256
 from llm_alignment.processes import device_and_dtype, halved_when_full, main_process
-from llm_alignment.prompts import without_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -29,13 +28,9 @@ class RewardModel:
     """
 
     def __init__(
-        self,
-        name: str,
-        *,
-        device: torch.device | str | None = None,
-        batch_size: int = 0,
+        self, name: str, *, device: torch.device | str | None = None, batch_size: int = 0,
         trust_remote_code: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         import torch
         from transformers import AutoModelForSequenceClassification
 
@@ -48,14 +43,10 @@ class RewardModel:
         self.tokenizer = read_tokenizer(folder, what, trust_remote_code=trust_remote_code)
         end_of_turn(self.tokenizer, what)  # a template that fails is told here, not after the first answers
         self.model = from_pretrained(
-            AutoModelForSequenceClassification,
-            folder,
-            what,
-            advice="name a chat sequence classifier with one label",
-            dtype=torch.float32,
-            device_map="meta" if self.device.type == "meta" else "cpu",
-            trust_remote_code=trust_remote_code,
-        )
+            AutoModelForSequenceClassification, folder, what,
+            advice="name a chat sequence classifier with one label", dtype=torch.float32,
+            device_map="meta" if self.device.type == "meta" else "cpu", trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         if self.model.config.num_labels != 1:
             raise InputError(f"{what}: {self.model.config.num_labels} labels; name a classifier with one label")
         check_vocabulary(self.tokenizer, self.model, what)
@@ -64,13 +55,7 @@ class RewardModel:
         config = self.model.config.get_text_config()
         self.max_length = min(config.max_position_embeddings, self.tokenizer.model_max_length)
         self.default_system = default_system_turn(self.tokenizer)
-        # What the tokenizer appends, an end of text, is left out: the reward is read where the conversation ends.
-        self.begins_with_bos = self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
-        self.fingerprint = {
-            "name": name,
-            "weights": commit_of(folder) or files_sha256(folder),
-            "dtype": "float32",
-        }
+        self.fingerprint = {"name": name, "weights": commit_of(folder) or files_sha256(folder), "dtype": "float32"}
 
     def score(self, conversations: list[list[dict]]) -> list[float]:
         """Raw rewards. A long conversation loses the beginning of its oldest turns, never any of its answer."""
@@ -85,39 +70,29 @@ class RewardModel:
 
         def score_batch(batch: list[int]) -> Iterator[tuple[int, float]]:
             width = max(len(inputs[index]) for index in batch)
-            ids = [inputs[index] + [pad] * (width - len(inputs[index])) for index in batch]
-            mask = [[1] * len(inputs[index]) + [0] * (width - len(inputs[index])) for index in batch]
-            tensors = torch.tensor([ids, mask], device=self.model.device)
-            logits = self.model(input_ids=tensors[0], attention_mask=tensors[1], use_cache=False).logits
+            rows = [inputs[index] + [pad] * (width - len(inputs[index])) for index in batch]
+            ids = torch.tensor(rows, device=self.model.device)
+            logits = self.model(input_ids=ids, attention_mask=(ids != pad).long(), use_cache=False).logits
             return enumerate(logits[:, 0].tolist())
 
         order = sorted(range(len(inputs)), key=lambda index: len(inputs[index]))
-        with torch.no_grad(), tf32(False), self.on_device():
-            rewards = dict(halved_when_full(order, self.batch_size, score_batch))
-        if not all(map(math.isfinite, rewards.values())):
-            raise InputError(f"--reward_model {self.fingerprint['name']}: a reward is not finite; name another model")
-        return [rewards[index] for index in range(len(inputs))]
-
-    @contextlib.contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Inside, the weights are on the device that scores; then in host memory again, and the device's is free."""
-        import torch
-
         try:
             self.model.to(self.device)
-            yield
+            with torch.no_grad(), tf32(False):
+                rewards = dict(halved_when_full(order, self.batch_size, score_batch))
         finally:
             self.model.to("cpu")
             torch.cuda.empty_cache()
+        if not all(map(math.isfinite, rewards.values())):
+            raise InputError(f"--reward_model {self.fingerprint['name']}: a reward is not finite; name another model")
+        return [rewards[index] for index in range(len(inputs))]
 
     def encode(self, conversation: list[dict]) -> list[int]:
         """Token ids of a conversation, no longer than the model's context."""
         turns = [dict(turn) for turn in conversation]
         while True:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-            ids = self.tokenizer(text.replace(self.default_system, "", 1), add_special_tokens=False).input_ids
-            if self.begins_with_bos and ids[:1] != [self.tokenizer.bos_token_id]:  # else the template wrote it
-                ids = [self.tokenizer.bos_token_id, *ids]
+            ids = prompts.encode(text.replace(self.default_system, "", 1), self.tokenizer)
             excess = len(ids) - self.max_length
             if excess <= 0:
                 return ids
@@ -127,7 +102,7 @@ class RewardModel:
                     f"an answer of {len(ids)} tokens is longer than the reward model's {self.max_length}; "
                     "lower --mtbench_max_tokens or name another --reward_model"
                 )
-            oldest["content"] = without_tokens(oldest["content"], excess, self.tokenizer, at_end=False)
+            oldest["content"] = prompts.without_tokens(oldest["content"], excess, self.tokenizer, at_end=False)
 
 
 def load_reward_model(
@@ -163,10 +138,5 @@ def to_score(reward: float) -> float:
 
 def to_logged_scale(reward: float) -> float:
     """A raw reward on the 1-10 scale of the published tables. Not monotone: 1.00 gives 10, 1.01 gives 2.82."""
-    if reward < 0:
-        share = (reward + 5) / 10
-    elif reward <= 1:
-        share = reward
-    else:
-        share = reward / 5
+    share = (reward + 5) / 10 if reward < 0 else reward if reward <= 1 else reward / 5
     return min(10.0, max(1.0, 1 + 9 * share))

@@ -349,8 +349,8 @@ def answer_questions(
         model, prompts, settings, decoding.max_new_tokens, line_break, share_prefix=not cache_problem(model)
     )
     for question, answer in zip(items, itertools.chain(*answers), strict=True):
-        until_end = itertools.takewhile(lambda token: token not in settings.eos_token_id, answer)
-        text = strip_thinking(generation.text_of([*until_end], tokenizer, question["tokens"]))
+        text, *_ = generation.read_answer(answer, settings, tokenizer, question["tokens"])
+        text = strip_thinking(text)
         em, f1 = tatqa_em_f1(question, *tatqa_parse(text))
         row = {key: question[key] for key in ("question_id", "context", "question", "answer_type", "scale")}
         row |= {"gold": question["answer"], "answer": text, "em_like": tatqa_em_like(question, text)}

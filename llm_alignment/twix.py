@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import tempfile
@@ -20,40 +19,23 @@ from llm_alignment.conversations import COLUMNS, SHAPES, Turns, read_conversatio
 from llm_alignment.encoder import ChatEncoder, split_thought
 from llm_alignment.files import InputError, SkippedRows, digest
 from llm_alignment.hub import open_dataset
-from llm_alignment.leaks import LeakFinder, item_texts, report_leaks
+from llm_alignment.leaks import LeakFinder, have_leaks
 from llm_alignment.messages import unread_fields
 from llm_alignment.texts import normalise_text
 
 if TYPE_CHECKING:
     import datasets
     import numpy as np
-    import pyarrow
 
 log = logging.getLogger("llm_alignment")
 
 SIDES = ("train", "validation")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One row
-
-
-def subset_of(row: dict) -> str:
-    """The row's subset; absent or null counts as general. Raises ValueError when it is not text."""
-    subset = "general" if row.get("subset") is None else row["subset"]
-    if not isinstance(subset, str):
-        raise ValueError("the subset is not text")
-    return subset
-
-
 def prompt_of(turns: Turns) -> Turns:
     """The turns up to the first answer to a user; all turns when no user is answered."""
-    asked = False
-    for number, (role, _) in enumerate(turns):
-        if role == "assistant" and asked:
-            return turns[:number]
-        asked = asked or role == "user"
-    return turns
+    roles = [role for role, _ in turns]
+    return turns[: roles.index("assistant", roles.index("user"))] if "user" in roles else turns
 
 
 to_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: it is asked twice a row
@@ -66,10 +48,6 @@ def unit_hash(*parts: object) -> float:
     return int.from_bytes(digest.digest(), "big") / 2**64
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which rows
-
-
 @dataclass(frozen=True)
 class RowChoice:
     """Which rows of a data set are used; the fields are the flags of these names."""
@@ -79,7 +57,7 @@ class RowChoice:
     sample_ratio: float = 1.0
     sample_seed: int = 42
     mix_reasoning_ratio: float | None = None
-    val_split: float | None = None  # of the prompts; None: by how many there are
+    val_split: float | None = None  # of the prompts; None: a tenth of less than 300, at least 30 of more
     system_prompt: str = ""  # of rows that have none
 
 
@@ -105,103 +83,64 @@ class Selection:
         return np.sort(np.concatenate([numbers for key, numbers in self.numbers.items() if key[1] == side]))
 
 
-@dataclass(frozen=True)
-class RowHashes:
-    """What the rows of one subset are chosen by; as Python objects these would take 8 times the memory."""
-
-    rows: array
-    prompts: array
-    forms: array  # of the prompts in their normal form
-    numbers: array  # of the rows, as in Selection
-
-    @classmethod
-    def none(cls) -> RowHashes:
-        return cls(array("d"), array("d"), array("d"), array("q"))
-
-
-def select_rows(found: dict[str, RowHashes], choice: RowChoice) -> Selection:
-    """The sample, the reasoning mix and the validation split of the rows found of each subset.
+def select_rows(found: dict[str, np.ndarray], choice: RowChoice) -> Selection:
+    """The sample, the reasoning mix and the validation split of the rows found of each subset (see `store_rows`).
 
     A row is drawn when its hash is among the lowest of its subset, and validates when its prompt's hash is among the
     lowest. So a sample of 0.10 is a part of the sample of 0.25, the order of the file does not matter, and a prompt is
-    on one side with all of its answers. Raises InputError when fewer than two prompts are left.
+    on one side with all of its answers and forms. Raises InputError when fewer than two prompts are left.
     """
     import numpy as np
 
-    take = rows_to_take(choice, {subset: len(hashes.rows) for subset, hashes in found.items()})
-    drawn = {}
-    for subset, hashes in found.items():
-        columns = [np.asarray(column) for column in (hashes.rows, hashes.prompts, hashes.numbers, hashes.forms)]
-        order = np.lexsort(columns[2::-1])[: take[subset]]  # by hash, then by the prompt's, then by number
-        drawn[subset] = [column[order] for column in columns]
-    prompts, forms = (np.concatenate([columns[place] for columns in drawn.values()]) for place in (1, 3))
-    lowest = lowest_of_group(prompts, forms)
+    take = rows_to_take(choice, {subset: len(rows) for subset, rows in found.items()})
+    # lexsort: by the last column, the row's hash, then by the prompt's, then by number
+    drawn = {subset: rows[np.lexsort(rows.T[1:])[: take[subset]]] for subset, rows in found.items()}
+    forms, _, prompts, _ = np.concatenate(list(drawn.values())).T
+    forms, form = np.unique(forms, return_inverse=True)
+    lowest = np.ones(len(forms))
+    np.minimum.at(lowest, form, prompts)
     different = np.unique(lowest)
     count = len(different)
     if count < 2:
         mix = "" if choice.mix_reasoning_ratio is None else f" --mix_reasoning_ratio {choice.mix_reasoning_ratio}"
         raise InputError(f"--sample_ratio {choice.sample_ratio}{mix}: {count} prompts left; at least 2 are needed")
-    last_held_out = different[min(max(1, round(held_out_share(choice, count) * count)), count - 1) - 1]
-    ends = np.cumsum([len(columns[0]) for columns in drawn.values()])[:-1]
+    share = choice.val_split
+    if share is None:
+        share = 0.1 if count < 300 else max(30 / count, 0.01)
+        log.info("%.1f %% of the %d prompts are held out for validation; --val_split chooses", 100 * share, count)
+    last_held_out = different[min(max(1, round(share * count)), count - 1) - 1]
+    is_held_out = lowest[form] <= last_held_out
     numbers: dict[tuple[str, str], np.ndarray] = {}
-    for (subset, columns), its_lowest in zip(drawn.items(), np.split(lowest, ends), strict=True):
-        held_out = its_lowest <= last_held_out
-        numbers |= {(subset, "train"): columns[2][~held_out], (subset, "validation"): columns[2][held_out]}
-    return Selection(numbers, data_sha256({subset: columns[:2] for subset, columns in drawn.items()}))
-
-
-def lowest_of_group(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """For each value the lowest of its group; so prompts that differ in their form alone go to one side."""
-    import numpy as np
-
-    _, place = np.unique(groups, return_inverse=True)
-    lowest = np.ones(len(values))
-    np.minimum.at(lowest, place, values)
-    return lowest[place]
-
-
-def held_out_share(choice: RowChoice, prompts: int) -> float:
-    """--val_split; without it a tenth of less than 300 prompts, and at least 30 of more."""
-    if choice.val_split is not None:
-        return choice.val_split
-    share = 0.1 if prompts < 300 else max(30 / prompts, 0.01)
-    log.info("%.1f %% of the %d prompts are held out for validation; --val_split chooses", 100 * share, prompts)
-    return share
-
-
-def data_sha256(hashes: dict[str, list[np.ndarray]]) -> str:
-    """SHA-256 of {subset: [[the row's hash, its prompt's hash], ...]} as JSON, made piece by piece."""
-    digest = hashlib.sha256(b"{")
-    for place, (subset, (rows, prompts)) in enumerate(sorted(hashes.items())):
-        digest.update(f"{', ' if place else ''}{json.dumps(subset)}: [".encode())
-        for number, pair in enumerate(zip(rows, prompts, strict=True)):
-            digest.update(f"{', ' if number else ''}[{float(pair[0])!r}, {float(pair[1])!r}]".encode())
-        digest.update(b"]")
-    digest.update(b"}")
-    return digest.hexdigest()
+    sha256 = hashlib.sha256(b"{")  # of {subset: [[the row's hash, its prompt's hash], ...]} as JSON, piece by piece
+    for place, (subset, rows) in enumerate(drawn.items()):
+        held_out, is_held_out = np.split(is_held_out, [len(rows)])
+        its_numbers = rows[:, 1].astype(np.int64)
+        numbers |= {(subset, "train"): its_numbers[~held_out], (subset, "validation"): its_numbers[held_out]}
+        sha256.update(f"{', ' if place else ''}{json.dumps(subset)}: [".encode())
+        for number, (prompt, row) in enumerate(zip(*rows.T[2:], strict=True)):
+            sha256.update(f"{', ' if number else ''}[{float(row)!r}, {float(prompt)!r}]".encode())
+        sha256.update(b"]")
+    sha256.update(b"}")
+    return Selection(numbers, sha256.hexdigest())
 
 
 def rows_to_take(choice: RowChoice, found: dict[str, int]) -> dict[str, int]:
     """How many rows of each subset --sample_ratio and --mix_reasoning_ratio ask for; says the share reached."""
-    take = {subset: round(choice.sample_ratio * count) for subset, count in found.items()}
-    if choice.mix_reasoning_ratio is not None:
-        total = round(choice.sample_ratio * sum(found.values()))
-        asked = {"reasoning": round(choice.mix_reasoning_ratio * total)}
-        take["reasoning"] = min(asked["reasoning"], found["reasoning"])
-        asked["general"] = total - take["reasoning"]
-        take["general"] = min(asked["general"], found["general"])
-        if take["reasoning"] < asked["reasoning"]:
-            log.warning("too few reasoning rows (%d): general rows fill the rest", found["reasoning"])
-        if take["general"] < asked["general"]:
-            log.warning("too few general rows (%d): fewer reasoning rows are used too", found["general"])
-            take["reasoning"] = round(take["general"] * choice.mix_reasoning_ratio / (1 - choice.mix_reasoning_ratio))
-        reached = take["reasoning"] / max(1, sum(take.values()))
-        log.info("reasoning rows: asked for %.1f %%, reached %.1f %%", 100 * choice.mix_reasoning_ratio, 100 * reached)
-    return take
+    mix = choice.mix_reasoning_ratio
+    if mix is None:
+        return {subset: round(choice.sample_ratio * count) for subset, count in found.items()}
+    total = round(choice.sample_ratio * sum(found.values()))
+    reasoning = min(asked := round(mix * total), found["reasoning"])
+    if reasoning < asked:
+        log.warning("too few reasoning rows (%d): general rows fill the rest", reasoning)
+    general = min(asked := total - reasoning, found["general"])
+    if general < asked:
+        log.warning("too few general rows (%d): fewer reasoning rows are used too", general)
+        reasoning = round(general * mix / (1 - mix))
+    reached = reasoning / max(1, general + reasoning)
+    log.info("reasoning rows: asked for %.1f %%, reached %.1f %%", 100 * mix, 100 * reached)
+    return {"general": general, "reasoning": reasoning}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
 
 ROWS_AT_ONCE = 1000  # as Python objects rows take several times the memory
 LARGE_DATA = 20_000  # rows from which several processes tokenise: each takes 10 s to start
@@ -212,9 +151,9 @@ def load_data(
 ) -> tuple[Selection, Callable[[str], datasets.Dataset]]:
     """Reads the data set once and chooses; `rows("train")` and `rows("validation")` are then the rows of a side.
 
-    They have the columns "messages" and "length", in characters, and lie in files that are removed when the process
-    ends. Rows that `encoder` refuses, and chosen ones in which `finder` finds a text of an evaluation, are left out,
-    counted and named. Raises InputError when no row of the subset can be used.
+    They have the columns "messages" and "length", in characters, and lie in files that go when the process ends. Rows
+    that `encoder` refuses, and chosen ones in which `finder` finds a text of an evaluation, are left out, counted and
+    named. Raises InputError when no row of the subset can be used.
     """
     import datasets
     from datasets.fingerprint import get_temporary_cache_files_directory
@@ -231,7 +170,7 @@ def load_data(
         copy_rows(every, selection.of(side), folder / f"{side}.arrow")
     with contextlib.suppress(PermissionError):  # Windows keeps a file that was mapped; it goes with the folder
         every.unlink()
-    used, usable = sum(selection.counts.values()), sum(len(hashes.rows) for hashes in found.values())
+    used, usable = sum(selection.counts.values()), sum(map(len, found.values()))
     log.info("%d of %d usable rows are used (--sample_ratio %g)", used, usable, choice.sample_ratio)
     return selection, lambda side: datasets.Dataset.from_file(str(folder / f"{side}.arrow"))
 
@@ -241,9 +180,7 @@ def without_questions(selection: Selection, rows: datasets.Dataset, finder: Leak
     import numpy as np
 
     chosen = np.concatenate([selection.of(side) for side in SIDES])
-    kinds = list(finder.find_all(map(item_texts, rows.select(chosen))))
-    report_leaks("rows", kinds, {})
-    leaks = chosen[[kind is not None for kind in kinds]]
+    leaks = chosen[have_leaks(rows.select(chosen), finder, "rows", {})]
     if not len(leaks):
         return selection
     numbers = {key: these[~np.isin(these, leaks)] for key, these in selection.numbers.items()}
@@ -254,28 +191,30 @@ def without_questions(selection: Selection, rows: datasets.Dataset, finder: Leak
     return clean
 
 
-def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> dict[str, RowHashes]:
-    """Reads every row, writes the usable ones of the wanted subsets to an Arrow file, and returns their hashes."""
+def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> dict[str, np.ndarray]:
+    """Writes the usable rows of the wanted subsets to an Arrow file. By subset, (rows, 4) in float64: the hash of the
+    prompt in its normal form, the row's number as in Selection, the hashes of the prompt and of the row."""
+    import numpy as np
     import pyarrow
 
+    message = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.large_string()})
+    schema = pyarrow.schema({"messages": pyarrow.list_(message), "length": pyarrow.int64()})
     wanted = {"general", "reasoning"} if choice.subset == "both" else {choice.subset}
-    found = {subset: RowHashes.none() for subset in sorted(wanted)}
-    waiting: list[Turns] = []
-    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema()) as stream:
+    found = {subset: array("d") for subset in sorted(wanted)}  # as Python objects they would take 8 times the memory
+    waiting: list[dict] = []
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
         for number, (subset, turns, written) in enumerate(usable_rows(choice, wanted, encoder)):
-            hashes, prompt = found[subset], prompt_of(turns)
-            hashes.rows.append(unit_hash(choice.sample_seed, turns))
-            hashes.prompts.append(unit_hash(choice.sample_seed, "prompt", prompt))
-            hashes.forms.append(
-                unit_hash("\0".join(f"{role} {normalise_text(text) or text}" for role, text in prompt))
-            )
-            hashes.numbers.append(number)
-            waiting.append(written)
+            prompt = prompt_of(turns)
+            form = unit_hash("\0".join(f"{role} {normalise_text(text) or text}" for role, text in prompt))
+            drawn_by = [unit_hash(choice.sample_seed, "prompt", prompt), unit_hash(choice.sample_seed, turns)]
+            found[subset].extend([form, number, *drawn_by])
+            messages = [{"role": role, "content": text} for role, text in written]
+            waiting.append({"messages": messages, "length": sum(len(text) for _, text in written)})
             if len(waiting) == ROWS_AT_ONCE:
-                stream.write_batch(record_batch(waiting))
+                stream.write_batch(pyarrow.RecordBatch.from_pylist(waiting, schema))
                 waiting.clear()
-        stream.write_batch(record_batch(waiting))
-    return found
+        stream.write_batch(pyarrow.RecordBatch.from_pylist(waiting, schema))
+    return {subset: np.asarray(hashes).reshape(-1, 4) for subset, hashes in found.items()}
 
 
 def usable_rows(
@@ -287,13 +226,15 @@ def usable_rows(
     skipped, thoughts = SkippedRows(), 0
     for place, row in open_dataset(choice.dataset, "--dataset", skipped):
         try:
-            (kind, turns), subset = read_conversation(row), subset_of(row)
+            kind, turns = read_conversation(row)
+            subset = "general" if row.get("subset") is None else row["subset"]
+            if not isinstance(subset, str):
+                raise ValueError("the subset is not text")
             if subset not in wanted:
                 others[subset] += 1
                 continue
-            written = turns
-            if choice.system_prompt and turns[0][0] != "system":
-                written = [("system", choice.system_prompt), *turns]
+            has_own = not choice.system_prompt or turns[0][0] == "system"
+            written = turns if has_own else [("system", choice.system_prompt), *turns]
             if encoder and (refusal := encoder.refusal(written)):
                 raise ValueError(refusal)
         except ValueError as error:
@@ -311,9 +252,8 @@ def usable_rows(
         seen = f"; it has {dict(others)}" if others else ""
         places = f" ({'; '.join(skipped.places)})" if skipped.places else ""
         shapes = f"; accepted are rows {SHAPES}" if "(columns " in places else ""
-        raise InputError(
-            f"--dataset {choice.dataset}: no usable row of subset {choice.subset}{seen}{places}; choose others{shapes}"
-        )
+        what = f"no usable row of subset {choice.subset}{seen}{places}"
+        raise InputError(f"--dataset {choice.dataset}: {what}; choose others{shapes}")
     log.info("rows read as: %s", counted(kinds))
     if unread:
         log.info("not read: %s", counted(unread))
@@ -327,35 +267,8 @@ def counted(kinds: Counter) -> str:
     return "; ".join(f"{kind} ({count} rows)" for kind, count in sorted(kinds.items()))
 
 
-def schema() -> pyarrow.Schema:
-    """Of the rows on the disk."""
-    import pyarrow
-
-    message = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.large_string()})
-    return pyarrow.schema({"messages": pyarrow.list_(message), "length": pyarrow.int64()})
-
-
-def record_batch(conversations: list[Turns]) -> pyarrow.RecordBatch:
-    """Conversations as they lie on the disk, with their lengths in characters."""
-    import pyarrow
-
-    turns = [turn for conversation in conversations for turn in conversation]
-    message = schema().field("messages").type.value_type
-    messages = pyarrow.StructArray.from_arrays(
-        [pyarrow.array([turn[place] for turn in turns], message.field(place).type) for place in range(2)],
-        fields=list(message),
-    )
-    ends = list(itertools.accumulate(map(len, conversations), initial=0))
-    lengths = [sum(len(content) for _, content in conversation) for conversation in conversations]
-    return pyarrow.record_batch(
-        [pyarrow.ListArray.from_arrays(pyarrow.array(ends, pyarrow.int32()), messages), pyarrow.array(lengths)],
-        schema=schema(),
-    )
-
-
 def copy_rows(source: Path, numbers: np.ndarray, target: Path) -> None:
-    """Copies the rows of these numbers, sorted, to a file of their own, so that no other stays in memory or on the
-    disk."""
+    """Copies the rows of these numbers, sorted, to a file of their own: no other stays in memory or on the disk."""
     import pyarrow
 
     with pyarrow.OSFile(str(source)) as file, pyarrow.OSFile(str(target), "wb") as copy:
@@ -386,13 +299,10 @@ def tokenise(
     tokens = datasets.List(datasets.Value("int32"))
     is_replay = {"replay": datasets.Value("bool")} if "replay" in rows.column_names else {}
     return rows.map(
-        encode,
-        batched=True,
-        remove_columns=rows.column_names,
+        encode, batched=True, remove_columns=rows.column_names,
         features=datasets.Features({"input_ids": tokens, "labels": tokens} | is_replay),
-        num_proc=num_proc if len(rows) > LARGE_DATA else None,
-        desc="tokenising",
-    )
+        num_proc=num_proc if len(rows) > LARGE_DATA else None, desc="tokenising",
+    )  # fmt: skip
 
 
 def with_answers(rows: datasets.Dataset, side: str, longest: int) -> datasets.Dataset:

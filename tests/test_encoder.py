@@ -92,10 +92,7 @@ def test_every_thought_stays_with_thinking_and_goes_without(name, thinking, talk
     text, spans = its.write(turns_of(talk))
     at = 0
     for (_, (thought, answer)), (start, end) in zip(talk, spans, strict=True):
-        shown, end_of_turn = (
-            text[start:end],
-            its._end(its.layouts[tuple(["user", "assistant"] * len(talk))].between[-1]),
-        )
+        shown, end_of_turn = text[start:end], its._end(its.layouts[("user", "assistant") * len(talk)].between[-1])
         stripped = answer.strip() if name in {"llama", "gemma"} else answer
         if not name.startswith("opens"):
             kept = BLOCK.format(thought) if thought and thinking else ""
@@ -126,7 +123,7 @@ def test_assistant_only_trains_on_answers_and_their_end(name, thinking):
         with pytest.raises(InputError, match="--assistant_only_loss"):
             encoder(name, thinking, True)
         return
-    turns = [("user", "да"), ("assistant", "нет"), ("user", "да"), ("assistant", "нет")]
+    turns = [("user", "да"), ("assistant", "нет")] * 2
     shown = ENCODERS[name, thinking].marked(row_of(turns), 999)
     marked = re.findall(r"\[\[(.*?)\]\]", shown, re.DOTALL)
     assert len(marked) == 2 and all(re.fullmatch(r"(\s*</think>\s*)?нет<[^<>]+>", text) for text in marked), shown
@@ -188,12 +185,8 @@ def test_the_real_templates():
     trl = pytest.importorskip("trl")
     for name in ("qwen3", "qwen3_instruct_2507", "qwen2_5", "qwen3_5_think", "llama3", "gemma", "phi3", "gptoss"):
         template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text("utf-8")
-        text, spans = encoder(template, assistant_only=True).write([
-            ("user", "AAA"),
-            ("assistant", "BBB"),
-            ("user", "CCC"),
-            ("assistant", "DDD"),
-        ])
+        turns = turns_of([("AAA", (None, "BBB")), ("CCC", (None, "DDD"))])
+        text, spans = encoder(template, assistant_only=True).write(turns)
         for (start, end), answer in zip(spans, ("BBB", "DDD"), strict=True):
             assert re.fullmatch(r"<[|\w]+>", text[start:end].partition(answer)[2]), name
         assert text.count(BLOCK.format("")) == (2 if name in {"qwen3", "qwen3_5_think"} else 0), name

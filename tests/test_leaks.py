@@ -19,10 +19,8 @@ from llm_alignment.texts import normalise_text
 
 
 def test_leaks_are_found_whatever_their_form():
-    find = LeakFinder({
-        "TAT-QA question": ["What was the total in 2019?"],
-        "evaluation post": ["Help me, please"],
-    }).find
+    asked = {"TAT-QA question": ["What was the total in 2019?"], "evaluation post": ["Help me, please"]}
+    find = LeakFinder(asked).find
     assert find("Read this. WHAT  was the\u00a0total\nin 2019") == "TAT-QA question"
     assert find("Hi", "**help me**, please!") == "evaluation post"
     assert find("What was the total in 2018?") is None and find("") is None and find() is None
@@ -79,8 +77,9 @@ def test_the_fast_search_finds_what_the_slow_one_does(known, items):
             for text in words
         )
 
-    assert [leak is not None for leak in finder.find_all(items)] == list(map(contains, items))
-    assert [finder.find(*item) is not None for item in items] == list(map(contains, items))
+    expected = list(map(contains, items))
+    assert [leak is not None for leak in finder.find_all(items)] == expected
+    assert [finder.find(*item) is not None for item in items] == expected
 
 
 def test_the_benchmark_of_the_search_finds_the_planted_copies():
@@ -132,11 +131,10 @@ def test_nothing_that_is_asked_is_trained_on(tmp_path, logged):
     asked |= {normalise_text(question["turns"][0]) for question in data.questions["reddit"]}
     prompts = {question["turns"][0] for question in data.questions["finance_instruct"]}
     instructions = finance.read_instructions(args.finance_dataset)
-    asked |= {normalise_text(instruction["user"]) for instruction in instructions if instruction["prompt"] in prompts}
+    asked |= {normalise_text(row["user"]) for row in instructions if row["prompt"] in prompts}
     pairs = [pair for items in data.items.values() for pair in items]
-    texts = " | ".join(
-        normalise_text(" ".join(pair.get(key, "") for key in ("prompt", "chosen", "rejected"))) for pair in pairs
-    )
+    sides = ("prompt", "chosen", "rejected")
+    texts = " | ".join(normalise_text(" ".join(pair.get(side, "") for side in sides)) for pair in pairs)
     assert len(pairs) > 100 and len(asked) > 100
     assert not [question for question in asked if f" {question} " in f" {texts} "]
 
@@ -150,8 +148,6 @@ def test_evaluation_questions_keep_what_a_reader_needs(tmp_path):
         best = max(post, key=lambda row: row["comment_normalized_score"])
         assert question["reference"] == best["body"].strip()
         assert (question["title"], question["subreddit"]) == (best["title"], best["subreddit"])
-    references = {
-        instruction["uid"]: instruction["chosen"] for instruction in finance.read_instructions(args.finance_dataset)
-    }
+    references = {row["uid"]: row["chosen"] for row in finance.read_instructions(args.finance_dataset)}
     for question in data.questions["finance_instruct"]:
         assert question["reference"] == references[question["question_id"]] and question["instruction"]

@@ -83,11 +83,9 @@ def test_no_system_turn_and_one_bos(tmp_path, reward_model):
 def test_long_conversations_are_cut_at_the_front_of_the_oldest_turn(tmp_path, tokenizer):
     model = rewards.RewardModel(save_reward_model(tmp_path, tokenizer, max_position_embeddings=64))
     answer = " ".join(WORDS[:8])
+    contents = [" ".join(WORDS * 4), "the Volga and the Neva", "and the Ob", answer]
     turns = [
-        {"role": "user", "content": " ".join(WORDS * 4)},
-        {"role": "assistant", "content": "the Volga and the Neva"},
-        {"role": "user", "content": "and the Ob"},
-        {"role": "assistant", "content": answer},
+        {"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, contents, strict=True)
     ]
     text = tokenizer.decode(model.encode(turns))
     assert len(model.encode(turns)) <= 64

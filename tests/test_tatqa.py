@@ -11,6 +11,7 @@ from toys import context, question, rows_of
 from llm_alignment import exactness, generation, models, tatqa
 from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.generation import Decoding
+from llm_alignment.prefixes import common_length
 from llm_alignment.prompts import PromptStyle
 from llm_alignment.tatqa import PromptContent, tatqa_em_f1, tatqa_em_like, tatqa_parse, tatqa_prompt
 
@@ -326,7 +327,7 @@ def test_groups_of_one_prompt_or_without_a_common_beginning(model, demo_tokenize
         ["Now add 5.", "Now add 5."],
     ]
     groups = [[demo_tokenizer(text)["input_ids"] for text in group] for group in texts]
-    assert [generation.shared_length(group) for group in groups] == [len(groups[0][0]) - 1, 0, len(groups[2][0]) - 1]
+    assert [common_length(group) for group in groups] == [len(groups[0][0]), 0, len(groups[2][0])]
     expected, read_alone = prompt_tokens_read(
         model, lambda: generation.generate_grouped(model, groups, settings, 8, share_prefix=False)
     )

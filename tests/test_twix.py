@@ -79,25 +79,24 @@ def test_the_rows_of_earlier_versions_are_chosen(load):
     assert selection.sha256[:16] == "d46a4e2e5c2e73dd"
 
 
-def test_the_reasoning_share_is_what_was_asked_for(load, logged):
-    selection, _ = load(MANY, sample_ratio=0.25, mix_reasoning_ratio=0.2)
-    subsets = Counter()
+FEW = [chat(f"q{n}", "a", "reasoning") for n in range(90)] + [chat(f"p{n}", "a") for n in range(10)]
+
+
+@pytest.mark.parametrize(
+    "rows, ratio, mix, used, reached",
+    [
+        (MANY, 0.25, 0.2, (120, 30), "20.0"),
+        (MANY, 0.5, 0.4, (240, 60), "20.0"),  # only 60 of the 120 asked for are there
+        (FEW, 1.0, 0.2, (10, 2), "16.7"),  # the share holds, with fewer rows
+        (FEW, 1.0, 0.95, (10, 90), "90.0"),
+    ],
+)
+def test_the_reasoning_share_is_what_was_asked_for_or_is_said(load, logged, rows, ratio, mix, used, reached):
+    selection, _ = load(rows, sample_ratio=ratio, mix_reasoning_ratio=mix)
+    counts = Counter()
     for (subset, _), count in selection.counts.items():
-        subsets[subset] += count
-    assert subsets == {"reasoning": 30, "general": 120}
-    selection, _ = load(MANY, sample_ratio=0.5, mix_reasoning_ratio=0.4)  # only 60 of the 120 asked for are there
-    assert "reached 20.0 %" in logged.text and sum(selection.counts.values()) == 300
-
-
-@pytest.mark.parametrize("mix, used, reached", [(0.2, (10, 2), "16.7"), (0.95, (10, 90), "90.0")])
-def test_too_few_rows_of_a_subset_are_said(load, logged, mix, used, reached):
-    rows = [chat(f"q{n}", "a", "reasoning") for n in range(90)] + [chat(f"p{n}", "a") for n in range(10)]
-    selection, _ = load(rows, mix_reasoning_ratio=mix)  # the share holds, with fewer rows
-    counts = [
-        sum(count for (its, _), count in selection.counts.items() if its == subset)
-        for subset in ("general", "reasoning")
-    ]
-    assert tuple(counts) == used and f"reached {reached} %" in logged.text
+        counts[subset] += count
+    assert (counts["general"], counts["reasoning"]) == used and f"reached {reached} %" in logged.text
 
 
 BAD_ROWS = [
@@ -135,11 +134,11 @@ def test_prompts_in_another_form_are_on_one_side(prompt, load):
     forms += [prompt.upper(), prompt.lower(), f"  {prompt}!", prompt.replace(" ", "\n"), prompt.replace(" ", "\u00a0")]
     rows = [chat(f"{form} {n}", f"a{n}") for n in range(40) for form in forms]
     _, examples = load(rows, val_split=0.3)
-    sides = {
-        side: {json.loads(text)[0]["content"].split()[-1].strip("!") for text in texts(examples, side)}
+    train, validation = (
+        {messages[0]["content"].split()[-1].strip("!") for messages in examples(side)["messages"]}
         for side in twix.SIDES
-    }
-    assert not sides["train"] & sides["validation"] and len(sides["validation"]) == 12
+    )
+    assert not train & validation and len(validation) == 12
 
 
 def test_a_system_prompt_joins_rows_that_have_none_and_changes_no_choice(load):
@@ -171,11 +170,9 @@ def test_an_assistant_who_speaks_first_belongs_to_the_prompt(load):
     rows = [chat(f"q{n}", "a") for n in range(40)]
     for row in rows:
         row["messages"].insert(0, {"role": "assistant", "content": "Hello!"})
-    assert twix.prompt_of([("assistant", "Hi!"), ("user", "q"), ("assistant", "a")]) == [
-        ("assistant", "Hi!"),
-        ("user", "q"),
-    ]
-    assert twix.prompt_of([("system", "s"), ("assistant", "a")]) == [("system", "s"), ("assistant", "a")]
+    greeting, question, answer = ("assistant", "Hi!"), ("user", "q"), ("assistant", "a")
+    assert twix.prompt_of([greeting, question, answer]) == [greeting, question]
+    assert twix.prompt_of([("system", "s"), answer]) == [("system", "s"), answer]
     selection, _ = load(rows, val_split=0.25)
     assert selection.rows("train") == 30 and selection.rows("validation") == 10
 
@@ -188,19 +185,13 @@ STRICT = (
 )
 
 
-def test_rows_that_the_template_refuses_are_counted(load, logged):
+def test_rows_of_other_subsets_and_those_that_the_template_refuses_are_counted(load, logged):
     rows = [chat(f"q{n}", "a") for n in range(3)] + [chat("q", "a", system="s"), chat("q", "a", system="t")]
     rows[4]["messages"][0]["role"] = "user"
-    selection, _ = load(rows, demo_encoder(template=STRICT))
-    assert sum(selection.counts.values()) == 3
+    selection, _ = load(rows + [chat("q", "a", "code")] * 4, demo_encoder(template=STRICT))
+    assert sum(selection.counts.values()) == 3 and "rows of other subsets, not used: 4 code" in logged.text
     assert "rows.jsonl:4 (the chat template refuses it: no system role)" in logged.text
     assert "rows.jsonl:5 (the chat template refuses it: roles must alternate)" in logged.text
-
-
-def test_rows_of_other_subsets_are_counted(load, logged):
-    rows = [chat(f"q{n}", "a", subset) for n in range(4) for subset in ("general", "reasoning", "code")]
-    selection, _ = load(rows)
-    assert sum(selection.counts.values()) == 8 and "rows of other subsets, not used: 4 code" in logged.text
 
 
 def test_every_row_is_read_and_hashed_once(load, monkeypatch):
@@ -222,9 +213,8 @@ def test_rows_that_cannot_be_read_do_not_shift_those_that_are_used(load, tmp_pat
     write_rows(tmp_path / "rows.jsonl", broken)
     (tmp_path / "rows.json").write_text(json.dumps([item for row in rows for item in (7, row, {"messages": []})]))
     (tmp_path / "rows.json.gz").write_bytes(gzip.compress((tmp_path / "rows.json").read_bytes()))
-    pq.write_table(
-        pa.Table.from_pylist([row for row in rows for row in ({"messages": None}, row)]), tmp_path / "rows.parquet"
-    )
+    with_nulls = [row for row in rows for row in ({"messages": None}, row)]
+    pq.write_table(pa.Table.from_pylist(with_nulls), tmp_path / "rows.parquet")
     (tmp_path / "folder").mkdir()
     for name, part in ("a", broken[:50]), ("b", broken[50:]):
         write_rows(tmp_path / "folder" / f"{name}.jsonl", part)
