@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from llm_alignment.prefixes import common_length
+from llm_alignment.batches import common_length
 from llm_alignment.texts import WITHIN_WORDS, WORD, fold, normalise_text
 
 if TYPE_CHECKING:

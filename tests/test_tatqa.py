@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from toys import context, question, rows_of
 
 from llm_alignment import exactness, generation, models, tatqa
+from llm_alignment.batches import common_length
 from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.generation import Decoding
-from llm_alignment.prefixes import common_length
 from llm_alignment.prompts import PromptStyle
 from llm_alignment.tatqa import PromptContent, tatqa_em_f1, tatqa_em_like, tatqa_parse, tatqa_prompt
 
