@@ -358,7 +358,7 @@ def bad_inputs(tmp_path):
         "an empty question file": (["--mtbench_ru", str(empty)], "no questions"),
         "a truncated question file": (["--mtbench_ru", str(truncated)], "questions.json"),
         "questions without turns": (["--mtbench_ru", str(no_turns)], "no_turns.jsonl:1"),
-        "a model without weights": (["--model", str(hollow)], "no .safetensors"),
+        "a model without weights": (["--model", str(hollow)], "no file named model.safetensors"),
         "no such model": (["--model", str(tmp_path / "nowhere")], "--model"),
         "no such reward model": (
             ["--reward_model", str(tmp_path / "nowhere"), "--mtbench_ru", str(DEMO / "mt_bench_ru.jsonl")],
