@@ -296,7 +296,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def checkpoint_problem(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from; None when every file is what its manifest says and can be loaded."""
+    """Why a checkpoint cannot be resumed from; None when every file is what its manifest says."""
     if not (folder / MANIFEST).is_file():
         return "it was not finished" if folder.is_dir() else "no such folder"
     try:
@@ -310,11 +310,12 @@ def checkpoint_problem(folder: Path) -> str | None:
             return f"{name} is missing"
         if files.file_sha256(folder / name) != digest:
             return f"{name} is damaged"
-    return state_problem(folder)
+    return None
 
 
 def state_problem(folder: Path) -> str | None:
-    """Of a checkpoint's *.pt and *.pth. Code that a pickled object would run does not run."""
+    """Why the files of a complete checkpoint cannot be loaded; None when they can. Code that a pickled object would run
+    does not run."""
     moments = "state1" if torch.cuda.is_available() else "exp_avg"  # of bitsandbytes' AdamW, and of torch's
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
         try:
@@ -342,7 +343,7 @@ def newest_complete(folder: Path, resume: str | None) -> Path | None:
         numbered = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
         candidates = sorted(numbered, key=lambda path: -int(path.name.partition("-")[2]))
     for candidate in candidates:
-        problem = checkpoint_problem(candidate)
+        problem = checkpoint_problem(candidate) or state_problem(candidate)
         if problem is None:
             log.info("resuming from %s", candidate)
             return candidate

@@ -322,7 +322,7 @@ BAD = {
     "an empty question file": ("--mtbench_ru {}/empty.jsonl", "no questions"),
     "a truncated question file": ("--mtbench_ru {}/truncated.json", "truncated.json"),
     "questions without turns": ("--mtbench_ru {}/no_turns.jsonl", "no_turns.jsonl:1"),
-    "a model without weights": ("--model {}/hollow", "no .safetensors"),
+    "a model without weights": ("--model {}/hollow", "no file named model.safetensors"),
     "no such model": ("--model {}/nowhere", "--model"),
     "no such reward model": (f"--reward_model {{}}/nowhere --mtbench_ru {DEMO}/mt_bench_ru.jsonl", "--reward_model"),
     "early stopping without MT-Bench": ("--early_stop_patience 2", "--early_stop_patience"),
