@@ -314,8 +314,8 @@ def checkpoint_problem(folder: Path) -> str | None:
 
 
 def state_problem(folder: Path) -> str | None:
-    """Why the files of a complete checkpoint cannot be loaded; None when they can. Code that a pickled object would run
-    does not run."""
+    """Why the files of a complete checkpoint cannot be loaded; None when they can. Code of pickled objects does not
+    run."""
     moments = "state1" if torch.cuda.is_available() else "exp_avg"  # of bitsandbytes' AdamW, and of torch's
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
         try:
