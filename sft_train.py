@@ -213,7 +213,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
 def rounds(args: argparse.Namespace, task: Task, steps: int) -> list[tuple[Evaluation, int]]:
     """What is measured, and how often in a run of these steps."""
     ends = 1 if args.skip_baseline_eval else 2
-    during = math.ceil(steps / args.eval_steps) if args.early_stop_patience else steps // args.eval_steps
+    during = math.ceil(steps / args.eval_steps)
     asked = [(each, ends if each.of_base is None else 1) for each in task.compared]
     return asked + [(each, 1) for each in task.final] + [(each, during) for each in task.midtrain if during]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from llm_alignment.adapters import adapter_kept_in_float32, new_adapter
@@ -174,11 +174,6 @@ class AnchoredTrainer(SFTTrainer):
         return metrics
 
 
-class EvaluateLastStep(TrainerCallback):
-    def on_step_end(self, trainer_args, state, control, **kwargs):
-        control.should_evaluate |= state.global_step == state.max_steps
-
-
 @dataclasses.dataclass(frozen=True)
 class SftSettings:
     """The flags of that name."""
@@ -233,7 +228,6 @@ def build_trainer(
             train_dataset=rows["train"],
             eval_dataset=rows["validation"],
             processing_class=setup.tokenizer,
-            callbacks=[EvaluateLastStep()] if metric else [],
         )
     without_router_logits(trainer.model.get_base_model())
     return trainer
