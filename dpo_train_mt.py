@@ -136,9 +136,11 @@ def run(args: argparse.Namespace, record: dict) -> None:
     if not args.dry_run:  # which generates no answers to Finance-Instruct
         setup.check_folder(data)
     settings: list[Any] = [flags.fill(kind, args) for kind in (training.TrainingSettings, dpo.DpoSettings, RunFlags)]
-    run_dpo(record, setup, rows, evaluations, data, *settings)
-    if not args.dry_run and main_process():
-        write_rows(setup.folder / "train_pairs.jsonl", pairs)
+    try:
+        run_dpo(record, setup, rows, evaluations, data, *settings)
+    finally:  # after a missed gate too
+        if main_process() and (setup.folder / "metrics.json").exists():
+            write_rows(setup.folder / "train_pairs.jsonl", pairs)
 
 
 def pairs_and_evaluations(

@@ -32,7 +32,7 @@ from llm_alignment.plots import KL, LOSS, plot_curves, save_figure, with_validat
 from llm_alignment.processes import main_process
 from llm_alignment.replay import ReplaySettings, own_dialogues, replay_rows
 from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
-from llm_alignment.runs import begin, recorded_run, timed
+from llm_alignment.runs import begin, phases, recorded_run
 from llm_alignment.twix import RowChoice, Selection, load_data, tokenise, with_answers
 from mtbench_eval import load_questions, mtbench_evaluations, sample_questions
 
@@ -114,7 +114,8 @@ def build_parser() -> Parser:
         type=not_negative(int), help="a sample of N questions before and after training; 0 = all")
     flags.add_mtbench_flags(add)
     add("--mtbench_midtrain_questions", type=not_negative(int), default=0, help="a sample for early stopping; 0 = all")
-    add("--eval_steps", type=positive(int), default=200, help="steps between the evaluations of early stopping")
+    add("--eval_steps", type=positive(int), default=200,
+        help="steps between measurements of the validation loss, and of what early stopping decides by")
     add("--no-eval_baseline", "--skip_baseline_eval", dest="skip_baseline_eval", action="store_true",
         help="measure only after training")
     add("--eval_baseline", dest="skip_baseline_eval", action="store_false", help="measure before training too")
@@ -168,6 +169,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         shown, often = (task.selection, task.examples("train"), task.encoder), functools.partial(rounds, args, task)
         plans.print_sft_plan(setup, shown, settings, sft=sizes, anchor=anchor, rounds=often)
         plans.log_gates(gates, Path(args.exp_log), args.model)
+    if args.dry_run and not args.time:
         return
     model = models.load_model(setup.base)
     models.check_head(model, setup.base.what)
@@ -179,19 +181,23 @@ def run(args: argparse.Namespace, record: dict) -> None:
         how |= {"fingerprint": fingerprint, "use_cache": not args.no_baseline_cache}
         return measure(model, setup.tokenizer, evaluations, (setup.folder, stage), **how)
 
-    early = early_stopping(args, measured, task.midtrain, before) if args.early_stop_patience else None
+    early = early_stopping(args, measured, task.midtrain, before)
     trainer = sft.build_trainer(model, setup, rows, settings, sft=sizes, anchor=anchor, early=early)
+    if args.dry_run:
+        plans.log_times(trainer, steps, rounds(args, task, steps))
+        return
     folder = begin(record, task.data, setup.base)
     log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in task.data["rows"].items()))
-    final = [*task.compared, *task.final]
+    final, first = [*task.compared, *task.final], [] if args.skip_baseline_eval else ["baseline"]
+    phase = phases(record, *first, "train", "final")
     if not args.skip_baseline_eval:
-        with timed(record, "baseline"):
+        with phase("baseline"):
             before |= measured(trainer.model, task.compared, "baseline", with_adapter=False)
         final = with_own_drift(final, before, setup.tokenizer, thinking=args.thinking)
-    with timed(record, "train"):
+    with phase("train"):
         record["kept_step"] = sft.train(trainer, checkpoint, folder)
     training.save_adapter(trainer, folder)
-    with timed(record, "final"):  # what early stopping has measured at its step is taken from there
+    with phase("final"):  # what early stopping has measured at its step is taken from there
         after = measured(trainer.model, final, "final", with_adapter=True, measured_as=f"step_{record['kept_step']}")
     if main_process():
         title = f"{record['output_dir']}, step {record['kept_step']}"
@@ -207,7 +213,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
 def rounds(args: argparse.Namespace, task: Task, steps: int) -> list[tuple[Evaluation, int]]:
     """What is measured, and how often in a run of these steps."""
     ends = 1 if args.skip_baseline_eval else 2
-    during = math.ceil(steps / args.eval_steps) if args.early_stop_patience else 0
+    during = math.ceil(steps / args.eval_steps)
     asked = [(each, ends if each.of_base is None else 1) for each in task.compared]
     return asked + [(each, 1) for each in task.final] + [(each, during) for each in task.midtrain if during]
 
@@ -238,7 +244,7 @@ class Task:
     validation: Dataset  # as tokens
     compared: list[Evaluation]  # before and after training
     final: list[Evaluation]  # after training alone
-    midtrain: list[Evaluation]  # at the steps of early stopping
+    midtrain: list[Evaluation]  # every --eval_steps; the first is the validation loss, which is measured in every run
 
 
 def task_of(args: argparse.Namespace, setup: Setup) -> Task:
@@ -272,11 +278,12 @@ def task_of(args: argparse.Namespace, setup: Setup) -> Task:
     some = sample_questions(questions, args.mtbench_midtrain_questions, seed)
     mtbench = mtbench_evaluations(args, questions, some) if questions else []
     retention = retention_evaluations(asked["retention question"], settings)
+    decide = [*mtbench[1:], *(retention if args.early_stop_metric == "retention" else [])]
     return Task(
         data, encoder, finder, selection, examples, held_out,
         compared=[validation, drift, *mtbench[:1], *retention],
         final=[validation_evaluation("validation_full", held_out, collator, args.batch)],
-        midtrain=[validation, *mtbench[1:], *(retention if args.early_stop_metric == "retention" else [])],
+        midtrain=[validation, *decide] if args.early_stop_patience else [validation],
     )  # fmt: skip
 
 
@@ -309,6 +316,7 @@ def check_flags(args: argparse.Namespace) -> None:
     on_replay, metric = args.kl_on == "replay", args.early_stop_metric
     off = {"mtbench": args.mtbench_ru == "none", "retention": not args.do_retention, "val_loss": False}
     flags.refuse(
+        (args.time and not args.dry_run, "--time goes with --dry_run; add it"),
         (args.replay_ratio == 1, "--replay_ratio 1 leaves no row of --dataset; lower it"),
         (on_replay and not args.replay_ratio, "--kl_on replay: no replay rows; add --replay_ratio 0.05 or more"),
         (on_replay and args.packing, "--kl_on replay cannot tell the rows of --packing apart; leave out one of them"),
@@ -325,7 +333,7 @@ def check_flags(args: argparse.Namespace) -> None:
 def training_rows(args: argparse.Namespace, task: Task, model: PreTrainedModel, fingerprint: dict) -> Dataset:
     """The rows to train on as tokens, those of --replay among them, which the base `model` writes itself."""
     rows = task.examples("train")
-    if args.replay_ratio:
+    if args.replay_ratio and not args.dry_run:
         settings = fill(ReplaySettings, args)
         place: dict[str, Any] = {"folder": Path(args.output_dir), "fingerprint": {**fingerprint, "adapter": "none"}}
         write = functools.partial(own_dialogues, model, task.encoder, task.finder, settings=settings, **place)

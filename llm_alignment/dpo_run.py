@@ -12,7 +12,7 @@ from llm_alignment.card import write_card
 from llm_alignment.evaluation import Evaluation, asked_gates, judge_gates, measure, report, save_answers
 from llm_alignment.processes import main_process
 from llm_alignment.retention import with_own_drift
-from llm_alignment.runs import begin, timed
+from llm_alignment.runs import begin, phases
 
 if TYPE_CHECKING:
     from llm_alignment.training import Setup, TrainingSettings
@@ -31,6 +31,7 @@ class RunFlags:
     no_baseline_cache: bool
     eval_save_json: str
     gates: str
+    time: bool
     thinking: bool
 
 
@@ -52,6 +53,7 @@ def run_dpo(
     if flags.dry_run:
         plans.print_dpo_plan(setup, rows, evaluations, settings, dpo_settings)
         plans.log_gates(gates, Path(flags.exp_log), setup.base.name)
+    if flags.dry_run and (flags.no_train or not flags.time):
         return
     checkpoint = training.newest_complete(setup.folder, setup.resume)
     model = models.load_model(setup.base)
@@ -59,25 +61,31 @@ def run_dpo(
     if flags.load_adapter:
         model = adapters.load_adapter(model, flags.load_adapter, trainable=flags.adapter_trainable)
     trainer = None if flags.no_train else dpo.build_trainer(model, setup, rows, settings, dpo_settings)
+    if flags.dry_run and trainer:
+        steps = training.optimiser_steps(settings, len(rows))
+        plans.log_times(trainer, steps, [(evaluation, 2) for evaluation in evaluations])
+        return
     folder = begin(record, data, setup.base)
     fingerprint, use_cache = models.base_fingerprint(setup.base, thinking=flags.thinking), not flags.no_baseline_cache
     measured = functools.partial(
         measure, trainer.model if trainer else model, setup.tokenizer, fingerprint=fingerprint, use_cache=use_cache
     )
+    done = {"baseline": flags.eval_baseline, "train": trainer, "final": trainer or flags.load_adapter}
+    phase = phases(record, *(name for name, is_done in done.items() if is_done))
     before: dict[str, list[dict]] = {}
     after: dict[str, list[dict]] = {}
     is_continued = flags.adapter_trainable and trainer is not None
     if flags.eval_baseline:  # an adapter that is trained on is its own baseline
-        with timed(record, "baseline"):
+        with phase("baseline"):
             before = measured(evaluations, (folder, "baseline"), with_adapter=is_continued)
         if not is_continued:
             evaluations = with_own_drift(evaluations, before, setup.tokenizer, thinking=flags.thinking)
     if trainer:
-        with timed(record, "train"):
+        with phase("train"):
             dpo.train(trainer, checkpoint, folder, fingerprint=fingerprint, use_cache=use_cache)
         record["kept_step"] = trainer.state.global_step
     if trainer or flags.load_adapter:
-        with timed(record, "final"):
+        with phase("final"):
             after = measured(evaluations, (folder, "final"), with_adapter=True)
     if main_process():
         report(record, folder, evaluations, before, after)

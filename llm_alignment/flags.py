@@ -130,6 +130,8 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
     add("--max_steps", type=not_negative(int), default=0, help="end after N optimiser steps; 0 = after --epochs")
     add("--system_prompt", default="", metavar="TEXT", help="system turn of conversations that have none")
     add = add_group(parser, "checkpoints", trains=False)
+    if not in_stages:
+        add("--time", action="store_true", help="with --dry_run: two steps, a batch, and how long a run takes")
     add("--save_steps", type=positive(int), default=50, help="steps between checkpoints")
     choices = {"choices": ["auto"], "metavar": "auto"} if in_stages else {"metavar": "auto|PATH"}
     add("--resume_from_checkpoint", **choices,
@@ -318,6 +320,7 @@ def check_dpo_flags(args: argparse.Namespace, *, in_stages: bool = False) -> Non
         (smoothing and not {*names} & {*SMOOTHED}, f"{given} does not use it; only {', '.join(SMOOTHED)} do"),
         ("exo_pair" in names and not smoothing, f"{given} needs it above 0; its paper recommends 0.001"),
         ("robust" in names and smoothing >= 0.5, f"{given} needs a share below 0.5"),
+        (getattr(args, "time", False) and not args.dry_run, "--time goes with --dry_run; add it"),
         (args.max_prompt_length >= args.max_length, f"--max_prompt_length {args.max_prompt_length} leaves no room for "
          f"an answer within --max_length {args.max_length}; raise --max_length"),
         (args.eval_save_json and not args.do_eval,

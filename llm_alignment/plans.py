@@ -7,8 +7,12 @@ import logging
 import math
 import random
 import statistics
+import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from transformers import Trainer
 
 from llm_alignment.anchored_loss import AnchorSettings
 from llm_alignment.batches import GroupedOrder, groups_of, padded_tokens, shared_lengths
@@ -17,6 +21,7 @@ from llm_alignment.encoder import ChatEncoder
 from llm_alignment.evaluation import Evaluation
 from llm_alignment.files import read_records
 from llm_alignment.gates import questions_needed
+from llm_alignment.models import evaluating
 from llm_alignment.prefixes import settle_head
 from llm_alignment.processes import processes
 from llm_alignment.reference import PAIRS_AT_ONCE
@@ -118,6 +123,22 @@ def print_sft_plan(
     log_memory_plan(settings, setup.base, setup.lora)
     # a backward pass of a frozen base costs a forward pass
     log_evaluations(setup, rounds(steps), (2 * steps + anchored) * per_step * per_row)
+
+
+def log_times(trainer: Trainer, steps: int, rounds: list[tuple[Evaluation, int]]) -> None:
+    """Takes two steps and reads one batch of each evaluation; logs how long `steps` and all `rounds` take so."""
+    args, model, tokenizer = trainer.args, trainer.model, trainer.processing_class
+    with tempfile.TemporaryDirectory() as args.output_dir:
+        args.max_steps, args.save_strategy, args.eval_strategy, start = 2, "no", "no", time.perf_counter()
+        trainer.train()
+    trained = (time.perf_counter() - start) / 2 * steps
+    measured = 0.0
+    for evaluation, times in rounds:
+        items, start = list(evaluation.items[: max(1, evaluation.rows_at_once(model))]), time.perf_counter()
+        with evaluating(model):
+            list(evaluation.read(model, tokenizer, items))
+        measured += (time.perf_counter() - start) * times * len(evaluation.items) / len(items)
+    log.info("time: about %.1f minutes of training, %.1f of evaluation, rewards apart", trained / 60, measured / 60)
 
 
 def log_gates(gates: dict[str, float], exp_log: Path, model: str) -> None:

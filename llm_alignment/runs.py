@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llm_alignment")
 
+PHASES = {"baseline": "measuring before training", "train": "training", "final": "measuring after training"}
 NEXT = """adapter in {run}; next: talk to it, compare it with another run, export it
     python experiments/chat.py {run}
     python experiments/report.py --compare {run} ANOTHER_RUN
@@ -241,6 +242,16 @@ def check_shared(folder: Path, flags: dict[str, Any]) -> None:
     if readers or "resume_from_stage" in flags:
         raise InputError(f"{line}; name one that all machines share{f', or leave out --{readers[0]}' * bool(readers)}")
     log.warning("%s; the run cannot be resumed", line)
+
+
+def phases(record: dict, *names: str) -> Callable[[str], contextlib.AbstractContextManager[None]]:
+    """`timed` for phases of these names, each with a line that says which one of how many begins."""
+
+    def phase(name: str) -> contextlib.AbstractContextManager[None]:
+        log.info("phase %d of %d: %s", names.index(name) + 1, len(names), PHASES[name])
+        return timed(record, name)
+
+    return phase
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from llm_alignment.adapters import adapter_kept_in_float32, new_adapter
@@ -29,9 +29,9 @@ log = logging.getLogger("llm_alignment")
 
 @dataclasses.dataclass(frozen=True)
 class EarlyStopping:
-    """The adapter is measured every `steps`, and the best one by `metric` is kept."""
+    """The adapter is measured every `steps`; with `patience` the best one by `metric` is kept."""
 
-    patience: int
+    patience: int | None
     steps: int
     metric: str  # "mtbench", "val_loss" or "retention"
     evaluate: Callable[[PeftModel, int], dict[str, float]]  # the metrics of the adapter at a step, by name
@@ -41,7 +41,9 @@ class EarlyStopping:
         """Why to stop, or None, by the trainer's log."""
         key = f"eval_{self.metric}"
         scores = [entry[key] for entry in history if key in entry]
-        return early_stop_reason(self.baseline(), scores, self.patience, *RULES[self.metric]) if scores else None
+        if self.patience is None or not scores:
+            return None
+        return early_stop_reason(self.baseline(), scores, self.patience, *RULES[self.metric])
 
 
 # metric -> (title, least gain, largest fall below the baseline, -1 where lower is better)
@@ -160,21 +162,16 @@ class AnchoredTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def evaluate(self, *_, **__):
-        """What early stopping runs every --eval_steps; the Trainer keeps the best checkpoint."""
+        """What runs every --eval_steps; with early stopping the Trainer keeps the best checkpoint."""
         measured = self.early.evaluate(self.model, self.state.global_step)
         metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.control.should_save = True
+        self.control.should_save |= self.early.patience is not None
         if reason := self.early.reason(self.state.log_history):
             log.info("early stop at step %d: %s", self.state.global_step, reason)
             self.control.should_training_stop = True
         return metrics
-
-
-class EvaluateLastStep(TrainerCallback):
-    def on_step_end(self, trainer_args, state, control, **kwargs):
-        control.should_evaluate |= state.global_step == state.max_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +205,7 @@ def build_trainer(
             raise InputError(f"--kl_coef {anchor.kl_coef}: {problem}; give 0 or name another model")
         log.warning("no KL anchor: %s", problem)
         anchor = dataclasses.replace(anchor, kl_coef=0.0)
+    metric = early.metric if early and early.patience else None
     config = SFTConfig(
         **training_arguments(settings, setup.base, setup.lora),
         max_length=sft.max_seq_length,
@@ -218,8 +216,8 @@ def build_trainer(
         remove_unused_columns=False,  # those of --streaming become tokens when they are read
         eval_strategy="steps" if early else "no",
         eval_steps=early.steps if early else None,
-        metric_for_best_model=early.metric if early else None,
-        greater_is_better=early.metric != "val_loss" if early else None,
+        metric_for_best_model=metric,
+        greater_is_better=metric != "val_loss" if metric else None,
     )
     with adapter_kept_in_float32(model):
         trainer = AnchoredTrainer(
@@ -230,7 +228,6 @@ def build_trainer(
             train_dataset=rows["train"],
             eval_dataset=rows["validation"],
             processing_class=setup.tokenizer,
-            callbacks=[EvaluateLastStep()] if early else [],
         )
     without_router_logits(trainer.model.get_base_model())
     return trainer

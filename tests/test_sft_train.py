@@ -102,6 +102,25 @@ def test_a_run_measures_trains_and_leaves_everything(tmp_path, capsys):
     )
 
 
+def test_the_validation_loss_is_measured_at_steps_and_changes_nothing(whole_run, tmp_path, capsys):
+    """Also without early stopping; the phases are named with their number."""
+    sft_train.main(flags(tmp_path / "run", "--eval_steps", "6"))
+    assert adapter(tmp_path / "run") == adapter(whole_run[1])
+    history = read_rows(tmp_path / "run" / "train_log.jsonl")
+    losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    assert list(losses) == [6, 12, 16] and losses[16] < losses[6]
+    printed = capsys.readouterr().out
+    assert "phase 1 of 2: training" in printed and "phase 2 of 2: measuring after" in printed
+
+
+def test_time_says_how_long_a_run_takes_and_leaves_nothing(tmp_path, capsys):
+    argv = flags(tmp_path / "run", "--dry_run", "--time")
+    sft_train.main(argv)
+    assert "minutes of training" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit, match="2"):
+        sft_train.main([flag for flag in argv if flag != "--dry_run"])
+
+
 @pytest.mark.slow
 def test_early_stopping_asks_a_sample_and_the_end_asks_all(tmp_path, monkeypatch):
     """2 of 6 questions at the steps; the score is compared with the base's on the same 2."""
@@ -209,8 +228,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
         "general    train", "validation", "steps: 16 of 8 sequences", "tokens:", "with padding", "memory:",
         "a row as the model reads it", "[[<|im_start|>user",
         "passes: 32 forward and 32 backward of 4 sequences, 26 forward of the reference",
-        # 8 rows of 48 tokens: 2 with their loss and two passes of drift, and the split's loss; trained 45 passes of 8
-        "evaluation: at most 0.00 M tokens, 2 % of all",
+        # 10 rows of 48 tokens: 2 with their loss, at the end too, two passes of drift, the split's loss; trained 45 passes of 8
+        "evaluation: at most 0.00 M tokens, 3 % of all",
     ):  # fmt: skip
         assert words in printed, words
     assert record["status"] == "completed"
