@@ -228,7 +228,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
         "general    train", "validation", "steps: 16 of 8 sequences", "tokens:", "with padding", "memory:",
         "a row as the model reads it", "[[<|im_start|>user",
         "passes: 32 forward and 32 backward of 4 sequences, 26 forward of the reference",
-        # 10 rows of 48 tokens: 2 with their loss, twice, and two passes of drift, the split with its loss; trained 45 of 8
+        # 10 rows of 48 tokens: 2 with their loss, twice, two passes of drift, the split with its loss; trained 45 of 8
         "evaluation: at most 0.00 M tokens, 3 % of all",
     ):  # fmt: skip
         assert words in printed, words
