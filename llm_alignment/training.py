@@ -298,7 +298,7 @@ def write_manifest(folder: Path) -> None:
 def checkpoint_problem(folder: Path) -> str | None:
     """Why a checkpoint cannot be resumed from; None when every file is what its manifest says."""
     if not (folder / MANIFEST).is_file():
-        return "it was not finished" if folder.is_dir() else "no such folder"
+        return "it was not finished"
     try:
         digests = files.parse_json((folder / MANIFEST).read_bytes())
     except ValueError:
@@ -314,8 +314,7 @@ def checkpoint_problem(folder: Path) -> str | None:
 
 
 def state_problem(folder: Path) -> str | None:
-    """Why the files of a complete checkpoint cannot be loaded; None when they can. Code of pickled objects does not
-    run."""
+    """Why the files of a complete checkpoint cannot be loaded; None when they can. No code of pickled objects runs."""
     moments = "state1" if torch.cuda.is_available() else "exp_avg"  # of bitsandbytes' AdamW, and of torch's
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
         try:
@@ -342,14 +341,14 @@ def newest_complete(folder: Path, resume: str | None) -> Path | None:
     if resume == "auto":
         numbered = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
         candidates = sorted(numbered, key=lambda path: -int(path.name.partition("-")[2]))
-    for candidate in candidates:
-        problem = checkpoint_problem(candidate) or state_problem(candidate)
+    for path in candidates:
+        problem = (checkpoint_problem(path) or state_problem(path)) if path.is_dir() else "no such folder"
         if problem is None:
-            log.info("resuming from %s", candidate)
-            return candidate
+            log.info("resuming from %s", path)
+            return path
         if resume != "auto":
             raise InputError(f"--resume_from_checkpoint {resume}: {problem}; use auto to take the newest complete one")
-        log.warning("skipped %s: %s", candidate, problem)
+        log.warning("skipped %s: %s", path, problem)
     log.info("no complete checkpoint in %s: starting from the first step", folder)
     return None
 
