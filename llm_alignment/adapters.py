@@ -241,7 +241,7 @@ def scaled(model: PreTrainedModel | PeftModel, scale: float) -> Iterator[None]:
     without a LoRA adapter, and for DoRA, whose scale is not linear.
     """
     if scale != 1 and (not isinstance(model, PeftModel) or model.active_peft_config.use_dora):
-        raise InputError(f"a scale of {scale:g}: only a plain LoRA adapter can be scaled; leave the scale out")
+        raise InputError(f"a scale of {scale:g}: only a LoRA adapter without DoRA can be scaled; leave the scale out")
     with contextlib.nullcontext() if scale == 1 else rescale_adapter_scale(model, scale):
         yield
 

@@ -40,7 +40,7 @@ def test_demo_fills_only_what_was_not_given(tmp_path, monkeypatch):
         (["--use_3way_hybrid", "--reddit_ratio", "0.5"], "sum to 1.1"),
         (["--use_hybrid", "--reddit_sample_rate", "0.001"], "--reddit_sample_rate 0.001: nothing is left to train on"),
         (["--instruct_limit", "0"], "--instruct_limit 0: nothing is left to ask about"),
-        (["--use_hybrid", "--hybrid_ratio", "1.5"], "1.5 is not within 0..1"),
+        (["--use_hybrid", "--hybrid_ratio", "1.5"], "1.5 is not within [0, 1]"),
     ],
 )
 def test_impossible_mixes(flags, message, tmp_path, capsys):
