@@ -28,7 +28,7 @@ from llm_alignment.evaluation import METRICS, Evaluation, asked_gates, judge_gat
 from llm_alignment.flags import fill, not_negative, parse_arguments, positive, ratio, seed, steps_or_share
 from llm_alignment.leaks import LeakFinder, asked_passages
 from llm_alignment.parser import Parser, add_group, neutral_flags
-from llm_alignment.plots import KL, LOSS, plot_curves, save_figure, with_validation
+from llm_alignment.plots import save_curves, with_validation
 from llm_alignment.processes import main_process
 from llm_alignment.replay import ReplaySettings, own_dialogues, replay_rows
 from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
@@ -203,9 +203,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
         title = f"{record['output_dir']}, step {record['kept_step']}"
         report(record, folder, final, before, after, title=title)
         log.info("validation loss on all %(val_rows_full)d held-out rows: %(val_loss_full).4f", record["final"])
-        history = {"": with_validation(trainer.state.log_history, record)}
-        save_figure(plot_curves("training", history, LOSS), folder / "loss.png")
-        save_figure(plot_curves("training", history, KL), folder / "kl.png")
+        save_curves(with_validation(trainer.state.log_history, record), folder)
         write_card(folder)
         judge_gates(record, gates)
 

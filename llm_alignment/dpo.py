@@ -25,7 +25,7 @@ from llm_alignment.exactness import cache_problem, sharing_problem
 from llm_alignment.files import InputError, digest
 from llm_alignment.flags import losses
 from llm_alignment.models import inner_model
-from llm_alignment.plots import LOSS, REWARDS, plot_curves, save_figure
+from llm_alignment.plots import save_curves
 from llm_alignment.prefixes import add_prefix_sharing
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle, fit_prompt, pair_tokens
@@ -174,9 +174,7 @@ def train(
     run_training(trainer, checkpoint)
     save_adapter(trainer, folder)
     if main_process():
-        log_of_run = {"": trainer.state.log_history}
-        save_figure(plot_curves("training", log_of_run, LOSS), folder / "loss.png")
-        save_figure(plot_curves("training", log_of_run, REWARDS), folder / "rewards.png")
+        save_curves(trainer.state.log_history, folder)
 
 
 def reward_evaluation(pairs: list[dict], rows: list[dict], beta: float, max_length: int) -> Evaluation:

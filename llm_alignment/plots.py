@@ -96,6 +96,12 @@ def plot_curves(title: str, logs: dict[str, list[dict]], panels: dict[str, dict[
     return figure
 
 
+def save_curves(history: list[dict], folder: Path) -> None:
+    """Writes the curves of a run's log that it has: loss.png, kl.png, rewards.png."""
+    for name, panels in {"loss": LOSS, "kl": KL, "rewards": REWARDS}.items():
+        save_figure(plot_curves("training", {"": history}, panels), folder / f"{name}.png")
+
+
 def save_figure(figure: Figure | None, path: Path) -> None:
     """Writes a PNG whole or not at all, none of None; without metadata, so that equal plots are equal files."""
     if figure is not None:
