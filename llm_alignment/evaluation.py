@@ -198,7 +198,8 @@ def read_items(
             results.append(*map(evaluation.of_base, unread))
     elif unread:
         missing = {item["question_id"] for item in unread}
-        for rows in _read_rounds(evaluation, get_model(), tokenizer, missing, path.stem):
+        title = EVALUATIONS.get(evaluation.name, path.stem)
+        for rows in _read_rounds(evaluation, get_model(), tokenizer, missing, title):
             if results and rows:
                 results.append(*(row for row in evaluation.grade(rows) if row["question_id"] in missing))
     if results:
@@ -404,7 +405,8 @@ def table_texts(rows: list[TableRow]) -> tuple[list[list[str]], str]:
 
 
 def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("baseline", "final")) -> None:
-    """Prints the lines of `table_texts` under the names of the two sides. Plain ASCII, as wide as the terminal."""
+    """Prints, or logs in a run, the lines of `table_texts` under the names of the two sides; as wide as the terminal,
+    in plain ASCII."""
     from rich.box import Box
     from rich.console import Console
     from rich.table import Column, Table
@@ -420,10 +422,11 @@ def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("basel
     for cells in texts:
         table.add_row(*[*cells[:3], " ".join(cells[3:5]), *cells[5:]][: len(table.columns)])
     console = Console(width=width, color_system=None, legacy_windows=False, markup=False, emoji=False, highlight=False)
-    console.print(title, soft_wrap=True)
-    console.print(table)
-    if note:
-        console.print(note)
+    with console.capture() as printed:
+        console.print(title, soft_wrap=True)
+        console.print(table)
+    text = printed.get() + note
+    (log.info if log.handlers else print)(text.rstrip())
 
 
 def save_answers(file: str, before: Rows, after: Rows) -> None:
