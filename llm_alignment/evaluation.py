@@ -276,7 +276,7 @@ def report(
             save_figure(figure, folder / f"{name}.png")
     write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
     for line in in_short(delta):
-        log.info("%s", textwrap.fill(line, table_width(), subsequent_indent="    "))
+        log.info("%s", textwrap.fill(line, table_width(), subsequent_indent="    ", break_on_hyphens=False))
     table = record.get("args", {}).get("table", "full")
     print_table(title or str(folder), table_rows(baseline, final, delta, table))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))

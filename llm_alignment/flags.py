@@ -176,8 +176,8 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     """The reward model and its batches."""
     add = add_group(parser, "scoring", trains="measured")
-    add("--reward_model", default="Skywork/Skywork-Reward-V2-Qwen3-0.6B", help="hub id or folder of a model that "
-        "scores answers: one label")
+    add("--reward_model", default="Skywork/Skywork-Reward-V2-Qwen3-0.6B", help="model that scores answers: hub "
+        "id or folder; it has one label")
     add = add_group(parser, "batches of the evaluation", trains=False)
     add("--eval_batch_size", type=not_negative(int), default=0, help="answers or rewards at once; 0 = by free memory")
 
@@ -216,7 +216,7 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
     if not in_stages:
         add("--no_train", action="store_true", help="only evaluate")
         add("--load_adapter", default="", metavar="DIR", help="start from this adapter")
-        add("--adapter_trainable", action="store_true", help="train on --load_adapter; as loaded it is the reference")
+        add("--adapter_trainable", action="store_true", help="train it further; as loaded it is the reference")
     add = add_group(parser, "log", trains=False)
     add("--logging_steps", type=positive(int), default=5, help="steps between log lines")
     add = add_group(parser, "what is measured", trains="asked")

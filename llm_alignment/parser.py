@@ -17,8 +17,9 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
     """States the default of every flag that has one; fills paragraphs, and leaves indented ones as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = functools.partial(textwrap.fill, width=width, break_on_hyphens=False)
         parts = text.strip().split("\n\n")
-        return "\n\n".join(part if part.startswith(" ") else textwrap.fill(part, width) for part in parts)
+        return "\n\n".join(part if part.startswith(" ") else fill(part) for part in parts)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_default = action.default not in (None, "") and action.default is not False
