@@ -213,8 +213,9 @@ def rounds(args: argparse.Namespace, task: Task, steps: int) -> list[tuple[Evalu
     """What is measured, and how often in a run of these steps."""
     ends = 1 if args.skip_baseline_eval else 2
     during = math.ceil(steps / args.eval_steps)
-    asked = [(each, ends if each.of_base is None else 1) for each in task.compared]
-    return asked + [(each, 1) for each in task.final] + [(each, during) for each in task.midtrain if during]
+    asked = [(each, (1 if each.of_base else ends) + during * (each in task.midtrain)) for each in task.compared]
+    others = [(each, during) for each in task.midtrain if each not in task.compared]
+    return asked + [(each, 1) for each in task.final] + others
 
 
 def warn_of_small_runs(steps: int, held_out: int, anchor: AnchorSettings, warmup_ratio: float) -> None:
