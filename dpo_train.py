@@ -58,7 +58,7 @@ def build_parser() -> Parser:
     add = add_group(parser, "own pairs", trains=True)
     add("--pairs", default="", metavar="FILE",
         help="train on your own pairs, not on TAT-QA's: JSONL, JSON or Parquet with prompt, chosen, rejected, texts "
-        "or lists of turns; they go through the chat template. TAT-QA stays an evaluation")
+        "or lists of turns; they go through the chat template. TAT-QA is then measured only with --do_eval")
     add = add_group(parser, "held-out pairs", trains="measured")
     add("--eval_pairs", type=flags.not_negative(int), default=0,
         help="pairs, none of them trained on, whose reward accuracy against the base is measured: of --eval_split, or "

@@ -60,7 +60,7 @@ def build_parser() -> Parser:
     add("--reddit_ratio", type=flags.ratio, default=0.4, help="share of Reddit in the three-way mix")
     add("--finance_ratio", type=flags.ratio, default=0.3, help="share of Finance-Instruct in it")
     add("--general_ratio", type=flags.ratio, default=0.3, help="share of general pairs in it")
-    add("--general_pairs", type=flags.positive(int), default=3000, help="most general pairs")
+    add("--general_pairs", type=flags.positive(int), default=3000, help="at most N general pairs")
     parser.set_defaults(output_dir="qwen3_reddit_finance_dpo", batch=1, grad_acc=64)
     return parser
 

@@ -104,7 +104,7 @@ def build_parser() -> Parser:
         add(f"--stage{stage}_lora_r", type=flags.positive(int), default=lora_r,
             help="size of the adapter, not below the stage before")
         add(f"--stage{stage}_lora_alpha", type=flags.positive(int), default=lora_alpha,
-            help="its scale is alpha / rank")
+            help="strength of the adapter; its scale is alpha / rank")
         if stage == 1:
             add("--stage1_general_pairs", type=flags.positive(int), default=800, help="most pairs")
     parser.set_defaults(

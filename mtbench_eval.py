@@ -117,7 +117,7 @@ def build_parser() -> Parser:
     add("--adapter", default="", help="output folder of a training run; without it the base model")
     add("--questions", "--mtbench_file", default="auto", help="JSONL or JSON file; auto fetches MT-Bench")
     add("--language", choices=["ru", "en"], default="ru", help="which set auto fetches")
-    add("--adapter_scale", type=not_negative(float), default=1.0, help="its strength: 0 is the base, 1 the run")
+    add("--adapter_scale", type=not_negative(float), default=1.0, help="strength of --adapter; 0 is the base")
     add("--check_judge", default="", metavar="PAIRS",
         help="measure instead how often the reward model agrees with these preference pairs")
     add("--compare", default="", help="per-question file of an earlier evaluation to compare with")

@@ -72,7 +72,8 @@ def build_parser() -> Parser:
     add = add_group(parser, "data", trains=True)
     add("--dataset", default="t-tech/T-Wix", help="hub id, file or folder of rows: messages, prompt and "
         "completion, instruction and output, or conversations")
-    add("--subset", choices=["general", "reasoning", "both"], default="general", help="a row without one is general")
+    add("--subset", choices=["general", "reasoning", "both"], default="general",
+        help="rows to use; one that names no subset is general")
     add("--val_split", type=ratio, default=0.01, help="share of the prompts held out for validation, at least one; "
         "without it, of a local --dataset, a tenth, or 30 prompts of 300 and more")
     add("--streaming", action="store_true", help="read rows as they are needed, never all in memory")
@@ -80,7 +81,7 @@ def build_parser() -> Parser:
     add("--packing", action="store_true", help="fill sequences with several examples; none sees another")
     add("--sample_ratio", type=ratio, default=0.25, help="share of the rows to use, by hash; of a local --dataset all")
     add("--sample_seed", type=seed, default=42, help="seed of the sample and of the validation split")
-    add("--mix_reasoning_ratio", type=ratio, default=None, help="reasoning rows' share with --subset both, or as is")
+    add("--mix_reasoning_ratio", type=ratio, default=None, help="share of reasoning rows, with --subset both")
     add("--assistant_only_loss", action="store_true", help="train on answers and their end of turn alone")
     add("--warmup_ratio", type=ratio, default=0.1, help="share of the steps in which the learning rate rises")
 
@@ -113,7 +114,7 @@ def build_parser() -> Parser:
     add("--mtbench_limit", "--mtbench_questions_limit", dest="mtbench_questions_limit", metavar="N", default=0,
         type=not_negative(int), help="a sample of N questions before and after training; 0 = all")
     flags.add_mtbench_flags(add)
-    add("--mtbench_midtrain_questions", type=not_negative(int), default=0, help="a sample for early stopping; 0 = all")
+    add("--mtbench_midtrain_questions", type=not_negative(int), default=0, help="asked for early stopping; 0 = all")
     add("--eval_steps", type=positive(int), default=200,
         help="steps between measurements of the validation loss, and of what early stopping decides by")
     add("--no-eval_baseline", "--skip_baseline_eval", dest="skip_baseline_eval", action="store_true",
@@ -212,8 +213,9 @@ def rounds(args: argparse.Namespace, task: Task, steps: int) -> list[tuple[Evalu
     """What is measured, and how often in a run of these steps."""
     ends = 1 if args.skip_baseline_eval else 2
     during = math.ceil(steps / args.eval_steps)
-    asked = [(each, ends if each.of_base is None else 1) for each in task.compared]
-    return asked + [(each, 1) for each in task.final] + [(each, during) for each in task.midtrain if during]
+    asked = [(each, (1 if each.of_base else ends) + during * (each in task.midtrain)) for each in task.compared]
+    others = [(each, during) for each in task.midtrain if each not in task.compared]
+    return asked + [(each, 1) for each in task.final] + others
 
 
 def warn_of_small_runs(steps: int, held_out: int, anchor: AnchorSettings, warmup_ratio: float) -> None:

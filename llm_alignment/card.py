@@ -31,10 +31,11 @@ def write_card(run_folder: Path, merged: Path | None = None, scale: float = 1.0)
         name=folder.name,
         merged=merged is not None,
         scale=scale,
-        base=args["model"],
+        base=shown(args["model"]),
+        is_local=shown(args["model"]) != args["model"],
         commit=(run.get("commits") or {}).get("model"),
         method="SFT" if run["script"] == "sft_train.py" else "DPO",
-        sources=sources,
+        sources=[shown(name) for name in sources],
         datasets=[name for name in sources if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
         rows=", ".join(f"{count} {kind}" for kind, count in data["rows"].items()),
         command=shlex.join(["python", run["script"], *run["argv"]]),
@@ -44,6 +45,12 @@ def write_card(run_folder: Path, merged: Path | None = None, scale: float = 1.0)
         thinking=args["thinking"],
     )
     write_atomic(folder / "README.md", text)
+
+
+def shown(name: str) -> str:
+    """A name of the hub as it is; of a file or folder its name alone."""
+    path = Path(name)
+    return path.resolve().name if path.exists() or path.is_absolute() else name
 
 
 def changed_answers(folder: Path) -> list[dict[str, str]]:

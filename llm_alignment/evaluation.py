@@ -8,7 +8,9 @@ import functools
 import itertools
 import logging
 import math
+import re
 import shutil
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -198,7 +200,8 @@ def read_items(
             results.append(*map(evaluation.of_base, unread))
     elif unread:
         missing = {item["question_id"] for item in unread}
-        for rows in _read_rounds(evaluation, get_model(), tokenizer, missing, path.stem):
+        title = EVALUATIONS.get(evaluation.name, path.stem)
+        for rows in _read_rounds(evaluation, get_model(), tokenizer, missing, title):
             if results and rows:
                 results.append(*(row for row in evaluation.grade(rows) if row["question_id"] in missing))
     if results:
@@ -273,7 +276,7 @@ def report(
             save_figure(figure, folder / f"{name}.png")
     write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
     for line in in_short(delta):
-        log.info("%s", line)
+        log.info("%s", textwrap.fill(line, table_width(), subsequent_indent="    ", break_on_hyphens=False))
     table = record.get("args", {}).get("table", "full")
     print_table(title or str(folder), table_rows(baseline, final, delta, table))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
@@ -403,13 +406,19 @@ def table_texts(rows: list[TableRow]) -> tuple[list[list[str]], str]:
     return texts, note if stay else ""
 
 
+def table_width() -> int:
+    """Columns of the terminal, 80 to 120."""
+    return max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
+
+
 def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("baseline", "final")) -> None:
-    """Prints the lines of `table_texts` under the names of the two sides. Plain ASCII, as wide as the terminal."""
+    """Prints, or logs in a run, the lines of `table_texts` under the names of the two sides; as wide as the terminal,
+    in plain ASCII."""
     from rich.box import Box
     from rich.console import Console
     from rich.table import Column, Table
 
-    width = max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
+    width = table_width()
     is_wide = width >= 110  # else without the items that changed and the verdict
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
     numbers = (*sides, "difference [95 % interval]", "p", *["changed"] * is_wide)
@@ -418,12 +427,14 @@ def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("basel
     table = Table(*columns, box=rules, show_edge=False, padding=(0, 1, 0, 0))
     texts, note = table_texts(rows)
     for cells in texts:
-        table.add_row(*[*cells[:3], " ".join(cells[3:5]), *cells[5:]][: len(table.columns)])
+        told = (re.sub(r"^\d+ of \d+ changed[:,] ", "", text) for text in cells[7:])  # the column before it has that
+        table.add_row(*[*cells[:3], " ".join(cells[3:5]), *cells[5:7], *told][: len(table.columns)])
     console = Console(width=width, color_system=None, legacy_windows=False, markup=False, emoji=False, highlight=False)
-    console.print(title, soft_wrap=True)
-    console.print(table)
-    if note:
-        console.print(note)
+    with console.capture() as printed:
+        console.print(title, soft_wrap=True)
+        console.print(table)
+    text = printed.get() + note
+    (log.info if log.handlers else print)(text.rstrip())
 
 
 def save_answers(file: str, before: Rows, after: Rows) -> None:

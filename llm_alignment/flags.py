@@ -129,7 +129,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
     add("--grad_acc", type=positive(int), default=16, help="passes per optimiser step; raise it as --batch is lowered")
     add("--max_steps", type=not_negative(int), default=0, help="end after N optimiser steps; 0 = after --epochs")
     add("--system_prompt", default="", metavar="TEXT", help="system turn of conversations that have none")
-    add = add_group(parser, "checkpoints", trains=False)
+    add = add_group(parser, "time and checkpoints", trains=False)
     if not in_stages:
         add("--time", action="store_true", help="with --dry_run: two steps, a batch, and how long a run takes")
     add("--save_steps", type=positive(int), default=50, help="steps between checkpoints")
@@ -153,7 +153,7 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
         add("--report_to", type=tracker, choices=["none", *TRACKERS], default="none", help="tracker of the training")
     add_scoring_flags(parser)
     add = add_group(parser, "retention", trains="asked")
-    add("--do_retention", action=ON_OFF, default=True, help="what could the base do that the tuned model cannot?")
+    add("--do_retention", action=ON_OFF, default=True, help="measure what the tuned model can no longer do")
     add("--retention_file", default="auto", metavar="auto|PATH", help="questions with checks; auto: the project's own")
     add = add_group(parser, "how retention is measured", trains="measured")
     add("--retention_limit", type=not_negative(int), default=0, help="a sample of N questions; 0 = all")
@@ -176,9 +176,10 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     """The reward model and its batches."""
     add = add_group(parser, "scoring", trains="measured")
-    add("--reward_model", default="Skywork/Skywork-Reward-V2-Qwen3-0.6B", help="hub id or folder; it has one label")
+    add("--reward_model", default="Skywork/Skywork-Reward-V2-Qwen3-0.6B", help="model that scores answers: hub "
+        "id or folder; it has one label")
     add = add_group(parser, "batches of the evaluation", trains=False)
-    add("--eval_batch_size", type=not_negative(int), default=0, help="answers, and rewards; 0 = by free memory")
+    add("--eval_batch_size", type=not_negative(int), default=0, help="answers or rewards at once; 0 = by free memory")
 
 
 def add_mtbench_flags(add: Callable[..., argparse.Action]) -> None:
@@ -206,7 +207,8 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
         help=f"share of pairs taken to be labelled the wrong way, for {', '.join(SMOOTHED)}")
     add("--max_prompt_length", type=positive(int), default=2048, help="tokens that a prompt is cut to")
     add("--max_length", type=positive(int), default=3072, help="tokens of prompt and answer together")
-    add("--use_chat_template", action="store_true", help="wrap prompts in it (plain text, as published)")
+    add("--use_chat_template", action="store_true", help="render TAT-QA's prompts by the chat template; without it "
+        "they are plain text, as published")
     add("--no_prefix_sharing", action="store_true", help="read a pair's prompt once for each answer")
     add("--group_by_table", action=ON_OFF, default=False, help="train on pairs whose prompts share a beginning (a "
         "table, a system prompt) together and read it once; it changes which pairs meet in an optimiser step")
@@ -214,14 +216,14 @@ def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -
     if not in_stages:
         add("--no_train", action="store_true", help="only evaluate")
         add("--load_adapter", default="", metavar="DIR", help="start from this adapter")
-        add("--adapter_trainable", action="store_true", help="continue its training; it is the reference too")
+        add("--adapter_trainable", action="store_true", help="train it further; as loaded it is the reference")
     add = add_group(parser, "log", trains=False)
     add("--logging_steps", type=positive(int), default=5, help="steps between log lines")
     add = add_group(parser, "what is measured", trains="asked")
-    add("--do_mtbench", action=ON_OFF, default=True, help="MT-Bench")
+    add("--do_mtbench", action=ON_OFF, default=True, help="measure MT-Bench")
     add("--mtbench_file", default="mt_bench_ru.json", help="questions of MT-Bench, fetched when missing")
-    add("--do_instruct", action=ON_OFF, default=True, help="instruction following")
-    add("--instruct_limit", type=not_negative(int), default=25, help="instructions")
+    add("--do_instruct", action=ON_OFF, default=True, help="measure how instructions are followed")
+    add("--instruct_limit", type=not_negative(int), default=25, help="instructions to ask; 0 = all")
     add("--instruct_max_tokens", type=positive(int), default=512, help="new tokens of an instruction's answer")
     add = add_group(parser, "how it is measured", trains="measured")
     add("--eval_baseline", action=ON_OFF, default=True, help="measure before training too")
@@ -240,18 +242,18 @@ def add_tatqa_flags(parser: argparse.ArgumentParser, *, only_measured: bool = Fa
         add("--tatqa_split", choices=SPLITS, default="train", help="split to train on")
     add("--tatqa_table_rows", type=positive(int), default=20, help="rows of a table to show")
     add("--tatqa_table_cols", type=positive(int), default=8, help="columns of a table to show")
-    add("--tatqa_para_chars", type=not_negative(int), default=1200, help="characters of passages")
+    add("--tatqa_para_chars", type=not_negative(int), default=1200, help="characters of passages to show")
     add("--tatqa_only_rel_paras", action=ON_OFF, default=True, help="only the passages that a question refers to")
     add = add_group(parser, "what is measured on TAT-QA", trains="asked")
     with_pairs = "" if only_measured else "; with --pairs only when asked for"
     add("--do_eval", action=ON_OFF, default=True, help=f"measure TAT-QA{with_pairs}")
     add("--eval_split", choices=SPLITS, default="validation", help="split to measure on")
     add = add_group(parser, "how TAT-QA is measured", trains="measured")
-    add("--eval_limit", type=not_negative(int), default=1000, help="questions; 0 = all")
+    add("--eval_limit", type=not_negative(int), default=1000, help="questions to ask; 0 = all")
     add("--eval_max_new_tokens", type=positive(int), default=64, help="longest answer in tokens")
     add("--eval_temperature", type=temperature, default=0.0, help="0 = greedy")
     add("--eval_top_p", type=positive_ratio, default=1.0, help="share of probability to sample from")
-    add("--eval_save_json", default="", metavar="X.jsonl", help="TAT-QA to X_baseline.jsonl and X_post.jsonl too")
+    add("--eval_save_json", default="", metavar="X.jsonl", help="its rows also go to X_baseline.jsonl, X_post.jsonl")
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -273,13 +275,13 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--finance_dataset", default="Josephgflowers/Finance-Instruct-500k", help="hub id, file or folder")
     add = add_group(parser, "Finance-Instruct pairs", trains="finance")
     add("--finance_instruct_pairs", type=positive(int), default=2000, help="at most N pairs of it")
-    add("--finance_temperature", type=temperature, default=0.0, help="of the base's rejected answers; published: 0.8")
+    add("--finance_temperature", type=temperature, default=0.0, help="of the base's rejected answers (published: 0.8)")
     add = add_group(parser, "general pairs", trains="general")
     add("--general_dataset", default="Intel/orca_dpo_pairs", help="hub id, file or folder with question (or prompt), "
         "chosen, rejected and optionally system; or with chosen and rejected dialogues, as Anthropic/hh-rlhf")
     add = add_group(parser, "what is measured on Reddit", trains="asked")
-    add("--do_reddit", action=ON_OFF, default=True, help="replies to held-out posts")
-    add("--reddit_limit", type=positive(int), default=100, help="posts")
+    add("--do_reddit", action=ON_OFF, default=True, help="measure replies to held-out posts")
+    add("--reddit_limit", type=positive(int), default=100, help="posts to reply to")
     add = add_group(parser, "how replies to Reddit are measured", trains="measured")
     add("--reddit_max_tokens", type=positive(int), default=256, help="new tokens of a reply")
     parser.set_defaults(max_prompt_length=1536, max_length=2560, mtbench_file="mt_bench_en.json")

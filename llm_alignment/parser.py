@@ -7,13 +7,19 @@ import difflib
 import functools
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """States the default of every flag that has one."""
+    """States the default of every flag that has one; fills paragraphs, and leaves indented ones as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = functools.partial(textwrap.fill, width=width, break_on_hyphens=False)
+        parts = text.strip().split("\n\n")
+        return "\n\n".join(part if part.startswith(" ") else fill(part) for part in parts)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_default = action.default not in (None, "") and action.default is not False

@@ -83,7 +83,7 @@ def plot_curves(title: str, logs: dict[str, list[dict]], panels: dict[str, dict[
     for axis, (ylabel, keys) in zip(axes, panels.items(), strict=True):
         for colour, (run, log) in zip(itertools.cycle(SERIES), logs.items(), strict=False):
             for style, (key, name) in zip(STYLES, keys.items(), strict=False):
-                points = [(entry["step"], entry[key]) for entry in log if key in entry]
+                points = [*{entry["step"]: entry[key] for entry in log if key in entry}.items()]
                 if points:
                     look: dict[str, Any] = {"color": colour, "label": ", ".join(filter(None, (run, name)))}
                     # of two points, before and after, nobody knows what lies between them

@@ -66,8 +66,9 @@ class ResultFile:
         found = [row for key, row in self._cached.items() if key in wanted]
         if found:
             self.append(*found)
-            told = "%s: %d rows taken from the baseline cache (%s); --no_baseline_cache computes them again"
-            log.info(told, self.path.name, len(found), self._cache)
+            is_of_run = self._cache and self._cache.parent == self.path.parent
+            told = "%s" if is_of_run else "the baseline cache (%s); --no_baseline_cache computes them again"
+            log.info("%s: %d rows taken from " + told, self.path.name, len(found), self._cache)
         wanted -= self._cached.keys()
         return [question for question in questions if question["question_id"] in wanted]
 

@@ -255,7 +255,7 @@ class RunKeeper(TrainerCallback):
         if state.global_step - self.first_step == 10 and state.is_world_process_zero:
             steps = state.max_steps - self.first_step
             minutes = (time.monotonic() - self.started) / 600 * steps
-            log.info("training takes about %.0f minutes for %d steps", minutes, steps)
+            log.info("training takes about %.1f min for %d steps", minutes, steps)
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.last_step = random_state(), state.num_input_tokens_seen

@@ -51,10 +51,11 @@ def test_base_commit_figures_and_changed_answers_are_in_the_card(run_folder, tmp
 
 
 def test_what_is_no_name_of_the_hub_stays_out_of_the_head(run_folder, tmp_path):
-    """The hub refuses a card whose base_model or datasets are folders of a machine."""
+    """The hub refuses a card whose base_model or datasets are folders of a machine; the text has their names."""
     path = run_folder / "run.json"
     text = path.read_text("utf-8").replace("Qwen/Qwen3-1.7B", str(tmp_path)).replace("t-tech/T-Wix", "/data/x.jsonl")
     path.write_text(text.replace('"abc123"', "null"), encoding="utf-8")
     write_card(run_folder)
     head, text = card_of(run_folder)
-    assert not {"base_model", "datasets"} & head.keys() and str(tmp_path) in text
+    assert not {"base_model", "datasets"} & head.keys() and str(tmp_path) not in text
+    assert f"of {tmp_path.name} (a local folder), trained by SFT" in text and "Data: x.jsonl (" in text

@@ -22,7 +22,7 @@ def test_both_losses_of_every_run_and_the_means_with_their_interval_are_in_the_f
     assert [list(line.get_ydata()) for line in axis.lines] == [[2.0, 1.0], [1.5], [2.0]]
     record = {"baseline": {"val_loss": 3.0}, "final": {"val_loss": 0.5}, "kept_step": 2}
     (axis,) = plots.plot_curves("x", {"": plots.with_validation(history, record)}, plots.LOSS).axes
-    assert list(axis.lines[1].get_xydata().ravel()) == [0, 3.0, 2, 1.5, 2, 0.5]
+    assert list(axis.lines[1].get_xydata().ravel()) == [0, 3.0, 2, 0.5] and axis.lines[1].get_linestyle() == "None"
     before, after = ({"avg": avg, "by_category": {"math": avg}, "n": 8} for avg in (5.0, 6.5))
     delta = {"mean": 1.5, "low": 0.25, "high": 2.75, "n": 8}
     title = plots.plot_categories("MT-Bench", before, after, delta).get_suptitle()
