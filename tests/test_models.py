@@ -95,6 +95,19 @@ def as_codes(tensors: dict) -> dict:
     return {name: tensor.to(torch.int8) if "q_proj" in name else tensor for name, tensor in tensors.items()}
 
 
+@pytest.mark.parametrize("name", ["default", "rag"])
+def test_of_several_templates_the_default_one_is_used(folder, name):
+    """Listed in tokenizer_config.json, as older releases have them."""
+    template = models.load_tokenizer(base_of(folder)).chat_template
+    no_text_as_template(folder)
+    listed = [{"name": each, "template": template} for each in (name, "tool_use")]
+    change_json(folder / "tokenizer_config.json", chat_template=listed)
+    if name == "default":
+        assert models.load_tokenizer(base_of(folder)).chat_template == template
+    else:
+        assert "no chat template" in error_of(lambda: models.load_tokenizer(base_of(folder)))
+
+
 def no_text_as_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     change_json(folder / "tokenizer_config.json", chat_template=5)
