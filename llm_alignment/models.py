@@ -108,6 +108,8 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     end = end_of_turn(tokenizer, base.what)
+    if "strftime_now" in tokenizer.chat_template:
+        log.warning("%s: its chat template writes the day's date: of another day, answers differ", base.what)
     if end and end != tokenizer.eos_token:  # as in Qwen3-Base: what is trained and generated ends as a turn does
         log.warning("an answer ends with %s, the template's end of a turn, not with %s", end, tokenizer.eos_token)
         tokenizer.eos_token = end

@@ -96,16 +96,25 @@ def as_codes(tensors: dict) -> dict:
 
 
 @pytest.mark.parametrize("name", ["default", "rag"])
-def test_of_several_templates_the_default_one_is_used(folder, name):
+def test_of_several_templates_the_default_one_is_used(copied, name):
     """Listed in tokenizer_config.json, as older releases have them."""
-    template = models.load_tokenizer(base_of(folder)).chat_template
-    no_text_as_template(folder)
+    template = models.load_tokenizer(base_of(copied)).chat_template
+    no_text_as_template(copied)
     listed = [{"name": each, "template": template} for each in (name, "tool_use")]
-    change_json(folder / "tokenizer_config.json", chat_template=listed)
+    change_json(copied / "tokenizer_config.json", chat_template=listed)
     if name == "default":
-        assert models.load_tokenizer(base_of(folder)).chat_template == template
+        assert models.load_tokenizer(base_of(copied)).chat_template == template
     else:
-        assert "no chat template" in error_of(lambda: models.load_tokenizer(base_of(folder)))
+        assert "no chat template" in error_of(lambda: models.load_tokenizer(base_of(copied)))
+
+
+def test_a_template_that_writes_the_date_is_warned_of(copied, logged):
+    path = copied / "chat_template.jinja"
+    models.load_tokenizer(base_of(copied))
+    assert "date" not in logged.text
+    path.write_text("{{ strftime_now('%d %b %Y') }}" + path.read_text("utf-8"), encoding="utf-8")
+    models.load_tokenizer(base_of(copied))
+    assert "writes the day's date" in logged.text
 
 
 def no_text_as_template(folder: Path) -> None:
