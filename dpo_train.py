@@ -252,8 +252,7 @@ def own_pairs(
     depend on the seed. Raises InputError when no prompt is left to train on, or to hold out.
     """
     counts: dict[str, int] = {}
-    pairs = read_pairs(source, "--pairs", thinking=choice.thinking, own=own)
-    pairs = without_leaks(pairs, finder, "pairs", counts)
+    pairs = without_leaks(read_pairs(source, "--pairs", thinking=choice.thinking, own=own), finder, "pairs", counts)
     by_prompt: dict[str, list[dict]] = {}
     for pair in pairs:
         by_prompt.setdefault(normalise_text(transcript(pair["prompt"])), []).append(pair)

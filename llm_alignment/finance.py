@@ -255,9 +255,8 @@ def load_data(
     if "finance" in sources:
         found["finance"] = instructions
     if "general" in sources:
-        found["general"] = read_pairs(
-            settings.general_dataset, "--general_dataset", thinking=settings.thinking, own=own
-        )
+        source, thinking = settings.general_dataset, settings.thinking
+        found["general"] = read_pairs(source, "--general_dataset", thinking=thinking, own=own)
     for source, items in found.items():
         items = without_leaks(items, finder, source, data.counts)
         if source == "finance":  # each once; which of several answers stays does not depend on their order
