@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment import flags, tatqa
+from llm_alignment.encoder import own_tokens
 from llm_alignment.evaluation import Evaluation
 from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
 from llm_alignment.instructions import instruct_questions
@@ -209,7 +210,7 @@ def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[
         whole, passages = measuring.forbidden(mtbench)
         if instructions:
             whole["instruction"] = [row["turns"][0] for row in instruct_questions(0, args.seed)]
-        pairs, held_out, data = own_pairs(args.pairs, choice, LeakFinder(whole, passages))
+        pairs, held_out, data = own_pairs(args.pairs, choice, LeakFinder(whole, passages), own_tokens(setup.tokenizer))
     else:
         mark = tatqa.QUESTION_PREFIX
         pairs, held_out, data = table_pairs(args.tatqa_dir, args.tatqa_split, args.eval_split, choice, content)
@@ -241,7 +242,9 @@ class PairChoice:
         return random.Random(self.seed).sample(pairs, limit) if 0 < limit < len(pairs) else pairs
 
 
-def own_pairs(source: str, choice: PairChoice, finder: LeakFinder) -> tuple[list[dict], list[dict], dict]:
+def own_pairs(
+    source: str, choice: PairChoice, finder: LeakFinder, own: re.Pattern[str]
+) -> tuple[list[dict], list[dict], dict]:
     """Pairs to train on and held-out ones from --pairs, and the fingerprint of the data.
 
     Pairs that contain the question of an evaluation are left out and counted. --eval_pairs are taken prompt by prompt
@@ -249,7 +252,7 @@ def own_pairs(source: str, choice: PairChoice, finder: LeakFinder) -> tuple[list
     depend on the seed. Raises InputError when no prompt is left to train on, or to hold out.
     """
     counts: dict[str, int] = {}
-    pairs = without_leaks(read_pairs(source, "--pairs", thinking=choice.thinking), finder, "pairs", counts)
+    pairs = without_leaks(read_pairs(source, "--pairs", thinking=choice.thinking, own=own), finder, "pairs", counts)
     by_prompt: dict[str, list[dict]] = {}
     for pair in pairs:
         by_prompt.setdefault(normalise_text(transcript(pair["prompt"])), []).append(pair)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment import flags
+from llm_alignment.encoder import own_tokens
 from llm_alignment.evaluation import Evaluation
 from llm_alignment.files import InputError, sample, write_rows
 from llm_alignment.model_files import adapter_files_sha256
@@ -154,7 +155,7 @@ def pairs_and_evaluations(
     style, content, retention = (flags.fill(kind, args) for kind in (PromptStyle, PromptContent, RetentionSettings))
     measuring = flags.fill(domains.MeasuringSettings, args, style=style, content=content, retention=retention)
     settings = flags.fill(finance.DataSettings, args, reddit=flags.fill(RedditSettings, args))
-    data = finance.load_data(settings, sources, *measuring.forbidden(mtbench))
+    data = finance.load_data(settings, sources, *measuring.forbidden(mtbench), own_tokens(setup.tokenizer))
     asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit, args.seed), **data.questions}
     evaluations = domains.dpo_evaluations(setup.tokenizer, measuring, asked)
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llm_alignment import evaluation, files, flags
 from llm_alignment.card import write_card
+from llm_alignment.encoder import own_tokens
 from llm_alignment.endings import MissedGateError
 from llm_alignment.evaluation import METRICS, Evaluation
 from llm_alignment.files import InputError
@@ -389,7 +390,7 @@ def pairs_and_evaluations(
     style, content, retention = (flags.fill(kind, args) for kind in (PromptStyle, PromptContent, RetentionSettings))
     measuring = flags.fill(domains.MeasuringSettings, args, style=style, content=content, retention=retention)
     settings = flags.fill(finance.DataSettings, args, reddit=flags.fill(RedditSettings, args))
-    data = finance.load_data(settings, sources, *measuring.forbidden(mtbench))
+    data = finance.load_data(settings, sources, *measuring.forbidden(mtbench), own_tokens(setup.tokenizer))
     asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit, args.seed), **data.questions}
     evaluations = domains.dpo_evaluations(setup.tokenizer, measuring, asked)
     answered: list[dict] = []  # the base answers the Finance-Instruct prompts once, for both their stages

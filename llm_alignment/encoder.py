@@ -22,7 +22,10 @@ log = logging.getLogger("llm_alignment")
 
 THOUGHT = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)  # an answer begins with it, or has none
 EMPTY_BLOCK = re.compile(r"<think>\s*</think>\s*")
-STAND_IN = re.compile(r"TURN(\d+)TEXT")  # a text whose place in a rendered conversation is looked for
+# A text whose place in a rendered conversation is looked for, with what a template may change: case, blanks, signs.
+STAND_IN = "tuRN  &\n\n<\"{}'>teXT"
+STAND_INS = re.compile(re.escape(STAND_IN).replace(r"\{\}", r"(\d+)"))
+NO_TOKENS = re.compile(r"\Z.")  # finds nothing
 PADDING = "\n \n"
 STRIPPED = ("", "\n", None)  # what a template may take from a text's ends: nothing, newlines, all blanks
 
@@ -66,7 +69,7 @@ class ChatEncoder:
         self.block = thought.groups() if thought else ("<think>\n", "\n</think>\n\n")  # around a thought
         after = twice.between[2], twice.between[4]
         self.end = commonprefix(after).rstrip()  # what ends every answer, where no token does
-        self.own = self._own_tokens("".join([prompt, *twice.between]))
+        self.own = own_tokens(tokenizer, "".join([prompt, *twice.between]), self.header.strip())
         ends = all(map(self._end, after))
         if not ends or not self.own.search(after[1]):
             why = "ends an answer with no token, so training does not teach the model to stop"
@@ -87,11 +90,11 @@ class ChatEncoder:
         """Raises ValueError when the template does not show each text once and as it is, blanks around it apart."""
         shown = []
         for padding in ("", PADDING):
-            texts = [f"{padding}TURN{place}TEXT{padding}" for place in range(len(roles))]
-            shown.append(STAND_IN.split(self.render(list(zip(roles, texts, strict=True)))))
+            texts = [padding + STAND_IN.format(place) + padding for place in range(len(roles))]
+            shown.append(STAND_INS.split(self.render(list(zip(roles, texts, strict=True)))))
         order = list(map(int, shown[0][1::2]))
         if sorted(order) != list(range(len(roles))) or shown[0][1::2] != shown[1][1::2]:
-            raise ValueError("it leaves out a turn or writes one twice")
+            raise ValueError("it leaves out a turn, writes one twice or changes its text")
         between, ends = shown[0][::2], []
         for plain, padded in zip(between, shown[1][::2], strict=True):
             for right, left in itertools.product(STRIPPED, repeat=2):
@@ -115,16 +118,6 @@ class ChatEncoder:
         token = self.own.match(after, len(after) - len(after.lstrip()))
         return after[: token.end()] if token else self.end if after.startswith(self.end) else ""
 
-    def _own_tokens(self, written: str) -> re.Pattern[str]:
-        """Finds the tokens that a text must not spell: the special ones, and those that the template writes."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        tokens = {token.content for token in added if token.special or token.content in written}
-        tokens |= {tag for tag in ("<think>", "</think>") if tag in written}
-        if re.search(r"\W", self.header.strip()):
-            tokens.add(self.header.strip())
-        longest_first = sorted(filter(str.strip, tokens), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or r"\Z.")
-
     def layout(self, turns: Turns) -> Layout | str:
         """Of a conversation; a text says why the template cannot write it. It is asked once an order of roles."""
         roles = tuple(role for role, _ in turns)
@@ -138,19 +131,7 @@ class ChatEncoder:
     def refusal(self, turns: Turns) -> str | None:
         """Why a conversation cannot be trained on as the row has it; None when it can."""
         layout = self.layout(turns)
-        if isinstance(layout, str):
-            return layout
-        for role, text in turns:
-            thought = ""
-            if role == "assistant":
-                thought, text = split_thought(text)
-                if not text.strip() or text.lstrip().startswith("<think>"):
-                    return "an answer has no text outside its <think> block"
-                if "<think>" in text or "</think>" in text or "<think>" in thought:
-                    return "an answer has a <think> tag within its text"
-            if found := self.own.search(thought) or self.own.search(text):
-                return f"a turn contains the chat template's own {found[0]!r}"
-        return None
+        return layout if isinstance(layout, str) else text_problem(turns, self.own)
 
     def answer(self, content: str) -> str:
         """An answer as it is trained on, after what the generation prompt supplies."""
@@ -208,6 +189,35 @@ class ChatEncoder:
             text = self.tokenizer.decode([token for token, _ in part])
             shown += f"[[{text}]]" if trained else text
         return shown
+
+
+def own_tokens(tokenizer: PreTrainedTokenizerBase, written: str = "", header: str = "") -> re.Pattern[str]:
+    """Finds the tokens that a text must not spell: the special ones, and those that the template has `written`."""
+    if not written:
+        turns = [{"role": role, "content": "TEXT"} for role in ("user", "assistant")]
+        written = tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False)
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {token.content for token in added if token.special or token.content in written}
+    tokens |= {tag for tag in ("<think>", "</think>") if tag in written}
+    if re.search(r"\W", header):
+        tokens.add(header)
+    longest_first = sorted(filter(str.strip, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or NO_TOKENS.pattern)
+
+
+def text_problem(turns: Turns, own: re.Pattern[str]) -> str | None:
+    """Why texts would not be read as they are written: they spell what is the template's `own`; None if they would."""
+    for role, text in turns:
+        thought = ""
+        if role == "assistant":
+            thought, text = split_thought(text)
+            if not text.strip() or text.lstrip().startswith("<think>"):
+                return "an answer has no text outside its <think> block"
+            if "<think>" in text or "</think>" in text or "<think>" in thought:
+                return "an answer has a <think> tag within its text"
+        if found := own.search(thought) or own.search(text):
+            return f"a turn contains the chat template's own {found[0]!r}"
+    return None
 
 
 def split_thought(content: str) -> tuple[str, str]:

@@ -108,7 +108,8 @@ def without_nulls(row: dict) -> dict:
 DATA_SUFFIXES = {".jsonl", ".json", ".parquet"}
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` writes
 NOT_TRAINING = re.compile(
-    r"(^|[^a-z])(test(s|ing)?|val(id(ation)?)?|dev(el(opment)?)?|eval(s|uation)?|h[oe]ld[-_ ]?out)([^a-z]|$)"
+    r"(?<![^\W\d_])(test(s|ing)?|val(id(at(e|ion))?)?|dev(el(opment)?)?|eval(s|uation)?|h[oe]ld[-_ ]?out|"
+    r"тест\w*|валид\w*|провер\w*|отложен\w*|验证|测试)([-_ ]?set)?(?![^\W\d_])"
 )
 ARCHIVES = {  # by the bytes that a file begins with
     b"PK\x03\x04": "zip", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"7z\xbc\xaf": "7z",

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
@@ -227,12 +228,14 @@ class TrainingData:
 
 
 def load_data(
-    settings: DataSettings, sources: set[str], asked: dict[str, list[str]], passages: dict[str, list[str]]
-) -> TrainingData:
+    settings: DataSettings, sources: set[str], asked: dict[str, list[str]], passages: dict[str, list[str]],
+    own: re.Pattern[str],
+) -> TrainingData:  # fmt: skip
     """Reads the data of `sources` ("reddit", "finance", "general") and of the evaluations that the flags ask for.
 
     What the evaluations ask is held out and not trained on: their own questions, and `asked` and `passages`, which are
-    LeakFinder's. Raises InputError when a source or an evaluation has nothing left.
+    LeakFinder's; `own` finds the chat template's tokens, which no general pair may spell. Raises InputError when a
+    source or an evaluation has nothing left.
     """
     data, forbidden = TrainingData(), dict(asked)
     comments = read_comments(settings.reddit_dataset) if settings.do_reddit or "reddit" in sources else []
@@ -252,7 +255,8 @@ def load_data(
     if "finance" in sources:
         found["finance"] = instructions
     if "general" in sources:
-        found["general"] = read_pairs(settings.general_dataset, "--general_dataset", thinking=settings.thinking)
+        source, thinking = settings.general_dataset, settings.thinking
+        found["general"] = read_pairs(source, "--general_dataset", thinking=thinking, own=own)
     for source, items in found.items():
         items = without_leaks(items, finder, source, data.counts)
         if source == "finance":  # each once; which of several answers stays does not depend on their order

@@ -95,6 +95,8 @@ def read_tokenizer(folder: Path, what: str, *, trust_remote_code: bool) -> PreTr
     except Exception as error:  # the Rust tokenizers raise plain Exceptions
         reason = one_line(error)
         raise InputError(f"{what}: its tokenizer or config cannot be read ({reason}); fetch it again") from error
+    if isinstance(tokenizer.chat_template, dict):  # several by name, for tools or for documents
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.chat_template is None:
         raise InputError(f"{what}: its tokenizer has no chat template; name a chat model")
     return tokenizer
@@ -106,6 +108,8 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     end = end_of_turn(tokenizer, base.what)
+    if "strftime_now" in tokenizer.chat_template:
+        log.warning("%s: its chat template writes the day's date: of another day, answers differ", base.what)
     if end and end != tokenizer.eos_token:  # as in Qwen3-Base: what is trained and generated ends as a turn does
         log.warning("an answer ends with %s, the template's end of a turn, not with %s", end, tokenizer.eos_token)
         tokenizer.eos_token = end
@@ -248,10 +252,13 @@ def check_head(model: PreTrainedModel, what: str) -> None:
     """
     head = model.get_output_embeddings()
     seen: dict[str, torch.Tensor] = {}
+
+    def see(_, inputs, named, output):  # some models, as OPT, go past their base's own forward
+        seen.update(logits=output.logits, last=model.base_model(**named).last_hidden_state)
+
     with (
-        model.base_model.register_forward_hook(lambda _, inputs, output: seen.update(last=output.last_hidden_state)),
         head.register_forward_hook(lambda _, inputs, output: seen.update(hidden=inputs[0], product=output)),
-        model.register_forward_hook(lambda _, inputs, output: seen.update(logits=output.logits)),
+        model.register_forward_hook(see, with_kwargs=True),
     ):
         check_logits(model, what)
     is_product = torch.equal(seen["logits"], seen["product"].to(seen["logits"].dtype))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from llm_alignment.encoder import NO_TOKENS, text_problem
 from llm_alignment.files import digest
 from llm_alignment.hub import read_usable
 from llm_alignment.messages import is_trained, message_text, read_messages, refuse_needed, unread_fields
@@ -24,13 +25,13 @@ SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
-def read_pairs(source: str, flag: str, *, thinking: bool = False) -> list[dict]:
+def read_pairs(source: str, flag: str, *, thinking: bool = False, own: re.Pattern[str] = NO_TOKENS) -> list[dict]:
     """The preference pairs (see `general_pair`) of a JSONL, JSON or Parquet file, a folder of them or a hub data set.
 
     Rows that cannot be used are skipped, counted and reported. Raises InputError, which names `flag`, when the source
     cannot be read or no row is left.
     """
-    read = read_usable(source, flag, lambda row: (row, general_pair(row, thinking=thinking)), GENERAL_COLUMNS)
+    read = read_usable(source, flag, lambda row: (row, general_pair(row, thinking=thinking, own=own)), GENERAL_COLUMNS)
     if unread := unread_fields((row for row, _ in read), COLUMNS):
         named = ", ".join(f"{field} ({count} rows)" for field, count in sorted(unread.items()))
         log.info("%s: not read: %s", source, named)
@@ -48,14 +49,14 @@ def distinct_pairs(pairs: Iterable[dict]) -> list[dict]:
     return list(once.values())
 
 
-def general_pair(row: dict, *, thinking: bool = False) -> dict:
+def general_pair(row: dict, *, thinking: bool = False, own: re.Pattern[str] = NO_TOKENS) -> dict:
     """The pair {"prompt", "chosen", "rejected", "uid"} of a row. Raises ValueError with the reason when it is none.
 
     Everything before the last answer is the prompt, and it must be the same on both sides. A column that is null or
     empty counts as absent. The prompt of a single question is its text, after the system text, since evaluations have
     no system turn. That of a longer dialogue is a list of {role, content} turns, from a user's to a user's, which goes
     through the chat template as such. Without `thinking` the answers lose their thoughts, as the prompt ends after an
-    empty <think></think> block then.
+    empty <think></think> block then. No text may spell a token of the template, which `own_tokens` finds.
     """
     for side in ("chosen", "rejected"):
         if row.get(side) in (None, "", []):
@@ -80,6 +81,8 @@ def general_pair(row: dict, *, thinking: bool = False) -> dict:
         raise ValueError("chosen and rejected differ before the last turn")
     if chosen == rejected:
         raise ValueError("equal answers")
+    if problem := text_problem([(turn["role"], turn["content"]) for turn in (*chosen, rejected[-1])], own):
+        raise ValueError(problem)
     turns, answers = chosen[:-1], {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
     uid = f"general:{digest(transcript(turns), *answers.values())[:16]}"
     return {"prompt": turns if len(turns) > 1 else turns[0]["content"], **answers, "uid": uid}

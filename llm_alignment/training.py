@@ -264,7 +264,7 @@ class RunKeeper(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self.trainer.accelerator.wait_for_everyone()  # every process has written its own files
         if state.is_world_process_zero:
-            write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}", RUN)
         self.saved_step = state.global_step
 
     def on_log(self, args, state, control, **kwargs):
@@ -287,12 +287,14 @@ def random_state() -> list[Callable[[], object]]:
 
 MAX_SKIPPED_STEPS = 20  # in a row, with fp16, before the run stops
 MANIFEST = "complete.json"
+RUN = "../run.json"  # of the run that saved the checkpoint
 
 
-def write_manifest(folder: Path) -> None:
-    """Marks a checkpoint complete: writes name and SHA-256 of every file, last of all."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
-    files.write_json(folder / MANIFEST, {path.name: files.file_sha256(path) for path in paths})
+def write_manifest(folder: Path, *others: str) -> None:
+    """Marks a checkpoint complete: writes name and SHA-256 of every file, and of `others` if there, last of all."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST) + list(others)
+    paths = {name: folder / name for name in names if (folder / name).is_file()}
+    files.write_json(folder / MANIFEST, {name: files.file_sha256(path) for name, path in paths.items()})
 
 
 def checkpoint_problem(folder: Path) -> str | None:
@@ -305,6 +307,9 @@ def checkpoint_problem(folder: Path) -> str | None:
         digests = None
     if not isinstance(digests, dict) or not digests:
         return f"{MANIFEST} is damaged"
+    saved_by = digests.pop(RUN, None)
+    if saved_by and (folder / RUN).is_file() and files.file_sha256(folder / RUN) != saved_by:
+        return "it is of another run"
     for name, digest in digests.items():
         if not (folder / name).is_file():
             return f"{name} is missing"

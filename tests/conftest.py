@@ -304,6 +304,7 @@ def finance_args(tmp_path: Path, *argv: str) -> argparse.Namespace:
 
 def finance_data(args: argparse.Namespace, sources: set[str]) -> TrainingData:
     """What dpo_train_mt.py trains on and asks, for `sources`."""
+    from llm_alignment.encoder import NO_TOKENS
     from llm_alignment.finance import DataSettings, load_data
     from llm_alignment.flags import fill
     from llm_alignment.leaks import asked_passages
@@ -317,7 +318,7 @@ def finance_data(args: argparse.Namespace, sources: set[str]) -> TrainingData:
         "TAT-QA question": question_texts(tatqa_file(args.tatqa_dir, args.eval_split)) if args.do_eval else [],
     }
     settings = fill(DataSettings, args, reddit=fill(RedditSettings, args))
-    return load_data(settings, sources, asked, {"MT-Bench question": asked_passages(questions)})
+    return load_data(settings, sources, asked, {"MT-Bench question": asked_passages(questions)}, NO_TOKENS)
 
 
 def run_error(capsys: pytest.CaptureFixture, main: Callable[[list[str]], object], *argv: str, code: int = 2) -> str:

@@ -10,7 +10,7 @@ import re
 import statistics
 
 import pytest
-from toys import rows_of, toy_run
+from toys import rows_of, save_experts, toy_run
 
 import dpo_train
 from llm_alignment import adapters, dpo, models, plans
@@ -118,6 +118,14 @@ def test_equals_trl(rows, saved_adapter, tmp_path, continued, shift):
     for apart in (False, True):
         trainer = demo_trainer(toy_run(tmp_path, no_prefix_sharing=apart, **flags), rows, adapter)
         assert_same_step(loss_and_gradients(trainer, shift), expected)
+
+
+def test_a_mixture_of_experts_equals_trl(rows, tmp_path):
+    """With its router's loss, which is a quarter of the whole here."""
+    run = toy_run(tmp_path, model=save_experts(tmp_path / "experts"), batch=4, beta=0.3)
+    ours, trls = (loss_and_gradients(build(run, rows), 0.05) for build in (demo_trainer, trls_trainer))
+    assert_same_step(ours, trls)
+    assert trls[2]["aux_loss"] > 0.5
 
 
 def test_prefix_sharing_puts_the_prompt_through_once(rows, tmp_path):

@@ -22,6 +22,7 @@ import dpo_train
 from dpo_train import tatqa_pairs
 from llm_alignment import models, tatqa
 from llm_alignment.adapters import LoraSettings, saved_settings
+from llm_alignment.encoder import NO_TOKENS
 from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.flags import check_dpo_flags
 from llm_alignment.leaks import LeakFinder
@@ -312,12 +313,13 @@ def test_own_pairs(tmp_path, capsys):
     # the choice depends on the file alone, and no prompt is on both sides
     choice = dpo_train.PairChoice(False, eval_pairs=6, limit_pairs=0, seed=7, thinking=False)
     finder = LeakFinder({"TAT-QA question": [own_rows()[-1]["question"]]})
-    pairs, others, _ = dpo_train.own_pairs("own.jsonl", choice, finder)
+    pairs, others, _ = dpo_train.own_pairs("own.jsonl", choice, finder, NO_TOKENS)
     assert {pair["uid"] for pair in others} == {row["question_id"] for row in held_out}
     assert not {str(pair["prompt"]) for pair in pairs} & {str(pair["prompt"]) for pair in others}
     write_rows(tmp_path / "one.jsonl", own_rows()[:1])  # with nothing to hold out, one pair is enough
     choice = dataclasses.replace(choice, eval_pairs=0)
-    assert [pair["chosen"] for pair in dpo_train.own_pairs("one.jsonl", choice, LeakFinder({}, {}))[0]] == ["0"]
+    pairs, *_ = dpo_train.own_pairs("one.jsonl", choice, LeakFinder({}, {}), NO_TOKENS)
+    assert [pair["chosen"] for pair in pairs] == ["0"]
     # SFT or DPO before it: the adapter that is loaded is the reference at the start
     again = [*argv, "--output_dir", "on", "--load_adapter", "out", "--adapter_trainable", "--learning_rate", "1e-9"]
     dpo_train.main(again)

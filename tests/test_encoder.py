@@ -154,12 +154,16 @@ def test_an_answer_that_is_a_thought_or_holds_a_tag_is_refused(answer, thinking)
         assert ENCODERS[name, thinking].refusal([("user", "q"), ("assistant", answer)])
 
 
+CHANGES = (" | upper", " | e", " | title", " | urlencode", ".split() | join(' ')", ".replace('\n\n', '\n')")
+
+
 @pytest.mark.parametrize(
     "template, reason",
     [
         (TEMPLATES["chatml"].replace("m.content", "m.content.lower()"), "leaves out a turn"),
-        (TEMPLATES["chatml"].replace("m.content", "m.content | tojson"), "changes the text"),
+        (TEMPLATES["chatml"].replace("m.content", "m.content | tojson"), "changes its text"),
         (TEMPLATES["chatml"].replace("messages %}", "messages[-2:] %}"), "leaves out a turn"),
+        *((TEMPLATES["chatml"].replace("m.content", "m.content" + change), "changes its text") for change in CHANGES),
         ("{{ raise_exception('never') }}", "never"),
     ],
 )

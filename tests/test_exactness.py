@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from llm_alignment import adapters, exactness, prefixes
+from llm_alignment import adapters, exactness, models, prefixes
 
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16)
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
@@ -41,6 +41,7 @@ def toy(kind: str) -> torch.nn.Module:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_short_row_tells_what_a_model_can_do(kind):
     model = toy(kind)
+    models.check_head(model, kind)
     attention = model.config._attn_implementation
     cannot = {
         "share": exactness.sharing_problem(model),

@@ -143,9 +143,11 @@ def test_a_file_that_is_no_data_is_one_line(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     "name, is_read",
     [(f"{name}.jsonl", False) for name in
-     "val valid validation test tests dev eval heldout held-out holdout my_val val_2 rows.test Val DEV-set".split()]
+     "val valid validation test tests dev eval heldout held-out holdout my_val val_2 rows.test Val DEV-set valset "
+     "testset validate тест тестовая валидация проверка_2 отложенные 验证".split()]
     + [(f"{split}/part.jsonl", False) for split in ("val", "test", "validation-00000-of-00002")]
-    + [(f"{name}.jsonl", True) for name in "train rows latest value contest validated device interval".split()],
+    + [(f"{name}.jsonl", True) for name in
+       "train rows latest value contest validated device interval протест".split()],
 )  # fmt: skip
 def test_other_splits_of_a_folder_are_not_read(tmp_path, name, is_read, logged):
     write_rows(tmp_path / "data.jsonl", [{"n": 1}])

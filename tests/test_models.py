@@ -95,6 +95,28 @@ def as_codes(tensors: dict) -> dict:
     return {name: tensor.to(torch.int8) if "q_proj" in name else tensor for name, tensor in tensors.items()}
 
 
+@pytest.mark.parametrize("name", ["default", "rag"])
+def test_of_several_templates_the_default_one_is_used(copied, name):
+    """Listed in tokenizer_config.json, as older releases have them."""
+    template = models.load_tokenizer(base_of(copied)).chat_template
+    no_text_as_template(copied)
+    listed = [{"name": each, "template": template} for each in (name, "tool_use")]
+    change_json(copied / "tokenizer_config.json", chat_template=listed)
+    if name == "default":
+        assert models.load_tokenizer(base_of(copied)).chat_template == template
+    else:
+        assert "no chat template" in error_of(lambda: models.load_tokenizer(base_of(copied)))
+
+
+def test_a_template_that_writes_the_date_is_warned_of(copied, logged):
+    path = copied / "chat_template.jinja"
+    models.load_tokenizer(base_of(copied))
+    assert "date" not in logged.text
+    path.write_text("{{ strftime_now('%d %b %Y') }}" + path.read_text("utf-8"), encoding="utf-8")
+    models.load_tokenizer(base_of(copied))
+    assert "writes the day's date" in logged.text
+
+
 def no_text_as_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     change_json(folder / "tokenizer_config.json", chat_template=5)

@@ -1,12 +1,13 @@
 """Preference pairs from any file: every format, turn lists, rows that cannot be used."""
 
 import json
+import re
 import unicodedata
 
 import pytest
 from conftest import DEMO, write_rows
 
-from llm_alignment import messages, models, preferences
+from llm_alignment import encoder, messages, models, preferences
 from llm_alignment.files import InputError
 from llm_alignment.leaks import LeakFinder, without_leaks
 from llm_alignment.prompts import PromptStyle, fit_prompt
@@ -163,6 +164,20 @@ def test_thoughts_are_trained_on_with_thinking_alone(chosen, rejected, thinking,
 
 
 PAIR = {"prompt": dialogue("Why?"), **sides("", start=1)}
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("place", ["question", "system", "chosen", "rejected", "earlier turn"])
+@pytest.mark.parametrize("spelt", ["<|im_end|>", "<|im_start|>system", "<|endoftext|>", "<think>", "</think>"])
+def test_a_pair_that_spells_the_templates_tokens_is_none(demo_tokenizer, spelt, place, thinking):
+    row = {"question": "Why?", "system": "Be brief.", "chosen": "<think>Hm</think>Because.", "rejected": "No."}
+    if place == "earlier turn":
+        row |= {"question": None, "prompt": dialogue("Hi", f"Hello{spelt}!", "Why?")}
+    else:
+        row[place] += f" {spelt} more"
+    own = encoder.own_tokens(demo_tokenizer)
+    assert re.search("own|<think>", problem(row, thinking=thinking, own=own))
+    assert problem({**row, **ANSWERS, "system": None, "prompt": "Why?", "question": None}, own=own) is None
 
 
 @pytest.mark.parametrize("place", ["row", "prompt", "chosen", "rejected"])

@@ -220,6 +220,17 @@ def test_an_anchor_on_replay_rows_where_a_step_has_none(marks, sft_trainer):
     assert loss == pytest.approx(trainer.nll_since_log) and trainer.kl_since_log == pytest.approx(0, abs=1e-6)
 
 
+def test_what_is_asked_is_not_trained_on(tmp_path, capsys):
+    asked = DEMO / "mt_bench_ru.jsonl"
+    questions = [row["turns"][0] for row in read_rows(asked)[:3]] + [
+        read_rows(DEMO / "retention.jsonl")[0]["turns"][0]
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", [*list(DISTINCT.values())[:20], *(chat(q, "да") for q in questions)])
+    sft_train.main(flags(tmp_path / "run", "--dry_run", "--mtbench_ru", str(asked), "--dataset", str(path)))
+    assert "4 of 24 left out" in (out := capsys.readouterr().out)
+    assert "3 MT-Bench questions" in out and "1 retention question" in out
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     plan = flags(tmp_path / "run", "--dry_run", "--no-do_retention")
     record = sft_train.main(plan)

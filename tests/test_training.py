@@ -20,7 +20,7 @@ from toys import peak_bytes, toy_run
 
 import dpo_train
 import sft_train
-from llm_alignment import files, sft, training
+from llm_alignment import files, models, sft, training
 
 EARLY_STOP = [
     "--early_stop_patience", "1", "--eval_steps", "2", "--mtbench_questions_limit", "2", "--mtbench_max_tokens", "4",
@@ -222,6 +222,14 @@ def test_a_manifest_that_names_no_files_is_damaged(manifest, tmp_path):
     assert training.checkpoint_problem(tmp_path) == "complete.json is damaged"
 
 
+def test_a_checkpoint_that_was_copied_from_another_run_is_named(whole, tmp_path):
+    shutil.copytree(whole / "checkpoint-8", tmp_path / "checkpoint-8")
+    assert training.checkpoint_problem(tmp_path / "checkpoint-8") is None  # alone it can be used
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    assert training.checkpoint_problem(tmp_path / "checkpoint-8") == "it is of another run"
+    assert training.checkpoint_problem(whole / "checkpoint-8") is None
+
+
 def test_the_layers_in_the_adapter_config_have_one_order(whole):
     """PEFT keeps them in a set, which every process writes in another order."""
     layers = json.loads((whole / "adapter_config.json").read_text("utf-8"))["target_modules"]
@@ -265,6 +273,14 @@ def test_a_resume_on_other_data_names_what_differs(flags, dataset, whole, capsys
         dataset.write_text(text, encoding="utf-8")
         error = capsys.readouterr().err.splitlines()[-1]  # after the bar of the validation rows
         assert stop.value.code == 2 and error.startswith("error: ") and named in error and "learning_rate" not in error
+    assert contents(whole) == before
+
+
+def test_a_resume_on_another_base_is_refused(flags, whole, monkeypatch, capsys):
+    before = contents(whole)
+    monkeypatch.setattr(models, "files_sha256", lambda _: "other weights")
+    error = run_error(capsys, sft_train.main, *flags(whole, "--resume_from_checkpoint", "auto"))
+    assert "weights, tokenizer or config of --model: " in error and "-> other weights" in error
     assert contents(whole) == before
 
 

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from llm_alignment import files, twix
 from llm_alignment.encoder import ChatEncoder
 from llm_alignment.files import InputError
+from llm_alignment.leaks import LeakFinder
 
 
 def demo_encoder(thinking=False, assistant_only=False, template=None):
@@ -235,6 +236,21 @@ def test_nothing_is_left_behind(load, tmp_path):
     tokens = twix.tokenise(examples("train"), demo_encoder(), 1)
     for rows in (examples("train"), examples("validation"), tokens):
         assert all(file["filename"].startswith(get_temporary_cache_files_directory()) for file in rows.cache_files)
+
+
+@pytest.mark.parametrize("form", ["{}", "Ответь кратко: {} Спасибо.", "ОТВЕТЬ: СКОЛЬКО БУДЕТ -- ПЯТЬ и шесть"])
+@pytest.mark.parametrize("place", range(4))
+def test_rows_that_hold_a_question_of_an_evaluation_are_left_out(tmp_path, place, form, logged):
+    question = "Сколько будет пять и шесть?"
+    leaks = [chat(f"question {n} {'x' * n}", "answer") for n in range(20)]
+    for leak in leaks:  # in the first or in a later turn, the user's or the assistant's
+        leak["messages"] += [{"role": role, "content": "more"} for role in ("user", "assistant")]
+        leak["messages"][place]["content"] += " " + form.format(question)
+    choice = twix.RowChoice(str(write_rows(tmp_path / "rows.jsonl", [*MANY[:100], *leaks])), "both", val_split=0.2)
+    selection, examples = twix.load_data(choice, None, LeakFinder({"question": [question]}))
+    assert sum(selection.counts.values()) == 100 and "20 of 120 left out" in logged.text
+    assert not [text for side in twix.SIDES for text in texts(examples, side) if "шесть" in text.lower()]
+    assert selection.sha256 != twix.load_data(choice)[0].sha256
 
 
 @pytest.mark.parametrize("assistant_only", [False, True])

@@ -75,6 +75,19 @@ def make_model(**changes):
     return Qwen3ForCausalLM(tiny_config(**changes)).eval()
 
 
+def save_experts(folder: Path) -> str:
+    """A random mixture of experts with the demo's tokenizer, its router's loss large enough to be seen."""
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(2)
+    sizes = tiny_config(vocab_size=2048, initializer_range=0.1).to_dict()
+    sizes |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, router_aux_loss_coef=0.5)
+    del sizes["model_type"], sizes["architectures"]
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO / "model").save_pretrained(folder)
+    return str(folder)
+
+
 def save_reward_model(folder: Path, tokenizer, **changes) -> str:
     from transformers import Qwen3ForSequenceClassification
 

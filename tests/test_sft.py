@@ -1,0 +1,37 @@
+"""The SFT trainer against TRL's own, where the loss is not that of the targets alone."""
+
+import pytest
+import torch
+from toys import save_experts, toy_base
+
+from llm_alignment import models
+
+
+def test_a_mixture_of_experts_has_its_routers_loss_as_in_trl(sft_trainer, tmp_path):
+    from trl import SFTConfig, SFTTrainer
+
+    folder = save_experts(tmp_path / "experts")
+    ours = sft_trainer("--model", folder, "--kl_coef", "0", "--target_modules", "q_proj")
+    trls = SFTTrainer(
+        model=models.load_model(toy_base(model=folder)),
+        args=SFTConfig(str(tmp_path), report_to="none", use_cpu=True, dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=ours.train_dataset,
+        processing_class=ours.processing_class,
+        peft_config=ours.model.active_peft_config,
+    )
+    results = []
+    for trainer in (ours, trls):
+        torch.manual_seed(1)
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(0, 0.05)
+        batch = trainer.data_collator([trainer.train_dataset[number] for number in range(4)])
+        trainer.kl_coef, trainer.current_gradient_accumulation_steps = 0.0, 1
+        targets = (batch["labels"][:, 1:] != -100).sum()
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=targets)
+        loss.backward()
+        gradients = [each.grad.flatten() for each in trainer.model.parameters() if each.requires_grad]
+        results.append((loss.item(), torch.cat(gradients)))
+    (loss, gradient), (expected, its_gradient) = results
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert (gradient - its_gradient).norm() < 1e-5 * its_gradient.norm()
