@@ -112,16 +112,18 @@ def new_lines(new: list[Run], *, published: bool) -> Iterator[str]:
 
 
 def anchor_lines(new: list[Run]) -> Iterator[str]:
-    """The runs with an anchor beside those that differ from them in the anchor alone."""
+    """The runs with an anchor or replay beside those without that differ from them in nothing else."""
     for run, other in itertools.product(SFT.of(new), repeat=2):
         differing = {key for key in run.params if run.params[key] != other.params.get(key)}
-        if differing - {"output_dir", "exp_tag", "seed"} == {"kl_coef"} and other.params.get("kl_coef") == 0:
+        differing -= {"output_dir", "exp_tag", "seed"}
+        is_bare = other.params.get("kl_coef") == 0 and not other.params.get("replay_ratio")
+        if is_bare and differing and differing <= {"kl_coef", "replay_ratio"}:
             parts = []
             for key in ("val_loss", "drift", "own_drift", "retention", "mtbench"):
                 sides = [side.delta[key] for side in (run, other) if side.delta.get(key, {}).get("low") is not None]
                 shown = [f"{d['mean']:+.3f} [{d['low']:.3f}, {d['high']:.3f}]" for d in sides]
                 parts += [f"{METRICS[key].title} {' against '.join(shown)}"] * (len(shown) == 2)
-            yield f"{run.name} against {other.name}, no anchor: {'; '.join(parts)}."
+            yield f"{run.name} against {other.name}, no anchor, no replay: {'; '.join(parts)}."
 
 
 def holm_lines(new: list[Run]) -> Iterator[str]:
