@@ -112,18 +112,29 @@ def new_lines(new: list[Run], *, published: bool) -> Iterator[str]:
 
 
 def anchor_lines(new: list[Run]) -> Iterator[str]:
-    """The runs with an anchor or replay beside those without that differ from them in nothing else."""
-    for run, other in itertools.product(SFT.of(new), repeat=2):
-        differing = {key for key in run.params if run.params[key] != other.params.get(key)}
-        differing -= {"output_dir", "exp_tag", "seed"}
-        is_bare = other.params.get("kl_coef") == 0 and not other.params.get("replay_ratio")
-        if is_bare and differing and differing <= {"kl_coef", "replay_ratio"}:
-            parts = []
-            for key in ("val_loss", "drift", "own_drift", "retention", "mtbench"):
-                sides = [side.delta[key] for side in (run, other) if side.delta.get(key, {}).get("low") is not None]
-                shown = [f"{d['mean']:+.3f} [{d['low']:.3f}, {d['high']:.3f}]" for d in sides]
-                parts += [f"{METRICS[key].title} {' against '.join(shown)}"] * (len(shown) == 2)
-            yield f"{run.name} against {other.name}, no anchor, no replay: {'; '.join(parts)}."
+    """The runs without anchor and replay, and those that differ from them in these alone."""
+    sft = SFT.of(new)
+    for bare in sft:
+        if bare.params.get("kl_coef") != 0 or bare.params.get("replay_ratio"):
+            continue
+        beside = []
+        for run in sft:
+            differing = {key for key in run.params if run.params[key] != bare.params.get(key)}
+            differing -= {"output_dir", "exp_tag", "seed"}
+            if differing and differing <= {"kl_coef", "replay_ratio"}:
+                beside.append(f"{run.name}: {figures(run)}")
+        if beside:
+            yield f"{bare.name}, without anchor and replay: {figures(bare)}. Beside it {'. '.join(beside)}."
+
+
+def figures(run: Run) -> str:
+    """What a run learned and lost, each with its interval."""
+    deltas = {key: run.delta.get(key, {}) for key in ("val_loss", "drift", "own_drift", "retention", "mtbench")}
+    return "; ".join(
+        f"{METRICS[key].title} {delta['mean']:+.3f} [{delta['low']:.3f}, {delta['high']:.3f}]"
+        for key, delta in deltas.items()
+        if delta.get("low") is not None
+    )
 
 
 def holm_lines(new: list[Run]) -> Iterator[str]:
