@@ -119,12 +119,19 @@ def explain(end: Ending, error: BaseException) -> str:
     """Writes the end to run.log, with a traceback if it is rare, and returns where that is, to be added to the line.
     Before run.log is open, and in other processes than the main one, it goes to the console."""
     text = "".join(traceback.format_exception(error)) if end.is_rare else end.line
-    for handler in log.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None))
-            return f"; its traceback is in {handler.baseFilename}" if end.is_rare else ""
+    if path := to_run_log(text, logging.ERROR):
+        return f"; its traceback is in {path}" if end.is_rare else ""
     if end.is_rare:
         print(text, end="", file=sys.stderr)
+    return ""
+
+
+def to_run_log(text: str, level: int = logging.INFO) -> str:
+    """Writes a text to run.log alone; gives its path, "" where none is open."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(log.makeRecord(log.name, level, "", 0, text, (), None))
+            return handler.baseFilename
     return ""
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llm_alignment.endings import MissedGateError
+from llm_alignment.endings import MissedGateError, to_run_log
 from llm_alignment.files import InputError, SkippedRows, write_json, write_rows
 from llm_alignment.gates import check_gates, describe, judge, parse_gates
 from llm_alignment.health import HEALTH, compare_health, summarise_health
@@ -412,8 +412,8 @@ def table_width() -> int:
 
 
 def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("baseline", "final")) -> None:
-    """Prints, or logs in a run, the lines of `table_texts` under the names of the two sides; as wide as the terminal,
-    in plain ASCII."""
+    """Prints the lines of `table_texts` under the names of the two sides, in a run to run.log too; as wide as the
+    terminal, in plain ASCII."""
     from rich.box import Box
     from rich.console import Console
     from rich.table import Column, Table
@@ -433,8 +433,9 @@ def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("basel
     with console.capture() as printed:
         console.print(title, soft_wrap=True)
         console.print(table)
-    text = printed.get() + note
-    (log.info if log.handlers else print)(text.rstrip())
+    text = (printed.get() + note).rstrip()
+    print(text)
+    to_run_log(text)
 
 
 def save_answers(file: str, before: Rows, after: Rows) -> None:

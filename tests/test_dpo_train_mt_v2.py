@@ -237,8 +237,8 @@ sys.path.insert(0, {root!r})
 import dpo_train_mt_v2
 from llm_alignment import training
 write_manifest = training.write_manifest
-def write_and_die(folder):
-    write_manifest(folder)
+def write_and_die(folder, *more):
+    write_manifest(folder, *more)
     if folder.parent.name == "stage2":
         os._exit(9)
 training.write_manifest = write_and_die

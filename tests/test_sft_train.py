@@ -275,7 +275,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
     sft_train.main(flags(one, "--lora_dropout", "0", "--kl_log_interval", "1"))
     check_same_adapters(both, one)
     curves = [read_rows(f / "train_log.jsonl") for f in (both, one)]
-    assert len(curves[0]) == len(curves[1]) == 17
+    assert len(curves[0]) == len(curves[1]) == 18  # each step, the validation loss and the end
     for x, y in zip(*curves, strict=True):
         for key in {"loss", "nll", "kl"} & x.keys():
             assert x[key] == pytest.approx(y[key], rel=1e-4, abs=1e-7), key
