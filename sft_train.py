@@ -221,9 +221,9 @@ def rounds(args: argparse.Namespace, task: Task, steps: int) -> list[tuple[Evalu
 def warn_of_small_runs(steps: int, held_out: int, anchor: AnchorSettings, warmup_ratio: float) -> None:
     """Names what makes a run teach, hold or measure little; with --packing it is said of the rows."""
     if steps < 20:
-        log.warning("%d optimiser steps are few: lower --batch or --grad_acc, or raise --epochs", steps)
+        log.warning("few optimiser steps (%d): lower --batch or --grad_acc, or raise --epochs", steps)
     if held_out < 30:
-        log.warning("%d validation rows are few to tell a difference by: raise --val_split or add rows", held_out)
+        log.warning("few validation rows (%d) to tell a difference by: raise --val_split or add rows", held_out)
     reached = max(map(anchor.coefficient, range(steps)), default=0.0)
     if reached < anchor.kl_coef / 2:
         what = f"the KL anchor reaches {reached:.2g} of its weight {anchor.kl_coef:.2g}"
