@@ -31,8 +31,6 @@ from llm_alignment.leaks import LeakFinder, without_leaks
 from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.preferences import read_pairs, transcript
-from llm_alignment.prompts import PromptStyle
-from llm_alignment.retention import RetentionSettings
 from llm_alignment.runs import check_writable, recorded_run
 from llm_alignment.texts import normalise_text
 from mtbench_eval import load_questions, sample_questions
@@ -199,10 +197,8 @@ def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[
     """(training pairs as the trainer reads them, what is measured, fingerprint of the data)."""
     from llm_alignment import domains, dpo
 
-    kinds = (PromptStyle, tatqa.PromptContent, RetentionSettings, PairChoice)
-    settings: list[Any] = [flags.fill(kind, args) for kind in kinds]
-    style, content, retention, choice = settings
-    measuring = flags.fill(domains.MeasuringSettings, args, style=style, content=content, retention=retention)
+    measuring, choice = flags.fill(domains.MeasuringSettings, args), flags.fill(PairChoice, args)
+    style, content = measuring.style, measuring.content
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
     instructions = instruct_questions(args.instruct_limit, args.seed) if args.do_instruct else []
     if args.pairs:

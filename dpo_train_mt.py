@@ -29,10 +29,7 @@ from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle
-from llm_alignment.reddit import RedditSettings
-from llm_alignment.retention import RetentionSettings
 from llm_alignment.runs import check_writable, recorded_run, timed
-from llm_alignment.tatqa import PromptContent
 from mtbench_eval import load_questions, sample_questions
 
 if TYPE_CHECKING:
@@ -152,9 +149,7 @@ def pairs_and_evaluations(
 
     sources = set() if args.no_train else set(shares)
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-    style, content, retention = (flags.fill(kind, args) for kind in (PromptStyle, PromptContent, RetentionSettings))
-    measuring = flags.fill(domains.MeasuringSettings, args, style=style, content=content, retention=retention)
-    settings = flags.fill(finance.DataSettings, args, reddit=flags.fill(RedditSettings, args))
+    measuring, settings = flags.fill(domains.MeasuringSettings, args), flags.fill(finance.DataSettings, args)
     data = finance.load_data(settings, sources, *measuring.forbidden(mtbench), own_tokens(setup.tokenizer))
     asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit, args.seed), **data.questions}
     evaluations = domains.dpo_evaluations(setup.tokenizer, measuring, asked)

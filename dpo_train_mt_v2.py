@@ -33,11 +33,9 @@ from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process, on_main_process
 from llm_alignment.prompts import PromptStyle
-from llm_alignment.reddit import RedditSettings
 from llm_alignment.results import read_results
-from llm_alignment.retention import RetentionSettings, with_own_drift
+from llm_alignment.retention import with_own_drift
 from llm_alignment.runs import begin, check_writable, recorded_run, timed
-from llm_alignment.tatqa import PromptContent
 from mtbench_eval import load_questions, sample_questions
 
 if TYPE_CHECKING:
@@ -387,9 +385,7 @@ def pairs_and_evaluations(
 
     sources = set().union(*(SOURCES[stage.number] for stage in stages))
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-    style, content, retention = (flags.fill(kind, args) for kind in (PromptStyle, PromptContent, RetentionSettings))
-    measuring = flags.fill(domains.MeasuringSettings, args, style=style, content=content, retention=retention)
-    settings = flags.fill(finance.DataSettings, args, reddit=flags.fill(RedditSettings, args))
+    measuring, settings = flags.fill(domains.MeasuringSettings, args), flags.fill(finance.DataSettings, args)
     data = finance.load_data(settings, sources, *measuring.forbidden(mtbench), own_tokens(setup.tokenizer))
     asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit, args.seed), **data.questions}
     evaluations = domains.dpo_evaluations(setup.tokenizer, measuring, asked)

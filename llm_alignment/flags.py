@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from llm_alignment.files import InputError
 from llm_alignment.parser import Parser, add_group
@@ -19,10 +19,13 @@ T = TypeVar("T")
 
 def fill(kind: type[T], args: argparse.Namespace | dict[str, Any], **more: Any) -> T:
     """The dataclass `kind`, its fields filled by the flags of their names, or by `more`: the only bridge from the
-    command line to plain values. A field without a flag needs a value in `more` or a default."""
+    command line to plain values. A field that is such a dataclass is filled in the same way; any other without a flag
+    needs a value in `more` or a default."""
     names = {field.name for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
     values = args if isinstance(args, dict) else vars(args)
-    return kind(**{name: value for name, value in values.items() if name in names} | more)
+    kinds = {name: each for name, each in get_type_hints(kind).items() if dataclasses.is_dataclass(each)}
+    filled = {name: fill(each, args) for name, each in kinds.items() if name in names - more.keys()}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in values.items() if name in names} | filled | more)
 
 
 def number(kind: type, low: float, high: float = 2**31, ends: str = "[)") -> Callable[[str], Any]:

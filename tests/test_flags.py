@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 import sft_train
+from dpo_train import PairChoice
 from llm_alignment import flags
 from llm_alignment.parser import neutral_flags
 
@@ -250,3 +251,12 @@ def test_a_demo_takes_the_first_free_folder_and_what_the_user_gave(tmp_path, mon
     assert [(args.sample_ratio, args.val_split) for args in local] == [(0.25, 0.01), (1.0, None), (0.5, None)]
     untouched = importlib.import_module("sft_train").build_parser()
     assert flags.parse_arguments(untouched, [], demo).batch == 8
+
+
+def test_settings_within_settings_are_filled_by_their_own_flags():
+    kind = dataclasses.make_dataclass("Outer", [("inner", PairChoice), ("beta", float), ("more", int, 3)])
+    args = argparse.Namespace(beta=0.1, no_train=False, eval_pairs=2, limit_pairs=5, seed=7, thinking=True)
+    filled = flags.fill(kind, args)
+    assert filled.inner == PairChoice(no_train=False, eval_pairs=2, limit_pairs=5, seed=7, thinking=True)
+    assert (filled.beta, filled.more) == (0.1, 3)
+    assert flags.fill(kind, args, inner=None).inner is None
