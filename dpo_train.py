@@ -183,7 +183,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
 def check_flags(args: argparse.Namespace, argv: list[str]) -> None:
     """Raises InputError for flags that do not go together."""
     flags.check_dpo_flags(args)
-    if args.pairs and any(flag.partition("=")[0] == "--tatqa_split" for flag in argv):
+    if args.pairs and flags.is_given(argv, "--tatqa_split"):
         raise InputError("--pairs and --tatqa_split: both name what is trained on; leave one of them out")
     if args.pairs and args.no_train and not args.eval_pairs:
         raise InputError(f"--pairs {args.pairs}: with --no_train it is used only by --eval_pairs N; add it")

@@ -96,9 +96,8 @@ def warn_of_unused_flags(args: argparse.Namespace, argv: list[str]) -> None:
     of_three = ("--reddit_ratio", "--finance_ratio", "--general_ratio", "--general_pairs", "--general_dataset")
     read_by = {"--hybrid_ratio": mixes[:1], **dict.fromkeys(of_any, mixes), **dict.fromkeys(of_three, mixes[1:])}
     read_by["--tatqa_split"] = []  # TAT-QA is measured here, on --eval_split
-    given = {word.partition("=")[0] for word in argv}
     for flag, readers in read_by.items():
-        if flag in given and not any(getattr(args, mix[2:]) for mix in readers):
+        if flags.is_given(argv, flag) and not any(getattr(args, mix[2:]) for mix in readers):
             reason = f"is read with {' or '.join(readers)} alone" if readers else "trains nothing in this script"
             log.warning("%s %s: it is not used", flag, reason)
 

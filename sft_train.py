@@ -25,8 +25,8 @@ from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl  # noqa: F4
 from llm_alignment.card import write_card
 from llm_alignment.encoder import ChatEncoder
 from llm_alignment.evaluation import METRICS, Evaluation, asked_gates, judge_gates, measure, report
-from llm_alignment.flags import fill, not_negative, parse_arguments, positive, ratio, seed, steps_or_share
-from llm_alignment.leaks import LeakFinder, asked_passages
+from llm_alignment.flags import fill, is_given, not_negative, parse_arguments, positive, ratio, seed, steps_or_share
+from llm_alignment.leaks import LeakFinder, forbidden_texts
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.plots import save_curves, with_validation
 from llm_alignment.processes import main_process
@@ -103,7 +103,7 @@ def build_parser() -> Parser:
     add("--replay", default="self", metavar="self|FILE", help="self: the base writes them; or rows as in --dataset")
     add = add_group(parser, "log and speed", trains=False)
     add("--logging_steps", "--kl_log_interval", dest="kl_log_interval", type=positive(int), default=50,
-        help="steps between log lines")
+        help="steps between log lines; of a short run a twentieth, unless it is given")
     add("--num_proc", type=positive(int), default=4, help="processes that tokenise large data")
 
     add = add_group(parser, "validation", trains=False)
@@ -160,10 +160,11 @@ def run(args: argparse.Namespace, record: dict) -> None:
     gates = asked_gates(args.gates, task.compared)
     settings = fill(training.TrainingSettings, args, weight_decay=0.01, logging_steps=args.kl_log_interval,
                     longest=args.max_seq_length)  # fmt: skip
-    kl_asked = any(flag.partition("=")[0] == "--kl_coef" for flag in record["argv"])
-    sizes = fill(sft.SftSettings, args, kl_asked=kl_asked)
+    sizes = fill(sft.SftSettings, args, kl_asked=is_given(record["argv"], "--kl_coef"))
     replay = fill(ReplaySettings, args).wanted(task.selection.rows("train")) if args.replay_ratio else 0
     steps = training.optimiser_steps(settings, task.selection.rows("train") + replay)
+    if not is_given(record["argv"], "--logging_steps", "--kl_log_interval"):
+        settings = dataclasses.replace(settings, logging_steps=min(args.kl_log_interval, max(1, steps // 20)))
     anchor = fill(AnchorSettings, args).over(steps)
     warn_of_small_runs(steps, len(task.validation), anchor, settings.warmup_ratio)
     if args.dry_run:
@@ -201,8 +202,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     with phase("final"):  # what early stopping has measured at its step is taken from there
         after = measured(trainer.model, final, "final", with_adapter=True, measured_as=f"step_{record['kept_step']}")
     if main_process():
-        title = f"{record['output_dir']}, step {record['kept_step']}"
-        report(record, folder, final, before, after, title=title)
+        report(record, folder, final, before, after, title=f"{folder}, step {record['kept_step']}")
         log.info("validation loss on all %(val_rows_full)d held-out rows: %(val_loss_full).4f", record["final"])
         save_curves(with_validation(trainer.state.log_history, record), folder)
         write_card(folder)
@@ -260,8 +260,7 @@ def task_of(args: argparse.Namespace, setup: Setup) -> Task:
         questions = load_questions(args.mtbench_ru, limit=limit, seed=seed, flag="--mtbench_ru")
     settings = fill(RetentionSettings, args)
     asked = {"MT-Bench question": questions, "retention question": settings.questions()}
-    whole = {kind: [row["turns"][0] for row in rows] for kind, rows in asked.items()}
-    finder = LeakFinder(whole, {kind: asked_passages(rows) for kind, rows in asked.items()})
+    finder = LeakFinder(*forbidden_texts(asked))
     encoder = ChatEncoder(setup.tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
     selection, examples = load_data(fill(RowChoice, args), encoder, finder)
     counts = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}

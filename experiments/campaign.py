@@ -17,8 +17,10 @@ from records import HERE, REPORT, find_run, from_record, load_records, record_fi
 from seeds import merge_seeds
 from tables import deltas_table, document, headline_table, markdown_table, terminal_table
 
+from llm_alignment import flags
 from llm_alignment.endings import signals_go_to
 from llm_alignment.files import InputError, write_atomic
+from llm_alignment.model_files import adapter_files_sha256, files_sha256
 
 
 @dataclasses.dataclass
@@ -30,12 +32,21 @@ class PlannedRun:
     arguments: list[str]
     output_dir: Path
     exp_log: Path
+    model: str = ""
+    adapter: str = ""  # --load_adapter
+
+    def stands_on(self, record: dict) -> bool:
+        """Whether the record's run had the model and the adapter that are in these folders now."""
+        base, adapter = record.get("base"), (record.get("data") or {}).get("adapter")
+        is_base = base is None or not Path(self.model).is_dir() or base == files_sha256(Path(self.model))
+        return is_base and (adapter is None or not self.adapter or adapter == adapter_files_sha256(self.adapter))
 
     def record(self) -> dict | None:
-        """The newest record of this very command; resuming and the order of flags do not matter."""
+        """The newest record of this very command on this base; resuming and the order of flags do not matter."""
         files = dict.fromkeys([*record_files(), *([self.exp_log.resolve()] if self.exp_log.is_file() else [])])
         records = (record for path in files for record in load_records(path) if record["script"] == self.script)
-        found = [record for record in records if same_command(record.get("argv", []), self.arguments)]
+        same = [record for record in records if same_command(record.get("argv", []), self.arguments)]
+        found = [record for record in same if self.stands_on(record)]
         return max(reversed(found), key=lambda record: record["ts"], default=None)
 
     def completed(self) -> bool:
@@ -96,7 +107,9 @@ def plan_run(name: str, script: str, arguments: list[str], cell: dict[str, str])
         folder = f"{Path(folder)}_3way_hybrid"
     elif getattr(args, "use_hybrid", False):
         folder = f"{Path(folder)}_hybrid"
-    return PlannedRun(name, script, join_empty(arguments), Path(folder), Path(args.exp_log))
+    model = flags.DEMO["model"] if args.demo and "--model" not in flag_groups(arguments) else args.model
+    adapter = getattr(args, "load_adapter", "")
+    return PlannedRun(name, script, join_empty(arguments), Path(folder), Path(args.exp_log), model, adapter)
 
 
 def in_file_name(text: str) -> str:

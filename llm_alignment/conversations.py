@@ -16,8 +16,6 @@ SHAPES = (
 LISTS = ("messages", "conversations")
 PAIRS = (("prompt", "completion"), ("instruction", "output"))  # question and answer
 COLUMNS = ("subset", "system", "input", *LISTS, *PAIRS[0], *PAIRS[1])  # those that are read
-ROLES = {"system": "system", "user": "user", "human": "user"}
-ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
 
 
 def read_conversation(row: dict) -> tuple[str, Turns]:
@@ -64,7 +62,7 @@ def read_turns(value: Any, role: str, name: str) -> Turns:
     if plain := plain_turns(value):
         return plain
     turns = []
-    for message in read_messages(value, role, name, ROLES.get):
+    for message in read_messages(value, role, name):
         role = message["role"]
         text = message_text(message) if len(message) > 2 or is_given(message.get("content")) else ""
         if not text.strip():

@@ -12,7 +12,7 @@ from llm_alignment import tatqa
 from llm_alignment.drift import reference_drift
 from llm_alignment.evaluation import Evaluation
 from llm_alignment.generation import Decoding
-from llm_alignment.leaks import asked_passages
+from llm_alignment.leaks import forbidden_texts
 from llm_alignment.prompts import PromptStyle
 from llm_alignment.retention import RetentionSettings, retention_evaluations
 from llm_alignment.rewards import load_reward_model
@@ -53,12 +53,10 @@ class MeasuringSettings:
 
     def forbidden(self, mtbench: list[dict]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         """What may not be trained on, as LeakFinder takes it; `mtbench`: all the questions of MT-Bench."""
-        whole = {
-            "MT-Bench question": [question["turns"][0] for question in mtbench],
-            "retention question": [question["turns"][-1] for question in self.retention.questions()],
-            "TAT-QA question": tatqa.question_texts(self.tatqa_file) if self.tatqa_file else [],
-        }
-        return whole, {"MT-Bench question": asked_passages(mtbench)}
+        kept = self.retention.questions()
+        whole, passages = forbidden_texts({"MT-Bench question": mtbench, "retention question": kept})
+        whole["TAT-QA question"] = tatqa.question_texts(self.tatqa_file) if self.tatqa_file else []
+        return whole, passages
 
 
 def dpo_evaluations(

@@ -100,7 +100,7 @@ class SharedPromptTrainer(DPOTrainer):
         """Of no checkpoint: `write_card` writes one when the run was measured."""
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        return dataset.map(functools.partial(pair_tokens, tokenizer=processing_class))
+        return dataset.map(functools.partial(pair_tokens, tokenizer=processing_class), desc="tokenising")
 
     def _track_num_input_tokens(self, inputs):
         """A prompt counts once: of the rejected rows, the second half, only the answers do."""

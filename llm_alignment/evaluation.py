@@ -8,7 +8,6 @@ import functools
 import itertools
 import logging
 import math
-import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,6 +47,7 @@ EVALUATIONS = {
     "reddit": "Reddit replies",
 }
 ANSWERED = ("tatqa", "retention", "mtbench", "instruct", "finance_instruct", "reddit")  # in texts, so they have health
+WHEN = {"_baseline": ", before training", "_final": ", after training"}
 SCORED = ("mtbench", "instruct", "finance_instruct", "reddit")  # by the reward model
 
 
@@ -200,7 +200,8 @@ def read_items(
             results.append(*map(evaluation.of_base, unread))
     elif unread:
         missing = {item["question_id"] for item in unread}
-        title = EVALUATIONS.get(evaluation.name, path.stem)
+        when = WHEN.get(path.stem.removeprefix(evaluation.name), "")
+        title = EVALUATIONS.get(evaluation.name, path.stem) + when
         for rows in _read_rounds(evaluation, get_model(), tokenizer, missing, title):
             if results and rows:
                 results.append(*(row for row in evaluation.grade(rows) if row["question_id"] in missing))
@@ -230,9 +231,12 @@ def _read_rounds(evaluation: Evaluation, model: Any, tokenizer: Any, missing: se
     bar = tqdm(total=len(evaluation.items), desc=title, unit="question", disable=not main_process())
     cuda = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(cuda), bar, evaluating(model):
-        for results in shared_rounds(units, at_once, read):
+        for number, results in enumerate(shared_rounds(units, at_once, read)):
             yield list(itertools.chain(*(rows for _, rows in results)))
             bar.update(sum(len(unit) for unit, _ in results))
+            minutes = bar.format_dict["elapsed"] / 60 * bar.total / max(1, bar.n)
+            if number == 0 and minutes > 1:
+                log.info("%s takes about %.0f min", title, minutes)
 
 
 def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> Rows:
@@ -367,8 +371,8 @@ def verdict(delta: dict, *, lower_is_better: bool = False) -> str:
     if not delta["n"] or delta["p"] is None or delta["p"] <= 0.05:
         return ""
     if too_few_changed(delta):
-        where = f", in {delta['changed_clusters']} of {delta['clusters']} clusters" if delta["clusters"] else ""
-        return f"{delta['changed']} of {delta['n']} changed{where}: too few to tell"
+        clusters = f"changed in {delta['changed_clusters']} of {delta['clusters']} clusters: "
+        return clusters * bool(delta["clusters"]) + "too few to tell"
     bound, kind = excluded(delta, lower_is_better=lower_is_better), "rise" if lower_is_better else "loss"
     return "no detectable change" + (f"; a {kind} above {bound:.2g} is excluded" if bound is not None else "")
 
@@ -427,8 +431,7 @@ def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("basel
     table = Table(*columns, box=rules, show_edge=False, padding=(0, 1, 0, 0))
     texts, note = table_texts(rows)
     for cells in texts:
-        told = (re.sub(r"^\d+ of \d+ changed[:,] ", "", text) for text in cells[7:])  # the column before it has that
-        table.add_row(*[*cells[:3], " ".join(cells[3:5]), *cells[5:7], *told][: len(table.columns)])
+        table.add_row(*[*cells[:3], " ".join(cells[3:5]), *cells[5:]][: len(table.columns)])
     console = Console(width=width, color_system=None, legacy_windows=False, markup=False, emoji=False, highlight=False)
     with console.capture() as printed:
         console.print(title, soft_wrap=True)

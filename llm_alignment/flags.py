@@ -310,6 +310,11 @@ def losses(loss_type: str, loss_weights: str) -> tuple[list[str], list[float] | 
     return names, weights
 
 
+def is_given(argv: list[str], *names: str) -> bool:
+    """Whether the user gave one of these flags, which may have its default's value."""
+    return any(word.partition("=")[0] in names for word in argv)
+
+
 def refuse(*rules: tuple[object, str]) -> None:
     """Raises InputError with the text of the first rule, (condition, text), whose condition is true."""
     for is_broken, message in rules:

@@ -184,6 +184,12 @@ def asked_passages(questions: list[dict]) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
+def forbidden_texts(asked: dict[str, list[dict]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """What LeakFinder takes of questions by kind: whole first turns, and passages of all turns and references."""
+    whole = {kind: [question["turns"][0] for question in questions] for kind, questions in asked.items()}
+    return whole, {kind: asked_passages(questions) for kind, questions in asked.items()}
+
+
 def have_leaks(items: Iterable[dict], finder: LeakFinder, source: str, counts: dict[str, int]) -> list[bool]:
     """Which items contain a text of an evaluation; they are counted in `counts` and reported by kind."""
     leaks = list(finder.find_all(map(item_texts, items)))

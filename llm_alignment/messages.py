@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 # Fields without which the text of a message, or of the row around it, means something else.
@@ -13,6 +13,8 @@ NEEDED = {"tool_calls", "function_call", "tool_call_id", "tools", "functions", "
 NEEDED |= {"image", "images", "audio", "audios", "video", "videos", "documents"}
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 TRAINED = ("weight", "train")  # 0 or false: not to be trained on
+ROLES = {"system": "system", "user": "user", "human": "user"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant")
 
 
 def is_given(value: Any) -> bool:
@@ -78,8 +80,8 @@ def message_list(value: Any) -> list[dict] | None:
     return messages if all(fields <= message.keys() for message in messages) else None
 
 
-def read_messages(value: Any, role: str, name: str, role_of: Callable[[str], str | None]) -> list[dict]:
-    """The `message_list` of a column with roles by `role_of`; a text is one message of `role`, where there is one.
+def read_messages(value: Any, role: str, name: str) -> list[dict]:
+    """The `message_list` of a column with roles by `ROLES`; a text is one message of `role`, where there is one.
 
     Raises ValueError, which names the column by `name`, for what holds no messages, and for an unknown role.
     """
@@ -89,7 +91,7 @@ def read_messages(value: Any, role: str, name: str, role_of: Callable[[str], str
     if messages is None:
         raise ValueError(f"{name} is neither a text nor a list of turns" if role else f"{name} holds no turns")
     for message in messages:
-        known = role_of(str(message["role"]))
+        known = ROLES.get(str(message["role"]).lower())
         if known is None:
             raise ValueError(f"{name} has a turn of unknown role {message['role']!r}")
         message["role"] = known

@@ -141,9 +141,7 @@ def from_pretrained(
     `advice`; so do weights that do not fill the model, and values that are not finite."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # its load report is the error below
-    has_bar = transformers_logging.is_progress_bar_enabled()
-    if options.get("device_map") == "meta":  # no weights are read
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         model, loading = auto_class.from_pretrained(folder, output_loading_info=True, use_safetensors=True, **options)
     except Exception as error:  # a config with a wrong value fails anywhere in transformers
@@ -155,8 +153,6 @@ def from_pretrained(
         raise InputError(f"{what}: it cannot be loaded ({reason}); {advice}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if has_bar:
-            transformers_logging.enable_progress_bar()
     if missing := sorted(loading["missing_keys"]):
         raise InputError(f"{what}: its weights lack {len(missing)} tensors, the first is {missing[0]}; {advice}")
     if unused := sorted(loading["unexpected_keys"]):

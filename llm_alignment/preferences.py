@@ -22,7 +22,6 @@ GENERAL_COLUMNS = (
 )
 COLUMNS = ("system", "question", "prompt", "chosen", "rejected")
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
 def read_pairs(source: str, flag: str, *, thinking: bool = False, own: re.Pattern[str] = NO_TOKENS) -> list[dict]:
@@ -108,7 +107,7 @@ def read_turns(value: Any, role: str, name: str) -> list[dict[str, str]]:
     if isinstance(value, str) and re.match(r"\s*Human:", value) and (role == "user" or "\n\nAssistant:" in value):
         _, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", value.strip())
         value = [{"role": who, "content": text} for who, text in zip(parts[::2], parts[1::2], strict=True)]
-    messages = read_messages(value, role, name, lambda role: ROLES.get(role.lower()))
+    messages = read_messages(value, role, name)
     if role == "assistant" and not is_trained(messages[-1]):
         raise ValueError(f"{name} has a weight of 0")
     return [{"role": message["role"], "content": message_text(message).strip()} for message in messages]

@@ -19,6 +19,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import safe_globals
 
 from llm_alignment import files
@@ -180,10 +181,26 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
             return
     keeper = RunKeeper(trainer, checkpoint)
     trainer.add_callback(keeper)
+    if trainer.pop_callback(ProgressCallback):  # in the main process alone
+        trainer.add_callback(TrainingBar)
     with signals_go_to(keeper.on_signal), tf32(trainer.args.bf16 or trainer.args.fp16):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if keeper.signal:  # it came after the last micro-batch
         raise Interrupted(keeper.signal)
+
+
+class TrainingBar(ProgressCallback):
+    """transformers' own bar, with a name and the loss."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs, **kwargs)
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
 
 
 class RunKeeper(TrainerCallback):

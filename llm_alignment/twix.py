@@ -311,7 +311,7 @@ def with_answers(rows: datasets.Dataset, side: str, longest: int) -> datasets.Da
     Raises InputError when all have none. A row's first token is never a target.
     """
     side = {"train": "training"}.get(side, side)
-    kept = rows.filter(lambda row: any(label != -100 for label in row["labels"][1:longest]))
+    kept = rows.filter(lambda row: any(label != -100 for label in row["labels"][1:longest]), desc="with an answer")
     if not len(kept):
         raise InputError(f"no {side} row has an answer within --max_seq_length {longest}; raise it")
     if left_out := len(rows) - len(kept):

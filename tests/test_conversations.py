@@ -38,6 +38,8 @@ def test_every_form_gives_the_same_turns(form):
         ({"instruction": "q", "input": "", "output": "a"}, [("user", "q"), ("assistant", "a")]),
         ({"instruction": "q", "input": "x", "output": "a"}, [("user", "q\n\nx"), ("assistant", "a")]),
         ({"instruction": "q", "output": "a", "system": "s"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
+        ({"messages": [{"role": "User", "content": "q"}, {"role": "Bot", "content": "a"}]},
+         [("user", "q"), ("assistant", "a")]),
         ({"messages": [MESSAGES[1], {**MESSAGES[2], "reasoning_content": "hm"}]},
          [("user", "q"), ("assistant", "<think>\nhm\n</think>\n\na")]),
     ],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from experiments.benchmarks import bench_leaks
 from llm_alignment import finance, reddit, tatqa
-from llm_alignment.leaks import LeakFinder, asked_passages
+from llm_alignment.leaks import LeakFinder, asked_passages, forbidden_texts
 from llm_alignment.texts import normalise_text
 
 
@@ -116,6 +116,17 @@ def with_leaks(tmp_path: Path) -> tuple[argparse.Namespace, dict[str, int]]:
     args.reddit_dataset = str(write_rows(tmp_path / "reddit.jsonl", rows + copies))
     counts = {name: clean.counts[name] for name in ("finance_leaks", "general_leaks", "reddit_leaks")}
     return args, {name: counts[name] + {"finance_leaks": 4}.get(name, 1) for name in counts}
+
+
+def test_passages_of_every_evaluation_are_forbidden_in_whatever_turn_or_reference_they_stand():
+    other = " ".join(reversed(PASSAGE.split()))
+    asked = {
+        "a": [{"turns": ["what is the first turn", "Переведи: " + PASSAGE], "reference": ""}],
+        "b": [{"turns": ["another question"], "reference": other}],
+    }
+    finder = LeakFinder(*forbidden_texts(asked))
+    texts = (f"So: {PASSAGE}", f"So: {other}", "Say what is the first turn.", "Переведи:")
+    assert [finder.find(text) for text in texts] == ["a", "b", "a", None]
 
 
 def test_nothing_that_is_asked_is_trained_on(tmp_path, logged):

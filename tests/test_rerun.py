@@ -31,6 +31,7 @@ from run_records import (
 )
 
 from llm_alignment import files
+from llm_alignment.model_files import files_sha256
 
 LOGGED = {run["id"]: run for run in records.load_records(records.LOGGED_RUNS)}
 COMMANDS = {name: run["command"] for name, run in LOGGED.items() if run["command"]}
@@ -280,6 +281,18 @@ def test_a_campaign_runs_every_seed_once_goes_on_after_a_failure_and_where_it_wa
     assert "Exp1-1.7B, 2 seeds" in table and "S4, 2 seeds" in table and table.isascii()
     assert rerun.main(argv) == 0 and started(fake_sft) == []
     assert capfd.readouterr().out.count("completed 2025-01-02") == 4
+
+
+def test_a_run_on_another_model_or_adapter_of_the_same_name_is_not_the_completed_one(fake_sft):
+    argv = ["S4", "--seeds", "1", "--exp_log", "log.jsonl", "--model", "m"]
+    (fake_sft / "m").mkdir()
+    (fake_sft / "m" / "config.json").write_text("{}", encoding="utf-8")
+    record = make_record("") | {"base": files_sha256(fake_sft / "m")}
+    (fake_sft / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    assert rerun.main(argv) == 0 and len(started(fake_sft)) == 1
+    assert rerun.main(argv) == 0 and started(fake_sft) == []
+    (fake_sft / "m" / "config.json").write_text('{"a": 1}', encoding="utf-8")
+    assert rerun.main(argv) == 1 and len(started(fake_sft)) == 1  # what it records is of the old model again
 
 
 def test_a_grid_is_every_combination_with_folder_tag_and_row_of_its_own_and_continues_after_a_stop(fake_sft, capfd):

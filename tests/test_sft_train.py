@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,7 +110,9 @@ def test_the_validation_loss_is_measured_at_steps_and_changes_nothing(whole_run,
     history = read_rows(tmp_path / "run" / "train_log.jsonl")
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     assert list(losses) == [6, 12, 16] and losses[16] < losses[6]
-    printed = capsys.readouterr().out
+    printed, bars = capsys.readouterr()
+    assert re.search(r"training: .*loss=\d", bars) and "whole validation split, after training: " in bars
+    assert "Loading weights" not in bars
     assert "phase 1 of 2: training" in printed and "phase 2 of 2: measuring after" in printed
 
 
