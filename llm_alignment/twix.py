@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import tempfile
@@ -11,6 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ from llm_alignment.texts import normalise_text
 if TYPE_CHECKING:
     import datasets
     import numpy as np
+    import pyarrow
 
 log = logging.getLogger("llm_alignment")
 
@@ -38,12 +41,8 @@ def prompt_of(turns: Turns) -> Turns:
     return turns[: roles.index("assistant", roles.index("user"))] if "user" in roles else turns
 
 
-to_json = json.JSONEncoder(ensure_ascii=False).encode  # made once: it is asked twice a row
-
-
-def unit_hash(*parts: object) -> float:
-    """A number in [0, 1) that depends on `parts` alone: the same rows are drawn whatever their order."""
-    text = parts[0] if len(parts) == 1 and isinstance(parts[0], str) else to_json(parts)
+def unit_hash(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone: the same rows are drawn whatever their order."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
     return int.from_bytes(digest.digest(), "big") / 2**64
 
@@ -197,24 +196,37 @@ def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> di
     import numpy as np
     import pyarrow
 
-    message = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.large_string()})
-    schema = pyarrow.schema({"messages": pyarrow.list_(message), "length": pyarrow.int64()})
     wanted = {"general", "reasoning"} if choice.subset == "both" else {choice.subset}
     found = {subset: array("d") for subset in sorted(wanted)}  # as Python objects they would take 8 times the memory
-    waiting: list[dict] = []
-    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
+    seed, waiting = choice.sample_seed, list[Turns]()
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, row_batch([]).schema) as stream:
         for number, (subset, turns, written) in enumerate(usable_rows(choice, wanted, encoder)):
             prompt = prompt_of(turns)
             form = unit_hash("\0".join(f"{role} {normalise_text(text) or text}" for role, text in prompt))
-            drawn_by = [unit_hash(choice.sample_seed, "prompt", prompt), unit_hash(choice.sample_seed, turns)]
-            found[subset].extend([form, number, *drawn_by])
-            messages = [{"role": role, "content": text} for role, text in written]
-            waiting.append({"messages": messages, "length": sum(len(text) for _, text in written)})
+            # as JSON, of which every text is written once: json.dumps takes several times as long
+            as_json = [f'["{role}", {encode_basestring(text)}]' for role, text in turns]
+            of_prompt = unit_hash(f'[{seed}, "prompt", [{", ".join(as_json[: len(prompt)])}]]')
+            found[subset].extend([form, number, of_prompt, unit_hash(f"[{seed}, [{', '.join(as_json)}]]")])
+            waiting.append(written)
             if len(waiting) == ROWS_AT_ONCE:
-                stream.write_batch(pyarrow.RecordBatch.from_pylist(waiting, schema))
+                stream.write_batch(row_batch(waiting))
                 waiting.clear()
-        stream.write_batch(pyarrow.RecordBatch.from_pylist(waiting, schema))
+        stream.write_batch(row_batch(waiting))
     return {subset: np.asarray(hashes).reshape(-1, 4) for subset, hashes in found.items()}
+
+
+def row_batch(rows: list[Turns]) -> pyarrow.RecordBatch:
+    """The columns "messages" and "length", in characters, of conversations."""
+    import pyarrow
+
+    turns = [turn for conversation in rows for turn in conversation]
+    roles = pyarrow.array([role for role, _ in turns], pyarrow.string())
+    texts = pyarrow.array([text for _, text in turns], pyarrow.large_string())
+    ends = pyarrow.array([0, *itertools.accumulate(map(len, rows))], pyarrow.int32())
+    message = pyarrow.StructArray.from_arrays([roles, texts], ["role", "content"])
+    lengths = [sum(len(text) for _, text in conversation) for conversation in rows]
+    columns = [pyarrow.ListArray.from_arrays(ends, message), pyarrow.array(lengths, pyarrow.int64())]
+    return pyarrow.record_batch(columns, names=["messages", "length"])
 
 
 def usable_rows(
