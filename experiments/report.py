@@ -28,9 +28,9 @@ from noise import REPEATED, Spread, mark_noise, sd_interval
 from plots import plot_categories, plot_curves, plot_metric, plot_noise, plot_seeds, plot_trade_off, plot_types
 from records import DEMO, HERE, PUBLISHED, REPORT, Run, find_run, load_runs, record_files, singles
 from seeds import merge_seeds
-from tables import DPO, LOGS, MULTI_TASK, SFT, Group, delta_rows, experiment_log, results
+from tables import DPO, LOGS, MULTI_TASK, SFT, Group, delta_rows, document, experiment_log, recipes_table, results
 
-from llm_alignment.evaluation import METRICS, print_table, table_rows
+from llm_alignment.evaluation import print_table, table_rows
 from llm_alignment.files import InputError, write_atomic
 from llm_alignment.flags import positive
 from llm_alignment.model_files import read_json
@@ -58,11 +58,11 @@ def build_parser() -> Parser:
 
 
 def summary(runs: list[Run], spreads: list[Spread]) -> str:
-    """The first lines of RESULTS.md: what a reader should take from the tables, in figures of the records."""
+    """The beginning of RESULTS.md: the recipes that were tried, and what else a reader should take from the tables."""
     logged, new = ([run for run in runs if run.is_logged == is_logged] for is_logged in (True, False))
     lines = [*logged_lines(logged, spreads)] if logged else []
-    lines += [*new_lines(new, published=bool(logged)), *anchor_lines(new), *holm_lines(new)]
-    return "\n".join(f"- {line}" for line in lines)
+    lines += [*new_lines(new, published=bool(logged)), *holm_lines(new)]
+    return document([recipes_table(new), "\n".join(f"- {line}" for line in lines)]).rstrip()
 
 
 def logged_lines(logged: list[Run], spreads: list[Spread]) -> Iterator[str]:
@@ -109,32 +109,6 @@ def new_lines(new: list[Run], *, published: bool) -> Iterator[str]:
             "The demo shows that the code works. Its base was trained for it, its rates and its anchor are many times "
             "those of the recipes: it says nothing about what a recipe gives."
         )
-
-
-def anchor_lines(new: list[Run]) -> Iterator[str]:
-    """The runs without anchor and replay, and those that differ from them in these alone."""
-    sft = SFT.of(new)
-    for bare in sft:
-        if bare.params.get("kl_coef") != 0 or bare.params.get("replay_ratio"):
-            continue
-        beside = []
-        for run in sft:
-            differing = {key for key in run.params if run.params[key] != bare.params.get(key)}
-            differing -= {"output_dir", "exp_tag", "seed"}
-            if differing and differing <= {"kl_coef", "replay_ratio"}:
-                beside.append(f"{run.name}: {figures(run)}")
-        if beside:
-            yield f"{bare.name}, without anchor and replay: {figures(bare)}. Beside it {'. '.join(beside)}."
-
-
-def figures(run: Run) -> str:
-    """What a run learned and lost, each with its interval."""
-    deltas = {key: run.delta.get(key, {}) for key in ("val_loss", "drift", "own_drift", "retention", "mtbench")}
-    return "; ".join(
-        f"{METRICS[key].title} {delta['mean']:+.3f} [{delta['low']:.3f}, {delta['high']:.3f}]"
-        for key, delta in deltas.items()
-        if delta.get("low") is not None
-    )
 
 
 def holm_lines(new: list[Run]) -> Iterator[str]:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from commands import shown_command
 from noise import REPEATED, Spread
-from records import HERE, PUBLISHED, Run, flatten, singles
+from records import DEMO, HERE, PUBLISHED, Run, flatten, singles
+from seeds import NO_SETTINGS
 
 from llm_alignment.evaluation import METRICS, TableRow, number, table_rows, table_texts
 from llm_alignment.model_files import read_json
@@ -319,6 +320,39 @@ def results(runs: list[Run], spreads: list[Spread], plots: dict[str, str], in_sh
     ]
     top = ["# Results", GENERATED, in_short, "## How to read the tables", HOW_TO_READ]
     return document([*top, *(f"## {title}\n\n{text}" for title, text in sections if text)])
+
+
+KEPT_BY = {"kl_coef", "kl_direction", "kl_on", "kl_start_step", "kl_warmup_steps", "replay_ratio", "replay"}
+
+
+def recipes_table(new: list[Run]) -> str:
+    """Ways to keep what was there: runs without anchor and replay, each with those that differ from it in these alone;
+    what they learned and lost, with intervals. Real models first."""
+    measures = ("val_loss", "retention", "own_drift", "drift", "mtbench")
+    rows = []
+    runs = SFT.of(new)
+    for bare in sorted((run for run in runs if way_of(run) == "none"), key=lambda run: run.model == DEMO):
+        same = {key: value for key, value in bare.params.items() if key not in KEPT_BY | NO_SETTINGS}
+        beside = [run for run in runs if {**run.params, **same} == run.params and run.model == bare.model]
+        beside.sort(key=lambda run: [run.params.get(flag) or 0 for flag in ("kl_coef", "replay_ratio")])
+        for run in beside if len(beside) > 1 else []:
+            deltas = (run.delta.get(name, {}) for name in measures)
+            cells = [
+                "-" if d.get("low") is None else "{mean:+.3g} [{low:.3g}, {high:.3g}]".format(**d) for d in deltas
+            ]
+            rows.append([run.model.rpartition("/")[2], way_of(run), run.name, *cells])
+    return markdown_table(["Model", "Anchor, replay", "Records", *(METRICS[name].title for name in measures)], rows)
+
+
+def way_of(run: Run) -> str:
+    """How a run of SFT keeps what was there, in words."""
+    params = run.params
+    ways = []
+    if params.get("kl_coef"):
+        ways = [f"KL {params['kl_coef']:g}" + " forward" * (params.get("kl_direction") == "forward")]
+        ways[0] += " on replay rows" * (params.get("kl_on") == "replay")
+    ways += [f"replay {100 * params['replay_ratio']:g} %"] if params.get("replay_ratio") else []
+    return ", ".join(ways) or "none"
 
 
 def gpu_check(check: dict) -> str:

@@ -82,13 +82,20 @@ def test_the_committed_report_is_what_the_committed_records_give(logged_report):
 
 
 def test_the_first_lines_hold_the_figures_of_the_records(logged_report):
-    top = (logged_report / "RESULTS.md").read_text("utf-8").partition("\n## ")[0].split("\n- ")
+    text = (logged_report / "RESULTS.md").read_text("utf-8")
+    top = text.partition("\n## ")[0].split("\n- ")
     runs = seeds.merge_seeds(records.load_runs([records.RECORDED_RUNS]))
     p_values = [row.delta["p"] for run in runs if not run.is_logged for row in tables.delta_rows(run)]
     p_values = [p for p in p_values if p is not None]
     assert any(figures_in(line)[:2] == [len(p_values), sum(p < 0.05 for p in p_values)] for line in top)
     drift = next(run for run in runs if run.name == "gemma-270m-kl0.1-lr2e-3").delta["drift"]
-    assert any(f"[{drift['low']:.3f}, {drift['high']:.3f}]" in line for line in top)
+    recipes = markdown_tables(top[0])[0]  # real models first, each without anchor and replay first
+    row = next(row for row in recipes if row["Records"] == "gemma-270m-kl0.1-lr2e-3")
+    assert row["Anchor, replay"] == "KL 0.1"
+    assert figures_in(row["drift, KL from the base"]) == pytest.approx(
+        [drift[key] for key in ("mean", "low", "high")], rel=5e-3
+    )
+    assert [row["Anchor, replay"] for row in recipes][:2] == ["none", "KL 0.1"]
     assert len(top) < 16 and any("GPU" in line for line in top)
 
 
