@@ -31,7 +31,7 @@ from llm_alignment.leaks import LeakFinder, without_leaks
 from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.preferences import read_pairs, transcript
-from llm_alignment.runs import check_writable, recorded_run
+from llm_alignment.runs import recorded_run
 from llm_alignment.texts import normalise_text
 from mtbench_eval import load_questions, sample_questions
 
@@ -189,8 +189,6 @@ def check_flags(args: argparse.Namespace, argv: list[str]) -> None:
         raise InputError(f"--pairs {args.pairs}: with --no_train it is used only by --eval_pairs N; add it")
     if args.system_prompt and not args.pairs:
         raise InputError("--system_prompt goes with --pairs: TAT-QA's prompts are the published ones; leave it out")
-    if args.eval_save_json:
-        check_writable(Path(args.eval_save_json), "--eval_save_json")
 
 
 def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[dict], list[Evaluation], dict]:

@@ -29,7 +29,7 @@ from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle
-from llm_alignment.runs import check_writable, recorded_run, timed
+from llm_alignment.runs import recorded_run, timed
 from mtbench_eval import load_questions, sample_questions
 
 if TYPE_CHECKING:
@@ -122,8 +122,6 @@ def run(args: argparse.Namespace, record: dict) -> None:
     shares = asked_shares(args)
     warn_of_unused_flags(args, record["argv"])
     flags.check_dpo_flags(args)
-    if args.eval_save_json:
-        check_writable(Path(args.eval_save_json), "--eval_save_json")
     neutral = neutral_flags(build_parser(), "asked", "reddit", "finance", "general")
     setup = training.set_up(args, record, neutral, longest=args.max_length)
     setup.check_folder()

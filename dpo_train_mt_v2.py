@@ -35,7 +35,7 @@ from llm_alignment.processes import main_process, on_main_process
 from llm_alignment.prompts import PromptStyle
 from llm_alignment.results import read_results
 from llm_alignment.retention import with_own_drift
-from llm_alignment.runs import begin, check_writable, recorded_run, timed
+from llm_alignment.runs import begin, recorded_run, timed
 from mtbench_eval import load_questions, sample_questions
 
 if TYPE_CHECKING:
@@ -117,8 +117,6 @@ def build_parser() -> Parser:
 def check_stage_flags(args: argparse.Namespace, stages: list[int]) -> None:
     """Raises InputError for flags that do not go together."""
     flags.check_dpo_flags(args, in_stages=True)
-    if args.eval_save_json:
-        check_writable(Path(args.eval_save_json), "--eval_save_json")
     if args.stage and args.resume_from_stage:
         raise InputError("--stage runs one stage alone, --resume_from_stage all from one on; give one of them")
     if not args.stage1_lora_r <= args.stage2_lora_r <= args.stage3_lora_r:

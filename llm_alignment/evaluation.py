@@ -347,10 +347,13 @@ def table_rows(baseline: dict, final: dict, delta: dict, table: str = "") -> lis
     categories and kinds of retention; "headline" has the most important metrics alone, and bad health of answers."""
     rows = []
     for name, metric in METRICS.items():
-        is_health = metric.keys[:1] == ("health",)
         before, after, change = metric.read(baseline), metric.read(final), delta.get(name)
-        is_measured = before is not None or after is not None or name in delta
-        if not (before or after if is_health else is_measured and (name in HEADLINE or table != "headline")):
+        if metric.keys[:1] == ("health",):
+            is_shown = bool(before or after)  # there is something bad
+        else:
+            is_measured = before is not None or after is not None or name in delta
+            is_shown = is_measured and (table != "headline" or name in HEADLINE)
+        if not is_shown:
             continue
         rows.append(TableRow(metric.title, before, after, change, metric.lower_is_better))
         by_type = (change or {}).get("by_type", {}) if table == "full" or name != "retention" else {}

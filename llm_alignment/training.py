@@ -32,7 +32,7 @@ from llm_alignment.flags import fill
 from llm_alignment.memory import GIB, memory_estimate
 from llm_alignment.models import Base, BaseFlags, load_tokenizer, one_line, resolve_base
 from llm_alignment.processes import DDP_TIMEOUT, gathered, main_process, named_device, processes
-from llm_alignment.runs import damaged_run
+from llm_alignment.runs import check_writable, damaged_run
 
 log = logging.getLogger("llm_alignment")
 
@@ -405,11 +405,13 @@ class Setup:
 def set_up(
     args: argparse.Namespace, record: dict, neutral: set[str], *, longest: int, lora: LoraSettings | None = None
 ) -> Setup:
-    """Looks up the base, and checks model files and adapter, for the flags of a training script.
+    """Looks up the base, and checks model files, adapter and --eval_save_json, for the flags of a training script.
 
     `neutral` are the flags that do not change what is trained; `longest`: tokens of the longest example. `lora`: of a
     script without such flags. The settings of an adapter that --load_adapter names go into the record.
     """
+    if getattr(args, "eval_save_json", ""):
+        check_writable(Path(args.eval_save_json), "--eval_save_json")
     base = resolve_base(fill(BaseFlags, args))
     adapter = getattr(args, "load_adapter", "")
     lora = lora or fill(LoraSettings, args)
