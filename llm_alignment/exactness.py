@@ -32,7 +32,7 @@ def read(model: PreTrainedModel, rows: list[list[int]], **inputs: Any) -> torch.
 
 def problem_of(model: PreTrainedModel | PeftModel, both_ways: Callable[[PreTrainedModel], list[torch.Tensor]]) -> str:
     """Why the second of `both_ways` to the same hidden states cannot stand for the first; "" when they differ by
-    rounding: by the square root of the type's precision, relative to their norm. All processes get one answer."""
+    rounding: by the square root of the type's precision, relative to their norm."""
     inner, problem = inner_model(model), ""
     try:
         with torch.no_grad(), evaluating(model):
@@ -44,6 +44,11 @@ def problem_of(model: PreTrainedModel | PeftModel, both_ways: Callable[[PreTrain
         if is_out_of_memory(error):
             raise
         problem = f"this model fails with it ({type(error).__name__}: {one_line(error)[:80]})"
+    return problem
+
+
+def agreed(problem: str) -> str:
+    """One answer for all processes, which ask together."""
     return next(filter(None, gathered([problem])), "")
 
 
@@ -70,7 +75,7 @@ def sharing_problem(model: PreTrainedModel | PeftModel) -> str:
         return [plain, folded]
 
     for prompts in ([start + first, start + second], [first, second]):  # in one call, and block by block
-        if problem := problem_of(model, functools.partial(both_ways, prompts=prompts)):
+        if problem := agreed(problem_of(model, functools.partial(both_ways, prompts=prompts))):
             return problem
     return ""
 
@@ -83,14 +88,15 @@ def packing_problem(model: PreTrainedModel | PeftModel) -> str:
         places = torch.tensor([[*range(9), *range(12)]], device=inner.device)
         return [read(inner, [second]), read(inner, [first + second], position_ids=places)[:, 9:]]
 
-    return problem_of(model, both_ways)
+    return agreed(problem_of(model, both_ways))
 
 
 CACHE_PROBLEMS: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()  # asked once a model
 
 
 def cache_problem(model: PreTrainedModel | PeftModel) -> str:
-    """Why a beginning cannot be read once and its keys and values repeated; "" when they can."""
+    """Why a beginning cannot be read once and its keys and values repeated; "" when they can. Every process asks for
+    itself, in the middle of an evaluation: another one may be without a batch."""
     inner = inner_model(model)
 
     def both_ways(inner: PreTrainedModel) -> list[torch.Tensor]:
@@ -117,4 +123,5 @@ def anchor_problem(model: PeftModel) -> str:
             with model.disable_adapter():
                 return [read(inner, rows), student]
 
-    return "the base has dropout of its own, so the KL does not begin at 0" if problem_of(model, both_ways) else ""
+    has_dropout = agreed(problem_of(model, both_ways))
+    return "the base has dropout of its own, so the KL does not begin at 0" if has_dropout else ""

@@ -245,6 +245,10 @@ def test_two_processes_share_the_questions_and_go_on_as_one_does(tmp_path, token
     (tmp_path / "two").mkdir()  # as if stopped in the middle of the first evaluation
     lines = (tmp_path / "one" / "mtbench.jsonl").read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "two" / "mtbench.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
+    lines = (tmp_path / "one" / "tatqa.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "two" / "tatqa.jsonl").write_text(
+        "".join(lines[:-1]), encoding="utf-8"
+    )  # one process has nothing left
     first, second = run_split(tmp_path / "two", reward_folder, 2)
     assert first == second, "every process gets the rows"
     assert [row["answers"] for row in first[0]] == [row["answers"] for row in rows]
