@@ -374,7 +374,7 @@ def verdict(delta: dict, *, lower_is_better: bool = False) -> str:
     if not delta["n"] or delta["p"] is None or delta["p"] <= 0.05:
         return ""
     if too_few_changed(delta):
-        clusters = f"changed in {delta['changed_clusters']} of {delta['clusters']} clusters: "
+        clusters = f"in {delta['changed_clusters']} of {delta['clusters']} clusters: "
         return clusters * bool(delta["clusters"]) + "too few to tell"
     bound, kind = excluded(delta, lower_is_better=lower_is_better), "rise" if lower_is_better else "loss"
     return "no detectable change" + (f"; a {kind} above {bound:.2g} is excluded" if bound is not None else "")
