@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_alignment.messages import is_given, is_trained, message_text, read_messages, refuse_needed
+from llm_alignment.messages import check_texts, is_given, is_trained, message_text, read_messages, refuse_needed
 
 Turns = list[tuple[str, str]]  # (role, content)
 
@@ -15,7 +15,9 @@ SHAPES = (
 )
 LISTS = ("messages", "conversations")
 PAIRS = (("prompt", "completion"), ("instruction", "output"))  # question and answer
-COLUMNS = ("subset", "system", "input", *LISTS, *PAIRS[0], *PAIRS[1])  # those that are read
+FORMATS = (*LISTS, *map(", ".join, PAIRS))
+COLUMNS = {kind: ("subset", "system", *kind.split(", ")) for kind in FORMATS}  # those that are read of each format
+COLUMNS[FORMATS[-1]] += ("input",)
 
 
 def read_conversation(row: dict) -> tuple[str, Turns]:
@@ -23,22 +25,26 @@ def read_conversation(row: dict) -> tuple[str, Turns]:
 
     Raises ValueError with the reason when it cannot be trained on.
     """
-    refuse_needed(row, "the row", COLUMNS)
     name = next((name for name in LISTS if is_given(row.get(name))), None)
     pair = next((pair for pair in PAIRS if all(is_given(row.get(name)) for name in pair)), None)
+    refuse_needed(row, "the row", () if pair == PAIRS[0] and not name else ("input",))
     if name:
         kind, turns = name, read_turns(row[name], "", name)
     elif pair:
         kind, (asked, answered) = ", ".join(pair), pair
         turns = read_turns(row[asked], "user", asked)
         if pair == PAIRS[1] and is_given(row.get("input")):
-            turns[-1] = ("user", f"{turns[-1][1]}\n\n{read_turns(row['input'], 'user', 'input')[0][1]}")
+            check_texts(row, (asked, "input"))
+            turns[-1] = ("user", f"{turns[-1][1]}\n\n{row['input']}")
         turns += read_turns(row[answered], "assistant", answered)
     else:
         empty = next((f"no {name}" for name in LISTS if name in row), None)
         raise ValueError(empty or f"columns {', '.join(row)}")
-    if is_given(row.get("system")) and turns[0][0] != "system":
-        turns[:0] = read_turns(row["system"], "system", "system")
+    if is_given(row.get("system")):
+        system = read_turns(row["system"], "system", "system")
+        if turns[0][0] == "system" and [turns.pop(0)] != system:
+            raise ValueError("two system texts that differ")
+        turns[:0] = system
     if turns[-1][0] != "assistant":
         raise ValueError("no answer at the end")
     return kind, turns

@@ -50,7 +50,7 @@ def unread_fields(rows: Iterable[dict], read: Collection[str]) -> Counter[str]:
     for row in rows:
         fields = {name for name, value in row.items() if name not in read and is_given(value)}
         for column in read:
-            for message in (None if isinstance(row.get(column), str) else message_list(row.get(column))) or []:
+            for message in message_list(row.get(column)) or []:
                 known = {"role", "content", *(THOUGHTS if message["role"] == "assistant" else ())}
                 fields |= {f"{column}.{name}" for name in message.keys() - known if is_given(message[name])}
         unread.update(fields)

@@ -254,8 +254,9 @@ def usable_rows(
             continue
         kinds[kind] += 1
         thoughts += any(role == "assistant" and split_thought(text)[0] for role, text in turns)
-        if len(row) > 2 or any(len(message) > 2 for message in row.get(kind, ())):
-            unread.update(unread_fields([row], COLUMNS))
+        messages = row.get(kind)
+        if not row.keys() <= {kind, "subset"} or type(messages) is not list or any(len(m) > 2 for m in messages):
+            unread.update(unread_fields([row], COLUMNS[kind]))
         yield subset, turns, written
     skipped.report("rows")
     if others:

@@ -75,6 +75,10 @@ QUESTION, ANSWER = MESSAGES[1:3]
         ({"messages": [QUESTION, ANSWER], "tools": [{"type": "function"}]}, "the row has tools"),
         ({"messages": [QUESTION, ANSWER], "images": ["x.png"]}, "the row has images"),
         ({"instruction": "q", "output": "a", "history": [["x", "y"]]}, "the row has history"),
+        ({"prompt": "q", "input": "x", "completion": "a"}, "the row has input"),
+        ({"instruction": "q", "input": [QUESTION, ANSWER], "output": "a"}, "input is not text"),
+        ({"instruction": [QUESTION, ANSWER], "input": "x", "output": "a"}, "instruction is not text"),
+        ({"messages": MESSAGES, "system": "t"}, "two system texts that differ"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_on_has_a_reason(row, reason):
@@ -90,6 +94,23 @@ def test_rows_of_several_formats_are_counted_and_what_is_not_read_is_named(tmp_p
     assert sum(selection.counts.values()) == 9
     assert "instruction, output (5 rows); messages (4 rows)" in logged.text
     assert "id (5 rows); messages.name (4 rows)" in logged.text and "tools" not in logged.text
+
+
+@pytest.mark.parametrize(
+    "row, named",
+    [
+        ({"messages": [QUESTION, ANSWER], "weight": 0}, "weight"),
+        ({"messages": [QUESTION, ANSWER], "input": "x"}, "input"),
+        ({"messages": [QUESTION, ANSWER], "prompt": "p", "completion": "c"}, "completion (2 rows); prompt"),
+        ({"messages": json.dumps([QUESTION, {**ANSWER, "name": "x"}])}, "messages.name"),
+        ({"prompt": [{**QUESTION, "name": "x"}], "completion": "a"}, "prompt.name"),
+        ({"instruction": "Be brief.", "prompt": "q", "completion": "a"}, "instruction"),
+    ],
+)
+def test_no_column_of_a_short_row_is_passed_over(row, named, tmp_path, logged):
+    path = write_rows(tmp_path / "rows.jsonl", [row, {"messages": MESSAGES}, row])
+    twix.load_data(twix.RowChoice(str(path), val_split=0.5))
+    assert f"not read: {named} (2 rows)" in logged.text
 
 
 def test_rows_of_another_shape_are_an_error_that_shows_the_accepted_ones(tmp_path):
