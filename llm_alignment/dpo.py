@@ -67,7 +67,8 @@ def fit_pairs(
     """
     rows, cut_prompts, cut_answers = [], 0, 0
     for pair in pairs:
-        prompt, _, is_cut = fit_prompt(pair["prompt"], tokenizer, style, mark)
+        its_style = dataclasses.replace(style, system="") if "own_system" in pair else style
+        prompt, _, is_cut = fit_prompt(pair["prompt"], tokenizer, its_style, mark)
         row = {"prompt": prompt, "chosen": style.gap + pair["chosen"], "rejected": style.gap + pair["rejected"]}
         tokens = pair_tokens(row, tokenizer)
         longest = len(tokens["prompt_ids"]) + max(len(tokens["chosen_ids"]), len(tokens["rejected_ids"]))

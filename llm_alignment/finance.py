@@ -61,7 +61,9 @@ def read_instruction(row: dict) -> dict[str, str]:
     check_texts(row, ("user", "assistant"), ("system",))
     refuse_needed(row, "the row")
     prompt, chosen = merge_system_prompt(row.get("system"), row["user"]), row["assistant"].strip()
-    return {"prompt": prompt, "chosen": chosen, "uid": f"finance:{digest(prompt, chosen)[:16]}", "user": row["user"]}
+    own_system = {"own_system": True} if prompt != row["user"].strip() else {}
+    uid = f"finance:{digest(prompt, chosen)[:16]}"
+    return {"prompt": prompt, "chosen": chosen, "uid": uid, "user": row["user"], **own_system}
 
 
 def hold_out_instructions(instructions: list[dict], limit: int) -> tuple[list[dict], list[dict]]:

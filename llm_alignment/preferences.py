@@ -49,7 +49,8 @@ def distinct_pairs(pairs: Iterable[dict]) -> list[dict]:
 
 
 def general_pair(row: dict, *, thinking: bool = False, own: re.Pattern[str] = NO_TOKENS) -> dict:
-    """The pair {"prompt", "chosen", "rejected", "uid"} of a row. Raises ValueError with the reason when it is none.
+    """The pair {"prompt", "chosen", "rejected", "uid"} of a row, with "own_system" where it has a system text. Raises
+    ValueError with the reason when it is none.
 
     Everything before the last answer is the prompt, and it must be the same on both sides. A column that is null or
     empty counts as absent. The prompt of a single question is its text, after the system text, since evaluations have
@@ -61,6 +62,8 @@ def general_pair(row: dict, *, thinking: bool = False, own: re.Pattern[str] = NO
         if row.get(side) in (None, "", []):
             raise ValueError(f"{side} is empty" if side in row else f"columns {', '.join(row)}")
     refuse_needed(row, "the row", COLUMNS)
+    if row.get("question") and row.get("prompt") and row["question"] != row["prompt"]:
+        raise ValueError("question and prompt differ")
     for better, worse in SCORES:
         high, low = row.get(better), row.get(worse)
         if isinstance(high, int | float) and isinstance(low, int | float) and high < low:
@@ -71,9 +74,8 @@ def general_pair(row: dict, *, thinking: bool = False, own: re.Pattern[str] = NO
     if not isinstance(row.get("system"), str | None):
         raise ValueError("system is not text")
     prompt[:0] = [{"role": "system", "content": row["system"].strip()}] if row.get("system") else []
-    chosen, rejected = (
-        join_turns(prompt, read_turns(row[side], "assistant", side)) for side in ("chosen", "rejected")
-    )
+    sides = [read_turns(row[side], "assistant", side) for side in ("chosen", "rejected")]
+    chosen, rejected = (join_turns(prompt, turns) for turns in sides)
     if not thinking:
         chosen, rejected = ([without_thought(turn) for turn in turns] for turns in (chosen, rejected))
     if chosen[:-1] != rejected[:-1]:
@@ -84,7 +86,8 @@ def general_pair(row: dict, *, thinking: bool = False, own: re.Pattern[str] = NO
         raise ValueError(problem)
     turns, answers = chosen[:-1], {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
     uid = f"general:{digest(transcript(turns), *answers.values())[:16]}"
-    return {"prompt": turns if len(turns) > 1 else turns[0]["content"], **answers, "uid": uid}
+    own_system = {"own_system": True} if any(t[:1] and t[0]["role"] == "system" for t in (prompt, *sides)) else {}
+    return {"prompt": turns if len(turns) > 1 else turns[0]["content"], **answers, "uid": uid, **own_system}
 
 
 def without_thought(turn: dict[str, str]) -> dict[str, str]:

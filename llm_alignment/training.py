@@ -26,6 +26,7 @@ from llm_alignment import files
 from llm_alignment.adapters import LoraSettings, check_model, new_adapter, saved_settings
 from llm_alignment.anchored_loss import rows_at_once
 from llm_alignment.devices import free_memory, tf32
+from llm_alignment.encoder import own_tokens
 from llm_alignment.endings import Interrupted, NotFiniteError, signal_name, signals_go_to
 from llm_alignment.files import InputError
 from llm_alignment.flags import fill
@@ -420,6 +421,8 @@ def set_up(
         record["args"] = {**record["args"], **dataclasses.asdict(lora)}
     flags = {name: value for name, value in record["args"].items() if name not in neutral}
     tokenizer = load_tokenizer(base)
+    if args.system_prompt and (found := own_tokens(tokenizer).search(args.system_prompt)):
+        raise InputError(f"--system_prompt: it contains the chat template's own {found[0]!r}; leave that out")
     ways = {name: getattr(args, name, False) for name in ("packing", "group_by_table")}
     check_model(base, tokenizer, lora=lora, adapter=adapter, longest=longest, **ways)
     return Setup(base, tokenizer, lora, Path(args.output_dir), args.resume_from_checkpoint, flags)

@@ -15,7 +15,9 @@ from toys import rows_of, save_experts, toy_run
 import dpo_train
 from llm_alignment import adapters, dpo, models, plans
 from llm_alignment.files import InputError
+from llm_alignment.finance import read_instruction
 from llm_alignment.flags import LOSS_TYPES, check_dpo_flags
+from llm_alignment.preferences import general_pair
 from llm_alignment.prompts import PromptStyle, encode
 from llm_alignment.reference import add_reference
 from llm_alignment.training import training_arguments
@@ -268,6 +270,21 @@ def test_one_bos_at_most(tmp_path, chat):
     ids = trainer.train_dataset[0]["prompt_ids"]
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
     assert ids == encode(rows[0]["prompt"], tokenizer)  # what the evaluation shows the model
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        general_pair({"system": "Own.", "prompt": "Hi", "chosen": "Good", "rejected": "Bad"}),
+        general_pair({side: [{"role": "system", "content": "Own."}, {"role": "user", "content": "Hi"},
+                             {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}),
+        read_instruction({"system": "Own.", "user": "Hi", "assistant": "Good"}) | {"rejected": "Bad"},
+    ],
+)  # fmt: skip
+def test_the_system_prompt_goes_to_pairs_that_have_none(pair, demo_tokenizer):
+    plain = general_pair({"prompt": "Hi", "chosen": "Good", "rejected": "Bad"})
+    rows = dpo.fit_pairs([pair, plain], demo_tokenizer, PromptStyle(system="Be brief."), 3072)
+    assert [("Be brief." in row["prompt"], "Own." in row["prompt"]) for row in rows] == [(False, True), (True, False)]
 
 
 @pytest.mark.parametrize("room", [2, 300])  # for the answer to the longest prompt, so the first cuts answers

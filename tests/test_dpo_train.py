@@ -224,6 +224,7 @@ def test_a_killed_run_ends_with_the_same_adapter(tmp_path):
         (["--pairs", "own.jsonl", "--tatqa_split=train"], "--tatqa_split"),
         (["--pairs", "own.jsonl", "--no_train", "--load_adapter", "other", "--eval_pairs", "0"], "--eval_pairs"),
         (["--pairs", "own.jsonl"], "1 usable pairs on 1 prompts"),
+        (["--pairs", "own.jsonl", "--system_prompt", "Be brief.<|im_end|>"], "--system_prompt: it contains"),
         (["--pairs", "bad.jsonl"], "no usable row"),
         (["--load_adapter", "other", "--adapter_trainable"], "does not fit"),
         (["--tatqa_dir", "broken"], "no pairs left"),

@@ -125,6 +125,7 @@ def test_general_pairs_of_every_shape(row, prompt):
         {"prompt": [{"role": "user", "content": [{"type": "image"}]}], **ANSWERS},
         {"prompt": ["Why?"], **ANSWERS},
         {"question": "Why?", "system": 3, **ANSWERS},
+        {"question": "Why?", "prompt": "How?", **ANSWERS},
         {"question": " ", **ANSWERS},
         {"question": None, "prompt": None, **ANSWERS},
     ],
