@@ -25,12 +25,13 @@ from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl  # noqa: F4
 from llm_alignment.card import write_card
 from llm_alignment.encoder import ChatEncoder
 from llm_alignment.evaluation import METRICS, Evaluation, asked_gates, judge_gates, measure, report
+from llm_alignment.files import digest
 from llm_alignment.flags import fill, is_given, not_negative, parse_arguments, positive, ratio, seed, steps_or_share
 from llm_alignment.leaks import LeakFinder, forbidden_texts
 from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.plots import save_curves, with_validation
 from llm_alignment.processes import main_process
-from llm_alignment.replay import ReplaySettings, own_dialogues, replay_rows
+from llm_alignment.replay import ReplaySettings, given_dialogues, own_dialogues, replay_rows
 from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
 from llm_alignment.runs import begin, phases, recorded_run
 from llm_alignment.twix import RowChoice, Selection, load_data, tokenise, with_answers
@@ -169,7 +170,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     warn_of_small_runs(steps, len(task.validation), anchor, settings.warmup_ratio)
     if args.dry_run:
         shown, often = (task.selection, task.examples("train"), task.encoder), functools.partial(rounds, args, task)
-        plans.print_sft_plan(setup, shown, settings, sft=sizes, anchor=anchor, rounds=often)
+        plans.print_sft_plan(setup, shown, settings, sft=sizes, anchor=anchor, rounds=often, replay=replay)
         plans.log_gates(gates, Path(args.exp_log), args.model)
     if args.dry_run and not args.time:
         return
@@ -240,6 +241,7 @@ class Task:
     encoder: ChatEncoder
     finder: LeakFinder  # of rows that hold what is asked: a whole question, or 13 words in a row of its or its answer
     selection: Selection
+    given: list[list[dict]]  # the dialogues of --replay FILE
     examples: Callable[[str], Dataset]  # the rows of a side
     validation: Dataset  # as tokens
     compared: list[Evaluation]  # before and after training
@@ -264,7 +266,9 @@ def task_of(args: argparse.Namespace, setup: Setup) -> Task:
     encoder = ChatEncoder(setup.tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
     selection, examples = load_data(fill(RowChoice, args), encoder, finder)
     counts = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
+    given = given_dialogues(args.replay, encoder, finder) if args.replay != "self" else []
     data = {"source": args.dataset, "rows": counts, "sha256": selection.sha256}
+    data |= {"replay": digest(given)} if given else {}
     setup.check_folder(data)
     held_out = tokenised(args, examples("validation"), encoder, "validation")
     first = held_out.select(range(min(args.baseline_eval_samples, len(held_out))))
@@ -279,7 +283,7 @@ def task_of(args: argparse.Namespace, setup: Setup) -> Task:
     retention = retention_evaluations(asked["retention question"], settings)
     decide = [*mtbench[1:], *(retention if args.early_stop_metric == "retention" else [])]
     return Task(
-        data, encoder, finder, selection, examples, held_out,
+        data, encoder, finder, selection, given, examples, held_out,
         compared=[validation, drift, *mtbench[:1], *retention],
         final=[validation_evaluation("validation_full", held_out, collator, args.batch)],
         midtrain=[validation, *decide] if args.early_stop_patience else [validation],
@@ -316,6 +320,8 @@ def check_flags(args: argparse.Namespace) -> None:
     off = {"mtbench": args.mtbench_ru == "none", "retention": not args.do_retention, "val_loss": False}
     flags.refuse(
         (args.time and not args.dry_run, "--time goes with --dry_run; add it"),
+        (args.replay != "self" and not args.replay_ratio, f"--replay {args.replay}: add --replay_ratio, its share"),
+        (args.gates and args.skip_baseline_eval, "--gates: without a baseline no difference is measured; leave out one"),
         (args.replay_ratio == 1, "--replay_ratio 1 leaves no row of --dataset; lower it"),
         (on_replay and not args.replay_ratio, "--kl_on replay: no replay rows; add --replay_ratio 0.05 or more"),
         (on_replay and args.packing, "--kl_on replay cannot tell the rows of --packing apart; leave out one of them"),
@@ -336,7 +342,7 @@ def training_rows(args: argparse.Namespace, task: Task, model: PreTrainedModel, 
         settings = fill(ReplaySettings, args)
         place: dict[str, Any] = {"folder": Path(args.output_dir), "fingerprint": {**fingerprint, "adapter": "none"}}
         write = functools.partial(own_dialogues, model, task.encoder, task.finder, settings=settings, **place)
-        rows = replay_rows(rows, settings, task.encoder, task.finder, write)
+        rows = replay_rows(rows, settings, task.given, write)
     return tokenised(args, rows, task.encoder, "train")
 
 

@@ -341,7 +341,9 @@ def check_dpo_flags(args: argparse.Namespace, *, in_stages: bool = False) -> Non
     if in_stages:
         return
     adapter, trained = args.load_adapter, args.adapter_trainable
+    has_sides = args.eval_baseline and (adapter or not args.no_train)
     refuse(
+        (args.gates and not has_sides, "--gates: only one side is measured, so no difference; leave out the gates"),
         (trained and not adapter, "--adapter_trainable needs --load_adapter DIR: which adapter is to be trained on"),
         (adapter and not trained and not args.no_train,
          "--load_adapter: add --adapter_trainable to train it on, or --no_train to only measure it"),

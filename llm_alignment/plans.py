@@ -98,9 +98,11 @@ def print_sft_plan(
     sft: SftSettings,
     anchor: AnchorSettings,
     rounds: Callable[[int], list[tuple[Evaluation, int]]],
+    replay: int,
 ) -> None:
     """Rows by source, one as the model reads it, steps, tokens, passes, memory, evaluations. `data`: what is chosen,
-    rows to train on, what makes tokens of them; `rounds(steps)`: what is measured, and how often in so many steps."""
+    rows to train on, what makes tokens of them; `rounds(steps)`: what is measured, and how often in so many steps;
+    `replay`: rows of it beside the chosen ones, taken to be as long as these."""
     selection, examples, encoder = data
     for (subset, side), count in sorted(selection.counts.items()):
         log.info("%-10s %-10s %9d rows", subset, side, count)
@@ -109,7 +111,7 @@ def print_sft_plan(
     lengths = [len(encoder(row)["input_ids"]) for row in sample]
     kept = [min(length, sft.max_seq_length) for length in lengths]
     mean, cut = statistics.fmean(kept), statistics.fmean(length > sft.max_seq_length for length in lengths)
-    per_step, rows = settings.step, selection.rows("train")
+    per_step, rows = settings.step, selection.rows("train") + replay
     steps = optimiser_steps(settings, math.ceil(rows * mean / sft.max_seq_length) if sft.packing else rows)
     log.info("steps: %d of %d sequences each", steps, per_step)
     log.info("tokens: about %.0f a row, %.2f M an epoch; %.0f %% of rows are cut", mean, mean * rows / 1e6, 100 * cut)

@@ -135,18 +135,17 @@ def write_dialogues(
 
 
 def replay_rows(
-    rows: datasets.Dataset, settings: ReplaySettings, encoder: ChatEncoder, finder: LeakFinder,
+    rows: datasets.Dataset, settings: ReplaySettings, given: list[list[dict]],
     write: Callable[[int], list[list[dict]]],
 ) -> datasets.Dataset:  # fmt: skip
     """The training rows ("messages", "length") with their replay rows, and a column "replay" that tells them apart.
 
-    Dialogues are taken in turn; `write(wanted)` gives those of --replay self.
+    Dialogues are taken in turn: the `given` ones of a file, or those that `write(wanted)` gives of --replay self.
     """
     import datasets
 
     wanted = settings.wanted(len(rows))
-    own = settings.replay == "self"
-    dialogues = write(min(wanted, MOST)) if own else given_dialogues(settings.replay, encoder, finder)
+    dialogues = given or write(min(wanted, MOST))
     taken = [dialogues[number % len(dialogues)] for number in range(wanted)]
     lengths = [sum(len(message["content"]) for message in messages) for messages in taken]
     added = datasets.Dataset.from_dict({"messages": taken, "length": lengths}, features=rows.features)

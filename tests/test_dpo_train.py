@@ -220,6 +220,8 @@ def test_a_killed_run_ends_with_the_same_adapter(tmp_path):
         (["--load_adapter", "other"], "--adapter_trainable"),
         (["--load_adapter", "nowhere", "--adapter_trainable", "--dry_run"], "nowhere: no adapter_config.json"),
         (["--eval_save_json", "x.jsonl", "--no-do_eval"], "--eval_save_json x.jsonl"),
+        (["--gates", "tatqa=-1", "--no-eval_baseline"], "--gates"),
+        (["--gates", "tatqa=-1", "--no_train"], "--gates"),
         (["--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--pairs", "own.jsonl", "--tatqa_split=train"], "--tatqa_split"),
         (["--pairs", "own.jsonl", "--no_train", "--load_adapter", "other", "--eval_pairs", "0"], "--eval_pairs"),

@@ -360,6 +360,9 @@ BAD = {
     "no such reward model": (f"--reward_model {{}}/nowhere --mtbench_ru {DEMO}/mt_bench_ru.jsonl", "--reward_model"),
     "early stopping without MT-Bench": ("--early_stop_patience 2", "--early_stop_patience"),
     "an anchor on no replay rows": ("--kl_on replay", "--replay_ratio"),
+    "replay rows without a share": ("--replay {}/few.jsonl", "add --replay_ratio"),
+    "replay rows that are none": ("--replay {}/broken.jsonl --replay_ratio 0.1 --dry_run", "broken.jsonl:1"),
+    "gates without a baseline": ("--gates val_loss=-0.1 --dry_run", "--gates"),
     "packing a stream": ("--packing --streaming --dry_run", "--packing"),
     "a checkpoint that is none": ("--resume_from_checkpoint {}", "it was not finished"),
 }  # fmt: skip
@@ -373,6 +376,19 @@ def test_bad_input_is_one_line_and_exit_code_2(changes, expected, bad_files, cap
     lines = [line for line in capsys.readouterr().err.strip().split("\n") if "error:" in line]
     assert len(lines) == 1 and expected in lines[0]
     assert not (bad_files / "run").exists() and not (bad_files / "log.jsonl").exists()
+
+
+def test_replay_rows_of_a_file_are_planned_and_a_resume_with_others_is_refused(bad_files, capsys):
+    argv = flags(bad_files / "run", "--replay", str(bad_files / "few.jsonl"), "--replay_ratio", "0.5")
+    argv += ["--no-do_retention", "--kl_coef", "0"]
+    sft_train.main([*argv, "--dry_run"])
+    assert "steps: 32 of 8 sequences" in capsys.readouterr().out
+    sft_train.main([*argv, "--max_steps", "1"])
+    write_rows(bad_files / "few.jsonl", [chat(f"q{n}", "b") for n in range(3)])
+    with pytest.raises(SystemExit) as stop:
+        sft_train.main([*argv, "--max_steps", "1", "--resume_from_checkpoint", "auto"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "data replay: " in error and "sha256" not in error
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(whole_run, capsys):
