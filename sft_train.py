@@ -321,7 +321,7 @@ def check_flags(args: argparse.Namespace) -> None:
     flags.refuse(
         (args.time and not args.dry_run, "--time goes with --dry_run; add it"),
         (args.replay != "self" and not args.replay_ratio, f"--replay {args.replay}: add --replay_ratio, its share"),
-        (args.gates and args.skip_baseline_eval, "--gates: without a baseline no difference is measured; leave out one"),
+        (args.gates and args.skip_baseline_eval, "--gates: without a baseline there is no difference; leave out one"),
         (args.replay_ratio == 1, "--replay_ratio 1 leaves no row of --dataset; lower it"),
         (on_replay and not args.replay_ratio, "--kl_on replay: no replay rows; add --replay_ratio 0.05 or more"),
         (on_replay and args.packing, "--kl_on replay cannot tell the rows of --packing apart; leave out one of them"),

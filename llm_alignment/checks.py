@@ -41,7 +41,10 @@ def read_questions(path: Path) -> list[dict]:
 
 
 def read_checks(row: dict, place: str) -> list[dict]:
-    """The checks of a row. Raises InputError naming `place` when there are none or one cannot be decided."""
+    """The checks of a row. Raises InputError naming `place` when there are none or one cannot be decided, and for a
+    category or a language that is no text: answers are counted by it."""
+    if other := next((key for key in ("category", "language") if not isinstance(row.get(key, ""), str)), None):
+        raise InputError(f"{place}: {other} {row[other]!r}; make it a text")
     checks = row.get("checks")
     if not isinstance(checks, list) or not checks or not all(isinstance(check, dict) for check in checks):
         raise InputError(f'{place}: no checks; give the question checks such as {{"type": "equals", "values": ["5"]}}')

@@ -126,6 +126,9 @@ BAD = {
     "no turns": {"turns": []},
     "blank turn": {"turns": [" "]},
     "no id": {"question_id": None},
+    "true for an id": {"question_id": True},
+    "a list of categories": {"category": ["math"]},
+    "a number for a language": {"language": 1},
     "duplicate id": {"question_id": 7},
 }
 
