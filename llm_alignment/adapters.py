@@ -143,6 +143,8 @@ def adapter_config(folder: str) -> dict:
     config = read_json(path, what)
     if config.get("peft_type") != "LORA":
         raise InputError(f"{what}: adapter_config.json has peft_type {config.get('peft_type')!r}; name a LoRA adapter")
+    if not isinstance(base := config.get("base_model_name_or_path"), str | None):
+        raise InputError(f"{what}: base_model_name_or_path {base!r} in adapter_config.json is no name; write one")
     defaults = LoraConfig().to_dict()
     for name, value in config.items():
         is_plain = name in PLAIN or name not in defaults or not value or value == defaults[name]

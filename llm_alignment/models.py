@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import gc
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,7 @@ def read_tokenizer(folder: Path, what: str, *, trust_remote_code: bool) -> PreTr
     except Exception as error:  # the Rust tokenizers raise plain Exceptions
         reason = one_line(error)
         raise InputError(f"{what}: its tokenizer or config cannot be read ({reason}); fetch it again") from error
+    tokenizer.split_special_tokens = False  # with it, which a model may ship, a template's tokens are texts
     if isinstance(tokenizer.chat_template, dict):  # several by name, for tools or for documents
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.chat_template is None:
@@ -108,6 +111,11 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     end = end_of_turn(tokenizer, base.what)
+    if unsaid := unsaid_opening(tokenizer):
+        message = (
+            "%s: its chat template does not end a prompt with %r, which begins an answer: the model must write it"
+        )
+        log.warning(message, base.what, unsaid)
     if "strftime_now" in tokenizer.chat_template:
         log.warning("%s: its chat template writes the day's date: of another day, answers differ", base.what)
     if end and end != tokenizer.eos_token:  # as in Qwen3-Base: what is trained and generated ends as a turn does
@@ -132,6 +140,15 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, what: str) -> str | None:
     rest = text.rpartition("ANSWER")[2].lstrip()
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     return max((token for token in added if rest.startswith(token)), key=len, default=None)
+
+
+def unsaid_opening(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes before an answer and does not put at the end of a prompt, thoughts apart; or ""."""
+    turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
+    text, prompt = render(turns), render(turns[:1], add_generation_prompt=True)
+    rest = text.removeprefix(commonprefix([text, prompt])).partition("ANSWER")[0]
+    return re.sub(r"</?think>", "", rest).strip()
 
 
 def from_pretrained(

@@ -24,7 +24,7 @@ def read_questions(
         turns, question_id = question.get("turns"), question.get("question_id")
         if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
             raise InputError(f"{where}: no turns; give every question a list of texts named turns")
-        if type(question_id) not in (int, str):  # true would be 1
+        if not isinstance(question_id, int | str) or isinstance(question_id, bool):
             raise InputError(f"{where}: question_id {json.dumps(question_id)}; make it a whole number or a text")
         if question_id in places:
             first = f"first at {places[question_id]}"

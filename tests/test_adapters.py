@@ -65,6 +65,7 @@ ADAPTERS = {
     "a config cut off": (cut("adapter_config.json"), ["adapter_config.json", "JSON"]),
     "no type": (config(peft_type=None), ["peft_type"]),
     "an unknown type": (config(peft_type="LORAX"), ["peft_type", "LORAX"]),
+    "a base that is no name": (config(base_model_name_or_path=["a"]), ["base_model_name_or_path"]),
     "a list": (written("adapter_config.json", "[1]"), ["adapter_config.json", "object"]),
     "a scale that is no number": (config(lora_alpha=float("nan")), ["lora_alpha nan"]),
     "a scale of 0": (config(lora_alpha=0), ["lora_alpha 0"]),

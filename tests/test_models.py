@@ -117,6 +117,21 @@ def test_a_template_that_writes_the_date_is_warned_of(copied, logged):
     assert "writes the day's date" in logged.text
 
 
+@pytest.mark.parametrize("prompt, is_told", [("<|im_start|>assistant\n", False), ("<|im_start|>", True), ("", True)])
+def test_a_prompt_that_does_not_begin_the_answer_is_warned_of(copied, logged, prompt, is_told):
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    prompt = f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+    (copied / "chat_template.jinja").write_text(turns + prompt, encoding="utf-8")
+    models.load_tokenizer(base_of(copied))
+    assert ("does not end a prompt with" in logged.text) is is_told
+
+
+def test_the_template_s_tokens_are_tokens_whatever_the_tokenizer_ships_with(copied):
+    plain = models.load_tokenizer(base_of(copied))("<|im_start|>user")["input_ids"]
+    change_json(copied / "tokenizer_config.json", split_special_tokens=True)
+    assert models.load_tokenizer(base_of(copied))("<|im_start|>user")["input_ids"] == plain
+
+
 def no_text_as_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     change_json(folder / "tokenizer_config.json", chat_template=5)
