@@ -97,7 +97,7 @@ def read_tokenizer(folder: Path, what: str, *, trust_remote_code: bool) -> PreTr
     except Exception as error:  # the Rust tokenizers raise plain Exceptions
         reason = one_line(error)
         raise InputError(f"{what}: its tokenizer or config cannot be read ({reason}); fetch it again") from error
-    tokenizer.split_special_tokens = False  # with it, which a model may ship, a template's tokens are texts
+    tokenizer.split_special_tokens = False  # with it a template's tokens would be texts
     if isinstance(tokenizer.chat_template, dict):  # several by name, for tools or for documents
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if tokenizer.chat_template is None:
@@ -143,7 +143,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, what: str) -> str | None:
 
 
 def unsaid_opening(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template writes before an answer and does not put at the end of a prompt, thoughts apart; or ""."""
+    """What the chat template writes before an answer but not at the end of a prompt, thoughts apart; or ""."""
     turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
     render = functools.partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
     text, prompt = render(turns), render(turns[:1], add_generation_prompt=True)
