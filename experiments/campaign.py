@@ -90,7 +90,9 @@ def plan_run(name: str, script: str, arguments: list[str], cell: dict[str, str])
     """One run as it will be started, with the flags of `cell`. Raises InputError for a command that does not parse."""
     arguments = apply_changes(arguments, [word for flag, value in cell.items() for word in (f"--{flag}", value)])
     try:
-        args = parse_strictly(importlib.import_module(Path(script).stem).build_parser(), arguments)
+        parser = importlib.import_module(Path(script).stem).build_parser()
+        arguments = parser.expand(arguments)  # as the run's record has them
+        args = parse_strictly(parser, arguments)
     except InputError as error:
         raise InputError(f"{name}: {script} refuses its command ({error}); change it or leave it out") from error
     folder = args.output_dir

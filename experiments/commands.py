@@ -15,12 +15,12 @@ from llm_alignment.files import InputError
 
 def flag_groups(arguments: list[str]) -> dict[str, list[str]]:
     """Each flag's words by its name, the last ones of a flag that is given twice: {"--seed": ["--seed", "1"]}. The
-    name is --kl_coef of --kl_coef=0.02 too, and --do_eval of --no-do_eval."""
+    name is --kl_coef of --kl_coef=0.02 and --kl-coef too, and --do_eval of --no-do_eval."""
     groups: dict[str, list[str]] = {}
     flag = ""
     for word in arguments:
         if word.startswith("--"):
-            flag = word.split("=")[0].replace("--no-", "--", 1)
+            flag = "--" + word.split("=")[0].replace("--no-", "--", 1)[2:].replace("-", "_")
             groups[flag] = [word]
         elif flag:
             groups[flag].append(word)

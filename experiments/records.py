@@ -23,8 +23,9 @@ SCRIPTS = {"sft_train.py", "dpo_train.py", "dpo_train_mt.py", "dpo_train_mt_v2.p
 LOGGED_KEYS = {"id", "script", "model", "command", "title", "source", "figures", "measured"}
 REPORTED: set[tuple[Path, int]] = set()  # the files whose damaged lines were named, and how many these were
 # what is read of a record without asking whether it is there
-KINDS: dict[str, type] = dict.fromkeys(("ts", "script", "status", "output_dir"), str) | {"argv": list}
-KINDS |= dict.fromkeys(("args", "baseline", "final", "delta", "runtime_s"), dict)
+KINDS: dict[str, Any] = dict.fromkeys(("ts", "script", "status", "output_dir"), str) | {"argv": list}
+KINDS |= dict.fromkeys(("args", "baseline", "final", "delta", "runtime_s"), dict) | {"tag": str | None}
+KINDS |= dict.fromkeys(("data", "device", "commits"), dict | None)
 DELTA_KEYS = {"mean", "low", "high", "p", "n", "changed", "clusters", "changed_clusters"}
 
 

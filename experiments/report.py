@@ -183,7 +183,10 @@ def print_run(name: str, files: list[Path]) -> None:
     if not path.is_file():
         raise InputError(f"--run {name}: there is no {path}; name the output folder of a finished run")
     metrics = read_json(path, f"--run {name}")
-    print_table(str(folder), table_rows(*(metrics.get(key, {}) for key in ("baseline", "final", "delta"))))
+    try:
+        print_table(str(folder), table_rows(*(metrics.get(key, {}) for key in ("baseline", "final", "delta"))))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"--run {name}: {path} is damaged ({type(error).__name__}: {error})") from error
 
 
 def run(args: argparse.Namespace) -> None:
@@ -193,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--detect goes with --power RUN; name a run")
     files = list(dict.fromkeys([*record_files(), *(path.resolve() for path in args.exp_log)]))
     output_dir = args.output_dir or (HERE if args.publish else HERE / REPORT)
-    if args.run:
+    if args.run is not None:  # empty, as of a shell variable that is not set, is an error
         print_run(args.run, files)
     elif args.power:
         print_power(args.power, files, args.detect)

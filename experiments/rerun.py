@@ -60,7 +60,7 @@ def grid(text: str) -> tuple[str, list[str]]:
     flag, _, values = text.removeprefix("--").partition("=")
     if not flag or not all(values.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} is not FLAG=VALUE,VALUE; write kl_coef=0,0.03")
-    return flag, values.split(",")
+    return flag.replace("-", "_"), values.split(",")
 
 
 def print_list() -> None:

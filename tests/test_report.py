@@ -128,7 +128,7 @@ def test_every_published_run_is_one_row_and_its_settings_are_noted(logged_report
     text = (logged_report / "RESULTS.md").read_text(encoding="utf-8")
     sections = text.split("## TAT-QA by answer type")[0]
     rows = [row for rows in markdown_tables(sections) for row in rows]
-    names = [row["Run"] for row in rows if row["Origin"].startswith("logged")]
+    names = [row["Run"] for row in rows if row.get("Origin", "").startswith("logged")]
     assert sorted(names) == sorted(LOGGED) and len(names) == 36
     notes = text.split("## Notes")[1]
     for name, run in LOGGED.items():
@@ -444,6 +444,10 @@ def test_the_table_of_a_run_is_printed_again_and_mine_are_told_from_the_publishe
     for name in ("tagged", str(tmp_path)):
         assert report.main(["--run", name, "--exp_log", str(log)]) == 0
         assert "+0.2500 [-0.1250, 0.6250]" in capsys.readouterr().out
+    for wrong in (None, {"val_loss": 5}, {"val_loss": {"mean": 1.0}}):
+        (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "delta": wrong}), encoding="utf-8")
+        assert report.main(["--run", str(tmp_path)]) == 2 and "metrics.json is damaged" in capsys.readouterr().err
+    assert report.main(["--run", "", "--output_dir", str(tmp_path / "report")]) == 2  # not the whole report
     mine = records.load_runs([log, records.RECORDED_RUNS, records.LOGGED_RUNS], mine=True)
     assert [run.name for run in mine] == ["tagged"] and tables.results(mine, [], {})
 

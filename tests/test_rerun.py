@@ -89,6 +89,7 @@ def test_what_the_shells_read_differently_is_refused_and_shown_as_a_list(word, c
     [
         (["--kl_coef", "0.05"], "--a 1 --kl_coef 0.05 --do_eval"),
         (["--kl_coef=0.05"], "--a 1 --kl_coef=0.05 --do_eval"),
+        (["--kl-coef", "0.05"], "--a 1 --kl-coef 0.05 --do_eval"),
         (["--no-do_eval"], "--a 1 --kl_coef 0.02 --no-do_eval"),
         (["--seed", "-1", "--dry_run"], "--a 1 --kl_coef 0.02 --do_eval --seed -1 --dry_run"),
     ],
@@ -379,6 +380,8 @@ def test_the_plan_is_every_dry_run_and_the_sum_and_starts_nothing(fake_sft, capf
         (["S4", "--grid", "kl_coeff=0,1"], ["S4", "sft_train.py", "--kl_coeff"]),
         (["S4", "--grid", "kl_coef=0,much"], ["S4", "--kl_coef", "much"]),
         (["S4", "--grid", "output_dir=a,b"], ["output_dir"]),
+        (["S4", "--grid", "output-dir=a,b"], ["output_dir"]),
+        (["S4", "--grid", "kl_coef=0,1", "--kl-coef", "3"], ["--kl_coef"]),
         (["S4", "progressive_2stage"], ["not logged", "progressive_2stage_1"]),
         (["S4", "S3", "--gone_flag", "3"], ["S4", "sft_train.py", "unrecognized arguments: --gone_flag"]),
     ],
@@ -389,6 +392,12 @@ def test_a_campaign_that_cannot_be_is_one_line_and_exit_code_2(argv, words, fake
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert all(word in captured.err for word in words)
     assert not (fake_sft / "started.txt").exists()
+
+
+def test_flags_with_dashes_are_planned_as_a_record_has_them():
+    (planned,) = campaign.plan_runs(["S4"], [1], ["--lora-r", "4", "--no-4bit"], {})
+    assert "--lora_r=4" in "=".join(planned.arguments) and "--no_4bit" in planned.arguments
+    assert "--lora_r=8" not in "=".join(planned.arguments)
 
 
 def test_the_same_command_is_known_in_another_order_and_with_resuming():
@@ -501,7 +510,10 @@ WRONG_PARTS = [
 def test_records_of_another_form_are_skipped_with_their_place_and_the_rest_is_reported(tmp_path, logged):
     whole, dpo = make_record("whole"), make_dpo_record("dpo")
     old = make_record("old") | {"delta": {"mtbench": {"mean": 1.0, "low": 0.5, "high": 1.5, "p": 0.01, "n": 12}}}
-    odd = [{**whole, key: 7} for key in ("argv", "args", "baseline", "delta", "ts", "output_dir")]
+    odd = [
+        {**whole, key: 7}
+        for key in ("argv", "args", "baseline", "delta", "ts", "output_dir", "tag", "data", "device", "commits")
+    ]
     odd += [whole | {"argv": [1]}, whole | {"script": "gone.py"}, whole | {"args": {}}]
     odd.append({key: value for key, value in whole.items() if key != "status"})
     for place, value in WRONG_PARTS:
