@@ -40,10 +40,10 @@ def build_parser() -> Parser:
 
 def read_prompts(file: str) -> list[list[dict]]:
     """The prompts of a file as turns. Raises InputError when it has none."""
-    if not file.endswith(".txt"):
+    if not file.lower().endswith(".txt"):
         return read_usable(file, "--prompts", prompt_turns, "prompt or messages")
     try:
-        lines = Path(file).read_text("utf-8-sig").splitlines()
+        lines = Path(file).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeError) as error:
         raise InputError(f"--prompts {file}: {error}; name a text file in UTF-8") from error
     if not any(map(str.strip, lines)):

@@ -49,11 +49,11 @@ def finished_run(folder: Path) -> FinishedRun:
         parser = script.build_parser()
         parser.set_defaults(**run["args"] | data)
         args = parser.parse_args([])
+        revision = commits.get("model") or args.model_revision
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{Path(error.filename).name} is not there" if isinstance(error, FileNotFoundError) else repr(error)
         advice = "name the output folder of a training run that ended, or end it by --resume_from_checkpoint auto"
         raise InputError(f"{folder}: no finished run ({reason}); {advice}") from error
-    revision = commits.get("model") or args.model_revision
     base = resolve_base(dataclasses.replace(fill(BaseFlags, args), model_revision=revision))
     tokenizer = load_tokenizer(base)
     check_model(base, tokenizer, adapter=str(folder))

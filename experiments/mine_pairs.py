@@ -117,6 +117,7 @@ def prompt_turns(row: dict) -> list[dict[str, str]]:
     ValueError with the reason when the row holds none."""
     refuse_needed(row, "the row", READ)
     turns = read_turns(next((row[key] for key in READ if row.get(key)), None), "user", "the prompt")
+    turns[:0] = read_turns(row.get("system"), "system", "system")
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     system = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")

@@ -22,6 +22,18 @@ T = TypeVar("T")
 COMMITS: dict[str, str] = {}
 
 
+def check_hub_id(source: str, flag: str) -> None:
+    """Raises InputError unless `source`, which is no local path, can be "owner/name" or "owner/name@revision"."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    with contextlib.suppress(HFValidationError):
+        validate_repo_id(name := source.partition("@")[0])
+        if "/" in name and files.data_suffix(Path(name)) not in files.DATA_SUFFIXES:
+            return
+    raise InputError(f"{flag} {source}: no such file or folder, and not a hub id of the form owner/name")
+
+
 def hub_files(
     source: str, flag: str, patterns: list[str], *, kind: str = "model", revision: str | None = None
 ) -> Path:
@@ -32,6 +44,7 @@ def hub_files(
     """
     from huggingface_hub import snapshot_download
 
+    check_hub_id(source, flag)
     source, _, asked = source.partition("@")
     revision = revision or asked or None
     with hub_errors(source, flag, kind):
@@ -65,11 +78,10 @@ def open_dataset(source: str, flag: str, skipped: SkippedRows) -> Iterator[tuple
 
 def hub_dataset(source: str, flag: str) -> datasets.Dataset:
     """The training split of a hub data set, "owner/name" or "owner/name@revision", on the disk; else an InputError."""
-    if source.count("/") != 1 or files.data_suffix(Path(source)) in files.DATA_SUFFIXES:  # it looks local
-        raise InputError(f"{flag} {source}: no such file or folder, and not a hub id of the form owner/name")
     import datasets
     import huggingface_hub
 
+    check_hub_id(source, flag)
     rows = None
     source, _, asked = source.partition("@")
     try:

@@ -25,8 +25,6 @@ def fetch_model(name: str, revision: str | None, flag: str) -> Path:
     if folder.exists() and revision:
         raise InputError(f"{flag} {name} is a folder, which has no --model_revision {revision}; leave one of them out")
     if not folder.exists():
-        if name.count("/") != 1 or name.startswith((".", "~", "/")):
-            raise InputError(f"{flag} {name}: no such folder, and not a hub id of the form owner/name")
         folder = hub_files(name, flag, list(KINDS), revision=revision)
     if not (folder / "config.json").is_file():
         raise InputError(f"{flag} {name}: no config.json in this folder; name the folder of a model")

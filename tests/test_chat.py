@@ -52,14 +52,20 @@ def test_each_goes_on_from_its_own_answers(asked, monkeypatch, capsys):
 
 
 def test_prompts_of_a_file_are_answered_by_both_and_it_ends(asked, tmp_path, capsys):
-    path = tmp_path / "p.txt"
-    path.write_text("first\n\nsecond\n", encoding="utf-8")
+    path = tmp_path / "P.TXT"
+    path.write_text("first\n\nse\x0ccond\n", encoding="utf-8")
     code, calls = asked(["run", "--prompts", str(path)])
     assert code == 0 and [(turns, tuned) for turns, tuned, _ in calls] == [
-        (["first"], False), (["first"], True), (["second"], False), (["second"], True),
+        (["first"], False), (["first"], True), (["se\x0ccond"], False), (["se\x0ccond"], True),
     ]  # fmt: skip
     out = capsys.readouterr().out
-    assert out.isascii() and out.count("tuned") == 4 and out.index("first") < out.index("second")
+    assert out.isascii() and out.count("tuned") == 4 and out.index("first") < out.index("cond")
+
+
+def test_a_system_text_beside_a_prompt_is_asked_too(asked, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "Hi", "system": "Be brief."}\n', encoding="utf-8")
+    assert [turns for turns, *_ in asked(["run", "--prompts", str(path)])[1]] == [["Be brief.\n\nHi"]] * 2
 
 
 @pytest.mark.parametrize("content", ["", " \n"])

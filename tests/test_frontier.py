@@ -121,3 +121,10 @@ def test_bad_input_is_one_line_and_writes_nothing(run_folder, tmp_path, capsys):
     config.write_text(saved, encoding="utf-8")
     (folder / "metrics.json").unlink()
     assert "metrics.json" in error_of()
+
+
+def test_a_run_file_that_was_edited_is_one_line(tmp_path):
+    (tmp_path / "run.json").write_text('{"script": "sft_train.py", "args": {}, "commits": ["a"]}', encoding="utf-8")
+    (tmp_path / "metrics.json").write_text('{"final": {"val_loss": 1}}', encoding="utf-8")
+    with pytest.raises(InputError, match="no finished run"):
+        frontier.finished_run(tmp_path)

@@ -18,6 +18,8 @@ from conftest import ROOT, run_error
 from llm_alignment import hub as hub_module
 from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.hub import hub_files, open_dataset
+from llm_alignment.model_files import fetch_model
+from llm_alignment.tatqa import tatqa_file
 from mtbench_eval import load_questions
 
 FEW = {  # little to tokenise: what comes from the hub is the same
@@ -171,6 +173,21 @@ def test_names_that_the_hub_does_not_have(hub):
         hub_files("t-tech/ru-mt-bench", "--questions", ["missing.json"], kind="dataset")
     with pytest.raises(InputError, match="no such file or folder, and not a hub id"):
         next(open_dataset("rows.jsonl", "--dataset", SkippedRows()))
+
+
+@pytest.mark.parametrize(
+    "name", ["./rows", "/rows", "~/rows", "my data/rows", "a--b/rows", "ж/rows", "a/" + "b" * 200, "@/x"]
+)
+def test_a_path_that_is_not_there_is_not_asked_for_on_the_hub(name, hub):
+    for ask in (
+        lambda: next(open_dataset(name, "--dataset", SkippedRows())),
+        lambda: hub_files(name, "--model", ["*.json"]),
+        lambda: fetch_model(name, None, "--model"),
+        lambda: tatqa_file(name, "train"),
+    ):
+        with pytest.raises(InputError, match="no such file or folder, and not a hub id"):
+            ask()
+    assert not hub.requests
 
 
 def test_a_data_set_of_another_shape(hub):
