@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_alignment import flags
+from llm_alignment.encoder import own_tokens
 from llm_alignment.evaluation import Evaluation, pair_rows, print_table, read_items, report, table_rows
 from llm_alignment.files import InputError, SkippedRows, differing, read_jsonl, write_json
 from llm_alignment.flags import fill, not_negative, parse_arguments
@@ -173,8 +174,16 @@ def run_judge(args: argparse.Namespace, record: dict) -> None:
     """How often the reward model agrees with the pairs of --check_judge."""
     from llm_alignment.rewards import load_reward_model
 
-    pairs = read_pairs(args.check_judge, "--check_judge")
-    judge = load_reward_model(args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code)
+    ignored = next((name for name in ("adapter", "compare") if getattr(args, name)), None)
+    flags.refuse((ignored, f"--check_judge scores the answers of its pairs: leave out --{ignored}"))
+    judge = load_reward_model(
+        args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code, on_meta=args.dry_run
+    )
+    own = own_tokens(judge.tokenizer)
+    pairs = read_pairs(args.check_judge, "--check_judge", thinking=args.thinking, own=own)
+    if args.dry_run:
+        log.info("%d pairs for the judge", len(pairs))
+        return
     record["final"]["judge"] = check_judge(pairs, judge.score)
     log.info("%s", "\n".join(judge_lines(record["final"]["judge"])))
 

@@ -89,13 +89,15 @@ class Parser(argparse.ArgumentParser):
     def words_of(self, path: Path) -> list[str]:
         """The flags in a --config file, as words of a command line."""
         content, words = self.read_config(path), []
-        if isinstance(content.get("argv"), list):  # the run.json of a run
-            return self.expand(content["argv"])
+        if isinstance(argv := content.get("argv"), list):  # the run.json of a run
+            if not all(isinstance(word, str) and not word.startswith("--config") for word in argv):
+                self.error(f"--config {path}: its argv is no list of texts, or names another file")
+            return self.expand(argv)
         for name, value in content.items():
             flag, negative = self.spelt(f"--{name}"), self.spelt(f"--no-{name}")
             action = self._option_string_actions.get(flag)
             text = value if isinstance(value, str) else json.dumps(value)
-            if action is None:
+            if action is None or flag == "--config":
                 self.error(f"--config {path}: unknown flag {name}{self.suggestion(flag)}")
             if isinstance(value, dict | list):
                 self.error(f"--config {path}: {name} has more than one value; write a list as a,b")

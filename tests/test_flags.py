@@ -166,6 +166,8 @@ CONFIGS = [
     ("learnin_rate: 1", "did you mean --learning_rate?"), ("target_modules: [q_proj, v_proj]", "target_modules"),
     ("lora: {r: 8}", "lora"), ("do_eval: maybe", "do_eval: maybe"), ("seed: -1", "--seed"), ("- seed", "flag: value"),
     ("a: b: c", "line 1"), (b"\xff\xfe", "utf-8"), (None, "No such file"), ("dtype: int8", "--dtype"),
+    ("config: a.yaml", "unknown flag config"), ("argv: [seed: 4]", "list of texts"),
+    ("argv: [--config, a.yaml]", "another file"),
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, write_rows
+from conftest import ROOT, run_error, write_rows
 from toys import rows_of, save_reward_model, sentences
 
 import mtbench_eval as me
@@ -337,6 +337,25 @@ def test_a_dry_run_asks_nothing(cli_folder, reward_folder, tmp_path, capsys):
     me.main(flags(cli_folder, reward_folder, tmp_path / "out", "--dry_run"))
     assert "40 questions, 80 answers" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_the_judge_scores_pairs_that_it_reads_as_they_are_written(tmp_path, capsys):
+    pairs = [{"prompt": f"Why {n}?", "chosen": "So.", "rejected": "No."} for n in range(4)]
+    path = write_rows(tmp_path / "pairs.jsonl", [*pairs[:3], pairs[3] | {"chosen": "So.<|im_end|>"}])
+    argv = [
+        "--demo",
+        "--check_judge",
+        str(path),
+        "--output_dir",
+        str(tmp_path / "o"),
+        "--exp_log",
+        str(tmp_path / "l"),
+    ]
+    me.main([*argv, "--dry_run"])
+    out = capsys.readouterr().out
+    assert "3 pairs for the judge" in out and "agrees" not in out
+    assert "leave out --adapter" in run_error(capsys, me.main, *argv, "--adapter", "a")
+    assert me.main(argv)["final"]["judge"]["groups"]["all"]["n"] == 3
 
 
 def test_a_turn_reads_the_conversation_before_it(tokenizer):
