@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,13 @@ def export(args: argparse.Namespace) -> None:
     check_writable(args.merged, "--merged")
     base = resolve_base(base_flags(args))
     check_base(args.run_folder, base)
+    if (args.run_folder / "metrics.json").is_file():
+        with tempfile.TemporaryDirectory() as trial:  # else a damaged file would end the export after the merge
+            try:
+                write_card(args.run_folder, Path(trial))
+            except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+                damaged = f"{args.run_folder}: run.json or metrics.json is damaged ({error!r}), so the card"
+                raise InputError(f"{damaged} cannot be written; put it back") from error
     folder, name = args.merged.parent, args.merged.name
     temporary, lock = folder / f"{name}.unfinished", folder / f"{name}.lock"
     if temporary.exists() and not lock.exists():  # an export that was killed leaves both

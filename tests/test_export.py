@@ -139,9 +139,12 @@ def test_what_cannot_be_exported_is_one_line_and_exit_code_2(run_folder, tmp_pat
     damaged = tmp_path / "damaged"
     shutil.copytree(renamed, damaged)
     (damaged / "run.json").write_text("{", encoding="utf-8")
+    cut = shutil.copytree(run_folder, tmp_path / "cut")
+    (cut / "metrics.json").write_text('{"final": ', encoding="utf-8")
     for argv, words in (
         ([str(tmp_path / "there"), "--merged", str(tmp_path / "m")], ["there", "adapter_config.json"]),
         ([str(damaged), "--merged", str(tmp_path / "m")], ["damaged", "name no base"]),
+        ([str(cut), "--merged", str(tmp_path / "m")], ["cut", "metrics.json is damaged"]),
         ([str(run_folder), "--merged", str(tmp_path / "there")], ["--merged", "exists"]),
         ([str(run_folder), "--merged", str(tmp_path / "m"), "--model", "/nowhere"], ["--model", "/nowhere"]),
         (
