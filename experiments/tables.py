@@ -335,7 +335,7 @@ def recipes_table(new: list[Run]) -> str:
         same = {key: value for key, value in bare.params.items() if key not in KEPT_BY | NO_SETTINGS}
         beside = [run for run in runs if {**run.params, **same} == run.params and run.model == bare.model]
         beside.sort(key=lambda run: [run.params.get(flag) or 0 for flag in ("kl_coef", "replay_ratio")])
-        for run in beside if len(beside) > 1 else []:
+        for run in beside if len(beside) > 1 or bare.model != DEMO else []:
             deltas = (run.delta.get(name, {}) for name in measures)
             cells = [
                 "-" if d.get("low") is None else "{mean:+.3g} [{low:.3g}, {high:.3g}]".format(**d) for d in deltas
