@@ -329,8 +329,9 @@ def check_flags(args: argparse.Namespace) -> None:
         (args.early_stop_patience is not None and off[metric],
          f"--early_stop_patience decides by {metric}, which is off: add it or name another --early_stop_metric"),
     )  # fmt: skip
-    if args.early_stop_patience is None and args.mtbench_midtrain_questions:
-        log.warning("--mtbench_midtrain_questions is not used without --early_stop_patience")
+    for flag, default in (("mtbench_midtrain_questions", 0), ("early_stop_metric", "mtbench")):
+        if args.early_stop_patience is None and getattr(args, flag) != default:
+            log.warning("--%s is not used without --early_stop_patience", flag)
     if args.early_stop_patience is not None and args.skip_baseline_eval:
         log.warning("--skip_baseline_eval: early stopping has no baseline, so it does not see a fall below it")
 

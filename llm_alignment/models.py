@@ -303,6 +303,7 @@ def base_fingerprint(base: Base, *, thinking: bool) -> dict:
         "model": base.name,
         "weights": base.identity,
         "quantization": base.quantization,
+        **({"liger": True} if base.liger else {}),
         "dtype": base.dtype_name,
         "device": base.device.type,
         "thinking": thinking,
