@@ -65,7 +65,7 @@ def fit_pairs(
 
     TRL cuts the answers at `max_length` tokens of prompt and answer.
     """
-    rows, cut_prompts, cut_answers = [], 0, 0
+    rows, cut_prompts, cut_answers, equal = [], 0, 0, 0
     for pair in pairs:
         its_style = dataclasses.replace(style, system="") if "own_system" in pair else style
         prompt, _, is_cut = fit_prompt(pair["prompt"], tokenizer, its_style, mark)
@@ -74,9 +74,13 @@ def fit_pairs(
         longest = len(tokens["prompt_ids"]) + max(len(tokens["chosen_ids"]), len(tokens["rejected_ids"]))
         cut_prompts += is_cut
         cut_answers += longest > max_length
+        sides = [(tokens["prompt_ids"] + tokens[side])[:max_length] for side in ("chosen_ids", "rejected_ids")]
+        equal += sides[0] == sides[1]
         rows.append(row)
     message = "%d pairs: %d prompts cut to --max_prompt_length, %d answers cut at --max_length"
     log.info(message, len(rows), cut_prompts, cut_answers)
+    if equal:
+        log.warning("%d pairs have equal answers after the cut at --max_length and teach nothing; raise it", equal)
     if rows:
         chosen, rejected = (statistics.fmean(len(pair[side]) for pair in pairs) for side in ("chosen", "rejected"))
         log.info("answers: %.0f characters chosen, %.0f rejected, on average", chosen, rejected)

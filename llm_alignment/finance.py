@@ -12,6 +12,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from llm_alignment.encoder import NO_TOKENS, text_problem
 from llm_alignment.evaluation import Evaluation, read_items
 from llm_alignment.files import InputError, digest, sample
 from llm_alignment.generation import MAX_BATCH_SIZE, Decoding, generate
@@ -19,7 +20,7 @@ from llm_alignment.hub import read_usable
 from llm_alignment.leaks import LeakFinder, without_leaks
 from llm_alignment.messages import check_texts, refuse_needed
 from llm_alignment.models import base_fingerprint, load_model
-from llm_alignment.preferences import merge_system_prompt, read_pairs
+from llm_alignment.preferences import merge_system_prompt, read_pairs, without_thought
 from llm_alignment.prompts import strip_thinking
 from llm_alignment.reddit import RedditSettings, hold_out_posts, leak_snippet, read_comments, reddit_pairs
 from llm_alignment.results import baseline_cache
@@ -50,17 +51,24 @@ class DataSettings:
     seed: int
 
 
-def read_instructions(source: str) -> list[dict[str, str]]:
+def read_instructions(
+    source: str, *, thinking: bool = False, own: re.Pattern[str] = NO_TOKENS
+) -> list[dict[str, str]]:
     """The usable rows of --finance_dataset, as `read_instruction` gives them."""
-    return read_usable(source, "--finance_dataset", read_instruction, "user, assistant and optionally system")
+    read = functools.partial(read_instruction, thinking=thinking, own=own)
+    return read_usable(source, "--finance_dataset", read, "user, assistant and optionally system")
 
 
-def read_instruction(row: dict) -> dict[str, str]:
+def read_instruction(row: dict, *, thinking: bool = False, own: re.Pattern[str] = NO_TOKENS) -> dict[str, str]:
     """{"prompt": the user's text after the system text, "chosen": the reference answer, "uid", "user": the user's text
     alone}. Raises ValueError with the reason when the row cannot be used."""
     check_texts(row, ("user", "assistant"), ("system",))
     refuse_needed(row, "the row")
     prompt, chosen = merge_system_prompt(row.get("system"), row["user"]), row["assistant"].strip()
+    if not thinking:
+        chosen = without_thought({"role": "assistant", "content": chosen})["content"]
+    if problem := text_problem([("user", prompt), ("assistant", chosen)], own):
+        raise ValueError(problem)
     own_system = {"own_system": True} if prompt != row["user"].strip() else {}
     uid = f"finance:{digest(prompt, chosen)[:16]}"
     return {"prompt": prompt, "chosen": chosen, "uid": uid, "user": row["user"], **own_system}
@@ -236,12 +244,15 @@ def load_data(
     """Reads the data of `sources` ("reddit", "finance", "general") and of the evaluations that the flags ask for.
 
     What the evaluations ask is held out and not trained on: their own questions, and `asked` and `passages`, which are
-    LeakFinder's; `own` finds the chat template's tokens, which no general pair may spell. Raises InputError when a
+    LeakFinder's; `own` finds the chat template's tokens, which no text may spell. Raises InputError when a
     source or an evaluation has nothing left.
     """
     data, forbidden = TrainingData(), dict(asked)
-    comments = read_comments(settings.reddit_dataset) if settings.do_reddit or "reddit" in sources else []
-    instructions = read_instructions(settings.finance_dataset) if settings.do_instruct or "finance" in sources else []
+    thinking, comments, instructions = settings.thinking, [], []
+    if settings.do_reddit or "reddit" in sources:
+        comments = read_comments(settings.reddit_dataset, own)
+    if settings.do_instruct or "finance" in sources:
+        instructions = read_instructions(settings.finance_dataset, thinking=thinking, own=own)
     if settings.do_instruct:
         questions, instructions = hold_out_instructions(instructions, settings.instruct_limit)
         data.questions["finance_instruct"] = questions
@@ -257,8 +268,7 @@ def load_data(
     if "finance" in sources:
         found["finance"] = instructions
     if "general" in sources:
-        source, thinking = settings.general_dataset, settings.thinking
-        found["general"] = read_pairs(source, "--general_dataset", thinking=thinking, own=own)
+        found["general"] = read_pairs(settings.general_dataset, "--general_dataset", thinking=thinking, own=own)
     for source, items in found.items():
         items = without_leaks(items, finder, source, data.counts)
         if source == "finance":  # each once; which of several answers stays does not depend on their order

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import re
 from collections import defaultdict
 
+from llm_alignment.encoder import NO_TOKENS, text_problem
 from llm_alignment.files import digest
 from llm_alignment.hub import read_usable
 from llm_alignment.messages import check_texts
@@ -30,16 +33,19 @@ class RedditSettings:
         return text if len(text) >= self.reddit_min_post_chars else ""
 
 
-def read_comments(source: str) -> list[dict]:
+def read_comments(source: str, own: re.Pattern[str] = NO_TOKENS) -> list[dict]:
     """The usable rows of `source` (--reddit_dataset), one for each comment; an id that is a number becomes a text."""
-    return read_usable(source, "--reddit_dataset", read_comment, "id, title, body, comment_normalized_score")
+    read = functools.partial(read_comment, own=own)
+    return read_usable(source, "--reddit_dataset", read, "id, title, body, comment_normalized_score")
 
 
-def read_comment(row: dict) -> dict:
+def read_comment(row: dict, own: re.Pattern[str] = NO_TOKENS) -> dict:
     """A row of one post and one comment. Raises ValueError with the reason when it cannot be used."""
     if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
         row = {**row, "id": str(row["id"])}
     check_texts(row, ("id", "title", "body"), ("selftext",))
+    if problem := text_problem([("user", row.get(name, "")) for name in ("title", "selftext", "body")], own):
+        raise ValueError(problem)
     score = row.get("comment_normalized_score")
     if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
         raise ValueError(f"comment_normalized_score {score!r} is not a number")

@@ -390,3 +390,11 @@ def test_shared_prompts_take_less_memory(tmp_path, figure):
         peaks[apart] = cuda.max_memory_allocated() - before
     figure("memory, shared over each read", peaks[False] / peaks[True])
     assert peaks[False] < 0.5 * peaks[True]
+
+
+def test_pairs_that_are_equal_after_the_cut_are_told(demo_tokenizer, logged):
+    pair = {"prompt": "Q", "chosen": "net sales " * 60 + "yes", "rejected": "net sales " * 60 + "no", "uid": "1"}
+    for max_length, is_told in ((40, True), (400, False)):
+        dpo.fit_pairs([pair], demo_tokenizer, PromptStyle(), max_length)
+        assert any("1 pairs have equal answers after the cut" in line for line in logged.messages) == is_told
+        logged.clear()

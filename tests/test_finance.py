@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -339,3 +340,17 @@ def test_sampled_answers_do_not_depend_on_a_kill(tmp_path, monkeypatch):
     assert answered(args, numbered(200), 40) == whole
     assert sorted(stored.read_text("utf-8").splitlines()) == sorted("".join(lines).splitlines())
     assert json.loads(lines[0])["fingerprint"]["generation"]["temperature"] == 0.8
+
+
+def test_texts_that_spell_the_template_s_tokens_are_no_pairs_of_any_source():
+    own, bad = re.compile(r"<\|im_end\|>"), "It is<|im_end|> so."
+    row = {"id": "1", "title": "t", "selftext": "s", "body": "b", "comment_normalized_score": 0.5}
+    for name in ("title", "selftext", "body"):
+        with pytest.raises(ValueError, match="im_end"):
+            reddit.read_comment({**row, name: bad}, own)
+    for name in ("user", "assistant", "system"):
+        with pytest.raises(ValueError, match="im_end"):
+            finance.read_instruction({"system": "s", "user": "u", "assistant": "a", name: bad}, own=own)
+    thought = {"user": "u", "assistant": "<think>hm</think>Yes."}
+    assert finance.read_instruction(thought)["chosen"] == "Yes."
+    assert finance.read_instruction(thought, thinking=True)["chosen"] == thought["assistant"]
