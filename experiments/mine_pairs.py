@@ -35,7 +35,7 @@ from llm_alignment.flags import DEMO_DIR, fill, positive
 from llm_alignment.generation import Decoding, generate
 from llm_alignment.hub import read_usable
 from llm_alignment.instructions import instruct_questions
-from llm_alignment.leaks import LeakFinder, without_leaks
+from llm_alignment.leaks import LeakFinder, forbidden_texts, without_leaks
 from llm_alignment.messages import refuse_needed
 from llm_alignment.models import BaseFlags, base_fingerprint, load_model, load_tokenizer, resolve_base
 from llm_alignment.parser import Parser
@@ -135,8 +135,7 @@ def prompt_turns(row: dict) -> list[dict[str, str]]:
 def asked_texts(args: argparse.Namespace) -> dict[str, list[str]]:
     """What the evaluations ask, by kind."""
     asked = [question for path in args.questions for question in load_questions(path, flag="--questions")]
-    texts = {"instruction": [question["turns"][0] for question in instruct_questions(0, args.seed)]}
-    texts["MT-Bench question"] = [question["turns"][0] for question in asked]
+    texts, _ = forbidden_texts({"instruction": instruct_questions(0, args.seed), "MT-Bench question": asked})
     if args.tatqa_dir:
         texts["TAT-QA question"] = question_texts(tatqa_file(args.tatqa_dir, "validation"))
     return texts

@@ -71,11 +71,10 @@ def fit_pairs(
         prompt, _, is_cut = fit_prompt(pair["prompt"], tokenizer, its_style, mark)
         row = {"prompt": prompt, "chosen": style.gap + pair["chosen"], "rejected": style.gap + pair["rejected"]}
         tokens = pair_tokens(row, tokenizer)
-        longest = len(tokens["prompt_ids"]) + max(len(tokens["chosen_ids"]), len(tokens["rejected_ids"]))
+        room, answers = max(0, max_length - len(tokens["prompt_ids"])), (tokens["chosen_ids"], tokens["rejected_ids"])
         cut_prompts += is_cut
-        cut_answers += longest > max_length
-        sides = [(tokens["prompt_ids"] + tokens[side])[:max_length] for side in ("chosen_ids", "rejected_ids")]
-        equal += sides[0] == sides[1]
+        cut_answers += max(map(len, answers)) > room
+        equal += answers[0][:room] == answers[1][:room]
         rows.append(row)
     message = "%d pairs: %d prompts cut to --max_prompt_length, %d answers cut at --max_length"
     log.info(message, len(rows), cut_prompts, cut_answers)

@@ -234,8 +234,7 @@ def _read_rounds(evaluation: Evaluation, model: Any, tokenizer: Any, missing: se
         for number, results in enumerate(shared_rounds(units, at_once, read)):
             yield list(itertools.chain(*(rows for _, rows in results)))
             bar.update(sum(len(unit) for unit, _ in results))
-            minutes = bar.format_dict["elapsed"] / 60 * bar.total / max(1, bar.n)
-            if number == 0 and minutes > 1:
+            if number == 0 and (minutes := bar.format_dict["elapsed"] / 60 * bar.total / max(1, bar.n)) > 1:
                 log.info("%s takes about %.0f min", title, minutes)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from llm_alignment.encoder import NO_TOKENS, text_problem
+from llm_alignment.encoder import NO_TOKENS, split_thought, text_problem
 from llm_alignment.evaluation import Evaluation, read_items
 from llm_alignment.files import InputError, digest, sample
 from llm_alignment.generation import MAX_BATCH_SIZE, Decoding, generate
@@ -20,7 +20,7 @@ from llm_alignment.hub import read_usable
 from llm_alignment.leaks import LeakFinder, without_leaks
 from llm_alignment.messages import check_texts, refuse_needed
 from llm_alignment.models import base_fingerprint, load_model
-from llm_alignment.preferences import merge_system_prompt, read_pairs, without_thought
+from llm_alignment.preferences import merge_system_prompt, read_pairs
 from llm_alignment.prompts import strip_thinking
 from llm_alignment.reddit import RedditSettings, hold_out_posts, leak_snippet, read_comments, reddit_pairs
 from llm_alignment.results import baseline_cache
@@ -66,7 +66,7 @@ def read_instruction(row: dict, *, thinking: bool = False, own: re.Pattern[str] 
     refuse_needed(row, "the row")
     prompt, chosen = merge_system_prompt(row.get("system"), row["user"]), row["assistant"].strip()
     if not thinking:
-        chosen = without_thought({"role": "assistant", "content": chosen})["content"]
+        chosen = split_thought(chosen)[1]
     if problem := text_problem([("user", prompt), ("assistant", chosen)], own):
         raise ValueError(problem)
     own_system = {"own_system": True} if prompt != row["user"].strip() else {}

@@ -111,7 +111,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     end = end_of_turn(tokenizer, base.what)
-    if unsaid := unsaid_opening(tokenizer):
+    if unsaid := unsaid_opening(tokenizer, base.what):
         message = (
             "%s: its chat template does not end a prompt with %r, which begins an answer: the model must write it"
         )
@@ -124,17 +124,24 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+EXCHANGE = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, what: str, turns: list[dict], **how: Any) -> str:
+    """Turns as the chat template writes them. Raises InputError when it cannot."""
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **how)
+    except Exception as error:  # a template may raise anything, or be no text
+        reason = one_line(error)
+        raise InputError(f"{what}: its chat template cannot render a question and an answer ({reason})") from error
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, what: str) -> str | None:
     """The token with which the chat template ends an assistant's turn; None when it ends with plain text.
 
     Raises InputError when the template cannot render a question and its answer, or leaves one of them out.
     """
-    turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception as error:  # a template may raise anything, or be no text
-        reason = one_line(error)
-        raise InputError(f"{what}: its chat template cannot render a question and an answer ({reason})") from error
+    text = rendered(tokenizer, what, EXCHANGE)
     if "QUESTION" not in text or "ANSWER" not in text:
         raise InputError(f"{what}: its chat template leaves out the question or the answer; name a chat model")
     rest = text.rpartition("ANSWER")[2].lstrip()
@@ -142,11 +149,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, what: str) -> str | None:
     return max((token for token in added if rest.startswith(token)), key=len, default=None)
 
 
-def unsaid_opening(tokenizer: PreTrainedTokenizerBase) -> str:
+def unsaid_opening(tokenizer: PreTrainedTokenizerBase, what: str) -> str:
     """What the chat template writes before an answer but not at the end of a prompt, thoughts apart; or ""."""
-    turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
-    text, prompt = render(turns), render(turns[:1], add_generation_prompt=True)
+    text = rendered(tokenizer, what, EXCHANGE, enable_thinking=False)
+    prompt = rendered(tokenizer, what, EXCHANGE[:1], enable_thinking=False, add_generation_prompt=True)
     rest = text.removeprefix(commonprefix([text, prompt])).partition("ANSWER")[0]
     return re.sub(r"</?think>", "", rest).strip()
 
