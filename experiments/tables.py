@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -326,22 +327,33 @@ KEPT_BY = {"kl_coef", "kl_direction", "kl_on", "kl_start_step", "kl_warmup_steps
 
 
 def recipes_table(new: list[Run]) -> str:
-    """Ways to keep what was there: runs without anchor and replay, each with those that differ from it in these alone;
-    what they learned and lost, with intervals. Real models first."""
-    measures = ("val_loss", "retention", "own_drift", "drift", "mtbench")
+    """What was tried on real models by SFT and by DPO on TAT-QA: what it learned and what it lost, with intervals. Of
+    the demo, runs without anchor and replay, with those that differ from them in these alone."""
+    kept = ("retention", "own_drift", "drift", "mtbench")
+    groups: dict[str, list[Run]] = {}
+    done = [run for run in SFT.of(new) + DPO.of(new) if run.delta]
+    for run in sorted(done, key=lambda run: run.model == DEMO):
+        same = {key: value for key, value in run.params.items() if key not in KEPT_BY | NO_SETTINGS}
+        groups.setdefault(json.dumps([run.model, run.script, same], sort_keys=True, default=str), []).append(run)
     rows = []
-    runs = SFT.of(new)
-    for bare in sorted((run for run in runs if way_of(run) == "none"), key=lambda run: run.model == DEMO):
-        same = {key: value for key, value in bare.params.items() if key not in KEPT_BY | NO_SETTINGS}
-        beside = [run for run in runs if {**run.params, **same} == run.params and run.model == bare.model]
-        beside.sort(key=lambda run: [run.params.get(flag) or 0 for flag in ("kl_coef", "replay_ratio")])
-        for run in beside if len(beside) > 1 or bare.model != DEMO else []:
-            deltas = (run.delta.get(name, {}) for name in measures)
-            cells = [
-                "-" if d.get("low") is None else "{mean:+.3g} [{low:.3g}, {high:.3g}]".format(**d) for d in deltas
-            ]
-            rows.append([run.model.rpartition("/")[2], way_of(run), run.name, *cells])
-    return markdown_table(["Model", "Anchor, replay", "Records", *(METRICS[name].title for name in measures)], rows)
+    for runs in groups.values():
+        if runs[0].model == DEMO and (len(runs) == 1 or "none" not in map(way_of, runs)):
+            continue
+        for run in sorted(runs, key=lambda run: [run.params.get(flag) or 0 for flag in ("kl_coef", "replay_ratio")]):
+            learned = "val_loss" if run in SFT.of(runs) else "tatqa_em"
+            recipe = ", ".join(param(run, flag) for flag in ("learning_rate", "target_modules", "lora_r"))
+            cells = [f"{METRICS[learned].title} {change_of(run, learned)}", *(change_of(run, name) for name in kept)]
+            seconds = run.source.get("runtime_s", {}).get("train")
+            cells.append(f"{seconds / 60:.1f}" if seconds else "-")
+            rows.append([run.model.rpartition("/")[2], recipe, way_of(run), run.name, *cells])
+    header = ["Model", "Rate, layers, rank", "Anchor, replay", "Records", "Learned"]
+    return markdown_table([*header, *(METRICS[name].title for name in kept), "Training, min"], rows)
+
+
+def change_of(run: Run, name: str) -> str:
+    """The difference of a metric with its interval; "-" without one."""
+    delta = run.delta.get(name, {})
+    return "-" if delta.get("low") is None else "{mean:+.3g} [{low:.3g}, {high:.3g}]".format(**delta)
 
 
 def way_of(run: Run) -> str:
