@@ -8,7 +8,7 @@ from collections import defaultdict
 import pytest
 import torch
 from conftest import DEMO
-from toys import toy_run
+from toys import save_experts, toy_run
 
 import dpo_train
 from llm_alignment import dpo, models, sft, tatqa
@@ -46,7 +46,8 @@ def dpo_trainer(tmp_path_factory):
 def batches_of(trainer, epoch):
     loader = trainer.get_train_dataloader()
     loader.set_epoch(epoch)
-    return [sorted(tuple(row[row >= 0].tolist()) for row in batch["labels"]) for batch in loader]
+    masked = (zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True) for batch in loader)
+    return [sorted(tuple(row[mask].tolist()) for row, mask in batch) for batch in masked]
 
 
 def unsorted(monkeypatch):
@@ -64,6 +65,18 @@ def test_a_step_has_the_examples_that_the_seed_gave_before(sft_trainer, monkeypa
         for step in range(0, len(epoch), 3):
             a, b = (sorted(sum(batches[step : step + 3], [])) for batches in (sorted_epoch, epoch))
             assert a == b
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_the_micro_batches_of_a_mixture_of_experts_are_not_sorted(
+    kind, sft_trainer, dpo_trainer, monkeypatch, tmp_path
+):
+    """Its router's loss is not a sum over examples: it looks at what meets in a micro-batch."""
+    model, sft_flags = save_experts(tmp_path), ["--target_modules", "q_proj"]
+    trainer = sft_trainer("--model", model, *sft_flags) if kind == "sft" else dpo_trainer(model=model)
+    batches = batches_of(trainer, 0)
+    unsorted(monkeypatch)
+    assert batches_of(trainer, 0) == batches
 
 
 @pytest.mark.parametrize("n", [4, 9, 12, 13])

@@ -11,16 +11,17 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
 from conftest import DEMO, ROOT, logged_commands, read_rows, run_error, write_rows
 from run_records import records
-from toys import context, question
+from toys import context, question, save_experts
 
 import dpo_train
 from dpo_train import tatqa_pairs
-from llm_alignment import models, tatqa
+from llm_alignment import dpo, models, tatqa
 from llm_alignment.adapters import LoraSettings, saved_settings
 from llm_alignment.encoder import NO_TOKENS
 from llm_alignment.files import InputError, SkippedRows
@@ -28,6 +29,7 @@ from llm_alignment.flags import check_dpo_flags
 from llm_alignment.leaks import LeakFinder
 from llm_alignment.prompts import PromptStyle, fit_prompt
 from llm_alignment.tatqa import tatqa_em_f1, tatqa_parse, tatqa_prompt
+from llm_alignment.texts import normalise_text
 
 REAL = ROOT.parent / "shared" / "data" / "tatqa"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real TAT-QA files are not here")
@@ -231,9 +233,15 @@ def test_a_killed_run_ends_with_the_same_adapter(tmp_path):
         (["--load_adapter", "other", "--adapter_trainable"], "does not fit"),
         (["--tatqa_dir", "broken"], "no pairs left"),
         (["--eval_split", "train", "--limit_pairs", "0"], "all of them are trained on"),
+        (["--group_by_table", "--model", "experts", "--dry_run"], "--group_by_table: the loss of its router"),
+        (["--group_by_table"], "--group_by_table: it cannot"),  # as the loaded model shows
     ],
 )
-def test_bad_input_ends_before_anything_is_written(tmp_path, capsys, flags, words):
+def test_bad_input_ends_before_anything_is_written(tmp_path, capsys, monkeypatch, flags, words):
+    if words.endswith("it cannot"):
+        monkeypatch.setattr(dpo, "sharing_problem", lambda model: "it cannot")
+    if "experts" in flags:
+        save_experts(tmp_path / "experts")
     write_rows(Path("own.jsonl"), [{"prompt": "one", "chosen": "two", "rejected": "three"}])
     write_rows(Path("bad.jsonl"), [{"prompt": "one"}, "not JSON"])
     if "other" in flags:
@@ -330,6 +338,20 @@ def test_own_pairs(tmp_path, capsys):
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     shutil.copy("on/adapter_model.safetensors", "out")  # another start, and so another reference
     assert "data adapter" in run_error(capsys, dpo_train.main, *again, "--resume_from_checkpoint", "auto")
+
+
+def test_a_prompt_in_several_forms_is_on_one_side(tmp_path):
+    """Another case, blanks and Unicode form; equal pairs count once, and an evaluation's question is found."""
+    forms = ["Какой ёж {}?", unicodedata.normalize("NFD", "Какой ёж {}?"), "«какой\u00a0 еж {}»", "КАКОЙ ЁЖ {}?\n"]
+    rows = [{"prompt": form.format(n), "chosen": f"ёж {answer}", "rejected": "нет"}
+            for n in range(6) for place, form in enumerate(forms) for answer in ("как все", place)]  # fmt: skip
+    write_rows(tmp_path / "own.jsonl", rows)
+    choice = dpo_train.PairChoice(False, eval_pairs=7, limit_pairs=0, seed=7, thinking=False)
+    finder = LeakFinder({"question": ["какой еж 5"]})
+    pairs, held_out, data = dpo_train.own_pairs("own.jsonl", choice, finder, NO_TOKENS)
+    assert data["rows"] == {"pairs": 3 * 5, "held_out": 7, "pairs_leaks": 5}
+    trained, asked = ({normalise_text(pair["prompt"]) for pair in side} for side in (pairs, held_out))
+    assert len(trained) == 3 and len(asked) == len({pair["cluster"] for pair in held_out}) == 2 and not trained & asked
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):

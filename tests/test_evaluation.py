@@ -97,6 +97,10 @@ def test_rows_of_an_earlier_stage_are_taken_if_nothing_changed(measured):
     other = task_of([0, 1], settings={"temperature": 1})
     assert measured(other, "run/other", measured_as="step_2")[1] == [[1, 0]]
     assert measured(task_of([0, 1]), "run/later", measured_as="step_9")[1] == [[1, 0]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llm_alignment.adapters.adapter_sha256", lambda model: "another adapter")
+        assert measured(task_of([0, 1]), "run/final")[1] == [[1, 0]]
+        assert measured(task_of([0, 1]), "run/another", measured_as="step_2")[1] == [[1, 0]]
 
 
 SHARED = """

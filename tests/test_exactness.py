@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from llm_alignment import adapters, exactness, models, prefixes
+from llm_alignment import adapters, dpo, exactness, models, prefixes
 
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16)
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
@@ -55,3 +55,14 @@ def test_a_short_row_tells_what_a_model_can_do(kind):
     cannot["anchor"] = exactness.anchor_problem(adapted)
     assert torch.equal(torch.get_rng_state(), state)
     assert " ".join(name for name, problem in cannot.items() if problem) == KINDS[kind][1], cannot
+
+
+def test_held_out_pairs_of_a_model_whose_cache_cannot_be_repeated():
+    model = toy("qwen3_next").eval()
+    tokens = {"prompt_ids": [*range(5, 45)], "chosen_ids": [50, 51, 52], "rejected_ids": [60, 61, 62, 63]}
+    found = dpo.answer_log_probs(model, tokens, 99)
+    for answer, log_prob in zip((tokens["chosen_ids"], tokens["rejected_ids"]), found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*tokens["prompt_ids"], *answer]]), use_cache=False).logits[0, 39:-1]
+        expected = logits.log_softmax(-1)[range(len(answer)), answer].sum().item()
+        assert log_prob == pytest.approx(expected, rel=1e-4)

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,25 @@ def test_one_hash_for_texts_and_values():
     assert files.digest(42, "uid") == hashlib.sha256(b"42\0uid").hexdigest(), "the order that published seeds chose"
     assert files.digest({"a": 1, "b": 2}) == files.digest({"b": 2, "a": 1}) != files.digest({"a": 2, "b": 1})
     assert files.digest("\ud83e") != files.digest("")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="st_ctime is the time of creation")
+def test_a_file_changed_behind_its_time_is_hashed_again(tmp_path, monkeypatch):
+    """One byte, with the size and the time of modification put back; long enough ago for a hash to be kept."""
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    now = time.time_ns() + 10**10
+    monkeypatch.setattr(files.time, "time_ns", lambda: now)
+    path = tmp_path / "weights"
+    path.write_bytes(b"a")
+    before = path.stat()
+    for _ in range(2):  # a first read may change the time of access, and then nothing is kept
+        first = files.kept_sha256(path)
+    assert len([*(tmp_path / "cache" / "files").iterdir()]) == 1
+    while path.stat().st_ctime_ns == before.st_ctime_ns:  # the clock of files has steps
+        path.write_bytes(b"b")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert files.kept_sha256(path) == files.file_sha256(path) != first
 
 
 def append_many(path: Path, writer: int, count: int) -> None:

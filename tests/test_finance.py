@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from toys import setup_of, toy_model
 
 from dpo_train_mt import main, parse
-from llm_alignment import finance, generation, reddit
+from llm_alignment import finance, generation, messages, reddit
 from llm_alignment.files import InputError
 from llm_alignment.finance import mix_counts
 from llm_alignment.flags import fill
@@ -216,6 +216,14 @@ def test_what_is_asked_and_trained_on_does_not_depend_on_the_order_of_rows(tmp_p
     assert first.questions == other.questions
     assert first.items["reddit"] != other.items["reddit"]
     assert {pair["uid"] for pair in first.items["reddit"]} == {pair["uid"] for pair in other.items["reddit"]}
+
+
+@pytest.mark.parametrize("field", sorted(messages.NEEDED))
+def test_a_field_that_changes_what_an_instruction_means_is_not_lost(field):
+    row = {"user": "u", "assistant": "a"}
+    with pytest.raises(ValueError, match=f"the row has {field}"):
+        finance.read_instruction({**row, field: "more"})
+    assert finance.read_instruction({**row, field: ""})["chosen"] == "a"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

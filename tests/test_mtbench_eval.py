@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
@@ -250,6 +251,23 @@ def test_the_command_line(cli_folder, reward_folder, tmp_path, monkeypatch, caps
         me.main(flags(cli_folder, reward_folder, tmp_path / "two", "--limit", "7"))
     assert stop.value.code == 2 and "questions" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "two").iterdir()} == before
+
+
+def test_another_adapter_in_the_same_folder_is_another_evaluation(
+    cli_folder, reward_folder, model, tmp_path, monkeypatch, capsys
+):
+    from peft import LoraConfig, get_peft_model
+
+    def save_adapter():
+        lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)  # other values each time
+        get_peft_model(copy.deepcopy(model), lora).save_pretrained(tmp_path / "adapter")
+
+    monkeypatch.setattr(me, "report_results", lambda *_: None)
+    argv = flags(cli_folder, reward_folder, tmp_path / "out", "--limit", "1", "--adapter", str(tmp_path / "adapter"))
+    save_adapter()
+    me.main(argv)
+    save_adapter()
+    assert "holds results of another evaluation (adapter: " in run_error(capsys, me.main, *argv)
 
 
 def test_the_folder_of_a_training_run_is_left_alone(cli_folder, reward_folder, tmp_path, capsys):

@@ -271,6 +271,14 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path):
     assert plots.plot_seeds("seeds", runs) is not None
 
 
+@pytest.mark.parametrize("change", [{"base": "b"}, {"data": {"adapter": "b"}}])
+def test_another_base_or_adapter_of_the_same_name_is_another_row(change, tmp_path):
+    stood_on = {"base": "a", "data": {"adapter": "a"}}
+    rows = [seed_record(1, 0.0) | stood_on, seed_record(2, 0.1) | stood_on, seed_record(3, 0.2) | stood_on | change]
+    runs = seeds.merge_seeds(records.load_runs([write_log(tmp_path / "log.jsonl", *rows)]))
+    assert [run.name for run in runs if not run.is_logged] == ["mine, 2 seeds", "mine-seed3"]
+
+
 def test_a_difference_that_one_seed_does_not_have_is_no_row(tmp_path):
     """Where no answer changed its length there is no difference at equal length."""
     nothing = dict.fromkeys(("mean", "low", "high", "p")) | {"changed": 0}

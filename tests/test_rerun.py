@@ -31,7 +31,7 @@ from run_records import (
 )
 
 from llm_alignment import files
-from llm_alignment.model_files import files_sha256
+from llm_alignment.model_files import adapter_files_sha256, files_sha256
 
 LOGGED = {run["id"]: run for run in records.load_records(records.LOGGED_RUNS)}
 COMMANDS = {name: run["command"] for name, run in LOGGED.items() if run["command"]}
@@ -284,7 +284,7 @@ def test_a_campaign_runs_every_seed_once_goes_on_after_a_failure_and_where_it_wa
     assert capfd.readouterr().out.count("completed 2025-01-02") == 4
 
 
-def test_a_run_on_another_model_or_adapter_of_the_same_name_is_not_the_completed_one(fake_sft):
+def test_a_run_on_another_model_of_the_same_name_is_not_the_completed_one(fake_sft):
     argv = ["S4", "--seeds", "1", "--exp_log", "log.jsonl", "--model", "m"]
     (fake_sft / "m").mkdir()
     (fake_sft / "m" / "config.json").write_text("{}", encoding="utf-8")
@@ -294,6 +294,20 @@ def test_a_run_on_another_model_or_adapter_of_the_same_name_is_not_the_completed
     assert rerun.main(argv) == 0 and started(fake_sft) == []
     (fake_sft / "m" / "config.json").write_text('{"a": 1}', encoding="utf-8")
     assert rerun.main(argv) == 1 and len(started(fake_sft)) == 1  # what it records is of the old model again
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_run_on_what_was_another_adapter_in_its_folder_is_not_completed(file, project):
+    adapter = project / "adapter"
+    adapter.mkdir()
+    (adapter / file).write_text("a", encoding="utf-8")
+    argv = ["--load_adapter", str(adapter), "--adapter_trainable", "--pairs", "own.jsonl"]
+    record = make_dpo_record("mine") | {"argv": argv, "data": {"adapter": adapter_files_sha256(adapter)}}
+    write_log(project / "experiments" / "dpo_experiments.jsonl", record)
+    (planned,) = campaign.plan_runs(["mine"], [], [], {})
+    assert planned.completed()
+    (adapter / file).write_text("b", encoding="utf-8")
+    assert not planned.completed()
 
 
 def test_a_grid_is_every_combination_with_folder_tag_and_row_of_its_own_and_continues_after_a_stop(fake_sft, capfd):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
 import pytest
 import torch
-from toys import CHATML, QWEN25, WORDS, dialogues, make_tokenizer, save_reward_model
+from toys import CHATML, QWEN25, WORDS, dialogues, make_tokenizer, rows_of, save_reward_model, toy_model
 
 from llm_alignment import files, rewards
 from llm_alignment.devices import tf32
+from llm_alignment.generation import Decoding
+from llm_alignment.scores import scored_evaluation
 
 
 def test_rewards_equal_the_model_alone_and_do_not_depend_on_the_batch(reward_folder, reward_model, tokenizer):
@@ -108,6 +111,18 @@ def test_a_first_character_of_several_tokens_is_cut_too(tmp_path, tokenizer):
         question = {"role": "user", "content": "\U0001f98a " + " ".join((WORDS * 3)[:words])}
         answer = {"role": "assistant", "content": "the Ob"}
         assert len(small.encode([question, answer])) <= 64
+
+
+def test_another_reward_model_in_the_same_folder_scores_anew(tmp_path, tokenizer):
+    question = {"question_id": 1, "category": "a", "turns": ["the Ob"]}
+    answered = {**question, "answers": ["the Neva"], "answer_tokens": [2], "finished": [True], "batch_sizes": [1]}
+    rows = []
+    for spread in (0.2, 0.3):
+        model = rewards.RewardModel(save_reward_model(tmp_path / "reward", tokenizer, initializer_range=spread))
+        evaluation = scored_evaluation("mtbench", [question], Decoding(2), model)
+        evaluation = dataclasses.replace(evaluation, read=lambda *_: [answered])
+        rows += rows_of(evaluation, toy_model(), tokenizer, tmp_path / "rows.jsonl", renew=True)
+    assert rows[0]["answers"] == rows[1]["answers"] and rows[0]["rewards"] != rows[1]["rewards"]
 
 
 def test_what_is_no_reward_model(tmp_path, tokenizer, model):

@@ -1,10 +1,12 @@
 """The SFT trainer against TRL's own, where the loss is not that of the targets alone."""
 
+import json
+
 import pytest
 import torch
-from toys import save_experts, toy_base
+from toys import chats, save_experts, toy_base
 
-from llm_alignment import models
+from llm_alignment import generation, models
 
 
 def test_a_mixture_of_experts_has_its_routers_loss_as_in_trl(sft_trainer, tmp_path):
@@ -25,13 +27,26 @@ def test_a_mixture_of_experts_has_its_routers_loss_as_in_trl(sft_trainer, tmp_pa
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data.normal_(0, 0.05)
-        batch = trainer.data_collator([trainer.train_dataset[number] for number in range(4)])
+        batch = trainer.data_collator([
+            {name: values[: 60 - 15 * number] for name, values in trainer.train_dataset[number].items()}
+            for number in range(4)  # of different lengths: the router's loss does not count the padding
+        ])
         trainer.kl_coef, trainer.current_gradient_accumulation_steps = 0.0, 1
         targets = (batch["labels"][:, 1:] != -100).sum()
         loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=targets)
         loss.backward()
         gradients = [each.grad.flatten() for each in trainer.model.parameters() if each.requires_grad]
         results.append((loss.item(), torch.cat(gradients)))
+    answers = list(generation.generate(ours.model, ours.processing_class, chats(2), generation.Decoding(3)))
+    assert len(answers) == 2  # TRL's trainer asks for the router's logits in the config, which would fail here
     (loss, gradient), (expected, its_gradient) = results
     assert loss == pytest.approx(expected, rel=1e-5)
     assert (gradient - its_gradient).norm() < 1e-5 * its_gradient.norm()
+
+
+def test_a_model_that_ships_with_its_routers_logits_on_answers(tmp_path):
+    base = toy_base(model=save_experts(tmp_path))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"output_router_logits": True}), "utf-8")
+    model, tokenizer = models.load_model(base), models.load_tokenizer(base)
+    assert len(list(generation.generate(model, tokenizer, chats(2), generation.Decoding(3)))) == 2

@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, ROOT, chat, logged_commands, read_rows, write_rows
+from conftest import DEMO, ROOT, chat, logged_commands, read_rows, run_error, write_rows
 from run_records import records
 from toys import setup_of
 
 import sft_train
-from llm_alignment import files, models, sft
+from llm_alignment import files, models, plans, sft
 from llm_alignment.anchored_loss import AnchorSettings
 from llm_alignment.encoder import ChatEncoder
 from llm_alignment.files import SkippedRows
@@ -376,6 +376,35 @@ def test_bad_input_is_one_line_and_exit_code_2(changes, expected, bad_files, cap
     lines = [line for line in capsys.readouterr().err.strip().split("\n") if "error:" in line]
     assert len(lines) == 1 and expected in lines[0]
     assert not (bad_files / "run").exists() and not (bad_files / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("asked", [["--packing"], ["--kl_coef", "0.2"], []], ids=" ".join)
+def test_what_the_loaded_model_cannot_do(asked, tmp_path, monkeypatch, capsys):
+    """An error where the user asked for it; the anchor, which is there unasked too, is left out with a line."""
+    trainers, look = [], "packing_problem" if asked == ["--packing"] else "anchor_problem"
+    monkeypatch.setattr(sft, look, lambda model: "it cannot")
+    monkeypatch.setattr(plans, "log_times", lambda trainer, *_: trainers.append(trainer))
+    argv = flags(tmp_path / "run", "--dry_run", "--time")
+    place = argv.index("--kl_coef")
+    argv[place : place + 2] = asked
+    if asked:
+        with pytest.raises(SystemExit, match="2"):
+            sft_train.main(argv)
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {' '.join(asked)}: it cannot")
+    else:
+        sft_train.main(argv)
+        assert "no KL anchor: it cannot" in capsys.readouterr().out and trainers[0].anchor.kl_coef == 0
+
+
+def test_what_the_config_says_that_a_model_cannot_do_is_told_without_its_weights(tmp_path, capsys):
+    folder = shutil.copytree(DEMO / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    kinds = ["linear_attention"] * config["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config | {"layer_types": kinds}), encoding="utf-8")
+    error = run_error(
+        capsys, sft_train.main, *flags(tmp_path / "run", "--model", str(folder), "--packing", "--dry_run")
+    )
+    assert "--packing: the model has layers that carry a state" in error
 
 
 def test_replay_rows_of_a_file_are_planned_and_a_resume_with_others_is_refused(bad_files, capsys):
