@@ -19,7 +19,7 @@ from records import Run, from_record
 # flags that change where a run goes and how fast it is, not what it learns or how it is measured
 NO_SETTINGS = {
     "seed", "output_dir", "exp_tag", "exp_log", "resume_from_checkpoint", "report_to", "num_proc", "no_baseline_cache",
-    "eval_batch_size", "eval_save_json", "save_steps",
+    "eval_batch_size", "eval_save_json", "save_steps", "table", "time",
 }  # fmt: skip
 
 
