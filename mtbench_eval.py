@@ -26,6 +26,7 @@ from llm_alignment.files import InputError, SkippedRows, differing, read_jsonl, 
 from llm_alignment.flags import fill, not_negative, parse_arguments
 from llm_alignment.hub import hub_files
 from llm_alignment.judge import check_judge, judge_lines
+from llm_alignment.model_files import adapter_files_sha256
 from llm_alignment.parser import Parser, add_group
 from llm_alignment.preferences import read_pairs
 from llm_alignment.processes import main_process
@@ -224,6 +225,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
             for evaluation in evaluations:  # refuses the folder of another evaluation before anything in it changes
                 ResultFile(paths[evaluation.name], {**fingerprint, **evaluation.settings})
         data = {"questions": args.questions, "n": len(questions), "sha256": mtbench.settings["questions"]}
+        if args.adapter:  # by it campaigns and means over seeds tell runs apart
+            data["adapter"] = adapter_files_sha256(args.adapter)
         folder, rows = begin(record, data, base), {}
         with timed(record, "final"):
             for evaluation in evaluations:

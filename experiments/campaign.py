@@ -33,7 +33,7 @@ class PlannedRun:
     output_dir: Path
     exp_log: Path
     model: str = ""
-    adapter: str = ""  # --load_adapter
+    adapter: str = ""  # --load_adapter, or --adapter of mtbench_eval.py
 
     def stands_on(self, record: dict) -> bool:
         """Whether the record's run had the model and the adapter that are in these folders now."""
@@ -110,7 +110,7 @@ def plan_run(name: str, script: str, arguments: list[str], cell: dict[str, str])
     elif getattr(args, "use_hybrid", False):
         folder = f"{Path(folder)}_hybrid"
     model = flags.DEMO["model"] if args.demo and "--model" not in flag_groups(arguments) else args.model
-    adapter = getattr(args, "load_adapter", "")
+    adapter = getattr(args, "load_adapter", "") or getattr(args, "adapter", "")
     return PlannedRun(name, script, join_empty(arguments), Path(folder), Path(args.exp_log), model, adapter)
 
 

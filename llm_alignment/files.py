@@ -341,13 +341,17 @@ def file_sha256(path: Path) -> str:
 def kept_sha256(path: Path) -> str:
     """`file_sha256`, kept in the cache folder by path, size and times of change. A file that changed a moment ago is
     read again the next time: it could change once more within the clock's step."""
-    status = path.stat()
-    changed = max(status.st_mtime_ns, status.st_ctime_ns)
-    known = cache_folder() / "files" / digest(str(path.resolve()), status.st_size, status.st_mtime_ns, changed)[:32]
+
+    def state() -> tuple[int, int, int]:  # not the time of access, which the reading changes
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns, max(status.st_mtime_ns, status.st_ctime_ns)
+
+    before = state()
+    known = cache_folder() / "files" / digest(str(path.resolve()), *before)[:32]
     if known.is_file() and len(found := known.read_text("ascii")) == 64:
         return found
     sha256 = file_sha256(path)
-    if time.time_ns() - changed > 2 * 10**9 and status == path.stat():
+    if time.time_ns() - before[-1] > 2 * 10**9 and before == state():
         known.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(known, sha256)
     return sha256

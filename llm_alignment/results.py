@@ -24,10 +24,11 @@ class ResultFile:
     flags). Raises InputError too when the first line is damaged.
 
     Rows that are missing are taken from `cache`, a file of the same fingerprint, and `finish` puts there what it does
-    not have. A damaged cache file is ignored with a warning."""
+    not have, unless it is a file of this run, of an earlier stage. A damaged one is ignored with a warning."""
 
     def __init__(self, path: Path, fingerprint: dict, *, renew: bool = False, cache: Path | None = None) -> None:
         self.path, self.fingerprint, self._cache = path, fingerprint, cache
+        self._is_of_run = cache is not None and cache.parent == path.parent
         self.rows: list[dict] = []
         self._cached = self._read_cache(cache) if cache and cache.exists() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,9 +56,9 @@ class ResultFile:
             if stored != self.fingerprint:
                 raise InputError(f"{cache}: results of another evaluation ({differing(stored, self.fingerprint)})")
         except InputError as error:
-            log.warning("ignoring a file of the baseline cache: %s", error)
+            log.warning("ignoring an earlier measurement: %s", error)
             return {}
-        skipped.report(f"damaged lines of the baseline cache {cache}")
+        skipped.report(f"damaged lines of {cache}")
         return {row["question_id"]: row for row in rows}
 
     def missing(self, questions: Sequence[dict]) -> list[dict]:
@@ -66,8 +67,7 @@ class ResultFile:
         found = [row for key, row in self._cached.items() if key in wanted]
         if found:
             self.append(*found)
-            is_of_run = self._cache and self._cache.parent == self.path.parent
-            told = "%s" if is_of_run else "the baseline cache (%s); --no_baseline_cache computes them again"
+            told = "%s" if self._is_of_run else "the baseline cache (%s); --no_baseline_cache computes them again"
             log.info("%s: %d rows taken from " + told, self.path.name, len(found), self._cache)
         wanted -= self._cached.keys()
         return [question for question in questions if question["question_id"] in wanted]
@@ -80,7 +80,7 @@ class ResultFile:
     def finish(self) -> None:
         """Puts rows that the cache does not have into it."""
         new = [row for row in self.rows if row["question_id"] not in self._cached]
-        if self._cache and new:
+        if self._cache and new and not self._is_of_run:
             self._cache.parent.mkdir(parents=True, exist_ok=True)
             files.remove_left_over(self._cache.parent, before=time.time() - 24 * 3600)
             write_rows(self._cache, [{"fingerprint": self.fingerprint}, *self._cached.values(), *new])

@@ -101,6 +101,7 @@ def test_rows_of_an_earlier_stage_are_taken_if_nothing_changed(measured):
         patch.setattr("llm_alignment.adapters.adapter_sha256", lambda model: "another adapter")
         assert measured(task_of([0, 1]), "run/final")[1] == [[1, 0]]
         assert measured(task_of([0, 1]), "run/another", measured_as="step_2")[1] == [[1, 0]]
+    assert measured(task_of([0, 1]), "run/step_2") == (rows, [])  # an earlier stage is read, never written
 
 
 SHARED = """

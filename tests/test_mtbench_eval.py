@@ -18,6 +18,7 @@ from toys import rows_of, save_reward_model, sentences
 import mtbench_eval as me
 from llm_alignment import files, generation, prompts, rewards, scores
 from llm_alignment.generation import Decoding
+from llm_alignment.model_files import adapter_files_sha256
 
 # ---------------------------------------------------------------------------------------------------------------------
 # questions
@@ -265,8 +266,10 @@ def test_another_adapter_in_the_same_folder_is_another_evaluation(
     monkeypatch.setattr(me, "report_results", lambda *_: None)
     argv = flags(cli_folder, reward_folder, tmp_path / "out", "--limit", "1", "--adapter", str(tmp_path / "adapter"))
     save_adapter()
-    me.main(argv)
+    record = me.main(argv)
+    assert record["data"]["adapter"] == adapter_files_sha256(tmp_path / "adapter")
     save_adapter()
+    assert record["data"]["adapter"] != adapter_files_sha256(tmp_path / "adapter")
     assert "holds results of another evaluation (adapter: " in run_error(capsys, me.main, *argv)
 
 

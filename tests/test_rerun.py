@@ -296,13 +296,15 @@ def test_a_run_on_another_model_of_the_same_name_is_not_the_completed_one(fake_s
     assert rerun.main(argv) == 1 and len(started(fake_sft)) == 1  # what it records is of the old model again
 
 
+@pytest.mark.parametrize("script, flags", [("dpo_train.py", "--adapter_trainable --load_adapter"),
+                                           ("mtbench_eval.py", "--adapter")])  # fmt: skip
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_run_on_what_was_another_adapter_in_its_folder_is_not_completed(file, project):
+def test_a_run_on_what_was_another_adapter_in_its_folder_is_not_completed(file, script, flags, project):
     adapter = project / "adapter"
     adapter.mkdir()
     (adapter / file).write_text("a", encoding="utf-8")
-    argv = ["--load_adapter", str(adapter), "--adapter_trainable", "--pairs", "own.jsonl"]
-    record = make_dpo_record("mine") | {"argv": argv, "data": {"adapter": adapter_files_sha256(adapter)}}
+    argv = [*flags.split(), str(adapter)]
+    record = make_record("mine", script) | {"argv": argv, "data": {"adapter": adapter_files_sha256(adapter)}}
     write_log(project / "experiments" / "dpo_experiments.jsonl", record)
     (planned,) = campaign.plan_runs(["mine"], [], [], {})
     assert planned.completed()
