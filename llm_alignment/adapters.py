@@ -110,7 +110,7 @@ def check_switched_off(model: PeftModel, before: torch.Tensor | None, what: str)
     unless the logits of `check_logits` with the adapter off are, to the bit, those `before` it."""
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
         if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            raise InputError(f"{what}: it changes the embedding or the head; name an adapter of other layers")
+            raise InputError(f"{what}: it changes the embedding or the head; leave these out")
     with model.disable_adapter():
         after = check_logits(model, what)
     if before is not None and after is not None and not torch.equal(before, after):
@@ -128,6 +128,7 @@ PLAIN = NEUTRAL | {
 }  # fmt: skip
 # How its matrices began; any other way (PiSSA, OLoRA, CorDA, LoftQ, ...) takes something out of the base's weights.
 PLAIN_BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")
+NAME_ITS_BASE = "name the base that it was trained on, or another adapter"
 MERGE_IT = "merge it into its base and name that model, or train another adapter"
 
 
@@ -197,13 +198,15 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
         if is_out_of_memory(error):
             raise
         reason = str(error).strip().split("\n")[-1].strip()
-        raise InputError(f"{what} of {base} does not fit {model.name_or_path} ({reason})") from error
+        raise InputError(f"{what} of {base} does not fit {model.name_or_path} ({reason}); {NAME_ITS_BASE}") from error
     check_switched_off(adapted, before, what)
     wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     for others, problem in ((stored.keys() - wanted, "has other tensors"), (wanted - stored.keys(), "lacks tensors")):
         if others:
             counts = f"{len(others)} of {len(wanted)}, the first is {min(others)}"
-            raise InputError(f"{what} of {base} does not fit {model.name_or_path}: it {problem} ({counts})")
+            raise InputError(
+                f"{what} of {base} does not fit {model.name_or_path}: it {problem} ({counts}); {NAME_ITS_BASE}"
+            )
     if base and Path(base).resolve() != Path(model.name_or_path).resolve() and not is_meta:
         log.warning("%s was trained on %s, not on %s: right only for equal weights", what, base, model.name_or_path)
     check_logits(adapted, what)

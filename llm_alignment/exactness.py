@@ -39,11 +39,11 @@ def problem_of(model: PreTrainedModel | PeftModel, both_ways: Callable[[PreTrain
             plain, other = (states.float() for states in both_ways(inner))
         distance = ((other - plain).norm() / plain.norm()).item()
         if not distance < torch.finfo(inner.dtype).eps ** 0.5:
-            problem = f"with it the hidden states of this model are {distance:.2g} of their norm away"
+            problem = f"the hidden states of this model would differ by {distance:.2g} of their norm"
     except Exception as error:  # a model whose code does not know of it fails anywhere
         if is_out_of_memory(error):
             raise
-        problem = f"this model fails with it ({type(error).__name__}: {one_line(error)[:80]})"
+        problem = f"this model fails at it ({type(error).__name__}: {one_line(error)[:80]})"
     return problem
 
 

@@ -328,9 +328,10 @@ def read_records(path: Path) -> list[dict]:
 
 
 def differing(before: dict, now: dict) -> str:
-    """Names what differs between two dicts, as "key: before -> now, ..."."""
+    """Names what differs between two dicts, as "key: before -> now, ..."; of a hash the beginning."""
     keys = [key for key in before | now if before.get(key) != now.get(key)]
-    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
+    text = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", text)
 
 
 def file_sha256(path: Path) -> str:

@@ -448,5 +448,5 @@ def check_same_run(folder: Path, flags: dict[str, Any], base: Base, data: dict |
     # a flag that is newer than the stored run was at its default there
     after = {name: value for name, value in after.items() if name in before or not name.startswith("--")}
     if before != after:
-        other = files.differing(before, after)
-        raise InputError(f"{folder}: the run to resume had another base, other flags or data ({other})")
+        other = f"the run to resume had another base, other flags or data ({files.differing(before, after)})"
+        raise InputError(f"{folder}: {other}; repeat the command of its run.json, or name another --output_dir")

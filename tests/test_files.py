@@ -230,6 +230,10 @@ def test_one_hash_for_texts_and_values():
     assert files.digest(42, "uid") == hashlib.sha256(b"42\0uid").hexdigest(), "the order that published seeds chose"
     assert files.digest({"a": 1, "b": 2}) == files.digest({"b": 2, "a": 1}) != files.digest({"a": 2, "b": 1})
     assert files.digest("\ud83e") != files.digest("")
+    a, b = ("a" * 64, "b" * 64)
+    assert files.differing({"x": a, "y": [a], "z": 1}, {"x": b, "y": [b], "z": 1}) == (
+        f"x: {a[:12]}... -> {b[:12]}..., y: ['{a[:12]}...'] -> ['{b[:12]}...']"
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="st_ctime is the time of creation")
