@@ -110,7 +110,9 @@ def check_switched_off(model: PeftModel, before: torch.Tensor | None, what: str)
     unless the logits of `check_logits` with the adapter off are, to the bit, those `before` it."""
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
         if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            raise InputError(f"{what}: it changes the embedding or the head; leave these out")
+            raise InputError(
+                f"{what}: it changes the embedding or the head; name other layers, or an adapter of others"
+            )
     with model.disable_adapter():
         after = check_logits(model, what)
     if before is not None and after is not None and not torch.equal(before, after):
