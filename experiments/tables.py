@@ -339,8 +339,8 @@ def recipes_table(new: list[Run]) -> str:
     for runs in groups.values():
         if runs[0].model == DEMO and (len(runs) == 1 or "none" not in map(way_of, runs)):
             continue
+        learned = "val_loss" if SFT.of(runs) else "tatqa_em"  # a group is of one script
         for run in sorted(runs, key=lambda run: [run.params.get(flag) or 0 for flag in ("kl_coef", "replay_ratio")]):
-            learned = "val_loss" if run in SFT.of(runs) else "tatqa_em"
             recipe = ", ".join(param(run, flag) for flag in ("learning_rate", "target_modules", "lora_r"))
             cells = [f"{METRICS[learned].title} {change_of(run, learned)}", *(change_of(run, name) for name in kept)]
             seconds = run.source.get("runtime_s", {}).get("train")
