@@ -102,6 +102,13 @@ def recorded() -> dict[str, dict]:
     return {row["tag"]: row for path in paths if path.exists() for row in files.read_records(path)}
 
 
+def test_published_records_name_no_folder_of_one_machine():
+    """A recorded run is repeated from a clone, wherever that lies."""
+    for tag, row in recorded().items():
+        paths = [text for text in (*row["args"].values(), *row["argv"]) if isinstance(text, str)]
+        assert not [text for text in paths if Path(text).is_absolute()], tag
+
+
 DOCS = ("README.md", "experiments/METHODS.md", "experiments/demo/README.md")
 FIGURE = r"^\| `([\w.-]+)` \| ([^|]+) \| ([+-][\d.]+) \[([-\d.]+), ([-\d.]+)\] \|"
 

@@ -4,10 +4,9 @@
     python experiments/benchmarks/check_coverage.py --samples 200 --items 60 --only gates
 
 Samples are drawn where the truth is known. First tables, of the 95 % interval: shares of samples in which it holds the
-truth, in which the truth is below it (an excluded loss is there; a gate at the true difference is passed), and in
-which it is above it; and whether "a loss above X is excluded" is printed at all with so many units. Last table: gates
-one and two standard errors below the truth: how many are undecided, and in which share of these a new sample with as
-many questions as `judge` asks for decides.
+truth, in which the truth is below it (a gate at the true difference is passed) and above it, and in which "a loss
+above X is excluded" is printed and is wrong. Last table: gates one and two standard errors below the truth: how many
+are undecided, and in which share of these a new sample with as many questions as `judge` asks for decides.
 
 Where the true difference is 0 and skewed ("clusters of 6"), the interval errs as the sign-flip test does, whose
 verdict it follows. A difference that the test calls clear is printed without an excluded loss.
@@ -102,8 +101,9 @@ def print_coverage(kind: str, n: int, deltas: Iterable[dict], truth: float) -> N
     known = [delta for delta in deltas if delta["low"] is not None]
     below = float(np.mean([truth < delta["low"] for delta in known]))
     above = float(np.mean([truth > delta["high"] for delta in known]))
-    bound = "yes" if n >= stats.ENOUGH_TO_EXCLUDE else "no"
-    line(kind, n, len(known), 1 - below - above, below, above, bound)
+    excluded = [stats.excluded(delta) for delta in known]
+    wrong = float(np.mean([loss is not None and truth < -loss for loss in excluded]))
+    line(kind, n, len(known), 1 - below - above, below, above, wrong)
 
 
 def print_gates(kind: str, n: int, samples: int) -> None:
@@ -132,12 +132,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     stats.RESAMPLES = options.resamples
     if "intervals" in options.only:
-        line("differences", "units", "with an interval", "truth held", "truth below", "above", "loss is printed")
+        line("differences", "units", "with an interval", "truth held", "truth below", "above", "excluded wrongly")
         for kind, (_, truth) in KINDS.items():
             for n in options.items:
                 print_coverage(kind, n, deltas_of(kind, n, options.samples), truth)
     if "perplexity" in options.only:
-        line("perplexity", "rows", "with an interval", "truth held", "truth below", "above", "loss is printed")
+        line("perplexity", "rows", "with an interval", "truth held", "truth below", "above", "excluded wrongly")
         for kind in VALIDATIONS:
             for n in options.items:
                 deltas, truth = perplexity_deltas(kind, n, options.samples)
