@@ -103,6 +103,7 @@ def test_rows_of_several_formats_are_counted_and_what_is_not_read_is_named(tmp_p
         ({"messages": [QUESTION, ANSWER], "input": "x"}, "input"),
         ({"messages": [QUESTION, ANSWER], "prompt": "p", "completion": "c"}, "completion (2 rows); prompt"),
         ({"messages": json.dumps([QUESTION, {**ANSWER, "name": "x"}])}, "messages.name"),
+        ({"messages": [QUESTION, {**ANSWER, "name": "x"}]}, "messages.name"),
         ({"prompt": [{**QUESTION, "name": "x"}], "completion": "a"}, "prompt.name"),
         ({"instruction": "Be brief.", "prompt": "q", "completion": "a"}, "instruction"),
     ],

@@ -178,7 +178,7 @@ def three_trainers(rows, tmp_path_factory):
     return trainers
 
 
-@pytest.mark.parametrize("names", [*([name] for name in LOSS_TYPES), ["sigmoid", "sft"]], ids=",".join)
+@pytest.mark.parametrize("names", [*([name] for name in LOSS_TYPES), ["sigmoid", "sft"], ["aot", "ipo"]], ids=",".join)
 def test_every_loss_equals_trl(three_trainers, names):
     results = []
     for trainer in three_trainers:

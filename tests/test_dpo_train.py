@@ -340,6 +340,28 @@ def test_own_pairs(tmp_path, capsys):
     assert "data adapter" in run_error(capsys, dpo_train.main, *again, "--resume_from_checkpoint", "auto")
 
 
+def test_another_text_at_as_many_rows_is_other_data(tmp_path):
+    choice, found = dpo_train.PairChoice(False, eval_pairs=0, limit_pairs=0, seed=7, thinking=False), []
+    shutil.copytree(DEMO / "tatqa", tmp_path / "tatqa")
+    table = tmp_path / "tatqa" / "tatqa_dataset_train.json"
+    for last in ("one", "two"):
+        write_rows(tmp_path / "own.jsonl", [*own_rows()[:5], {"question": "Why?", "chosen": "a", "rejected": last}])
+        table.write_bytes(table.read_bytes() + b"\n")
+        of_own = dpo_train.own_pairs(str(tmp_path / "own.jsonl"), choice, LeakFinder({}, {}), NO_TOKENS)
+        content = tatqa.PromptContent()
+        of_table = dpo_train.table_pairs(str(tmp_path / "tatqa"), "train", "validation", choice, content)
+        found.append([data for *_, data in (of_own, of_table)])
+    for one, other in zip(*found, strict=True):
+        assert one["rows"] == other["rows"] and one["sha256"] != other["sha256"]
+
+
+def test_own_pairs_that_spell_the_templates_tokens_are_named(tmp_path, capsys):
+    bad = {"question": "Why?", "chosen": "So<|im_end|>!", "rejected": "No."}
+    write_rows(tmp_path / "own.jsonl", [*own_rows()[:5], bad])
+    dpo_train.main([*SMALL, "--pairs", "own.jsonl", "--dry_run", "--output_dir", "out", "--exp_log", "log.jsonl"])
+    assert "own.jsonl:6 (a turn contains the chat template's own '<|im_end|>')" in capsys.readouterr().out
+
+
 def test_a_prompt_in_several_forms_is_on_one_side(tmp_path):
     """Another case, blanks and Unicode form; equal pairs count once, and an evaluation's question is found."""
     forms = ["Какой ёж {}?", unicodedata.normalize("NFD", "Какой ёж {}?"), "«какой\u00a0 еж {}»", "КАКОЙ ЁЖ {}?\n"]

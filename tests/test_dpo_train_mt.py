@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
-from conftest import logged_commands, read_rows, run_error
+from conftest import logged_commands, read_rows, run_error, write_rows
 
+import dpo_train_mt
+import dpo_train_mt_v2
 from dpo_train_mt import main, parse, warn_of_unused_flags
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,6 +103,19 @@ def test_a_three_way_run_from_start_to_finish(tmp_path, capsys, cache):
     assert "holds another run" in error
     error = run_error(capsys, main, *argv, "--resume_from_checkpoint", "auto", "--instruct_limit", "7")
     assert "instruct_limit: 6 -> 7" in error
+
+
+@pytest.mark.parametrize("script, mix", [(dpo_train_mt, ["--use_3way_hybrid"]), (dpo_train_mt_v2, [])])
+def test_texts_that_spell_the_templates_tokens_are_named_for_every_source(script, mix, tmp_path, capsys):
+    argv, said = ["--demo", *mix, "--dry_run", "--output_dir", str(tmp_path / "run"), *SMALL], "of <|im_end|> so"
+    for source, field in (("reddit", "body"), ("finance", "assistant"), ("general", "chosen")):
+        rows = read_rows(Path(parse(["--demo"]).__dict__[f"{source}_dataset"]))
+        write_rows(tmp_path / f"{source}.jsonl", [{**rows[0], field: said}, *rows])
+        argv += [f"--{source}_dataset", str(tmp_path / f"{source}.jsonl")]
+    script.main(argv)
+    found = capsys.readouterr().out
+    for source in ("reddit", "finance", "general"):
+        assert f"{source}.jsonl:1 (a turn contains the chat template's own '<|im_end|>')" in found
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):

@@ -19,7 +19,7 @@ from toys import toy_run
 import dpo_train_mt
 import dpo_train_mt_v2
 from dpo_train_mt_v2 import build_parser, main, stage_of
-from llm_alignment import adapters, dpo, files, flags, model_files, models, preferences, training
+from llm_alignment import adapters, dpo, files, finance, flags, model_files, models, preferences, training
 from llm_alignment.endings import MissedGateError
 from llm_alignment.prompts import PromptStyle
 
@@ -275,6 +275,21 @@ def test_killed_in_stage_2_it_ends_with_the_same_adapter(way, is_resumed, whole,
     for name in ("adapter_model.safetensors", "stage2/adapter_model.safetensors"):
         assert (folder / name).read_bytes() == (whole[0] / name).read_bytes()
     assert record["final"] == whole[1]["final"]
+
+
+@pytest.mark.slow
+def test_other_pairs_or_another_base_are_another_stage(killed, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    write = finance.finance_pairs
+    with monkeypatch.context() as patch:
+        patch.setattr(finance, "finance_pairs", lambda *of: [{**pair, "chosen": "!"} for pair in write(*of)])
+        with pytest.raises(SystemExit) as stop:
+            main(arguments(folder, "--resume_from_checkpoint", "auto"))
+    assert stop.value.code == 2 and "data sha256: " in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(models, "files_sha256", lambda _: "other weights")
+    error = run_error(capsys, main, *arguments(folder, "--resume_from_stage", "2"))
+    assert "weights, tokenizer or config of --model: " in error and "-> other weights" in error
 
 
 @pytest.mark.slow

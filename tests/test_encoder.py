@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from llm_alignment.encoder import EMPTY_BLOCK, ChatEncoder
+from llm_alignment.encoder import EMPTY_BLOCK, NO_TOKENS, ChatEncoder, own_tokens, text_problem
 from llm_alignment.files import InputError
 
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -152,6 +152,7 @@ def test_a_text_that_spells_the_templates_tokens_is_refused(name, thinking, talk
 def test_an_answer_that_is_a_thought_or_holds_a_tag_is_refused(answer, thinking):
     for name in TEMPLATES:
         assert ENCODERS[name, thinking].refusal([("user", "q"), ("assistant", answer)])
+    assert "<think>" in text_problem([("assistant", answer)], NO_TOKENS)  # whatever the tokenizer has
 
 
 CHANGES = (" | upper", " | e", " | title", " | urlencode", ".split() | join(' ')", ".replace('\n\n', '\n')")
@@ -164,6 +165,7 @@ CHANGES = (" | upper", " | e", " | title", " | urlencode", ".split() | join(' ')
         (TEMPLATES["chatml"].replace("m.content", "m.content | tojson"), "changes its text"),
         (TEMPLATES["chatml"].replace("messages %}", "messages[-2:] %}"), "leaves out a turn"),
         *((TEMPLATES["chatml"].replace("m.content", "m.content" + change), "changes its text") for change in CHANGES),
+        (TEMPLATES["chatml"].replace("m.content", "m.content | center(99)"), "changes the text of a turn"),
         ("{{ raise_exception('never') }}", "never"),
     ],
 )
@@ -172,10 +174,31 @@ def test_a_template_that_does_not_show_what_the_row_says_is_an_error(template, r
         encoder(template)
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+PLAIN_END = TEMPLATES["no end"].replace("m.content }}", "m.content }} [END]")
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, PLAIN_END])
 def test_a_template_that_teaches_no_end_is_warned_of(name, logged):
     encoder(name)
-    assert ("does not teach the model to stop" in logged.text) == (name == "no end")
+    assert ("does not teach the model to stop" in logged.text) == (name in {"no end", PLAIN_END})
+
+
+def test_assistant_only_needs_to_know_where_answers_begin(monkeypatch):
+    with pytest.raises(InputError, match="does not mark where an answer begins"):  # the second has no header
+        encoder(TEMPLATES["chatml"].replace("<|im_start|>", "{% if loop.index0 < 3 %}<|im_start|>", 1)
+                .replace("{{ m.content", "{% endif %}{{ m.content", 1), assistant_only=True)  # fmt: skip
+    monkeypatch.setattr(type(AutoTokenizer.from_pretrained(DEMO / "model")), "is_fast", False)
+    with pytest.raises(InputError, match="does not mark where an answer begins"):
+        encoder("chatml", assistant_only=True)
+
+
+def test_tokens_of_the_template_are_found_in_thoughts_and_where_they_are_not_special():
+    row = [("user", "q"), ("assistant", "<think>\na<|im_end|>b\n</think>\n\nc")]
+    assert "'<|im_end|>'" in ENCODERS["qwen3", True].refusal(row)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    tokenizer.add_tokens(["[END]"])
+    tokenizer.chat_template = PLAIN_END
+    assert own_tokens(tokenizer).search("a [END] b") and not own_tokens(tokenizer).search("a b")
 
 
 def test_roles_that_the_template_refuses():

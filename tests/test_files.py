@@ -130,6 +130,8 @@ def archive(kind: str) -> bytes:
         ("a.tar", archive("tar"), r"an archive \(tar\)"),
         ("a.tar.gz", archive("gztar"), r"an archive \(tar\)"),
         ("a.zip", archive("zip"), r"an archive \(zip\)"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(9), r"an archive \(zstd\)"),
+        ("a.7z", b"7z\xbc\xaf\x27\x1c" + bytes(9), r"an archive \(7z\)"),
     ],
 )
 def test_a_file_that_is_no_data_is_one_line(tmp_path, name, content, message):

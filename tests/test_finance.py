@@ -218,6 +218,19 @@ def test_what_is_asked_and_trained_on_does_not_depend_on_the_order_of_rows(tmp_p
     assert {pair["uid"] for pair in first.items["reddit"]} == {pair["uid"] for pair in other.items["reddit"]}
 
 
+def test_an_instruction_in_two_forms_is_one_and_texts_decide_the_fingerprint(tmp_path):
+    args, found = finance_args(tmp_path, "--no-do_instruct"), []
+    users = ["What is a bond?", "WHAT  is a bond", "And a share?"]
+    rows = [{"system": "", "user": user, "assistant": f"answer {n}"} for n, user in enumerate(users)]
+    for step in (1, -1):
+        args.finance_dataset = str_rows(tmp_path / "finance.jsonl", rows[::step])
+        found.append(finance_data(args, {"finance"}).items["finance"])
+    assert len(found[0]) == 2 and found[0] == found[1]
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": text, "uid": "general:1"} for text in "bc"]
+    one, other = (finance.data_fingerprint(finance.TrainingData(), [pair]) for pair in pairs)
+    assert one["rows"] == other["rows"] and one["sha256"] != other["sha256"]
+
+
 @pytest.mark.parametrize("field", sorted(messages.NEEDED))
 def test_a_field_that_changes_what_an_instruction_means_is_not_lost(field):
     row = {"user": "u", "assistant": "a"}

@@ -42,9 +42,12 @@ def save_adapter(model, folder, **settings):
 @pytest.mark.parametrize("share", [0, 0.3, 0.5, 0.8, 1])
 def test_every_byte_of_a_model_decides_its_identity(folder, share):
     """One byte at this share of each file, its size and its time of change as they were."""
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("vocab.txt", "tokenizer.model", "modeling_own.py", "additional_chat_templates/tool.jinja"):
+        (folder / name).write_text("one of the other kinds", encoding="utf-8")
     known = {models.base_fingerprint(base_of(folder), thinking=False)["weights"]}
-    paths = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja"})
-    assert len(paths) >= 4
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(paths) >= 8
     for path in paths:
         content = bytearray(path.read_bytes())
         content[round(share * (len(content) - 1))] ^= 1

@@ -8,12 +8,13 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, finance_args, finance_data, read_rows, write_rows
+from conftest import DEMO, chat, finance_args, finance_data, read_rows, write_rows
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from experiments.benchmarks import bench_leaks
-from llm_alignment import finance, reddit, tatqa
+from llm_alignment import finance, reddit, replay, tatqa
+from llm_alignment.encoder import ChatEncoder
 from llm_alignment.leaks import LeakFinder, asked_passages, forbidden_texts
 from llm_alignment.texts import normalise_text
 
@@ -148,6 +149,23 @@ def test_nothing_that_is_asked_is_trained_on(tmp_path, logged):
     texts = " | ".join(normalise_text(" ".join(pair.get(side, "") for side in sides)) for pair in pairs)
     assert len(pairs) > 100 and len(asked) > 100
     assert not [question for question in asked if f" {question} " in f" {texts} "]
+
+
+def test_nothing_that_is_asked_is_replayed(tmp_path, monkeypatch, capsys, demo_tokenizer):
+    import sft_train
+
+    asked = read_rows(DEMO / "mt_bench_ru.jsonl")[0]["turns"][0]
+    write_rows(tmp_path / "replay.jsonl", [chat(text, "yes") for text in (asked, "And you?")])
+    argv = ["--demo", "--replay", str(tmp_path / "replay.jsonl"), "--replay_ratio", "0.1", "--dry_run"]
+    sft_train.main([*argv, "--output_dir", str(tmp_path / "run")])
+    assert "replay.jsonl:1 (MT-Bench question" in capsys.readouterr().out
+    rows = [{"question": text, "answer": "yes", "finished": True} for text in (asked, "And you?")]
+    monkeypatch.setattr(replay, "read_items", lambda *args, **options: rows)
+    encoder = ChatEncoder(demo_tokenizer, thinking=False, assistant_only=False)
+    settings = replay.ReplaySettings(0.1, "self", 1, 0, no_baseline_cache=True)
+    how = {"fingerprint": {}, "settings": settings}
+    kept = replay.own_dialogues(None, encoder, LeakFinder({"question": [asked]}), 1, tmp_path, **how)
+    assert [turns[0]["content"] for turns in kept] == ["And you?"]
 
 
 def test_evaluation_questions_keep_what_a_reader_needs(tmp_path):

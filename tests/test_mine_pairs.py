@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,9 @@ def test_a_stop_and_a_restart_sample_no_prompt_twice_and_give_the_same_pairs(tmp
         assert {pair["chosen"], pair["rejected"]} <= set(row["answers"])
         assert pair["margin"] == pair["chosen_reward"] - pair["rejected_reward"] > 0
     assert len(preferences.read_pairs(str(whole / "pairs.jsonl"), "--pairs")) == len(pairs) > 0
+    shutil.copytree(DEMO / "reward_model", tmp_path / "other")
+    (tmp_path / "other" / "vocab.txt").write_text("of another reward model", encoding="utf-8")
+    assert mine(whole, prompts, "--reward_model", str(tmp_path / "other")) == 2  # its scores are not mixed with these
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,8 @@ def test_a_field_that_changes_what_an_answer_means_is_not_lost(field, place):
         ({"chosen": [{"role": "assistant", "content": "Because.", "thinking": ["hm"]}]}, False),
         ({"score_chosen": 1, "score_rejected": 8.5}, False),
         ({"chosen_score": 8.5, "rejected_score": 1}, True),
+        ({"chosen_score": 1, "rejected_score": 8.5}, False),
+        ({"chosen_rating": 1, "rejected_rating": 8.5}, False),
         # the same turns in other shapes
         ({"prompt": json.dumps(PAIR["prompt"]), "chosen": json.dumps(PAIR["chosen"])}, True),
         ({"prompt": {"role": ["user"], "content": ["Why?"]}}, True),

@@ -169,6 +169,8 @@ def test_groups_share_half_of_their_prompt():
     assert len(orders) > 1 and first in map(list, orders)
     alone = [batches.GroupedOrder([list(range(30))], seed) for seed in (1, 2)]  # all under one system prompt
     assert list(alone[0]) != list(alone[1]) and list(range(30)) not in map(list, alone)
+    tables = [batches.GroupedOrder([[n] for n in range(30)], seed) for seed in (1, 2)]
+    assert list(tables[0]) != list(tables[1]) and list(range(30)) not in map(list, tables)
 
 
 @pytest.mark.parametrize("rest", [4, 150])

@@ -77,14 +77,14 @@ TEXTS = ["net sales", "12 percent", "of dividends", "sales of 12", "percent"] * 
 PAIRS = [{"prompt": f"Q: {text} {n}", "chosen": text, "rejected": f"{n}"} for n, text in enumerate(TEXTS)]
 
 
-def trainer_with_reference(folder, adapter=""):
-    setup, *settings = toy_run(folder)
+def trainer_with_reference(folder, adapter="", pairs=PAIRS, base="demo", **flags):
+    setup, *settings = toy_run(folder, **flags)
     model = models.load_model(setup.base)
     if adapter:
         model = adapters.load_adapter(model, adapter, trainable=True)
-    rows = dpo.fit_pairs(PAIRS, setup.tokenizer, PromptStyle(use_chat_template=False), 3072)
+    rows = dpo.fit_pairs(pairs, setup.tokenizer, PromptStyle(use_chat_template=False), 3072)
     trainer = dpo.build_trainer(model, setup, rows, *settings)
-    reference.add_reference(trainer, folder, fingerprint={"model": "demo"}, use_cache=True)
+    reference.add_reference(trainer, folder, fingerprint={"model": base}, use_cache=True)
     return trainer
 
 
@@ -101,6 +101,18 @@ def test_killed_while_the_reference_is_computed(tmp_path, reference_passes, monk
     (tmp_path / "killed" / "reference.jsonl").write_bytes(b"\n".join(lines[:11]) + b"\n" + lines[11][:9])
     assert values(trainer_with_reference(tmp_path / "killed")) == whole
     assert passes < len(reference_passes) < 2 * passes
+
+
+@pytest.mark.parametrize("other", [{"base": "other"}, {"max_length": 500}, {"no_prefix_sharing": True}], ids=str)
+def test_what_the_reference_depends_on_reads_it_again(other, tmp_path, reference_passes):
+    trainer_with_reference(tmp_path / "first")
+    trainer_with_reference(tmp_path / "other", **other)
+    assert len(reference_passes) == 2 * math.ceil(20 / reference.PAIRS_AT_ONCE)
+
+
+def test_pairs_in_another_order_have_their_own_reference(tmp_path):
+    whole, turned = (values(trainer_with_reference(tmp_path / str(step), pairs=PAIRS[::step])) for step in (1, -1))
+    assert [side[::-1] for side in turned] == whole and whole[0][0] != whole[0][-1]
 
 
 def test_a_damaged_cache_is_computed_again(tmp_path, logged):

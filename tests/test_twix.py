@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -251,6 +252,16 @@ def test_rows_that_hold_a_question_of_an_evaluation_are_left_out(tmp_path, place
     assert sum(selection.counts.values()) == 100 and "20 of 120 left out" in logged.text
     assert not [text for side in twix.SIDES for text in texts(examples, side) if "шесть" in text.lower()]
     assert selection.sha256 != twix.load_data(choice)[0].sha256
+
+
+def test_thoughts_that_are_left_out_are_told(load, logged):
+    load([chat(f"q{n}", "<think>\nhm\n</think>\n\na") for n in range(4)], demo_encoder())
+    assert "thoughts of 4 rows: left out; --thinking trains on them" in logged.text
+
+
+def test_a_target_beyond_the_length_is_none():
+    rows = datasets.Dataset.from_dict({"labels": [[-100, -100, -100, 5], [-100, -100, 5, 5], [5, -100, -100, 5]]})
+    assert twix.with_answers(rows, "train", 3)["labels"][:] == [[-100, -100, 5, 5]]
 
 
 @pytest.mark.parametrize("assistant_only", [False, True])
