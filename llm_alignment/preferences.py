@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from llm_alignment.encoder import NO_TOKENS, text_problem
+from llm_alignment.encoder import NO_TOKENS, split_thought, text_problem
 from llm_alignment.files import digest
 from llm_alignment.hub import read_usable
 from llm_alignment.messages import is_trained, message_text, read_messages, refuse_needed, unread_fields
@@ -91,13 +91,9 @@ def general_pair(row: dict, *, thinking: bool = False, own: re.Pattern[str] = NO
 
 
 def without_thought(turn: dict[str, str]) -> dict[str, str]:
-    """A turn without the thought that an answer begins with. Raises ValueError when nothing is left of it."""
-    if turn["role"] != "assistant":
-        return turn
-    answer = re.sub(r"\A<think>.*?</think>\s*", "", turn["content"], flags=re.DOTALL)
-    if not answer or answer.startswith("<think>"):
-        raise ValueError("an answer has no text outside its <think> block")
-    return {**turn, "content": answer}
+    """A turn without the thought that an answer begins with."""
+    is_answer = turn["role"] == "assistant"
+    return {**turn, "content": split_thought(turn["content"])[1].strip()} if is_answer else turn
 
 
 def read_turns(value: Any, role: str, name: str) -> list[dict[str, str]]:

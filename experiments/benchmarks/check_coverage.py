@@ -96,13 +96,14 @@ def line(*cells: object) -> None:
     print(*(f"{cell:.3f}" if isinstance(cell, float) else cell for cell in cells), sep=" | ", flush=True)
 
 
-def print_coverage(kind: str, n: int, deltas: Iterable[dict], truth: float) -> None:
+def print_coverage(kind: str, n: int, deltas: Iterable[dict], truth: float, *, lower_is_better: bool = False) -> None:
     """A line of the first table."""
     known = [delta for delta in deltas if delta["low"] is not None]
     below = float(np.mean([truth < delta["low"] for delta in known]))
     above = float(np.mean([truth > delta["high"] for delta in known]))
-    excluded = [stats.excluded(delta) for delta in known]
-    wrong = float(np.mean([loss is not None and truth < -loss for loss in excluded]))
+    excluded = [stats.excluded(delta, lower_is_better=lower_is_better) for delta in known]
+    true_loss = truth if lower_is_better else -truth
+    wrong = float(np.mean([loss is not None and loss < true_loss for loss in excluded]))
     line(kind, n, len(known), 1 - below - above, below, above, wrong)
 
 
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         for kind in VALIDATIONS:
             for n in options.items:
                 deltas, truth = perplexity_deltas(kind, n, options.samples)
-                print_coverage(kind, n, deltas, truth)
+                print_coverage(kind, n, deltas, truth, lower_is_better=True)
     if "gates" in options.only:
         line("gates", "units", "samples", "undecided at 1 error", "then decided", "at 2 errors", "then decided")
         for kind in KINDS:
