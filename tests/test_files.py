@@ -256,6 +256,19 @@ def test_a_file_changed_behind_its_time_is_hashed_again(tmp_path, monkeypatch):
     assert files.kept_sha256(path) == files.file_sha256(path) != first
 
 
+@pytest.mark.parametrize("age, is_changed, is_kept", [(3, False, True), (1, False, False), (3, True, False)])
+def test_a_hash_is_kept_of_a_file_that_rests(tmp_path, monkeypatch, age, is_changed, is_kept):
+    """Not of one that was written `age` seconds ago, or that changes while it is read."""
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "weights"
+    path.write_bytes(b"a")
+    now = path.stat().st_ctime_ns + age * 10**9
+    monkeypatch.setattr(files.time, "time_ns", lambda: now)
+    monkeypatch.setattr(files, "file_sha256", lambda path: str(is_changed and path.write_bytes(b"other")))
+    files.kept_sha256(path)
+    assert (tmp_path / "cache" / "files").exists() == is_kept
+
+
 def append_many(path: Path, writer: int, count: int) -> None:
     for number in range(count):
         files.append_record(path, {"writer": writer, "number": number, "text": "длинная строка " * 40})

@@ -76,6 +76,13 @@ def test_the_shipped_generation_settings_do_not_leak(model, tokenizer, monkeypat
     assert shipped.temperature == 0.6
 
 
+@pytest.mark.parametrize("pad, number", [("<s>", 3), (None, 2)])
+def test_sampling_is_from_all_tokens_and_pads_with_the_tokenizer_s_own(model, pad, number):
+    """Or, where it has none, with the end of an answer."""
+    config = generation.generation_config(model, make_tokenizer(pad_token=pad), Decoding(6, temperature=1.0))
+    assert (config.top_k, config.pad_token_id, config.eos_token_id) == (0, number, [2])
+
+
 def test_sampling_is_seeded_and_leaves_the_random_state_alone(model, tokenizer):
     conversations = chats(6)
     sample = dict(max_new_tokens=12, temperature=1.0, top_p=0.9, batch_size=3)

@@ -29,7 +29,7 @@ def test_rewards_equal_the_model_alone_and_do_not_depend_on_the_batch(reward_fol
         assert scores == pytest.approx(alone, abs=1e-4)
 
 
-END_LAST = CHATML.replace("<|im_end|>\n{% endfor %}", "<|im_end|>{% endfor %}")  # nothing after the end of a turn
+END_LAST = CHATML.replace("<|im_end|>\n{% endfor %}", "<|endoftext|>{% endfor %}")  # token 0, and nothing after it
 
 
 @pytest.mark.parametrize("template", [CHATML, END_LAST], ids=["newline", "end_last"])
