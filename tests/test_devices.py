@@ -5,9 +5,9 @@ import types
 
 import pytest
 import torch
-from toys import make_model
+from toys import make_model, toy_base
 
-from llm_alignment import devices
+from llm_alignment import devices, models
 from llm_alignment.files import InputError
 
 
@@ -82,6 +82,17 @@ def test_a_card_that_is_not_used_is_named(monkeypatch, tmp_path, driver, cuda, w
     assert all(word in line for word in ("RTX 4090", *words)) and "\n" not in line
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert devices.unused_card() is None, "it is hidden on purpose"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_run_prepares_its_card_or_says_why_it_has_none(monkeypatch, logged, device):
+    prepared = []
+    monkeypatch.setattr(models, "device_and_dtype", lambda choice: (torch.device(device), torch.float32))
+    monkeypatch.setattr(models, "prepare_cuda", lambda *asked: prepared.append(asked))
+    monkeypatch.setattr(models, "unused_card", lambda: "it is not used")
+    toy_base(gpu_memory_share=0.5)
+    expected = ([], ["it is not used"]) if device == "cpu" else ([(torch.device("cuda"), 0.5)], [])
+    assert (prepared, logged.messages) == expected
 
 
 def test_free_memory_keeps_to_the_share(monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from toys import rows_of, save_experts, toy_run
 
 import dpo_train
-from llm_alignment import adapters, dpo, models, plans
+from llm_alignment import adapters, dpo, models, plans, prefixes
 from llm_alignment.files import InputError
 from llm_alignment.finance import read_instruction
 from llm_alignment.flags import LOSS_TYPES, check_dpo_flags
@@ -145,6 +145,8 @@ def test_prefix_sharing_puts_the_prompt_through_once(rows, tmp_path):
             assert all(shape[0] == 8 for shape in seen)
         else:  # one row without padding, every prompt at most once
             assert all(shape[0] == 1 and shape[1] <= read_alone - of_prompts for shape in seen)
+        trainer._track_num_input_tokens(batch)
+        assert trainer.state.num_input_tokens_seen == read_alone - of_prompts
 
 
 @pytest.mark.parametrize("pairs_a_table", [1, 3, 8])
@@ -236,6 +238,16 @@ def test_the_memory_plan_counts_a_shared_prompt_once(tmp_path, demo_tokenizer, m
         setup, settings, dpo_settings = toy_run(tmp_path, no_prefix_sharing=apart)
         plans.log_dpo_training(setup, [row], settings, dpo_settings)
     assert seen[1] - seen[0] == len(demo_tokenizer(row["prompt"])["input_ids"])
+
+
+def test_the_head_s_kernel_is_tried_for_a_plan_and_for_training(tmp_path, monkeypatch):
+    tried = []
+    for module in (plans, prefixes):
+        monkeypatch.setattr(module, "settle_head", lambda device, module=module: tried.append((module, device)))
+    setup, *settings = toy_run(tmp_path)
+    plans.print_dpo_plan(setup, [], [], *settings)
+    prefixes.add_prefix_sharing(models.load_model(setup.base))
+    assert tried == [(plans, setup.base.device), (prefixes, setup.base.device)]
 
 
 def test_weighted_losses_reach_trl(rows, tmp_path):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import rows_of, toy_model
 
-from llm_alignment import evaluation, files, stats
+from llm_alignment import evaluation, files, processes, stats
 from llm_alignment.evaluation import METRICS, Evaluation, TableRow, measure, print_table, verdict
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,6 +103,17 @@ def test_rows_of_an_earlier_stage_are_taken_if_nothing_changed(measured):
         assert measured(task_of([0, 1]), "run/final")[1] == [[1, 0]]
         assert measured(task_of([0, 1]), "run/another", measured_as="step_2")[1] == [[1, 0]]
     assert measured(task_of([0, 1]), "run/step_2") == (rows, [])  # an earlier stage is read, never written
+
+
+@pytest.mark.parametrize("sizes, shares", [((9, 2), [["ab", "ef"], ["cd", "gh"]]), ((9, 9), [["abcd"], ["efgh"]])])
+def test_processes_take_batches_of_one_size(sizes, shares, monkeypatch):
+    """Of the smallest of their own sizes, or less, so that none is without a batch."""
+    monkeypatch.setattr(processes, "processes", lambda: 2)
+    for rank, size in enumerate(sizes):
+        monkeypatch.setattr(processes, "all_processes", lambda rank=rank: types.SimpleNamespace(process_index=rank))
+        monkeypatch.setattr(processes, "gathered", lambda items, size=size: sizes if items == [size] else items)
+        rounds = processes.shared_rounds([*"abcdefgh"], size, enumerate)
+        assert ["".join(item for item, _ in results) for results in rounds] == shares[rank]
 
 
 SHARED = """

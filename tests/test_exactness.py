@@ -57,6 +57,28 @@ def test_a_short_row_tells_what_a_model_can_do(kind):
     assert " ".join(name for name, problem in cannot.items() if problem) == KINDS[kind][1], cannot
 
 
+@pytest.mark.parametrize("is_in_blocks", [False, True])
+def test_sharing_is_tried_in_one_call_and_block_by_block(is_in_blocks, monkeypatch):
+    """A model that reads one of the two otherwise is told; a CPU takes both block by block."""
+    monkeypatch.setitem(prefixes.MOST_UNSEEN, "cpu", prefixes.MOST_UNSEEN["cuda"])
+
+    def inputs_of(fold, inputs_of=exactness.folded_inputs):
+        is_wrong = (fold.mask is None) is is_in_blocks
+        return inputs_of(fold._replace(input_ids=fold.input_ids.flip(1)) if is_wrong else fold)
+
+    monkeypatch.setattr(exactness, "folded_inputs", inputs_of)
+    assert "hidden states" in exactness.sharing_problem(toy("qwen3"))
+
+
+def test_what_one_process_finds_counts_in_all(monkeypatch):
+    """But for the cache, when another one may be without a batch."""
+    monkeypatch.setattr(exactness, "gathered", lambda items: [*items, "it fails"])
+    model = toy("qwen3")
+    assert exactness.sharing_problem(model) == exactness.packing_problem(model) == "it fails"
+    assert not exactness.cache_problem(model)
+    assert exactness.anchor_problem(adapters.new_adapter(model, adapters.LoraSettings(4, 8, 0.1, "q_proj")))
+
+
 def test_held_out_pairs_of_a_model_whose_cache_cannot_be_repeated():
     model = toy("qwen3_next").eval()
     tokens = {"prompt_ids": [*range(5, 45)], "chosen_ids": [50, 51, 52], "rejected_ids": [60, 61, 62, 63]}

@@ -110,11 +110,8 @@ def test_an_adapter_that_is_off_is_the_base_to_the_bit(tmp_path, folder, setting
 @pytest.mark.parametrize("place, name", [(adapters, "get_peft_model"), (adapters.PeftModel, "from_pretrained")])
 def test_a_base_that_an_adapter_changes_is_told_by_its_logits(tmp_path, folder, monkeypatch, place, name):
     """Whatever the reason and however little: here loading itself moves a weight of the base by a millionth."""
-    saved, model = (
-        save_adapter(models.load_model(base_of(folder)), tmp_path / "saved"),
-        models.load_model(base_of(folder)),
-    )
-    attach = getattr(place, name)
+    saved = save_adapter(models.load_model(base_of(folder)), tmp_path / "adapter")
+    model, attach = models.load_model(base_of(folder)), getattr(place, name)
 
     def moved(model, *rest, **options):
         model.get_submodule("model.norm").weight.data *= 1 + 1e-6

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llm_alignment import prefixes
+from llm_alignment.anchored_loss import fused_nll_kl
 
 NO_LAUNCH = {"empty", "empty_like", "_unsafe_view"}
 
@@ -75,9 +76,11 @@ def test_operators_of_a_layer(part):
     assert len(three) - len(two) <= CEILINGS[part]
 
 
-@pytest.mark.parametrize("most_unseen, calls, ceiling", [(0, 9, 119), (prefixes.MOST_UNSEEN["cuda"], 1, 78)])
-def test_operators_of_a_fold(most_unseen, calls, ceiling, monkeypatch):
-    """Of a layer that reads eight pairs of one table, block by block and in one call, forward."""
+@pytest.mark.parametrize(
+    "most_unseen, calls, ceiling, rest", [(0, 9, 119, 142), (prefixes.MOST_UNSEEN["cuda"], 1, 78, 180)]
+)
+def test_operators_of_a_fold(most_unseen, calls, ceiling, rest, monkeypatch):
+    """Of a layer that reads eight pairs of one table, block by block and in one call, forward; of all but layers."""
     monkeypatch.setitem(prefixes.MOST_UNSEEN, "cpu", most_unseen)
     rows = [[*range(40), 40 + pair % 8, 50 + side] for side in (0, 1) for pair in range(8)]
     ids = torch.tensor(rows)
@@ -90,6 +93,19 @@ def test_operators_of_a_fold(most_unseen, calls, ceiling, monkeypatch):
         names.append(counted.names)
     assert sum("attention" in name for name in names[0]) - sum("attention" in name for name in names[1]) == calls
     assert len(names[0]) - len(names[1]) <= ceiling
+    assert 3 * len(names[1]) - 2 * len(names[0]) <= rest
+
+
+@pytest.mark.parametrize("direction, ceiling", [("reverse", 124), ("forward", 128)])
+def test_operators_of_the_fused_loss(direction, ceiling):
+    """Of a chunk without the anchor and one with it."""
+    torch.manual_seed(0)
+    states = torch.randn(3, 8, 16)
+    hidden, ref_hidden, weight = states[0].requires_grad_(), states[1], states[2].bfloat16()
+    labels, in_kl = torch.arange(8), torch.arange(8) < 4
+    with Operators() as counted:
+        fused_nll_kl(hidden, weight, labels, ref_hidden, in_kl, kl_coef=0.5, kl_direction=direction, rows_per_chunk=4)
+    assert len(counted.names) <= ceiling
 
 
 def test_sft_reads_padding_without_a_mask(sft_trainer, monkeypatch):

@@ -146,7 +146,9 @@ def test_steps_back_with_a_reason():
     names = ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
     size = dict.fromkeys(names, 8) | dict(num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1)
     model = Qwen3ForCausalLM(Qwen3Config(**size))
-    assert prefixes.no_sharing_reason(model) is None
+    assert prefixes.no_sharing_reason(model) is None and prefixes.no_packing_reason(model) is None
+    model._is_stateful = True
+    assert "carry a state" in prefixes.no_packing_reason(model)
     model.config._attn_implementation = "flash_attention_2"
     assert "flash_attention_2" in prefixes.no_sharing_reason(model)
     windowed = Qwen3Config(**size, use_sliding_window=True, sliding_window=4, max_window_layers=1)

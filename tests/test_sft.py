@@ -1,5 +1,6 @@
 """The SFT trainer against TRL's own, where the loss is not that of the targets alone."""
 
+import dataclasses
 import json
 
 import pytest
@@ -31,7 +32,7 @@ def test_a_mixture_of_experts_has_its_routers_loss_as_in_trl(sft_trainer, tmp_pa
             {name: values[: 60 - 15 * number] for name, values in trainer.train_dataset[number].items()}
             for number in range(4)  # of different lengths: the router's loss does not count the padding
         ])
-        trainer.kl_coef, trainer.current_gradient_accumulation_steps = 0.0, 1
+        trainer.kl_coef, trainer.current_gradient_accumulation_steps = 0.0, 3
         targets = (batch["labels"][:, 1:] != -100).sum()
         loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=targets)
         loss.backward()
@@ -42,6 +43,19 @@ def test_a_mixture_of_experts_has_its_routers_loss_as_in_trl(sft_trainer, tmp_pa
     (loss, gradient), (expected, its_gradient) = results
     assert loss == pytest.approx(expected, rel=1e-5)
     assert (gradient - its_gradient).norm() < 1e-5 * its_gradient.norm()
+
+
+def test_the_kl_in_the_log_is_the_mean_over_the_anchored_steps(sft_trainer):
+    """Of which there is none without an anchor, or before it starts."""
+    trainer = sft_trainer("--kl_warmup_steps", "0")
+    anchor, batch = trainer.anchor, trainer.data_collator([trainer.train_dataset[0]])
+    for changes, kl in (({"kl_coef": 0.0}, None), ({"kl_start_step": 9}, None), ({"kl_start_step": 2}, 0.5)):
+        trainer.anchor = dataclasses.replace(anchor, **changes)
+        for trainer.state.global_step in range(5):
+            trainer.get_batch_samples(iter([dict(batch)]), 1, "cpu")
+        trainer.kl_since_log = 1.0
+        trainer.log({"loss": 1.0})
+        assert trainer.state.log_history[-1].get("kl") == kl
 
 
 def test_a_model_that_ships_with_its_routers_logits_on_answers(tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+import unittest.mock
 
 import pytest
 import safetensors.torch
@@ -366,6 +367,15 @@ def test_two_processes_stop_at_the_same_step_and_wait_for_each_other_s_files(fla
     assert training.checkpoint_problem(folder / "checkpoint-2") is None
     (folder / "checkpoint-2" / "rng_state_1.pth").write_bytes(b"rng")
     assert training.checkpoint_problem(folder / "checkpoint-2") == "rng_state_1.pth is damaged"
+
+
+@pytest.mark.parametrize("half, precision", [("bf16", "tf32"), ("fp16", "tf32"), ("", "ieee")])
+def test_products_of_float32_are_rounded_in_half_precision_alone(half, precision):
+    matmul, trainer, seen = torch.backends.cuda.matmul, unittest.mock.Mock(), []
+    trainer.args.bf16, trainer.args.fp16, before = half == "bf16", half == "fp16", matmul.fp32_precision
+    trainer.train = lambda **_: seen.append(matmul.fp32_precision)
+    training.run_training(trainer, None)
+    assert seen == [precision] and matmul.fp32_precision == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
