@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 from conftest import DEMO, ROOT, logged_commands, read_rows, run_error, write_rows
 from run_records import records
-from toys import context, question, save_experts
+from toys import context, question, save_experts, toy_base
 
 import dpo_train
+import dpo_train_mt
 from dpo_train import tatqa_pairs
-from llm_alignment import dpo, models, tatqa
+from llm_alignment import adapters, dpo, models, tatqa
 from llm_alignment.adapters import LoraSettings, saved_settings
 from llm_alignment.encoder import NO_TOKENS
 from llm_alignment.files import InputError, SkippedRows
@@ -274,6 +275,17 @@ def test_an_adapter_with_a_trained_head_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(InputError, match="lm_head"):
         saved_settings(str(tmp_path), LoraSettings(8, 16, 0.05, "q_proj,v_proj"))
+
+
+@pytest.mark.parametrize("main, less", [(dpo_train.main, "--eval_pairs=0"), (dpo_train_mt.main, "--no-do_reddit")])
+def test_a_resume_with_another_adapter_is_refused(main, less, capsys):
+    adapters.new_adapter(models.load_model(toy_base()), LoraSettings(8, 16, 0.0, "q_proj")).save_pretrained("adapter")
+    argv = f"""--demo --no_4bit --output_dir out --exp_log log.jsonl --load_adapter adapter --no_train {less}
+        --no-eval_baseline --no-do_eval --no-do_mtbench --no-do_instruct --retention_limit 1""".split()
+    main(argv)
+    config = Path("adapter/adapter_config.json")
+    config.write_text(config.read_text("utf-8").replace('"use_rslora": false', '"use_rslora": true'), "utf-8")
+    assert "(data adapter: " in run_error(capsys, main, *argv, "--resume_from_checkpoint", "auto")
 
 
 @pytest.mark.slow
