@@ -58,7 +58,7 @@ def sharing_problem(model: PreTrainedModel | PeftModel) -> str:
     if reason := no_sharing_reason(inner):
         return reason
     # prompts and answers that make rows of one length
-    start, first, second, *answers = rows_of(inner, 12, 6, 4, 5, 7, 5, 7)
+    start, first, second, *answers = rows_of(inner, 60, 6, 4, 5, 7, 5, 7)
 
     def both_ways(inner: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Tensor]:
         ids = torch.tensor([*map(operator.add, prompts * 2, answers)], device=inner.device)

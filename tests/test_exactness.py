@@ -57,10 +57,11 @@ def test_a_short_row_tells_what_a_model_can_do(kind):
     assert " ".join(name for name, problem in cannot.items() if problem) == KINDS[kind][1], cannot
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("is_in_blocks", [False, True])
-def test_sharing_is_tried_in_one_call_and_block_by_block(is_in_blocks, monkeypatch):
-    """A model that reads one of the two otherwise is told; a CPU takes both block by block."""
-    monkeypatch.setitem(prefixes.MOST_UNSEEN, "cpu", prefixes.MOST_UNSEEN["cuda"])
+def test_sharing_is_tried_in_one_call_and_block_by_block(is_in_blocks, device, monkeypatch):
+    """A model that reads one of the two otherwise is told."""
+    monkeypatch.setitem(prefixes.MOST_UNSEEN, "cpu", prefixes.MOST_UNSEEN[device])
 
     def inputs_of(fold, inputs_of=exactness.folded_inputs):
         is_wrong = (fold.mask is None) is is_in_blocks
