@@ -87,6 +87,8 @@ def resolve_base(flags: BaseFlags) -> Base:
         prepare_cuda(device, flags.gpu_memory_share)
     elif line := unused_card():
         log.warning("%s", line)
+    if flags.liger:
+        apply_liger(read_json(folder / "config.json", f"--model {name}")["model_type"], device)
     return Base(name, folder, commit, device, dtype, quantization, flags.trust_remote_code, flags.liger)
 
 
@@ -212,8 +214,6 @@ def load_model(base: Base, *, on_meta: bool = False) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=base.dtype,
         )
-    if base.liger and not on_meta:
-        apply_liger(read_json(base.folder / "config.json", base.what)["model_type"], base.device)
     gc.collect()  # a previous model may be held by reference cycles alone; both would need memory at once
     model = from_pretrained(
         transformers.AutoModelForCausalLM,
