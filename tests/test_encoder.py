@@ -192,6 +192,13 @@ def test_assistant_only_needs_to_know_where_answers_begin(monkeypatch):
         encoder("chatml", assistant_only=True)
 
 
+def test_a_token_that_is_partly_an_answer_is_no_target():
+    """Here the header ends with a blank, which the tokenizer puts into the answer's first token."""
+    template = TEMPLATES["chatml"].replace("m.role }}\n", "m.role }}: ").replace("assistant\n", "assistant: ")
+    shown = encoder(template, assistant_only=True).marked(row_of([("user", "q"), ("assistant", "net sales of")]), 99)
+    assert "assistant: n[[et sales of<|im_end|>]]" in shown
+
+
 def test_tokens_of_the_template_are_found_in_thoughts_and_where_they_are_not_special():
     row = [("user", "q"), ("assistant", "<think>\na<|im_end|>b\n</think>\n\nc")]
     assert "'<|im_end|>'" in ENCODERS["qwen3", True].refusal(row)
