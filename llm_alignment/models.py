@@ -88,7 +88,7 @@ def resolve_base(flags: BaseFlags) -> Base:
     elif line := unused_card():
         log.warning("%s", line)
     if flags.liger:
-        apply_liger(read_json(folder / "config.json", f"--model {name}")["model_type"], device)
+        apply_liger(read_json(folder / "config.json", f"--model {name}").get("model_type", ""), device)
     return Base(name, folder, commit, device, dtype, quantization, flags.trust_remote_code, flags.liger)
 
 

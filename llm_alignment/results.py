@@ -49,13 +49,14 @@ class ResultFile:
         write_rows(path, [{"fingerprint": fingerprint}])
 
     def _read_cache(self, cache: Path) -> dict[Any, dict]:
-        """The rows of the cache file by question; none, with a warning, when it is damaged."""
+        """The rows of the cache file by question; none, with a warning, when it is damaged, and none when it is of an
+        earlier stage that measured something else, such as a sample of the questions."""
         skipped = SkippedRows()
         try:
             stored, rows = read_results(cache, skipped)
-            if stored != self.fingerprint and self._is_of_run:  # that stage asked a sample
-                return {}
             if stored != self.fingerprint:
+                if self._is_of_run:
+                    return {}
                 raise InputError(f"{cache}: results of another evaluation ({differing(stored, self.fingerprint)})")
         except InputError as error:
             log.warning("ignoring an earlier measurement: %s", error)
