@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "experiments" / "demo"
 COMMIT = "1" * 40
 OWN_FILES = {  # what the README's recipes call the user's own -> the demo's file that stands for it
+    "my_chats.jsonl": "twix.jsonl",
     "my_pairs.jsonl": "orca_pairs.jsonl",
     "mined_pairs.jsonl": "orca_pairs.jsonl",
     "held_out_prompts.jsonl": "prompts.jsonl",

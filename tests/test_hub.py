@@ -233,6 +233,8 @@ def test_every_recipe_is_known_by_its_id():
     for command in known.values():
         words = local_hub.words_of(command)
         assert words[0] == sys.executable and any(Path(word).is_file() for word in words[1:])
+        own = {word for word in words if word.endswith(".jsonl") and not word.startswith("experiments/")}
+        assert own <= local_hub.OWN_FILES.keys(), command
 
 
 @pytest.mark.slow
