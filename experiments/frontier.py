@@ -1,7 +1,7 @@
 """What a finished run would have learned and lost with its adapter at other strengths: one training, many trade-offs.
 
     poetry run python experiments/frontier.py RUN_FOLDER
-    poetry run python experiments/frontier.py RUN_FOLDER --scales 0 0.5 1 --gates mtbench=-0.3,retention=-5
+    poetry run python experiments/frontier.py RUN_FOLDER --scales 0 0.5 1 --gates "mtbench=-0.3,retention=-5"
 
 The adapter is scaled (WiSE-FT, https://arxiv.org/abs/2109.01903) and the model measured with the settings of the run.
 Scale 0 is the run's baseline and 1 its final measurement; their files are used where they are there. The rows of scale

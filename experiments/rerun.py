@@ -4,7 +4,7 @@
     poetry run python experiments/rerun.py S4 --print
     poetry run python experiments/rerun.py S4 --kl_coef 0.05 --output_dir qwen3_1p7b_s4_kl005
     poetry run python experiments/rerun.py Exp1-1.7B Exp2-1.7B --seeds 1 2 3 --plan
-    poetry run python experiments/rerun.py S4 --grid kl_coef=0,0.03,0.3 --grid learning_rate=1e-5,1e-4 --seeds 1 2 3
+    poetry run python experiments/rerun.py S4 --grid "kl_coef=0,0.03,0.3" --grid "learning_rate=1e-5,1e-4" --seeds 1 2
     poetry run python experiments/rerun.py --import old_dpo_experiments.jsonl
 
 RUN is the id or an alias of a published run (logged_runs.jsonl), the tag of a record (the newest that has it), its

@@ -104,8 +104,9 @@ METRICS |= {
 }
 HEADLINE = {
     "val_loss", "ppl", "drift", "retention", "own_drift", "tatqa", "tatqa_em", "reward_accuracy", "reward_margin",
-    "mtbench", "instruct", "instruct_checks", "finance_instruct", "reddit",
+    "chosen_log_prob", "margin_by_length", "mtbench", "instruct", "instruct_checks", "finance_instruct", "reddit",
 }  # fmt: skip
+SIGNS = {"drift", "own_drift", "chosen_log_prob"}  # of what may be lost, and not a loss themselves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -332,7 +333,7 @@ def in_short(delta: dict[str, dict]) -> list[str]:
     found: dict[str, list[str]] = {"learned": [], "lost": [], "cannot be told": []}
     for name, metric in METRICS.items():
         change = delta.get(name)
-        if name not in HEADLINE or name in {"drift", "own_drift"} or not change or change["mean"] is None:
+        if name not in HEADLINE - SIGNS or not change or change["mean"] is None:
             continue
         is_gain = (change["mean"] > 0) != metric.lower_is_better
         told = change["p"] is not None and change["p"] <= 0.05
@@ -355,6 +356,7 @@ def table_rows(baseline: dict, final: dict, delta: dict, table: str = "") -> lis
         if not is_shown:
             continue
         rows.append(TableRow(metric.title, before, after, change, metric.lower_is_better))
+        rows += [TableRow(f"  {side}", None, change[side]) for side in ("lost", "gained") if side in (change or {})]
         by_type = (change or {}).get("by_type", {}) if table == "full" or name != "retention" else {}
         for kind, of_kind in by_type.items():
             figure = Metric(f"  {kind}", (metric.keys[0], "by_type", kind, metric.keys[-1]))

@@ -233,6 +233,23 @@ def test_the_report_fills_record_metrics_and_table(tmp_path, capsys):
     assert METRICS["val_loss"].title in out and METRICS["drift"].title in out and "perplexity" not in out
 
 
+def test_lost_answers_and_warning_signs_are_in_the_short_table():
+    """A share that stays level can hide many lost answers, and a margin can rise while the chosen answer falls."""
+    pairs = {"accuracy": 60.0, "margin": 0.1, "chosen_log_prob": -9.0, "margin_by_length": 0.8, "n": 80}
+    deltas = {
+        "retention": {**delta(0.0, -9.0, 9.0, 1.0), "lost": 12, "gained": 11},
+        "chosen_log_prob": delta(-9.0, -10.0, -8.0, 0.0002),
+        "reward_margin": delta(0.1, 0.05, 0.2, 0.0002),
+    }
+    rows = evaluation.table_rows({}, {"retention": {"right": 50.0}, "held_out": pairs}, deltas, "headline")
+    figures = {row.title.strip(): row.after for row in rows}
+    assert (figures["lost"], figures["gained"]) == (12, 11)
+    assert figures["held-out pairs, chosen log-prob."] == -9.0
+    assert figures["held-out pairs, margin by length, r"] == 0.8
+    learned, lost, _ = evaluation.in_short(deltas)
+    assert "margin" in learned and lost == "lost: nothing"  # a sign is no loss
+
+
 def test_the_table_is_as_long_as_the_flag_says(tmp_path, capsys):
     summary = {"avg": 5.0, "raw_mean": 1.0, "by_turn": [6.0, 4.0], "by_category": {"math": 5.0}}
     rows = evaluation.table_rows({}, {"mtbench": summary}, {}, "full")

@@ -61,6 +61,19 @@ def test_commands_parse(command, monkeypatch):
         importlib.import_module("sft_train").build_parser().parse_args(changes)
 
 
+def test_a_value_with_a_comma_stands_in_quotes():
+    """PowerShell makes two arguments of `--gates a=1,b=2`."""
+    for path in (
+        path for kind in ("*.md", "*.py", "experiments/*.md", "experiments/*.py") for path in ROOT.glob(kind)
+    ):
+        text = path.read_text("utf-8")
+        shown = re.findall(r"^ *(?:poetry run )?python .*", text, re.MULTILINE)
+        shown += re.findall(r"`(--[^`]*)`", text) if path.suffix == ".md" else []
+        for command in shown:
+            bare = re.sub(r"\"[^\"]*\"|'[^']*'", "", command)
+            assert not re.search(r"--\S+[ =]\S*\w,\w", bare), f"{path.name}: {command}"
+
+
 def test_there_are_commands_for_every_script():
     text = "\n".join(commands())
     for script in SCRIPTS:
@@ -148,25 +161,44 @@ def test_the_demo_table_is_the_one_that_its_record_gives(capsys, monkeypatch):
     assert f"loses {lost[0]} of the 42 answers" in README and f"with it {lost[1]} (records" in README
 
 
-def test_the_memory_table_is_the_estimate():
-    shapes = {
-        "1.7B": {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144},
-        "8B": {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12288},
-    }
-    for size, batch, tokens, *written in re.findall(
-        r"^\| SFT, ([\d.]+B),[^|]* `--batch (\d+)`, (\d+) tokens \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE
-    ):
-        shape = {**shapes[size], "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                Qwen3Config(**shape, tie_word_embeddings=size == "1.7B"), dtype=torch.bfloat16
-            )
-            model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
-        needed = memory_estimate(
-            model, tokens=int(batch) * int(tokens), width=2, in_4bit=True, dropout=True, chunk=1024
+SHAPES = {
+    "1.7B": {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144},
+    "8B": {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12288},
+}
+DPO_ROWS = {  # rank, tokens of the longest prompt
+    "DPO on TAT-QA": (16, 768),
+    "multi-task and progressive DPO": (8, 1536),
+}
+
+
+def memory_cells(size: str, rank: int, tokens: int, **how: int) -> list[str]:
+    """The two figures of a row of README's memory table."""
+    shape = {**SHAPES[size], "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            Qwen3Config(**shape, tie_word_embeddings=size == "1.7B"), dtype=torch.bfloat16
         )
-        rest = sum(needed[part] for part in ("weights", "adapter", "logits", "context"))
-        assert [f"{(rest + needed[part]) / GIB:.1f}" for part in ("checkpointed", "activations")] == written
+        model = get_peft_model(model, LoraConfig(r=rank, target_modules=["q_proj", "v_proj"]))
+    needed = memory_estimate(model, tokens=tokens, width=2, in_4bit=True, dropout=True, **how)
+    rest = sum(needed[part] for part in ("weights", "adapter", "logits", "context"))
+    return [f"{(rest + needed[part]) / GIB:.1f}" for part in ("checkpointed", "activations")]
+
+
+def test_the_memory_table_is_the_estimate(monkeypatch):
+    """Of the rows with q and v; those of DPO are for Linux, where Triton computes TRL's loss."""
+    rows = re.findall(
+        r"^\| SFT, ([\d.]+B),[^|]* `--batch (\d+)`, (\d+) tokens \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE
+    )
+    assert len(rows) == 3
+    for size, batch, tokens, *written in rows:
+        assert memory_cells(size, 8, int(batch) * int(tokens), chunk=1024) == written
+    for title, (rank, prompt) in DPO_ROWS.items():
+        cells = {}
+        for is_there in (True, False):
+            monkeypatch.setattr("transformers.utils.is_triton_available", lambda is_there=is_there: is_there)
+            cells[is_there] = memory_cells("1.7B", rank, 2560, scored=2 * (2560 - prompt))
+        assert re.search(rf"^\| {title}, 1.7B, .* \| {cells[True][0]} \| {cells[True][1]} \|$", README, re.MULTILINE)
+        assert f"{float(cells[False][0]) - float(cells[True][0]):.1f}" in README.split("no Triton, ")[1].split("\n")[0]
 
 
 def test_every_table_of_ratios_names_the_benchmark_that_prints_it():
