@@ -198,12 +198,12 @@ def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[
     measuring, choice = flags.fill(domains.MeasuringSettings, args), flags.fill(PairChoice, args)
     style, content = measuring.style, measuring.content
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-    instructions = instruct_questions(args.instruct_limit, args.seed) if args.do_instruct else []
+    instructions = instruct_questions(args.instruct_limit) if args.do_instruct else []
     if args.pairs:
         mark, style = "", dataclasses.replace(style, use_chat_template=True, system=args.system_prompt)
         whole, passages = measuring.forbidden(mtbench)
         if instructions:
-            whole["instruction"] = [row["turns"][0] for row in instruct_questions(0, args.seed)]
+            whole["instruction"] = [row["turns"][0] for row in instruct_questions(0)]
         pairs, held_out, data = own_pairs(args.pairs, choice, LeakFinder(whole, passages), own_tokens(setup.tokenizer))
     else:
         mark = tatqa.QUESTION_PREFIX
@@ -216,7 +216,7 @@ def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[
     rows, held_out_rows = (
         dpo.fit_pairs(some, setup.tokenizer, style, args.max_length, mark) for some in (pairs, held_out)
     )
-    asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit, args.seed), "instruct": instructions}
+    asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit), "instruct": instructions}
     rewards = [dpo.reward_evaluation(held_out, held_out_rows, args.beta, args.max_length)] if held_out else []
     return rows, domains.dpo_evaluations(setup.tokenizer, measuring, asked, rewards), data
 

@@ -148,7 +148,7 @@ def pairs_and_evaluations(
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
     measuring, settings = flags.fill(domains.MeasuringSettings, args), flags.fill(finance.DataSettings, args)
     data = finance.load_data(settings, sources, *measuring.forbidden(mtbench), own_tokens(setup.tokenizer))
-    asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit, args.seed), **data.questions}
+    asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit), **data.questions}
     evaluations = domains.dpo_evaluations(setup.tokenizer, measuring, asked)
 
     def answered(instructions: list[dict], wanted: int) -> list[dict]:

@@ -339,7 +339,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
         if args.resume_from_checkpoint and training.checkpoint_problem(stage.folder) is None:
             entry = done(stage)
         else:
-            about = {"device": record["device"], "data": stage_fingerprint(stage, its_pairs), "base": record["base"]}
+            about = {key: record[key] for key in ("script", "argv", "device", "base", "commits")}
+            about["data"] = stage_fingerprint(stage, its_pairs)
             entry = run_stage(stage, setups[stage.number], fit(its_pairs), evaluations, checkpoint, about)
         checkpoint = None
         record["stages"].append(entry)
@@ -385,7 +386,7 @@ def pairs_and_evaluations(
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
     measuring, settings = flags.fill(domains.MeasuringSettings, args), flags.fill(finance.DataSettings, args)
     data = finance.load_data(settings, sources, *measuring.forbidden(mtbench), own_tokens(setup.tokenizer))
-    asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit, args.seed), **data.questions}
+    asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit), **data.questions}
     evaluations = domains.dpo_evaluations(setup.tokenizer, measuring, asked)
     answered: list[dict] = []  # the base answers the Finance-Instruct prompts once, for both their stages
     if "finance" in sources:

@@ -31,7 +31,7 @@ from llm_alignment.parser import Parser, add_group
 from llm_alignment.preferences import read_pairs
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle, render
-from llm_alignment.questions import read_questions
+from llm_alignment.questions import SAMPLE_SEED, read_questions
 from llm_alignment.results import ResultFile, baseline_cache, read_results
 from llm_alignment.retention import RetentionSettings, retention_evaluations
 from llm_alignment.runs import begin, recorded_run, timed
@@ -50,7 +50,7 @@ MT_BENCH = {
 
 
 def load_questions(
-    source: str, *, language: str = "ru", limit: int = 0, seed: int = 42, flag: str = "--questions"
+    source: str, *, language: str = "ru", limit: int = 0, seed: int = SAMPLE_SEED, flag: str = "--questions"
 ) -> list[dict]:
     """Reads questions: [{"question_id", "category", "turns": [str, ...]}, ...] in the file's order.
 
@@ -68,7 +68,7 @@ def load_questions(
     return sample_questions([question for _, question in read_questions(path, as_question)], limit, seed)
 
 
-def sample_questions(questions: list[dict], limit: int, seed: int) -> list[dict]:
+def sample_questions(questions: list[dict], limit: int, seed: int = SAMPLE_SEED) -> list[dict]:
     """`limit` of the questions by `seed`, in their order and whatever that is; all of them when `limit` is 0."""
     if not 0 < limit < len(questions):
         return questions

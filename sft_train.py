@@ -107,7 +107,7 @@ def build_parser() -> Parser:
         help="steps between log lines; of a short run a twentieth, unless it is given")
     add("--num_proc", type=positive(int), default=4, help="processes that tokenise large data")
 
-    add = add_group(parser, "validation", trains=False)
+    add = add_group(parser, "validation", trains="measured")
     add("--baseline_eval_samples", type=positive(int), default=60, help="rows that are compared before and after")
     add = add_group(parser, "MT-Bench", trains="measured")  # early stopping decides by these
     add("--mtbench_file", "--mtbench_ru", dest="mtbench_ru", default="auto", metavar="auto|none|PATH",
@@ -153,24 +153,24 @@ def run(args: argparse.Namespace, record: dict) -> None:
 
     check_flags(args)
     # with early stopping a measurement decides which adapter is kept, so its flags count
-    neutral = neutral_flags(build_parser(), *(["measured"] if args.early_stop_patience else []))
+    neutral = neutral_flags(build_parser(), *(["measured", "asked"] if args.early_stop_patience else []))
     setup = training.set_up(args, record, neutral, longest=args.max_seq_length)
     setup.check_folder()
     task = task_of(args, setup)
     checkpoint = training.newest_complete(setup.folder, setup.resume)
     gates = asked_gates(args.gates, task.compared)
-    settings = fill(training.TrainingSettings, args, weight_decay=0.01, logging_steps=args.kl_log_interval,
-                    longest=args.max_seq_length)  # fmt: skip
+    settings = fill(training.TrainingSettings, args, weight_decay=0.01, longest=args.max_seq_length)
     sizes = fill(sft.SftSettings, args, kl_asked=is_given(record["argv"], "--kl_coef"))
     replay = fill(ReplaySettings, args).wanted(task.selection.rows("train")) if args.replay_ratio else 0
-    steps = training.optimiser_steps(settings, task.selection.rows("train") + replay)
-    if not is_given(record["argv"], "--logging_steps", "--kl_log_interval"):
-        settings = dataclasses.replace(settings, logging_steps=min(args.kl_log_interval, max(1, steps // 20)))
-    anchor = fill(AnchorSettings, args).over(steps)
-    warn_of_small_runs(steps, len(task.validation), anchor, settings.warmup_ratio)
+    steps = training.optimiser_steps(settings, sequences(args, task, replay))
+    settings = dataclasses.replace(settings, logging_steps=logging_steps(args, record["argv"], steps))
+    anchor = fill(AnchorSettings, args)
+    warn_of_small_runs(steps, len(task.validation), anchor.over(steps), settings.warmup_ratio)
     if args.dry_run:
         shown, often = (task.selection, task.examples("train"), task.encoder), functools.partial(rounds, args, task)
-        plans.print_sft_plan(setup, shown, settings, sft=sizes, anchor=anchor, rounds=often, replay=replay)
+        plans.print_sft_plan(
+            setup, shown, settings, sft=sizes, anchor=anchor.over(steps), rounds=often, replay=replay, steps=steps
+        )
         plans.log_gates(gates, Path(args.exp_log), args.model)
     if args.dry_run and not args.time:
         return
@@ -210,6 +210,20 @@ def run(args: argparse.Namespace, record: dict) -> None:
         judge_gates(record, gates)
 
 
+def logging_steps(args: argparse.Namespace, argv: list[str], steps: int) -> int:
+    """--logging_steps; unless it is given, a twentieth of a short run."""
+    is_asked = is_given(argv, "--logging_steps", "--kl_log_interval")
+    return args.kl_log_interval if is_asked else min(args.kl_log_interval, max(1, steps // 20))
+
+
+def sequences(args: argparse.Namespace, task: Task, replay: int) -> int:
+    """The examples of an epoch: rows with `replay` more, or about as many sequences as --packing makes of them."""
+    from llm_alignment import plans
+
+    rows = task.selection.rows("train") + replay
+    return plans.packed(rows, task.examples("train"), task.encoder, args.max_seq_length) if args.packing else rows
+
+
 def rounds(args: argparse.Namespace, task: Task, steps: int) -> list[tuple[Evaluation, int]]:
     """What is measured, and how often in a run of these steps."""
     ends = 1 if args.skip_baseline_eval else 2
@@ -220,7 +234,7 @@ def rounds(args: argparse.Namespace, task: Task, steps: int) -> list[tuple[Evalu
 
 
 def warn_of_small_runs(steps: int, held_out: int, anchor: AnchorSettings, warmup_ratio: float) -> None:
-    """Names what makes a run teach, hold or measure little; with --packing it is said of the rows."""
+    """Names what makes a run teach, hold or measure little."""
     if steps < 20:
         log.warning("few optimiser steps (%d): lower --batch or --grad_acc, or raise --epochs", steps)
     if held_out < 30:
@@ -266,11 +280,14 @@ def task_of(args: argparse.Namespace, setup: Setup) -> Task:
     encoder = ChatEncoder(setup.tokenizer, thinking=args.thinking, assistant_only=args.assistant_only_loss)
     selection, examples = load_data(fill(RowChoice, args), encoder, finder)
     counts = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
-    given = given_dialogues(args.replay, encoder, finder) if args.replay != "self" else []
+    held_out = examples("validation")
+    given = []
+    if args.replay != "self":
+        given = given_dialogues(args.replay, encoder, finder, held_out["messages"])
     data = {"source": args.dataset, "rows": counts, "sha256": selection.sha256}
     data |= {"replay": digest(given)} if given else {}
     setup.check_folder(data)
-    held_out = tokenised(args, examples("validation"), encoder, "validation")
+    held_out = tokenised(args, held_out, encoder, "validation")
     first = held_out.select(range(min(args.baseline_eval_samples, len(held_out))))
     collator = DataCollatorForLanguageModeling(setup.tokenizer.pad_token_id)
     validation = validation_evaluation("validation", first, collator, args.batch)
@@ -324,6 +341,8 @@ def check_flags(args: argparse.Namespace) -> None:
         (args.gates and args.skip_baseline_eval, "--gates: without a baseline there is no difference; leave out one"),
         (args.replay_ratio == 1, "--replay_ratio 1 leaves no row of --dataset; lower it"),
         (on_replay and not args.replay_ratio, "--kl_on replay: no replay rows; add --replay_ratio 0.05 or more"),
+        (args.thinking and args.replay_ratio and args.replay == "self",
+         "--thinking: --replay self writes answers without thinking; give rows by --replay FILE"),
         (on_replay and args.packing, "--kl_on replay cannot tell the rows of --packing apart; leave out one of them"),
         (args.packing and args.streaming, "--packing cannot count its sequences with --streaming; leave out one"),
         (args.early_stop_patience is not None and off[metric],

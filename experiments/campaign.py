@@ -20,6 +20,7 @@ from tables import deltas_table, document, headline_table, markdown_table, termi
 from llm_alignment import flags
 from llm_alignment.endings import signals_go_to
 from llm_alignment.files import InputError, write_atomic
+from llm_alignment.hub import commit_of
 from llm_alignment.model_files import adapter_files_sha256, files_sha256
 
 
@@ -38,7 +39,8 @@ class PlannedRun:
     def stands_on(self, record: dict) -> bool:
         """Whether the record's run had the model and the adapter that are in these folders now."""
         base, adapter = record.get("base"), (record.get("data") or {}).get("adapter")
-        is_base = base is None or not Path(self.model).is_dir() or base == files_sha256(Path(self.model))
+        model = Path(self.model)
+        is_base = base is None or not model.is_dir() or base == (commit_of(model) or files_sha256(model))
         return is_base and (adapter is None or not self.adapter or adapter == adapter_files_sha256(self.adapter))
 
     def record(self) -> dict | None:
@@ -65,7 +67,7 @@ def plan_runs(names: list[str], seeds: list[int], changes: list[str], grid: dict
     TAG-kl_coef0.03-seed1. Raises InputError for a run that is not known, a value that is given twice, a flag that is
     given in two ways, and two runs with one output folder."""
     axes = grid | ({"seed": [str(seed) for seed in seeds]} if seeds else {})
-    changed = {flag[2:] for flag in flag_groups(changes)} | (grid.keys() & {"seed"})
+    changed = {flag[2:] for flag in flag_groups(changes)} | (grid.keys() & {"seed"} if seeds else set())
     for flag, values in axes.items():
         if twice := [value for value in values if values.count(value) > 1]:
             raise InputError(f"--{flag} {twice[0]} is given twice; give every value once")
@@ -76,7 +78,7 @@ def plan_runs(names: list[str], seeds: list[int], changes: list[str], grid: dict
     planned: dict[Path, PlannedRun] = {}
     for name in names:
         run = find_run(name)
-        arguments = apply_changes(run_arguments(run), changes)
+        arguments = changed_arguments(run, changes)
         for cell in itertools.product(*axes.values()):
             new = plan_run(name, run["script"], arguments, dict(zip(axes, cell, strict=True)))
             other = planned.setdefault(new.output_dir.resolve(), new)
@@ -84,6 +86,12 @@ def plan_runs(names: list[str], seeds: list[int], changes: list[str], grid: dict
                 both = f"{other.name} and {new.name} share the output folder {new.output_dir}"
                 raise InputError(f"{both}; run them one by one, each with an --output_dir")
     return list(planned.values())
+
+
+def changed_arguments(run: dict, changes: list[str]) -> list[str]:
+    """What follows the script's name on the run's command line, with the changes; those of --config files win too."""
+    parser = importlib.import_module(Path(run["script"]).stem).build_parser()
+    return apply_changes(run_arguments(run), parser.expand(changes))
 
 
 def plan_run(name: str, script: str, arguments: list[str], cell: dict[str, str]) -> PlannedRun:

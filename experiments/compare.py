@@ -23,6 +23,7 @@ from llm_alignment.scores import compare_scored, summarise_scored
 
 # the evaluations whose rows hold answers
 COMPARED = ("mtbench", "retention", "tatqa", "held_out", "instruct", "finance_instruct", "reddit")
+REWARDS = ("chosen_reward", "rejected_reward")  # of a row of held-out pairs
 UNITS = {"tatqa": "percentage points", "retention": "percentage points", "held_out": "of reward margin"}
 
 
@@ -118,6 +119,9 @@ def slug(name: str) -> str:
 def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict | None:
     """One evaluation of the page, the questions with the largest changes first; None without a shared question."""
     (settings_a, rows_a), (settings_b, rows_b) = load_answers(key, path_a), load_answers(key, path_b)
+    if {"beta"} <= settings_a.keys() & settings_b.keys():  # a reward is beta times a log-ratio: in units of B's
+        factor = settings_b["beta"] / settings_a["beta"]
+        rows_a = [{**row, **{side: factor * row[side] for side in REWARDS}} for row in rows_a]
     pairs = shared_questions(rows_a, rows_b)
     if not pairs:
         return None
@@ -201,8 +205,10 @@ def print_power(names: list[str], files: list[Path], difference: float | None = 
         raise InputError(f"--power {' '.join(names)}: give one run, or two to compare")
     finals = [answer_files(name, files) for name in names]
     for key, after_path in finals[-1].items():
-        before_path = after_path.with_name(f"{key}_baseline.jsonl") if len(names) == 1 else finals[0].get(key)
-        if before_path is None or not before_path.is_file():
+        folders = (after_path.parent, after_path.parent.parent)  # of a run in stages the baseline is above them
+        own = next((path for path in (folder / f"{key}_baseline.jsonl" for folder in folders) if path.is_file()), None)
+        before_path = own if len(names) == 1 else finals[0].get(key)
+        if before_path is None:
             raise InputError(f"{names[-1]}: {EVALUATIONS[key]} has nothing to compare with; name a second run")
         before, after = load_answers(key, before_path)[1], load_answers(key, after_path)[1]
         shared = shared_questions(before, after)

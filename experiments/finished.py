@@ -47,7 +47,7 @@ def finished_run(folder: Path) -> FinishedRun:
             flag: f"{run['args'][flag].partition('@')[0]}@{commits[flag]}" for flag in commits if "dataset" in flag
         }
         parser = script.build_parser()
-        parser.set_defaults(**run["args"] | data)
+        parser.set_defaults(**run["args"] | data | {"report_to": "none"})  # a tracker may not be installed here
         args = parser.parse_args([])
         revision = commits.get("model") or args.model_revision
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -135,7 +135,7 @@ def prompt_turns(row: dict) -> list[dict[str, str]]:
 def asked_texts(args: argparse.Namespace) -> dict[str, list[str]]:
     """What the evaluations ask, by kind."""
     asked = [question for path in args.questions for question in load_questions(path, flag="--questions")]
-    texts, _ = forbidden_texts({"instruction": instruct_questions(0, args.seed), "MT-Bench question": asked})
+    texts, _ = forbidden_texts({"instruction": instruct_questions(0), "MT-Bench question": asked})
     if args.tatqa_dir:
         texts["TAT-QA question"] = question_texts(tatqa_file(args.tatqa_dir, "validation"))
     return texts

@@ -28,10 +28,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from campaign import execute, plan_runs, print_plan, run_campaign
-from commands import apply_changes, command_line, exit_code, join_empty, shown_command
+from campaign import changed_arguments, execute, plan_runs, print_plan, run_campaign
+from commands import command_line, exit_code, join_empty, shown_command
 from old_records import IMPORTED, import_records
-from records import LOGGED_RUNS, find_run, load_records, record_files, record_name, run_arguments
+from records import LOGGED_RUNS, find_run, load_records, record_files, record_name
 
 from llm_alignment.files import InputError
 from llm_alignment.flags import seed
@@ -95,7 +95,7 @@ def run_one(name: str, changes: list[str], *, same_data: bool, print_only: bool)
     """One run as its command says; the exit code is the script's."""
     run = find_run(name)
     changes = [*pins(run), *changes] if same_data else changes
-    arguments = join_empty(apply_changes(run_arguments(run), changes))
+    arguments = join_empty(changed_arguments(run, changes))
     print((command_line if print_only else shown_command)(run["script"], arguments), flush=True)
     return 0 if print_only else execute(run["script"], arguments)[0]
 

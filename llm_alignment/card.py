@@ -21,7 +21,8 @@ def write_card(run_folder: Path, merged: Path | None = None, scale: float = 1.0)
 
     run, metrics = (parse_json((run_folder / name).read_bytes()) for name in ("run.json", "metrics.json"))
     args, data, folder = run["args"], run["data"], merged or run_folder
-    mixed = [args[f"{source}_dataset"] for source in ("reddit", "finance", "general") if source in data["rows"]]
+    counts = data.get("rows") or {"pairs": data["pairs"]}  # of a stage alone
+    mixed = [args[f"{source}_dataset"] for source in ("reddit", "finance", "general") if source in counts]
     sources = [data["source"]] if "source" in data else mixed
     rows = table_rows(metrics["baseline"], metrics["final"], metrics["delta"], "headline")
     rows = [row for row in rows if not row.title.startswith(" ")]  # without the parts of a metric
@@ -37,7 +38,7 @@ def write_card(run_folder: Path, merged: Path | None = None, scale: float = 1.0)
         method="SFT" if run["script"] == "sft_train.py" else "DPO",
         sources=[shown(name) for name in sources],
         datasets=[name for name in sources if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
-        rows=", ".join(f"{count} {kind}" for kind, count in data["rows"].items()),
+        rows=", ".join(f"{count} {kind}" for kind, count in counts.items()),
         command=shlex.join(["python", run["script"], *run["argv"]]),
         table=[(cells + ["-"] * 3)[:6] for cells in table_texts(rows)[0]],
         has_plot=(folder / "loss.png").exists(),

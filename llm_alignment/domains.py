@@ -73,7 +73,7 @@ def dpo_evaluations(
     decoding = functools.partial(Decoding, seed=settings.seed, batch_size=settings.eval_batch_size)
     if settings.tatqa_file:
         questions = tatqa.evaluation_questions(
-            settings.tatqa_file, tokenizer, style, settings.content, limit=settings.eval_limit, seed=settings.seed
+            settings.tatqa_file, tokenizer, style, settings.content, limit=settings.eval_limit
         )
         how = decoding(settings.eval_max_new_tokens, settings.eval_temperature, settings.eval_top_p)
         evaluations.append(tatqa.tatqa_evaluation(questions, how, style))

@@ -117,8 +117,10 @@ class SharedPromptTrainer(DPOTrainer):
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        # the order says what meets in a micro-batch, which a router's loss looks at too
-        if self.order or depends_on_batch(self.args.loss_type) or self.aux_loss_enabled:
+        if self.order:  # which says what meets in a micro-batch
+            loader.set_sampler(self.order)  # else a resumed process does not hear of the epoch
+            return loader
+        if depends_on_batch(self.args.loss_type) or self.aux_loss_enabled:  # a router's loss looks at the batch too
             return loader
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         return sort_by_length(loader, self.args, token_counts(self.train_dataset, *columns))

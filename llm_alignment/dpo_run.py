@@ -49,7 +49,8 @@ def run_dpo(
 
     What can be wrong with the input is found before anything is written.
     """
-    gates = asked_gates(flags.gates, evaluations)
+    is_continued = flags.adapter_trainable and not flags.no_train  # such an adapter is its own baseline
+    gates = asked_gates(flags.gates, evaluations, own_drift=not is_continued)
     if flags.dry_run:
         plans.print_dpo_plan(setup, rows, evaluations, settings, dpo_settings)
         plans.log_gates(gates, Path(flags.exp_log), setup.base.name)
@@ -74,8 +75,7 @@ def run_dpo(
     phase = phases(record, *(name for name, is_done in done.items() if is_done))
     before: dict[str, list[dict]] = {}
     after: dict[str, list[dict]] = {}
-    is_continued = flags.adapter_trainable and trainer is not None
-    if flags.eval_baseline:  # an adapter that is trained on is its own baseline
+    if flags.eval_baseline:
         with phase("baseline"):
             before = measured(evaluations, (folder, "baseline"), with_adapter=is_continued)
         if not is_continued:

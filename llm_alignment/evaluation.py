@@ -60,6 +60,7 @@ class Metric:
     keys: tuple[str, ...] = ()
     lower_is_better: bool = False
     of: str = ""  # the evaluation, where the first key does not name it
+    has_delta: bool = True
 
     def read(self, summaries: dict) -> float | None:
         """The figure in a record's `baseline` or `final`; None where it was not measured."""
@@ -90,12 +91,18 @@ METRICS = {
     "reward_accuracy": Metric("held-out pairs, accuracy, %", ("held_out", "accuracy")),
     "reward_margin": Metric("held-out pairs, reward margin", ("held_out", "margin")),
     "chosen_log_prob": Metric("held-out pairs, chosen log-prob.", ("held_out", "chosen_log_prob")),
-    "margin_by_length": Metric("held-out pairs, margin by length, r", ("held_out", "margin_by_length")),
+    "margin_by_length": Metric(
+        "held-out pairs, margin by length, r", ("held_out", "margin_by_length"), has_delta=False
+    ),
 }
+ONLY_OF = {"_success": ("instruct", "finance_instruct"), "_checks": ("instruct",)}
 METRICS |= {
-    name + suffix: Metric(f"{EVALUATIONS[name]}, {title}", (name, key) if key else (), of=name)
+    name + suffix: Metric(
+        f"{EVALUATIONS[name]}, {title}", (name, key) if key else (), of=name, has_delta=suffix != "_published"
+    )
     for name in SCORED
     for suffix, (title, key) in SCORES.items()
+    if name in ONLY_OF.get(suffix, SCORED)
 }
 METRICS |= {
     f"{name}_{kind}": Metric(f"{EVALUATIONS[name]}, {kind.replace('_', ' ')}, %", ("health", name, kind), True, name)
@@ -253,11 +260,12 @@ def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> Rows
     return rows
 
 
-def metrics_of(evaluations: list[Evaluation]) -> list[str]:
-    """The names of METRICS that these evaluations measure."""
+def metrics_of(evaluations: list[Evaluation], *, own_drift: bool = True) -> list[str]:
+    """The names of METRICS of which these evaluations give a difference; with `own_drift` also that, if they ask what
+    it is measured on."""
     names = {evaluation.name for evaluation in evaluations}
-    names |= {"own_drift"} if "retention" in names else set()
-    return [key for key, metric in METRICS.items() if (metric.of or metric.keys[0]) in names]
+    names |= {"own_drift"} if own_drift and "retention" in names else set()
+    return [key for key, metric in METRICS.items() if metric.has_delta and (metric.of or metric.keys[0]) in names]
 
 
 def report(
@@ -296,10 +304,11 @@ def add_health(record: dict, name: str, before: list[dict], after: list[dict]) -
         record["delta"] |= {f"{name}_{kind}": delta for kind, delta in deltas.items()}
 
 
-def asked_gates(text: str, evaluations: list[Evaluation]) -> dict[str, float]:
-    """--gates as differences by metric. Raises InputError for one that these evaluations do not measure."""
+def asked_gates(text: str, evaluations: list[Evaluation], *, own_drift: bool = True) -> dict[str, float]:
+    """--gates as differences by metric. Raises InputError for one that these evaluations do not measure; `own_drift`:
+    whether the drift on the base's own answers will be."""
     gates = parse_gates(text)
-    check_gates(gates, METRICS, metrics_of(evaluations))
+    check_gates(gates, METRICS, metrics_of(evaluations, own_drift=own_drift))
     return gates
 
 
@@ -356,8 +365,9 @@ def table_rows(baseline: dict, final: dict, delta: dict, table: str = "") -> lis
         if not is_shown:
             continue
         rows.append(TableRow(metric.title, before, after, change, metric.lower_is_better))
-        rows += [TableRow(f"  {side}", None, change[side]) for side in ("lost", "gained") if side in (change or {})]
-        by_type = (change or {}).get("by_type", {}) if table == "full" or name != "retention" else {}
+        parts = change or {}
+        rows += [TableRow(f"  {side}", None, parts[side]) for side in ("lost", "gained") if side in parts]
+        by_type = parts.get("by_type", {}) if table == "full" or name != "retention" else {}
         for kind, of_kind in by_type.items():
             figure = Metric(f"  {kind}", (metric.keys[0], "by_type", kind, metric.keys[-1]))
             rows.append(TableRow(figure.title, figure.read(baseline), figure.read(final), of_kind))

@@ -241,7 +241,8 @@ def object_problem(row: Any, source: str | None = None) -> str | None:
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Writes to a temporary name beside `path` and renames it, so that nobody ever reads half a file; a write that
     fails removes it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # containers that share a cache may have one process number
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{time.time_ns()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(to_bytes(data) if isinstance(data, str) else data)
@@ -353,8 +354,9 @@ def kept_sha256(path: Path) -> str:
         return found
     sha256 = file_sha256(path)
     if time.time_ns() - before[-1] > 2 * 10**9 and before == state():
-        known.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(known, sha256)
+        with contextlib.suppress(OSError):  # where the cache cannot be written, the file is read every time
+            known.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(known, sha256)
     return sha256
 
 

@@ -10,6 +10,7 @@ import functools
 import random
 
 from llm_alignment.checks import DATA, passed, read_questions
+from llm_alignment.questions import SAMPLE_SEED
 
 
 @functools.cache
@@ -18,11 +19,11 @@ def instructions() -> dict[int, dict]:
     return {row["question_id"]: row for row in read_questions(DATA / "instructions.jsonl")}
 
 
-def instruct_questions(limit: int, seed: int) -> list[dict]:
-    """The instructions as `score_questions` takes them; `limit` > 0 takes a sample by `seed`."""
+def instruct_questions(limit: int) -> list[dict]:
+    """The instructions as `score_questions` takes them; `limit` > 0 takes a sample."""
     rows = list(instructions().values())
     if 0 < limit < len(rows):
-        rows = [rows[number] for number in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+        rows = [rows[number] for number in sorted(random.Random(SAMPLE_SEED).sample(range(len(rows)), limit))]
     return [{key: row[key] for key in ("question_id", "category", "turns")} for row in rows]
 
 

@@ -90,6 +90,12 @@ def log_dpo_training(setup: Setup, rows: list[dict], settings: TrainingSettings,
     return read * (2 * epochs + 1)  # once more for the reference
 
 
+def packed(rows: int, examples: Iterable[dict], encoder: ChatEncoder, longest: int) -> int:
+    """About how many sequences --packing makes of so many rows, by the lengths of the first 1,000 examples."""
+    lengths = [min(len(encoder(row)["input_ids"]), longest) for row in itertools.islice(examples, 1000)]
+    return math.ceil(rows * statistics.fmean(lengths) / longest)
+
+
 def print_sft_plan(
     setup: Setup,
     data: tuple[Selection, Iterable[dict], ChatEncoder],
@@ -99,6 +105,7 @@ def print_sft_plan(
     anchor: AnchorSettings,
     rounds: Callable[[int], list[tuple[Evaluation, int]]],
     replay: int,
+    steps: int,
 ) -> None:
     """Rows by source, one as the model reads it, steps, tokens, passes, memory, evaluations. `data`: what is chosen,
     rows to train on, what makes tokens of them; `rounds(steps)`: what is measured, and how often in so many steps;
@@ -112,7 +119,6 @@ def print_sft_plan(
     kept = [min(length, sft.max_seq_length) for length in lengths]
     mean, cut = statistics.fmean(kept), statistics.fmean(length > sft.max_seq_length for length in lengths)
     per_step, rows = settings.step, selection.rows("train") + replay
-    steps = optimiser_steps(settings, math.ceil(rows * mean / sft.max_seq_length) if sft.packing else rows)
     log.info("steps: %d of %d sequences each", steps, per_step)
     log.info("tokens: about %.0f a row, %.2f M an epoch; %.0f %% of rows are cut", mean, mean * rows / 1e6, 100 * cut)
     per_row = sft.max_seq_length if sft.packing else padded_tokens(kept, settings.batch, per_step) / len(kept)

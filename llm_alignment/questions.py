@@ -8,6 +8,8 @@ from pathlib import Path
 
 from llm_alignment.files import InputError, SkippedRows, read_rows
 
+SAMPLE_SEED = 42  # of samples of questions: runs of all seeds ask the same, and share their baselines
+
 
 def read_questions(
     path: Path, as_question: Callable[[dict, int], dict] = lambda row, number: row

@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from llm_alignment.leaks import LeakFinder
 from llm_alignment.results import baseline_cache
 from llm_alignment.scores import answer_questions
 from llm_alignment.texts import normalise_text
+from llm_alignment.twix import prompt_form
 
 if TYPE_CHECKING:
     import datasets
@@ -54,13 +55,22 @@ class ReplaySettings:
         return math.ceil(self.replay_ratio / (1 - self.replay_ratio) * rows - 1e-9)
 
 
-def given_dialogues(file: str, encoder: ChatEncoder, finder: LeakFinder) -> list[list[dict]]:
-    """The conversations of --replay FILE, rows as in --dataset. Raises InputError when none can be used."""
+def given_dialogues(
+    file: str, encoder: ChatEncoder, finder: LeakFinder, held_out: Iterable[list[dict]]
+) -> list[list[dict]]:
+    """The conversations of --replay FILE, rows as in --dataset, but those on a prompt of the `held_out` ones. Raises
+    InputError when none can be used."""
+
+    def form(turns: list[tuple[str, str]]) -> str:
+        return prompt_form([turn for turn in turns if turn[0] != "system"])
+
     skipped, found = SkippedRows(), []
+    prompts = {form([(turn["role"], turn["content"]) for turn in messages]) for messages in held_out}
     for place, row in open_dataset(file, "--replay", skipped):
         try:
             turns = read_conversation(row)[1]
-            if reason := encoder.refusal(turns) or finder.find(*(text for _, text in turns)):
+            is_held_out = "held out for validation" * (form(turns) in prompts)
+            if reason := encoder.refusal(turns) or finder.find(*(text for _, text in turns)) or is_held_out:
                 raise ValueError(reason)
         except ValueError as error:
             skipped.add(place, str(error))

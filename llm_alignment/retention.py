@@ -15,6 +15,7 @@ from llm_alignment.checks import DATA, passed, read_questions
 from llm_alignment.evaluation import Evaluation, Rows, pair_rows, values_of
 from llm_alignment.files import digest
 from llm_alignment.prompts import PromptStyle, render
+from llm_alignment.questions import SAMPLE_SEED
 from llm_alignment.scores import answered_evaluation, conversation
 from llm_alignment.stats import in_per_cent, mcnemar
 
@@ -30,7 +31,6 @@ class RetentionSettings:
     retention_file: str
     retention_limit: int
     retention_max_tokens: int
-    seed: int
     eval_batch_size: int
     thinking: bool
 
@@ -48,7 +48,7 @@ def retention_evaluations(questions: list[dict], settings: RetentionSettings) ->
         return []
     limit = settings.retention_limit
     if 0 < limit < len(questions):
-        places = sorted(random.Random(settings.seed).sample(range(len(questions)), limit))
+        places = sorted(random.Random(SAMPLE_SEED).sample(range(len(questions)), limit))
         questions = [questions[place] for place in places]
     decoding = Decoding(
         max_new_tokens=settings.retention_max_tokens, batch_size=settings.eval_batch_size, thinking=settings.thinking

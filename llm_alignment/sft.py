@@ -80,7 +80,7 @@ class AnchoredTrainer(SFTTrainer):
             collate: Callable = self.data_collator  # type: ignore[has-type]
             self.data_collator = lambda rows: {
                 **collate(rows),
-                "replay": torch.tensor([row["replay"] for row in rows]),
+                "replay": torch.tensor([row.get("replay", False) for row in rows]),
             }
 
     def create_model_card(self, *_, **__) -> None:
@@ -95,7 +95,7 @@ class AnchoredTrainer(SFTTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Also marks the KL positions of the step's batches, so that its KL is the mean over all of them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.kl_coef = self.anchor.coefficient(self.state.global_step)
+        self.kl_coef = self.anchor.over(self.state.max_steps).coefficient(self.state.global_step)
         anchored = [batch.pop("replay", None) for batch in batches]
         if self.kl_coef:
             for batch, is_replay in zip(batches, anchored, strict=True):

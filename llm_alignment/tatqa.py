@@ -21,6 +21,7 @@ from llm_alignment.evaluation import Evaluation, pair_rows
 from llm_alignment.files import InputError, SkippedRows, digest, object_problem, open_data, parse_json
 from llm_alignment.hub import hub_files
 from llm_alignment.prompts import PromptStyle, encode, fit_prompt, strip_thinking
+from llm_alignment.questions import SAMPLE_SEED
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
 from llm_alignment.texts import cut_at_word
 
@@ -294,7 +295,7 @@ def tatqa_parse(text: str) -> tuple[list[str], str]:
 
 
 def tatqa_questions(
-    contexts: list[dict], *, limit: int, seed: int, content: PromptContent = DEFAULT_CONTENT
+    contexts: list[dict], *, limit: int, seed: int = SAMPLE_SEED, content: PromptContent = DEFAULT_CONTENT
 ) -> list[dict]:
     """The evaluation questions {"question_id", "question", "answer_type", "scale", "answer", "context", "prompt"}.
 
@@ -424,13 +425,13 @@ def tatqa_evaluation(questions: list[dict], decoding: Decoding, style: PromptSty
 
 
 def evaluation_questions(
-    path: Path, tokenizer: PreTrainedTokenizerBase, style: PromptStyle, content: PromptContent, limit: int, seed: int
+    path: Path, tokenizer: PreTrainedTokenizerBase, style: PromptStyle, content: PromptContent, limit: int
 ) -> list[dict]:
     """The questions of a TAT-QA file that an evaluation asks, as `fit_questions` gives them."""
     skipped = SkippedRows()
     contexts = read_tatqa(path, skipped)
     skipped.report("TAT-QA evaluation questions")
-    return fit_questions(tatqa_questions(contexts, limit=limit, seed=seed, content=content), tokenizer, style)
+    return fit_questions(tatqa_questions(contexts, limit=limit, content=content), tokenizer, style)
 
 
 def table_tokens(questions: list[dict], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:

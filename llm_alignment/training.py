@@ -226,6 +226,7 @@ class RunKeeper(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.checkpoint is not None:
+            state.compute_steps(args, state.max_steps)  # of logs and checkpoints: these flags may change
             self.trainer._load_rng_state(str(self.checkpoint))
             if self.checkpoint.resolve().parent == Path(args.output_dir).resolve():
                 self.saved_step = state.global_step

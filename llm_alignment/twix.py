@@ -41,6 +41,11 @@ def prompt_of(turns: Turns) -> Turns:
     return turns[: roles.index("assistant", roles.index("user"))] if "user" in roles else turns
 
 
+def prompt_form(turns: Turns) -> str:
+    """The prompt of a conversation in one form: equal ones stand on one side of the split."""
+    return "\0".join(f"{role} {normalise_text(text) or text}" for role, text in prompt_of(turns))
+
+
 def unit_hash(text: str) -> float:
     """A number in [0, 1) that depends on the text alone: the same rows are drawn whatever their order."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
@@ -201,8 +206,7 @@ def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> di
     seed, waiting = choice.sample_seed, list[Turns]()
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, row_batch([]).schema) as stream:
         for number, (subset, turns, written) in enumerate(usable_rows(choice, wanted, encoder)):
-            prompt = prompt_of(turns)
-            form = unit_hash("\0".join(f"{role} {normalise_text(text) or text}" for role, text in prompt))
+            prompt, form = prompt_of(turns), unit_hash(prompt_form(turns))
             # as JSON, of which every text is written once: json.dumps takes several times as long
             as_json = [f'["{role}", {encode_basestring(text)}]' for role, text in turns]
             of_prompt = unit_hash(f'[{seed}, "prompt", [{", ".join(as_json[: len(prompt)])}]]')

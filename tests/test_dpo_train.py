@@ -289,6 +289,29 @@ def test_a_resume_with_another_adapter_is_refused(main, less, capsys):
 
 
 @pytest.mark.slow
+def test_two_processes_resume_grouped_pairs_in_the_second_epoch(tmp_path):
+    """Each epoch has an order of its own, of which a resumed process must hear too."""
+    argv = [*SMALL, "--group_by_table", "--limit_pairs", "16", "--grad_acc", "1", "--epochs", "2", "--save_steps", "5"]
+    argv += ["--eval_pairs", "0", "--no-do_eval", "--no-do_mtbench", "--no-do_instruct", "--no-do_retention"]
+    argv += ["--exp_log", "log.jsonl", "--output_dir"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(*more: str) -> int:
+        subprocess.run([*launch, str(ROOT / "dpo_train.py"), *argv, *more], env=environment, check=True)
+        return max(int(path.name.rpartition("-")[2]) for path in Path(more[0]).glob("checkpoint-*"))
+
+    last = run("whole")
+    assert last > 5 and (Path("whole") / "checkpoint-5").exists()
+    shutil.copytree("whole", "killed")
+    shutil.rmtree(Path("killed") / f"checkpoint-{last}")
+    (Path("killed") / "adapter_model.safetensors").unlink()
+    assert run("killed", "--resume_from_checkpoint", "auto") == last
+    weights = [Path(name, "adapter_model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
 def test_grouped_pairs_resumed_in_the_second_epoch(tmp_path, capsys):
     argv = [*SMALL, "--group_by_table", "--epochs", "2", "--eval_pairs", "0", "--no-do_eval", "--no-do_mtbench"]
     argv += ["--no-do_instruct", "--exp_log", "log.jsonl"]

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, logged_commands, read_rows, run_error
-from run_records import records
+from run_records import chat, records
 from toys import toy_run
 
 import dpo_train_mt
 import dpo_train_mt_v2
 from dpo_train_mt_v2 import build_parser, main, stage_of
 from llm_alignment import adapters, dpo, files, finance, flags, model_files, models, preferences, training
+from llm_alignment.card import write_card
 from llm_alignment.endings import MissedGateError
 from llm_alignment.prompts import PromptStyle
 
@@ -209,6 +210,16 @@ def test_the_record_holds_every_domain_at_every_stage(whole, capsys):
     lines = read_rows(folder.parent / "log.jsonl")
     assert [line["stages"] for line in lines] == [json.loads(json.dumps(record["stages"]))]
     assert records.record_problem(lines[0]) is None
+
+
+@pytest.mark.slow
+def test_a_stage_is_a_run_for_the_tools(whole, tmp_path):
+    """chat.py, report.py --compare and export.py read its run.json, and export.py writes a card of it."""
+    folder, *_ = whole
+    assert records.run_of_folder(folder / "stage1")["script"] == "dpo_train_mt_v2.py"
+    assert chat.finished_run(folder / "stage2").args.lora_r == 12
+    write_card(folder / "stage2", tmp_path)
+    assert "pairs" in (tmp_path / "README.md").read_text("utf-8")
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from toys import rows_of, toy_model
 
 from llm_alignment import evaluation, files, processes, stats
 from llm_alignment.evaluation import METRICS, Evaluation, TableRow, measure, print_table, verdict
+from llm_alignment.scores import compare_scored
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The runner of rows
@@ -231,6 +232,19 @@ def test_the_report_fills_record_metrics_and_table(tmp_path, capsys):
     assert metrics == {key: record[key] for key in ("baseline", "final", "delta")}
     out = capsys.readouterr().out
     assert METRICS["val_loss"].title in out and METRICS["drift"].title in out and "perplexity" not in out
+
+
+@pytest.mark.parametrize("name", evaluation.SCORED)
+def test_every_metric_that_a_gate_may_name_has_a_difference(name):
+    row = {"question_id": 11, "category": "c", "turns": ["Q"], "answers": ["A"], "rewards": [1.0], "scores": [5.0]}
+    rows = [row | {"scores_logged": [5.0], "answer_tokens": [3], "finished": [True]}]
+    compared = compare_scored(name, rows, rows).keys() | {f"{name}_{kind}" for kind in evaluation.HEALTH}
+    task = Evaluation(name=name, items=[], read=read)
+    assert set(evaluation.metrics_of([task])) == compared
+    with pytest.raises(files.InputError, match="does not measure"):
+        evaluation.asked_gates(f"{name}_published=-0.1", [task])
+    with pytest.raises(files.InputError, match="own_drift"):  # of an adapter that is trained on
+        evaluation.asked_gates("own_drift=1", [Evaluation(name="retention", items=[], read=read)], own_drift=False)
 
 
 def test_lost_answers_and_warning_signs_are_in_the_short_table():

@@ -159,6 +159,15 @@ def test_what_cannot_be_exported_is_one_line_and_exit_code_2(run_folder, tmp_pat
     assert not (tmp_path / "m").exists()
 
 
+def test_a_local_copy_of_a_base_from_the_hub_is_taken(run_folder, tmp_path):
+    """The run knows a commit; a folder has a hash, which says nothing against it."""
+    measured = shutil.copytree(run_folder, tmp_path / "measured")
+    header = {"fingerprint": {"model": "tiny", "weights": "0" * 40}}
+    (measured / "mtbench_final.jsonl").write_text(json.dumps(header) + "\n", encoding="utf-8")
+    argv = [str(measured), "--merged", str(tmp_path / "m"), "--model", str(DEMO / "model"), "--dtype", "fp32"]
+    assert export.main(argv) == 0
+
+
 def in_ollama(modelfile: str, turns: list[dict]) -> str:
     """What Ollama makes of a Modelfile's template: as far as these templates go, Go's template language by hand."""
     template = modelfile.partition('"""')[2].partition('"""')[0]

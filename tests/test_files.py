@@ -256,6 +256,15 @@ def test_a_file_changed_behind_its_time_is_hashed_again(tmp_path, monkeypatch):
     assert files.kept_sha256(path) == files.file_sha256(path) != first
 
 
+def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path, monkeypatch):
+    path = tmp_path / "weights"
+    path.write_bytes(b"a")
+    os.utime(path, (1, 1))
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(path / "below a file"))
+    monkeypatch.setattr(files.time, "time_ns", lambda: 2**63)
+    assert files.kept_sha256(path) == files.file_sha256(path)
+
+
 @pytest.mark.parametrize("age, is_changed, is_kept", [(3, False, True), (1, False, False), (3, True, False)])
 def test_a_hash_is_kept_of_a_file_that_rests(tmp_path, monkeypatch, age, is_changed, is_kept):
     """Not of one that was written `age` seconds ago, or that changes while it is read."""

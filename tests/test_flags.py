@@ -49,7 +49,8 @@ def test_help_states_the_defaults_that_there_are(script):
 # what a resumed run may change (neutral) and may not (counted), where the words of `counted_by` count
 NEUTRAL = [
     ("sft_train", (), "exp_tag num_proc kl_log_interval mtbench_ru reward_model eval_steps", "seed kl_coef dataset"),
-    ("sft_train", ("measured",), "exp_tag baseline_eval_samples", "mtbench_ru mtbench_max_tokens reward_model"),
+    ("sft_train", ("measured", "asked"), "exp_tag num_proc",
+     "mtbench_ru mtbench_max_tokens reward_model baseline_eval_samples do_retention retention_file retention_limit"),
     ("dpo_train", (), "do_eval eval_split mtbench_file instruct_limit eval_pairs reward_model", "beta pairs seed"),
     ("dpo_train_mt", ("asked", "reddit", "finance", "general"), "eval_limit mtbench_limit reddit_max_tokens dry_run",
      "do_eval eval_split mtbench_file instruct_limit instruct_max_tokens do_reddit reddit_limit reddit_score_margin"),

@@ -14,9 +14,9 @@ def test_every_instruction_tells_its_reference_from_a_poor_answer():
 
 
 def test_a_limit_takes_a_sample_by_seed_and_the_rate_counts_checks():
-    sample = instructions.instruct_questions(5, 3)
-    assert sample == instructions.instruct_questions(5, 3) != instructions.instruct_questions(5, 4)
+    sample = instructions.instruct_questions(5)
+    assert sample == instructions.instruct_questions(5)
     assert all(row.keys() == {"question_id", "category", "turns"} for row in sample)
-    assert len(instructions.instruct_questions(0, 3)) == len(instructions.instruct_questions(99, 3)) == 25
+    assert len(instructions.instruct_questions(0)) == len(instructions.instruct_questions(99)) == 25
     rows = [{"question_id": 1, "answers": ["1. a\n2. b\n3. c\n4. d"]}, {"question_id": 14, "answers": ["Yes."]}]
     assert [check for row in rows for check in instructions.checks_passed(row)] == [False, False, True]

@@ -360,11 +360,11 @@ def write_answers(path: Path, scores: dict[str, float], *, answer: str, **settin
     write_rows(path, [{"fingerprint": FINGERPRINT | settings}, *lines])
 
 
-def write_held_out(path: Path, margins: dict[str, float]) -> None:
+def write_held_out(path: Path, margins: dict[str, float], **settings: float) -> None:
     pair = {"chosen": "the good one", "rejected": "the bad one", "rejected_reward": 0.0}
     lines = [{"question_id": name, **pair, "chosen_reward": margin} for name, margin in margins.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(path, [{"fingerprint": FINGERPRINT}, *lines])
+    write_rows(path, [{"fingerprint": FINGERPRINT | settings}, *lines])
 
 
 class Page(html.parser.HTMLParser):
@@ -412,6 +412,23 @@ def test_held_out_pairs_are_compared_and_have_power(tmp_path, capsys):
     assert "held-out pairs, accuracy" in printed and "12 shared questions" in printed
     assert "the good one" in page.text and "reward 12" in page.text
     assert report.main(["--power", str(tmp_path / "a")]) == 0
+    assert "of reward margin in 8 of 10 runs" in capsys.readouterr().out
+
+
+def test_held_out_pairs_of_two_betas_are_compared_in_one_unit(tmp_path, capsys):
+    """A reward is beta times a log-ratio, here the same in both runs."""
+    for name, beta in (("a", 0.02), ("b", 0.1)):
+        margins = {str(n): beta * (n - 4) for n in range(12)}
+        write_held_out(tmp_path / name / "held_out_final.jsonl", margins, beta=beta)
+    compared(tmp_path, tmp_path / "a", tmp_path / "b")
+    (line,) = (row for row in capsys.readouterr().out.splitlines() if row.startswith("held-out pairs, chosen log"))
+    assert line.split()[4:6] == ["1.500", "1.500"], line
+
+
+def test_the_baseline_of_a_run_in_stages_is_above_its_stages(tmp_path, capsys):
+    write_held_out(tmp_path / "run" / "held_out_baseline.jsonl", {str(n): 0.0 for n in range(12)})
+    write_held_out(tmp_path / "run" / "stage3" / "held_out_final.jsonl", {str(n): n for n in range(12)})
+    assert report.main(["--power", str(tmp_path / "run")]) == 0
     assert "of reward margin in 8 of 10 runs" in capsys.readouterr().out
 
 

@@ -312,6 +312,23 @@ def test_a_run_on_what_was_another_adapter_in_its_folder_is_not_completed(file, 
     assert not planned.completed()
 
 
+def test_a_model_of_the_hubs_cache_is_known_by_its_commit(project):
+    model = project / "snapshots" / "0123abcd"
+    model.mkdir(parents=True)
+    record = make_record("mine") | {"argv": ["--model", str(model)], "base": "0123abcd"}
+    write_log(project / "experiments" / "sft_experiments.jsonl", record)
+    (planned,) = campaign.plan_runs(["mine"], [], [], {})
+    assert planned.completed()
+
+
+def test_the_flags_of_a_file_replace_those_of_the_run_too(project, printed):
+    (project / "my.yaml").write_text("kl_coef: 0.5\n", encoding="utf-8")
+    line = printed("S4", "--config", str(project / "my.yaml"), "--print")
+    assert "--kl_coef=0.5" in line and line.count("--kl_coef") == 1
+    runs = campaign.plan_runs(["S4"], [], ["--config", str(project / "my.yaml")], {"seed": ["1", "2"]})
+    assert ["--kl_coef=0.5" in run.arguments for run in runs] == [True, True]
+
+
 def test_a_grid_is_every_combination_with_folder_tag_and_row_of_its_own_and_continues_after_a_stop(fake_sft, capfd):
     argv = ["S4", "--grid", "kl_coef=0,0.3", "--grid", "learning_rate=1e-5,1e-4", "--seeds", "1", "2"]
     argv += ["--exp_log", "log.jsonl", "--output_dir", "g"]

@@ -21,6 +21,8 @@ from llm_alignment.anchored_loss import AnchorSettings
 from llm_alignment.encoder import ChatEncoder
 from llm_alignment.files import SkippedRows
 from llm_alignment.flags import fill
+from llm_alignment.leaks import LeakFinder
+from llm_alignment.replay import given_dialogues
 from llm_alignment.training import TrainingSettings
 
 TWIX = [row for _, row in files.read_rows(DEMO / "twix.jsonl", SkippedRows())]
@@ -116,8 +118,9 @@ def test_the_validation_loss_is_measured_at_steps_and_changes_nothing(whole_run,
     assert "phase 1 of 2: training" in printed and "phase 2 of 2: measuring after" in printed
 
 
-def test_time_says_how_long_a_run_takes_and_leaves_nothing(tmp_path, capsys):
-    argv = flags(tmp_path / "run", "--dry_run", "--time")
+@pytest.mark.parametrize("more", [[], ["--kl_on", "replay", "--replay_ratio", "0.1"]], ids=["plain", "replay"])
+def test_time_says_how_long_a_run_takes_and_leaves_nothing(more, tmp_path, capsys):
+    argv = flags(tmp_path / "run", "--dry_run", "--time", *more)
     sft_train.main(argv)
     assert "minutes of training" in capsys.readouterr().out and not (tmp_path / "run").exists()
     with pytest.raises(SystemExit, match="2"):
@@ -207,6 +210,19 @@ def test_packed_examples_do_not_see_one_another(tmp_path):
         losses.append((sum(parts), trainer.kl_since_log, int(items), int(trainer.kl_items)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][3] == 9 * 5
+
+
+@pytest.mark.slow
+def test_shares_of_the_anchor_are_of_the_packed_steps(tmp_path, capsys):
+    """Packing makes few sequences of many rows; the plan and the anchor count those."""
+    argv = flags(tmp_path / "run", "--packing", "--max_seq_length", "256", "--batch", "4", "--grad_acc", "1")
+    argv += ["--kl_start_step", "0.1", "--kl_warmup_steps", "0.3", "--kl_log_interval", "1", "--no-do_retention"]
+    steps = sft_train.main(argv)["kept_step"]
+    entries = files.read_records(tmp_path / "run" / "train_log.jsonl")
+    weights = {entry["step"]: entry["kl_coef"] for entry in entries if "kl_coef" in entry}
+    assert 4 < steps < 20 and weights[1] == 0 and weights[steps] == 0.2
+    planned = int(re.search(r"few optimiser steps \((\d+)\)", capsys.readouterr().out)[1])
+    assert abs(planned - steps) <= 2
 
 
 @pytest.mark.parametrize("marks", [[False, False], [True, False]])
@@ -361,6 +377,7 @@ BAD = {
     "an anchor on no replay rows": ("--kl_on replay", "--replay_ratio"),
     "replay rows without a share": ("--replay {}/few.jsonl", "add --replay_ratio"),
     "replay rows that are none": ("--replay {}/broken.jsonl --replay_ratio 0.1 --dry_run", "broken.jsonl:1"),
+    "own replay rows in thinking mode": ("--thinking --replay_ratio 0.1", "--replay FILE"),
     "gates without a baseline": ("--gates val_loss=-0.1 --dry_run", "--gates"),
     "packing a stream": ("--packing --streaming --dry_run", "--packing"),
     "a checkpoint that is none": ("--resume_from_checkpoint {}", "it was not finished"),
@@ -417,6 +434,16 @@ def test_replay_rows_of_a_file_are_planned_and_a_resume_with_others_is_refused(b
         sft_train.main([*argv, "--max_steps", "1", "--resume_from_checkpoint", "auto"])
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and "data replay: " in error and "sha256" not in error
+
+
+def test_replay_rows_on_a_held_out_prompt_are_not_used(demo_tokenizer, tmp_path):
+    """Whatever their form, their answer and their system turn."""
+    rows = [chat("Say 1.", "1"), chat("SAY  1!", "one"), chat("Say 2.", "2")]
+    rows.append({"messages": [{"role": "system", "content": "Be brief."}, *chat("Say 1.", "1")["messages"]]})
+    path = write_rows(tmp_path / "replay.jsonl", rows)
+    encoder = ChatEncoder(demo_tokenizer, thinking=False, assistant_only=False)
+    given = given_dialogues(str(path), encoder, LeakFinder({}), [chat("say 1", "other")["messages"]])
+    assert given == [rows[2]["messages"]]
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(whole_run, capsys):

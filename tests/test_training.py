@@ -203,6 +203,17 @@ def test_a_finished_run_that_is_resumed_changes_nothing(more, flags, whole, tmp_
     assert [name for name in before | after if before.get(name) != after.get(name)] == []
 
 
+@pytest.mark.slow
+def test_a_resumed_run_saves_and_logs_as_its_own_flags_say(flags, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoint-8")
+    more = ["--save_steps", "1", "--kl_log_interval", "1", "--resume_from_checkpoint", "auto"]
+    sft_train.main(flags(folder, *more))
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-7", "checkpoint-8"}
+    assert 7 in {entry["step"] for entry in files.read_records(folder / "train_log.jsonl")}
+    assert adapter(folder) == adapter(whole)
+
+
 def test_damaged_checkpoints_are_named_and_skipped(flags, whole, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)

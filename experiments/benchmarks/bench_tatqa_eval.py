@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer, model = models.load_tokenizer(base), models.load_model(base).eval()
     style, content = flags.fill(prompts.PromptStyle, args), flags.fill(tatqa.PromptContent, args)
     path = tatqa.tatqa_file(args.tatqa_dir, args.eval_split)
-    questions = tatqa.evaluation_questions(path, tokenizer, style, content, limit=0, seed=args.seed)
+    questions = tatqa.evaluation_questions(path, tokenizer, style, content, limit=0)
     by_context = [[*group] for _, group in itertools.groupby(questions, key=lambda question: question["context"])]
     groups = sorted(by_context[: args.contexts], key=lambda group: len(group[0]["tokens"]))
     decoding = generation.Decoding(max_new_tokens=args.eval_max_new_tokens, batch_size=args.eval_batch_size)
