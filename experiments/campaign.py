@@ -22,6 +22,7 @@ from llm_alignment.endings import signals_go_to
 from llm_alignment.files import InputError, write_atomic
 from llm_alignment.hub import commit_of
 from llm_alignment.model_files import adapter_files_sha256, files_sha256
+from llm_alignment.parser import Parser
 
 
 @dataclasses.dataclass
@@ -90,15 +91,18 @@ def plan_runs(names: list[str], seeds: list[int], changes: list[str], grid: dict
 
 def changed_arguments(run: dict, changes: list[str]) -> list[str]:
     """What follows the script's name on the run's command line, with the changes; those of --config files win too."""
-    parser = importlib.import_module(Path(run["script"]).stem).build_parser()
-    return apply_changes(run_arguments(run), parser.expand(changes))
+    return apply_changes(run_arguments(run), parser_of(run["script"]).expand(changes))
+
+
+def parser_of(script: str) -> Parser:
+    return importlib.import_module(Path(script).stem).build_parser()
 
 
 def plan_run(name: str, script: str, arguments: list[str], cell: dict[str, str]) -> PlannedRun:
     """One run as it will be started, with the flags of `cell`. Raises InputError for a command that does not parse."""
     arguments = apply_changes(arguments, [word for flag, value in cell.items() for word in (f"--{flag}", value)])
     try:
-        parser = importlib.import_module(Path(script).stem).build_parser()
+        parser = parser_of(script)
         arguments = parser.expand(arguments)  # as the run's record has them
         args = parse_strictly(parser, arguments)
     except InputError as error:

@@ -112,13 +112,10 @@ class SharedPromptTrainer(DPOTrainer):
         read[len(read) // 2 :] *= inputs["completion_mask"][len(read) // 2 :]
         super()._track_num_input_tokens({**inputs, "attention_mask": read})
 
-    def _get_train_sampler(self, dataset=None):
-        return self.order or super()._get_train_sampler(dataset)
-
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        if self.order:  # which says what meets in a micro-batch
-            loader.set_sampler(self.order)  # else a resumed process does not hear of the epoch
+        if self.order:  # it says what meets in a micro-batch
+            loader.set_sampler(self.order)  # and hears of the epoch so, in every process and after a resume
             return loader
         if depends_on_batch(self.args.loss_type) or self.aux_loss_enabled:  # a router's loss looks at the batch too
             return loader

@@ -60,7 +60,7 @@ class Metric:
     keys: tuple[str, ...] = ()
     lower_is_better: bool = False
     of: str = ""  # the evaluation, where the first key does not name it
-    has_delta: bool = True
+    has_delta: bool = True  # False: only the figures themselves are reported
 
     def read(self, summaries: dict) -> float | None:
         """The figure in a record's `baseline` or `final`; None where it was not measured."""

@@ -7,10 +7,9 @@ The share of checks passed is what can be compared with the published instructio
 from __future__ import annotations
 
 import functools
-import random
 
 from llm_alignment.checks import DATA, passed, read_questions
-from llm_alignment.questions import SAMPLE_SEED
+from llm_alignment.questions import sampled
 
 
 @functools.cache
@@ -21,9 +20,7 @@ def instructions() -> dict[int, dict]:
 
 def instruct_questions(limit: int) -> list[dict]:
     """The instructions as `score_questions` takes them; `limit` > 0 takes a sample."""
-    rows = list(instructions().values())
-    if 0 < limit < len(rows):
-        rows = [rows[number] for number in sorted(random.Random(SAMPLE_SEED).sample(range(len(rows)), limit))]
+    rows = sampled(list(instructions().values()), limit)
     return [{key: row[key] for key in ("question_id", "category", "turns")} for row in rows]
 
 

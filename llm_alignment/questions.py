@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llm_alignment.files import InputError, SkippedRows, read_rows
 
 SAMPLE_SEED = 42  # of samples of questions: runs of all seeds ask the same, and share their baselines
+
+
+def sampled(questions: list[dict], limit: int) -> list[dict]:
+    """`limit` of the questions in their order; all of them when `limit` is 0."""
+    if not 0 < limit < len(questions):
+        return questions
+    places = random.Random(SAMPLE_SEED).sample(range(len(questions)), limit)
+    return [questions[place] for place in sorted(places)]
 
 
 def read_questions(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-import random
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from llm_alignment.checks import DATA, passed, read_questions
 from llm_alignment.evaluation import Evaluation, Rows, pair_rows, values_of
 from llm_alignment.files import digest
 from llm_alignment.prompts import PromptStyle, render
-from llm_alignment.questions import SAMPLE_SEED
+from llm_alignment.questions import sampled
 from llm_alignment.scores import answered_evaluation, conversation
 from llm_alignment.stats import in_per_cent, mcnemar
 
@@ -46,10 +45,7 @@ def retention_evaluations(questions: list[dict], settings: RetentionSettings) ->
 
     if not questions:
         return []
-    limit = settings.retention_limit
-    if 0 < limit < len(questions):
-        places = sorted(random.Random(SAMPLE_SEED).sample(range(len(questions)), limit))
-        questions = [questions[place] for place in places]
+    questions = sampled(questions, settings.retention_limit)
     decoding = Decoding(
         max_new_tokens=settings.retention_max_tokens, batch_size=settings.eval_batch_size, thinking=settings.thinking
     )

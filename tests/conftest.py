@@ -256,6 +256,12 @@ def sft_trainer(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     return build
 
 
+def torchrun(script: Path, *argv: str, processes: int = 2) -> list[str]:
+    """The command that starts a script in several processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *launcher, str(script), *argv]
+
+
 def write_rows(path: Path, rows: list[dict | str]) -> Path:
     """Writes a JSONL file; a row that is a text is written as it is."""
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]

@@ -15,7 +15,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, ROOT, logged_commands, read_rows, run_error, write_rows
+from conftest import DEMO, ROOT, logged_commands, read_rows, run_error, torchrun, write_rows
 from run_records import records
 from toys import context, question, save_experts, toy_base
 
@@ -294,11 +294,10 @@ def test_two_processes_resume_grouped_pairs_in_the_second_epoch(tmp_path):
     argv = [*SMALL, "--group_by_table", "--limit_pairs", "16", "--grad_acc", "1", "--epochs", "2", "--save_steps", "5"]
     argv += ["--eval_pairs", "0", "--no-do_eval", "--no-do_mtbench", "--no-do_instruct", "--no-do_retention"]
     argv += ["--exp_log", "log.jsonl", "--output_dir"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run(*more: str) -> int:
-        subprocess.run([*launch, str(ROOT / "dpo_train.py"), *argv, *more], env=environment, check=True)
+        subprocess.run(torchrun(ROOT / "dpo_train.py", *argv, *more), env=environment, check=True)
         return max(int(path.name.rpartition("-")[2]) for path in Path(more[0]).glob("checkpoint-*"))
 
     last = run("whole")

@@ -4,13 +4,12 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, torchrun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import rows_of, toy_model
@@ -135,9 +134,8 @@ def test_two_processes_share_what_is_missing_of_one(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b"".join(lines[:3]))
     script = tmp_path / "shared.py"
     script.write_text(SHARED.format(root=str(ROOT), tests=str(ROOT / "tests")), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, *launcher, str(script), str(tmp_path)], check=True, env=environment, timeout=300)
+    subprocess.run(torchrun(script, str(tmp_path)), check=True, env=environment, timeout=300)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text("utf-8")) for rank in (0, 1)]
     assert [of_rank[0] for of_rank in ranks] == [rows, rows], "every process gets the rows"
     assert all(batches for _, batches in ranks)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, read_rows
+from conftest import DEMO, ROOT, read_rows, torchrun
 from toys import CHATML, WORDS, chats, make_tokenizer, plain_answers, save_reward_model, toy_base
 
 from llm_alignment import generation, models
@@ -238,8 +238,8 @@ def run_split(folder: Path, reward_folder: str, n_processes: int) -> list:
     script = folder.with_suffix(".py")
     values = {"root": str(ROOT), "tests": str(ROOT / "tests"), "reward": reward_folder}
     script.write_text(SPLIT.format(**values), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
-    command = [sys.executable, *(launcher if n_processes > 1 else []), str(script), str(folder)]
+    alone = [sys.executable, str(script), str(folder)]
+    command = torchrun(script, str(folder), processes=n_processes) if n_processes > 1 else alone
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, check=True, env=environment, timeout=300)
     return [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in range(n_processes)]

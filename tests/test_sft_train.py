@@ -6,12 +6,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, ROOT, chat, logged_commands, read_rows, run_error, write_rows
+from conftest import DEMO, ROOT, chat, logged_commands, read_rows, run_error, torchrun, write_rows
 from run_records import records
 from toys import setup_of
 
@@ -282,8 +281,8 @@ def test_half_precision_is_measured_in_one_way_before_and_after_training(tmp_pat
 @pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path):
     both, one = tmp_path / "both", tmp_path / "one"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += [ROOT / "sft_train.py", *flags(both, "--grad_acc", "1", "--lora_dropout", "0", "--kl_log_interval", "1")]
+    more = ["--grad_acc", "1", "--lora_dropout", "0", "--kl_log_interval", "1"]
+    launch = torchrun(ROOT / "sft_train.py", *flags(both, *more))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         launch, env=environment, capture_output=True, encoding="utf-8", errors="replace", timeout=300

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import DEMO, ROOT, run_error
+from conftest import DEMO, ROOT, run_error, torchrun
 from toys import peak_bytes, toy_run
 
 import dpo_train
@@ -365,9 +365,12 @@ def test_two_processes_stop_at_the_same_step_and_wait_for_each_other_s_files(fla
     """Process 1 writes its part of a checkpoint late, and its loss of micro-batch 6, the first of step 4, is NaN."""
     folder, script = tmp_path / "run", tmp_path / "script.py"
     script.write_text(TWO_PROCESSES.format(root=str(ROOT), argv=flags(folder)), encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(
-        launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, encoding="utf-8", errors="replace"
+        torchrun(script),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
     )
     reason = "the loss is nan at step 4 in process 1"
     assert done.returncode == 1 and done.stderr.count(f"error: {reason}") == 2, done.stderr[-3000:]
