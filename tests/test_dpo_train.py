@@ -438,7 +438,7 @@ def test_published_commands_parse():
 def test_dpo_mends_the_habit_of_the_wrong_cell(tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
     argv = ["--demo", "--output_dir", str(tmp_path / "out"), "--exp_log", str(tmp_path / "log.jsonl")]
-    record = dpo_train.main([*argv, "--no-do_mtbench", "--no-do_instruct"])
+    record = dpo_train.main([*argv, "--no-do_mtbench", "--no-do_instruct", "--no-do_retention", "--eval_pairs", "0"])
     assert record["delta"]["tatqa_em"]["mean"] > 5 and record["delta"]["tatqa_em"]["p"] < 0.01
     before, after = (record[stage]["tatqa"]["by_type"]["span"]["em"] for stage in ("baseline", "final"))
     assert before < 40 < 45 < after

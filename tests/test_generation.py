@@ -135,7 +135,7 @@ def test_out_of_memory_after_some_rows_have_ended_gives_every_answer_once(model,
 
 
 @pytest.mark.slow
-def test_continuous_batching_gives_the_same_tokens(model, tokenizer):
+def test_continuous_batching_gives_the_same_tokens(model, tokenizer, monkeypatch):
     from peft import LoraConfig, get_peft_model
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -143,8 +143,10 @@ def test_continuous_batching_gives_the_same_tokens(model, tokenizer):
     prompts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)
     settings = GenerationConfig(do_sample=False, eos_token_id=[2], pad_token_id=0, return_dict_in_generate=True)
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
-    small = ContinuousBatchingConfig(num_blocks=16)  # by default the cache takes most of the memory that is free
-    adapted.generate_batch = functools.partial(adapted.generate_batch, continuous_batching_config=small)
+    small, inner = ContinuousBatchingConfig(num_blocks=16), adapted.get_base_model()
+    # by default the cache takes most of the memory that is free
+    limited = functools.partial(inner.generate_batch, continuous_batching_config=small)
+    monkeypatch.setattr(inner, "generate_batch", limited)
     answers = dict(generation.continuous_answers(adapted, prompts, settings, 10))
     assert list(answers.values()) == plain_answers(model, tokenizer, conversations, [2], 10)
 

@@ -487,9 +487,9 @@ def test_the_anchor_holds_what_sft_alone_forgets(tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
     falls, gains, drifts = {}, {}, {}
     for kl_coef in ("0", "0.5"):
-        argv = ["--demo", "--kl_coef", kl_coef, "--epochs", "0.4", "--seed", "1", "--mtbench_questions_limit", "24"]
-        argv += ["--output_dir", str(tmp_path / kl_coef), "--exp_log", str(tmp_path / "log.jsonl")]
-        record = sft_train.main(argv)
+        argv = ["--demo", "--kl_coef", kl_coef, "--epochs", "0.4", "--seed", "1", "--no-do_retention"]
+        argv += ["--mtbench_questions_limit", "24", "--output_dir", str(tmp_path / kl_coef)]
+        record = sft_train.main([*argv, "--exp_log", str(tmp_path / "log.jsonl")])
         falls[kl_coef] = record["baseline"]["mtbench"]["avg"] - record["final"]["mtbench"]["avg"]
         gains[kl_coef] = record["baseline"]["val_loss"] - record["final"]["val_loss"]
         drifts[kl_coef] = record["final"]["drift"]
