@@ -101,7 +101,8 @@ def build_parser() -> Parser:
     add = add_group(parser, "replay", trains=True)
     add("--replay_ratio", type=ratio, default=0.0,
         help="share of training rows that are dialogues of before, 0 = none; raise it if retention gets worse")
-    add("--replay", default="self", metavar="self|FILE", help="self: the base writes them; or rows as in --dataset")
+    add("--replay", default="self", metavar="self|FILE",
+        help="self: the base writes them; or rows as in --dataset, which get no --system_prompt")
     add = add_group(parser, "log and speed", trains=False)
     add("--logging_steps", "--kl_log_interval", dest="kl_log_interval", type=positive(int), default=50,
         help="steps between log lines; of a short run a twentieth, unless it is given")
