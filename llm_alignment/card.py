@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -49,9 +50,9 @@ def write_card(run_folder: Path, merged: Path | None = None, scale: float = 1.0)
 
 
 def shown(name: str) -> str:
-    """A name of the hub as it is; of a file or folder its name alone."""
+    """A name of the hub as it is; of a file or folder its name alone, of a link the link's."""
     path = Path(name)
-    return path.resolve().name if path.exists() or path.is_absolute() else name
+    return Path(os.path.abspath(path)).name if path.exists() or path.is_absolute() else name
 
 
 def changed_answers(folder: Path) -> list[dict[str, str]]:

@@ -59,3 +59,11 @@ def test_what_is_no_name_of_the_hub_stays_out_of_the_head(run_folder, tmp_path):
     head, text = card_of(run_folder)
     assert not {"base_model", "datasets"} & head.keys() and str(tmp_path) not in text
     assert f"of {tmp_path.name} (a local folder), trained by SFT" in text and "Data: x.jsonl (" in text
+
+
+def test_a_link_to_a_model_is_called_as_the_user_called_it(run_folder, tmp_path):
+    path, link = run_folder / "run.json", tmp_path / "my-model"
+    link.symlink_to(run_folder)
+    path.write_text(path.read_text("utf-8").replace("Qwen/Qwen3-1.7B", str(link)), encoding="utf-8")
+    write_card(run_folder)
+    assert "A LoRA adapter of my-model (a local folder)" in card_of(run_folder)[1]
