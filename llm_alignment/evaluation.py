@@ -338,7 +338,8 @@ class TableRow(NamedTuple):
 
 
 def in_short(delta: dict[str, dict]) -> list[str]:
-    """What was learned, what was lost and what cannot be told, by the tests of the headline metrics."""
+    """What was learned, what was lost and what cannot be told, by the tests of the headline metrics; [] where none was
+    compared."""
     found: dict[str, list[str]] = {"learned": [], "lost": [], "cannot be told": []}
     for name, metric in METRICS.items():
         change = delta.get(name)
@@ -348,7 +349,7 @@ def in_short(delta: dict[str, dict]) -> list[str]:
         told = change["p"] is not None and change["p"] <= 0.05
         kind = ("learned" if is_gain else "lost") if told else "cannot be told"
         found[kind].append(f"{metric.title} {number(change['mean'], '+')}" if told else metric.title)
-    return [f"{kind}: {'; '.join(items) or 'nothing'}" for kind, items in found.items()]
+    return [f"{kind}: {'; '.join(items) or 'nothing'}" for kind, items in found.items() if any(found.values())]
 
 
 def table_rows(baseline: dict, final: dict, delta: dict, table: str = "") -> list[TableRow]:
@@ -367,10 +368,11 @@ def table_rows(baseline: dict, final: dict, delta: dict, table: str = "") -> lis
         rows.append(TableRow(metric.title, before, after, change, metric.lower_is_better))
         parts = change or {}
         rows += [TableRow(f"  {side}", None, parts[side]) for side in ("lost", "gained") if side in parts]
-        by_type = parts.get("by_type", {}) if table == "full" or name != "retention" else {}
-        for kind, of_kind in by_type.items():
+        by_type, deltas = Metric("", (*metric.keys[:-1], "by_type")), parts.get("by_type", {})
+        is_shown = table == "full" or name != "retention"
+        for kind in (by_type.read(final) or by_type.read(baseline) or {}) if is_shown else {}:
             figure = Metric(f"  {kind}", (metric.keys[0], "by_type", kind, metric.keys[-1]))
-            rows.append(TableRow(figure.title, figure.read(baseline), figure.read(final), of_kind))
+            rows.append(TableRow(figure.title, figure.read(baseline), figure.read(final), deltas.get(kind)))
         if table == "full" and name in SCORED and name in final:
             old = {"by_turn": [], "by_category": {}} | baseline.get(name, {})
             turns = itertools.zip_longest(old["by_turn"][: len(final[name]["by_turn"])], final[name]["by_turn"])

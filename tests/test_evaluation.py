@@ -262,6 +262,18 @@ def test_lost_answers_and_warning_signs_are_in_the_short_table():
     assert "margin" in learned and lost == "lost: nothing"  # a sign is no loss
 
 
+def test_kinds_are_in_the_table_of_one_side_and_nothing_is_learned_there():
+    """`mtbench_eval.py` and a run without a baseline have no difference to hold the kinds."""
+    kinds = {"en": {"right": 100.0}, "ru": {"right": 0.0}}
+    final = {"retention": {"right": 50.0, "by_type": kinds}, "tatqa": {"em": 10.0, "by_type": {"count": {"em": 10.0}}}}
+    rows = [(row.title, row.after, row.delta) for row in evaluation.table_rows({}, final, {}, "full")]
+    assert rows == [
+        ("retention, % right", 50.0, None), ("  en", 100.0, None), ("  ru", 0.0, None),
+        ("TAT-QA, official EM, %", 10.0, None), ("  count", 10.0, None),
+    ]  # fmt: skip
+    assert evaluation.in_short({}) == []
+
+
 def test_the_table_is_as_long_as_the_flag_says(tmp_path, capsys):
     summary = {"avg": 5.0, "raw_mean": 1.0, "by_turn": [6.0, 4.0], "by_category": {"math": 5.0}}
     rows = evaluation.table_rows({}, {"mtbench": summary}, {}, "full")
