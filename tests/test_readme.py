@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from llm_alignment import files
-from llm_alignment.evaluation import METRICS, print_table, table_rows
+from llm_alignment.evaluation import EVALUATIONS, METRICS, print_table, table_rows
 from llm_alignment.memory import GIB, memory_estimate
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -207,3 +207,17 @@ def test_every_table_of_ratios_names_the_benchmark_that_prints_it():
     for section in sections:
         benchmarks = re.findall(r"python (experiments/benchmarks/\w+\.py)", section)
         assert benchmarks and all((ROOT / path).is_file() for path in benchmarks), section[:60]
+
+
+def test_what_is_shared_is_adapter_tokenizer_and_card():
+    """Of a run's folder: neither its rows, which hold training data, nor what its checkpoints are made of."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    words = shlex.split(next(line for line in README.splitlines() if line.startswith("hf upload ")))
+    patterns = [pattern for flag, pattern in itertools.pairwise(words) if flag == "--include"]
+    shared = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    shared |= {"chat_template.jinja", "README.md", "loss.png"}
+    kept = {f"{name}_{stage}.jsonl" for name in EVALUATIONS for stage in ("baseline", "final", "step_5")}
+    kept |= {"run.json", "run.log", "metrics.json", "train_log.jsonl", "replay.jsonl", "training_args.bin", "kl.png"}
+    kept |= {f"checkpoint-5/{name}" for name in (*shared, "optimizer.pt", "trainer_state.json")}
+    assert {*filter_repo_objects(sorted(shared | kept), allow_patterns=patterns)} == shared
