@@ -30,7 +30,7 @@ from records import DEMO, HERE, PUBLISHED, REPORT, Run, find_run, load_runs, rec
 from seeds import merge_seeds
 from tables import DPO, LOGS, MULTI_TASK, SFT, Group, delta_rows, document, experiment_log, recipes_table, results
 
-from llm_alignment.evaluation import print_table, table_rows
+from llm_alignment.evaluation import print_results
 from llm_alignment.files import InputError, write_atomic
 from llm_alignment.flags import positive
 from llm_alignment.model_files import read_json
@@ -48,9 +48,10 @@ def build_parser() -> Parser:
     add("--exp_log", nargs="+", type=Path, default=[], metavar="FILE", help="more record files")
     add("--output_dir", type=Path, help="where the files go (default: experiments/report)")
     add("--mine", action="store_true", help="leave out the published runs")
+    add("--table", choices=["headline", "full"], default="headline", help="with --run: rows of the table")
     add("--detect", type=positive(float), metavar="D", help="with --power: a difference to be found")
     add_task("--publish", action="store_true", help="rewrite the published files of this folder")
-    add_task("--run", metavar="RUN", help="print the table of a finished run")
+    add_task("--run", metavar="RUN", help="print the results of a finished run again")
     add_task("--compare", nargs=2, metavar=("A", "B"), help="two runs: tags, FILE:LINE or output folders")
     add_task("--power", nargs="+", metavar="RUN",
              help="what N questions can detect, by the spread of one run or between two")  # fmt: skip
@@ -176,15 +177,15 @@ def write_report(files: list[Path], output_dir: Path, *, mine: bool = False) -> 
     return [output_dir / name for name in (*figures, *texts)]
 
 
-def print_run(name: str, files: list[Path]) -> None:
-    """The table of a finished run, from the metrics.json of its folder."""
+def print_run(name: str, files: list[Path], table: str) -> None:
+    """What a finished run printed at its end, from the metrics.json of its folder; `table`: "headline" or "full"."""
     folder = Path(name) if Path(name).is_dir() else Path(find_run(name, files).get("output_dir", name))
     path = folder / "metrics.json"
     if not path.is_file():
         raise InputError(f"--run {name}: there is no {path}; name the output folder of a finished run")
     metrics = read_json(path, f"--run {name}")
     try:
-        print_table(str(folder), table_rows(*(metrics.get(key, {}) for key in ("baseline", "final", "delta"))))
+        print_results(str(folder), metrics, table)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"--run {name}: {path} is damaged ({type(error).__name__}: {error})") from error
 
@@ -197,7 +198,7 @@ def run(args: argparse.Namespace) -> None:
     files = list(dict.fromkeys([*record_files(), *(path.resolve() for path in args.exp_log)]))
     output_dir = args.output_dir or (HERE if args.publish else HERE / REPORT)
     if args.run is not None:  # empty, as of a shell variable that is not set, is an error
-        print_run(args.run, files)
+        print_run(args.run, files, args.table)
     elif args.power:
         print_power(args.power, files, args.detect)
     else:

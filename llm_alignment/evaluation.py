@@ -21,7 +21,7 @@ from llm_alignment.health import HEALTH, compare_health, summarise_health
 from llm_alignment.plots import plot_categories, save_figure
 from llm_alignment.processes import main_process, on_main_process, shared_rounds
 from llm_alignment.results import ResultFile, baseline_cache, read_results
-from llm_alignment.stats import excluded, holm, too_few_changed
+from llm_alignment.stats import ENOUGH, excluded, holm, too_few_changed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -286,11 +286,9 @@ def report(
         if name in SCORED and name in after:
             figure = plot_categories(EVALUATIONS[name], baseline.get(name), final[name], delta.get(name))
             save_figure(figure, folder / f"{name}.png")
-    write_json(folder / "metrics.json", {"baseline": baseline, "final": final, "delta": delta})
-    for line in in_short(delta):
-        log.info("%s", textwrap.fill(line, table_width(), subsequent_indent="    ", break_on_hyphens=False))
-    table = record.get("args", {}).get("table", "full")
-    print_table(title or str(folder), table_rows(baseline, final, delta, table))
+    metrics = {"baseline": baseline, "final": final, "delta": delta}
+    write_json(folder / "metrics.json", metrics)
+    print_results(title or str(folder), metrics, record.get("args", {}).get("table", "full"))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
 
 
@@ -369,8 +367,8 @@ def table_rows(baseline: dict, final: dict, delta: dict, table: str = "") -> lis
         parts = change or {}
         rows += [TableRow(f"  {side}", None, parts[side]) for side in ("lost", "gained") if side in parts]
         by_type, deltas = Metric("", (*metric.keys[:-1], "by_type")), parts.get("by_type", {})
-        is_shown = table == "full" or name != "retention"
-        for kind in (by_type.read(final) or by_type.read(baseline) or {}) if is_shown else {}:
+        kinds: Any = by_type.read(final) or by_type.read(baseline) or {}
+        for kind in kinds if table == "full" or name != "retention" else {}:
             figure = Metric(f"  {kind}", (metric.keys[0], "by_type", kind, metric.keys[-1]))
             rows.append(TableRow(figure.title, figure.read(baseline), figure.read(final), deltas.get(kind)))
         if table == "full" and name in SCORED and name in final:
@@ -387,8 +385,9 @@ def verdict(delta: dict, *, lower_is_better: bool = False) -> str:
     if not delta["n"] or delta["p"] is None or delta["p"] <= 0.05:
         return ""
     if too_few_changed(delta):
-        clusters = f"in {delta['changed_clusters']} of {delta['clusters']} clusters: "
-        return clusters * bool(delta["clusters"]) + "too few to tell"
+        # where the items that changed would be enough
+        clusters = f"in {delta['changed_clusters']} of {delta['clusters']} clusters: " * (delta["changed"] >= ENOUGH)
+        return clusters + "too few to tell"
     bound, kind = excluded(delta, lower_is_better=lower_is_better), "rise" if lower_is_better else "loss"
     return "no detectable change" + (f"; a {kind} above {bound:.2g} is excluded" if bound is not None else "")
 
@@ -455,6 +454,13 @@ def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("basel
     text = (printed.get() + note).rstrip()
     print(text)
     to_run_log(text)
+
+
+def print_results(title: str, metrics: dict[str, dict], table: str) -> None:
+    """Prints what was learned and lost, then the table; `metrics`: a record's baseline, final and delta."""
+    fill = functools.partial(textwrap.fill, width=table_width(), subsequent_indent="    ", break_on_hyphens=False)
+    baseline, final, delta = (metrics.get(key, {}) for key in ("baseline", "final", "delta"))
+    print_table("\n".join([*map(fill, in_short(delta)), title]), table_rows(baseline, final, delta, table))
 
 
 def save_answers(file: str, before: Rows, after: Rows) -> None:

@@ -185,6 +185,7 @@ def test_the_verdict_follows_the_test():
     assert verdict(delta(0.04, 0.0, 0.19, 0.25, n=40, changed=3)) == "too few to tell"
     in_tables = delta(0.04, 0.0, 0.19, 0.25, n=40, changed=12, clusters=8, changed_clusters=3)
     assert verdict(in_tables) == "in 3 of 8 clusters: too few to tell"
+    assert verdict({**in_tables, "changed": 5}) == "too few to tell"  # the items say it
     assert verdict(delta(2.0, None, None, 1.0, n=1, changed=1)) == "too few to tell"
     assert verdict(stats.paired_delta([], [])) == ""
 

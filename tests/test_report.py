@@ -28,6 +28,8 @@ from run_records import (
     write_log,
 )
 
+from llm_alignment import evaluation
+
 LOGGED = {run["id"]: run for run in records.load_records(records.LOGGED_RUNS)}
 
 
@@ -468,7 +470,12 @@ def test_the_table_of_a_run_is_printed_again_and_mine_are_told_from_the_publishe
     capsys.readouterr()
     for name in ("tagged", str(tmp_path)):
         assert report.main(["--run", name, "--exp_log", str(log)]) == 0
-        assert "+0.2500 [-0.1250, 0.6250]" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "+0.2500 [-0.1250, 0.6250]" in out and out.startswith("learned: ") and "published scale" not in out
+    evaluation.print_results(str(tmp_path), metrics, "headline")
+    assert capsys.readouterr().out == out  # as the run itself
+    assert report.main(["--run", str(tmp_path), "--table", "full"]) == 0
+    assert "published scale" in capsys.readouterr().out
     for wrong in (None, {"val_loss": 5}, {"val_loss": {"mean": 1.0}}):
         (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "delta": wrong}), encoding="utf-8")
         assert report.main(["--run", str(tmp_path)]) == 2 and "metrics.json is damaged" in capsys.readouterr().err
