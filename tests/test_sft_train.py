@@ -483,18 +483,18 @@ def test_early_stopping_rule():
 
 @pytest.mark.slow
 def test_the_anchor_holds_what_sft_alone_forgets(tmp_path, monkeypatch):
-    """Fewer of the demo's steps at one seed; experiments/demo/README.md has the whole of it at three."""
+    """Half of the demo's steps at one seed; experiments/demo/README.md has the whole of it at three."""
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
     falls, gains, drifts = {}, {}, {}
     for kl_coef in ("0", "0.5"):
-        argv = ["--demo", "--kl_coef", kl_coef, "--epochs", "0.3", "--seed", "1", "--no-do_retention"]
+        argv = ["--demo", "--kl_coef", kl_coef, "--epochs", "0.4", "--seed", "1", "--no-do_retention"]
         argv += ["--mtbench_questions_limit", "24", "--output_dir", str(tmp_path / kl_coef)]
         record = sft_train.main([*argv, "--exp_log", str(tmp_path / "log.jsonl")])
         falls[kl_coef] = record["baseline"]["mtbench"]["avg"] - record["final"]["mtbench"]["avg"]
         gains[kl_coef] = record["baseline"]["val_loss"] - record["final"]["val_loss"]
         drifts[kl_coef] = record["final"]["drift"]
         assert record["baseline"]["mtbench"]["avg"] > 7  # the base answers most of it rightly
-    assert falls["0"] > 0.5
+    assert falls["0"] > 1
     assert 0 < drifts["0.5"] < drifts["0"]
     assert falls["0.5"] <= falls["0"] / 2
     assert gains["0.5"] >= gains["0"] / 2
