@@ -32,7 +32,7 @@ from tables import DPO, LOGS, MULTI_TASK, SFT, Group, delta_rows, document, expe
 
 from llm_alignment.evaluation import print_results
 from llm_alignment.files import InputError, write_atomic
-from llm_alignment.flags import positive
+from llm_alignment.flags import positive, refuse
 from llm_alignment.model_files import read_json
 from llm_alignment.parser import Parser
 from llm_alignment.plots import save_figure
@@ -48,7 +48,7 @@ def build_parser() -> Parser:
     add("--exp_log", nargs="+", type=Path, default=[], metavar="FILE", help="more record files")
     add("--output_dir", type=Path, help="where the files go (default: experiments/report)")
     add("--mine", action="store_true", help="leave out the published runs")
-    add("--table", choices=["headline", "full"], default="headline", help="with --run: rows of the table")
+    add("--table", choices=["headline", "full"], help="with --run: rows of the table (default: headline)")
     add("--detect", type=positive(float), metavar="D", help="with --power: a difference to be found")
     add_task("--publish", action="store_true", help="rewrite the published files of this folder")
     add_task("--run", metavar="RUN", help="print the results of a finished run again")
@@ -193,12 +193,14 @@ def print_run(name: str, files: list[Path], table: str) -> None:
 def run(args: argparse.Namespace) -> None:
     if missing := [path for path in args.exp_log if not path.is_file()]:
         raise InputError(f"--exp_log {missing[0]}: no such file; name a record file")
-    if args.detect and not args.power:
-        raise InputError("--detect goes with --power RUN; name a run")
+    refuse(
+        (args.detect and not args.power, "--detect goes with --power RUN; name a run"),
+        (args.table and args.run is None, "--table goes with --run RUN; name a run"),
+    )
     files = list(dict.fromkeys([*record_files(), *(path.resolve() for path in args.exp_log)]))
     output_dir = args.output_dir or (HERE if args.publish else HERE / REPORT)
     if args.run is not None:  # empty, as of a shell variable that is not set, is an error
-        print_run(args.run, files, args.table)
+        print_run(args.run, files, args.table or "headline")
     elif args.power:
         print_power(args.power, files, args.detect)
     else:

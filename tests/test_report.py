@@ -476,6 +476,7 @@ def test_the_table_of_a_run_is_printed_again_and_mine_are_told_from_the_publishe
     assert capsys.readouterr().out == out  # as the run itself
     assert report.main(["--run", str(tmp_path), "--table", "full"]) == 0
     assert "published scale" in capsys.readouterr().out
+    assert report.main(["--mine", "--table", "full"]) == 2 and "--table goes with" in capsys.readouterr().err
     for wrong in (None, {"val_loss": 5}, {"val_loss": {"mean": 1.0}}):
         (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "delta": wrong}), encoding="utf-8")
         assert report.main(["--run", str(tmp_path)]) == 2 and "metrics.json is damaged" in capsys.readouterr().err
