@@ -15,50 +15,42 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import random
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm_alignment import flags, tatqa
+from llm_alignment.checks import instruct_questions
 from llm_alignment.encoder import own_tokens
 from llm_alignment.evaluation import Evaluation
-from llm_alignment.files import InputError, SkippedRows, digest, file_sha256
-from llm_alignment.instructions import instruct_questions
-from llm_alignment.leaks import LeakFinder, without_leaks
-from llm_alignment.model_files import adapter_files_sha256
-from llm_alignment.parser import Parser, add_group, neutral_flags
+from llm_alignment.files import InputError, SkippedRows, digest, file_sha256, log
+from llm_alignment.hub import adapter_files_sha256
+from llm_alignment.leaks import LeakFinder, normalise_text, without_leaks
 from llm_alignment.preferences import read_pairs, transcript
 from llm_alignment.runs import recorded_run
-from llm_alignment.texts import normalise_text
+from llm_alignment.tatqa import DEFAULT_CONTENT, PromptContent
 from mtbench_eval import load_questions, sample_questions
 
 if TYPE_CHECKING:
     from llm_alignment.training import Setup
 
-log = logging.getLogger("llm_alignment")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
+PairData = tuple[list[dict], list[dict], dict]  # pairs to train on, held-out ones, the fingerprint of the data
 
 
 # fmt: off
-def build_parser() -> Parser:
+def build_parser() -> flags.Parser:
     """The command line. Defaults are those of the published runs where they had one."""
-    shown = (
-        "demo model pairs tatqa_dir output_dir beta epochs batch grad_acc learning_rate lora_r limit_pairs "
-        "dry_run resume_from_checkpoint"
-    )
-    parser = Parser("dpo_train.py", __doc__, shown)
+    parser = flags.Parser("dpo_train.py", __doc__, "demo model pairs tatqa_dir output_dir beta epochs batch grad_acc "
+        "learning_rate lora_r limit_pairs dry_run resume_from_checkpoint")
     flags.add_dpo_flags(parser)
     flags.add_tatqa_flags(parser)
-    add = add_group(parser, "own pairs", trains=True)
+    add = flags.add_group(parser, "own pairs", trains=True)
     add("--pairs", default="", metavar="FILE",
         help="train on your own pairs, not on TAT-QA's: JSONL, JSON or Parquet with prompt, chosen, rejected, texts "
         "or lists of turns; they go through the chat template. TAT-QA is then measured only with --do_eval")
-    add = add_group(parser, "held-out pairs", trains="measured")
+    add = flags.add_group(parser, "held-out pairs", trains="measured")
     add("--eval_pairs", type=flags.not_negative(int), default=0,
         help="pairs, none of them trained on, whose reward accuracy against the base is measured: of --eval_split, or "
         "a part of --pairs that a hash chooses; 0 = none")
@@ -67,22 +59,12 @@ def build_parser() -> Parser:
 
 
 # fmt: on
-# ---------------------------------------------------------------------------------------------------------------------
-# TAT-QA: pairs
-
-
 def tatqa_pairs(
-    contexts: list[dict],
-    *,
-    seed: int,
-    skipped: SkippedRows | None = None,
-    content: tatqa.PromptContent = tatqa.DEFAULT_CONTENT,
+    contexts: list[dict], *, seed: int, skipped: SkippedRows | None = None, content: PromptContent = DEFAULT_CONTENT
 ) -> list[dict[str, str]]:
-    """One preference pair {prompt, chosen, rejected, uid} for each question, sorted by uid.
-
-    chosen is gold with its scale; rejected is the first plausible wrong answer that the official metric does not take
-    for gold. A pair depends on its own context, its uid and the seed alone. Questions that give none go to `skipped`.
-    """
+    """One preference pair {prompt, chosen, rejected, uid} for each question, sorted by uid; a question that gives none
+    goes to `skipped`. chosen is gold with its scale; rejected is the first plausible wrong answer that the official
+    metric does not take for gold. A pair depends on its own context, its uid and the seed alone."""
     pairs, skipped = [], skipped or SkippedRows()
     for context in contexts:
         for question in context["questions"]:
@@ -93,23 +75,23 @@ def tatqa_pairs(
             if rejected is None:
                 skipped.add(f"question {question['uid']}", "the table gives no wrong answer")
                 continue
-            prompt, chosen = tatqa.tatqa_prompt(context, question, content), tatqa.gold_text(question)
+            chosen = tatqa.answer_text(*tatqa.gold_answer(question))
+            prompt = tatqa.tatqa_prompt(context, question, content)
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "uid": question["uid"]})
     return sorted(pairs, key=lambda pair: pair["uid"])
 
 
 def _wrong_answers(context: dict, question: dict, rng: random.Random) -> Iterator[tuple[list[str], str]]:
     """Yields plausible wrong (answer parts, scale), the most plausible first."""
-    parts, scale = tatqa.gold_parts(question), question["scale"]
+    parts, scale = tatqa.gold_answer(question)
     if question["answer_type"] == "count":
         count = int(parts[0])
         yield from (([str(other)], "") for other in rng.sample([count - 1, count + 1], 2) if other >= 0)
     elif question["answer_type"] == "arithmetic":
         gold, decimals = float(parts[0]), len(parts[0].partition(".")[2])
         error = gold * (1 + rng.choice((-1, 1)) * rng.uniform(0.10, 0.35))
-        operands = re.findall(r"\d[\d,]*(?:\.\d+)?", str(question.get("derivation") or "")) or _cells_near(
-            context, parts[0], rng
-        )
+        written = re.findall(r"\d[\d,]*(?:\.\d+)?", str(question.get("derivation") or ""))
+        operands = written or _cells_near(context, parts[0], rng)
         choices = [
             ([rng.choice(operands)] if operands else parts, scale),
             ([f"{-gold:.{decimals}f}"], scale),
@@ -149,10 +131,6 @@ def _cells_near(context: dict, text: str, rng: random.Random) -> list[str]:
     return [cell[2] for cell in sorted(others, key=distance)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
 def of_own_pairs(args: argparse.Namespace) -> dict:
     """Further defaults: with pairs of one's own TAT-QA is measured when the user asks for it."""
     return {"do_eval": False} if args.pairs else {}
@@ -160,42 +138,34 @@ def of_own_pairs(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
-    args = flags.parse_arguments(build_parser(), argv, flags.DPO_DEMO, of_own_pairs)
-    with recorded_run(args, argv, "dpo_train.py") as record:
-        run(args, record)
-    return record
+    args = flags.parse_arguments(build_parser(), argv, flags.DPO_DEMO | {"eval_pairs": 200}, of_own_pairs)
+    return recorded_run(run, args, argv, "dpo_train.py")
 
 
 def run(args: argparse.Namespace, record: dict) -> None:
     """Checks the flags, reads the pairs and the questions, and runs DPO on them."""
-    from llm_alignment import dpo, training
+    from llm_alignment import training
     from llm_alignment.dpo_run import RunFlags, run_dpo
 
-    check_flags(args, record["argv"])
-    setup = training.set_up(args, record, neutral_flags(build_parser()), longest=args.max_length)
-    setup.check_folder()
-    rows, evaluations, data = pairs_and_evaluations(args, setup)
-    setup.check_folder(data)
-    settings: list[Any] = [flags.fill(kind, args) for kind in (training.TrainingSettings, dpo.DpoSettings, RunFlags)]
-    run_dpo(record, setup, rows, evaluations, data, *settings)
-
-
-def check_flags(args: argparse.Namespace, argv: list[str]) -> None:
-    """Raises InputError for flags that do not go together."""
     flags.check_dpo_flags(args)
-    if args.pairs and flags.is_given(argv, "--tatqa_split"):
+    if args.pairs and flags.is_given(record["argv"], "--tatqa_split"):
         raise InputError("--pairs and --tatqa_split: both name what is trained on; leave one of them out")
     if args.pairs and args.no_train and not args.eval_pairs:
         raise InputError(f"--pairs {args.pairs}: with --no_train it is used only by --eval_pairs N; add it")
     if args.system_prompt and not args.pairs:
         raise InputError("--system_prompt goes with --pairs: TAT-QA's prompts are the published ones; leave it out")
+    setup = training.set_up(args, record, flags.neutral_flags(build_parser()), longest=args.max_length)
+    setup.check_folder()
+    rows, evaluations, data = pairs_and_evaluations(args, setup)
+    setup.check_folder(data)
+    run_dpo(record, setup, rows, evaluations, data, flags.fill(RunFlags, args))
 
 
 def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[dict], list[Evaluation], dict]:
     """(training pairs as the trainer reads them, what is measured, fingerprint of the data)."""
-    from llm_alignment import domains, dpo
+    from llm_alignment import dpo, dpo_run
 
-    measuring, choice = flags.fill(domains.MeasuringSettings, args), flags.fill(PairChoice, args)
+    measuring, choice = flags.fill(dpo_run.MeasuringSettings, args), flags.fill(PairChoice, args)
     style, content = measuring.style, measuring.content
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
     instructions = instruct_questions(args.instruct_limit) if args.do_instruct else []
@@ -218,7 +188,7 @@ def pairs_and_evaluations(args: argparse.Namespace, setup: Setup) -> tuple[list[
     )
     asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit), "instruct": instructions}
     rewards = [dpo.reward_evaluation(held_out, held_out_rows, args.beta, args.max_length)] if held_out else []
-    return rows, domains.dpo_evaluations(setup.tokenizer, measuring, asked, rewards), data
+    return rows, dpo_run.dpo_evaluations(setup.tokenizer, measuring, asked, rewards), data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,15 +206,11 @@ class PairChoice:
         return random.Random(self.seed).sample(pairs, limit) if 0 < limit < len(pairs) else pairs
 
 
-def own_pairs(
-    source: str, choice: PairChoice, finder: LeakFinder, own: re.Pattern[str]
-) -> tuple[list[dict], list[dict], dict]:
-    """Pairs to train on and held-out ones from --pairs, and the fingerprint of the data.
-
-    Pairs that contain the question of an evaluation are left out and counted. --eval_pairs are taken prompt by prompt
-    in the order of a hash, at most half of the prompts, so that no prompt is on both sides and the choice does not
-    depend on the seed. Raises InputError when no prompt is left to train on, or to hold out.
-    """
+def own_pairs(source: str, choice: PairChoice, finder: LeakFinder, own: re.Pattern[str]) -> PairData:
+    """Pairs to train on and held-out ones from --pairs, and the fingerprint of the data. Pairs that contain the
+    question of an evaluation are left out and counted. --eval_pairs are taken prompt by prompt in the order of a hash,
+    at most half of the prompts, so that no prompt is on both sides and the choice does not depend on the seed. Raises
+    InputError when no prompt is left to train on, or to hold out."""
     counts: dict[str, int] = {}
     pairs = without_leaks(read_pairs(source, "--pairs", thinking=choice.thinking, own=own), finder, "pairs", counts)
     by_prompt: dict[str, list[dict]] = {}
@@ -252,10 +218,8 @@ def own_pairs(
         by_prompt.setdefault(normalise_text(transcript(pair["prompt"])), []).append(pair)
     needed = 2 if choice.eval_pairs else 1
     if len(by_prompt) < needed:
-        raise InputError(
-            f"--pairs {source}: {len(pairs)} usable pairs on {len(by_prompt)} prompts, and {needed} is the least "
-            f"with --eval_pairs {choice.eval_pairs}; add pairs"
-        )
+        found = f"{len(pairs)} usable pairs on {len(by_prompt)} prompts, and {needed} is the least"
+        raise InputError(f"--pairs {source}: {found} with --eval_pairs {choice.eval_pairs}; add pairs")
     held_out: list[dict] = []
     for prompt in sorted(by_prompt, key=lambda text: digest("held out", text))[: len(by_prompt) // 2]:
         if len(held_out) < choice.eval_pairs:
@@ -269,40 +233,32 @@ def own_pairs(
     return pairs, held_out, {"source": source, "rows": rows, "sha256": digest([pair["uid"] for pair in pairs])}
 
 
-def table_pairs(
-    folder: str, split: str, eval_split: str, choice: PairChoice, content: tatqa.PromptContent
-) -> tuple[list[dict], list[dict], dict]:
-    """TAT-QA pairs to train on, held-out ones of `eval_split`, and the fingerprint of the data."""
-    pairs: list[dict] = []
-    held_out: list[dict] = []
+def table_pairs(folder: str, split: str, eval_split: str, choice: PairChoice, content: PromptContent) -> PairData:
+    """TAT-QA pairs to train on, held-out ones of `eval_split`, and the fingerprint of the data. A pair's "cluster" is
+    its table. Raises InputError when no pair is left of a split."""
+    pairs, held_out = list[dict](), list[dict]()
     data: dict = {"source": folder or "next-tat/TAT-QA"}
+
+    def load(path: Path, limit: int, without: Collection[str] = ()) -> tuple[list[dict], int]:
+        """A sample of the pairs of a file, and how many questions gave none."""
+        skipped = SkippedRows()
+        contexts = tatqa.read_tatqa(path, skipped)
+        table = {question["uid"]: c["questions"][0]["uid"] for c in contexts for question in c["questions"]}
+        found = tatqa_pairs(contexts, seed=choice.seed, skipped=skipped, content=content)
+        skipped.report(f"questions of {path.name} for pairs")
+        found = [{**pair, "cluster": table[pair["uid"]]} for pair in found if pair["uid"] not in without]
+        if not found:
+            reasons = "; ".join(skipped.places) or "all of them are trained on"
+            raise InputError(f"{path}: no pairs left ({reasons}); name another --tatqa_split or --eval_split")
+        return choice.limited(found, limit), skipped.count
+
     if not choice.no_train:
         path = tatqa.tatqa_file(folder, split)
-        pairs, skipped = load_pairs(path, choice, content, choice.limit_pairs)
+        pairs, skipped = load(path, choice.limit_pairs)
         data |= {"rows": {"tatqa_pairs": len(pairs), "skipped": skipped}, "sha256": file_sha256(path)}
     if choice.eval_pairs:
-        seen, path = {pair["uid"] for pair in pairs}, tatqa.tatqa_file(folder, eval_split)
-        held_out, _ = load_pairs(path, choice, content, choice.eval_pairs, without=seen)
+        held_out, _ = load(tatqa.tatqa_file(folder, eval_split), choice.eval_pairs, {pair["uid"] for pair in pairs})
     return pairs, held_out, data
-
-
-def load_pairs(
-    path: Path, choice: PairChoice, content: tatqa.PromptContent, limit: int, without: Collection[str] = ()
-) -> tuple[list[dict], int]:
-    """The pairs of a TAT-QA file but those of the uids in `without`, and how many questions gave none.
-
-    A pair's "cluster" is its table. `limit` > 0 takes a sample by the seed.
-    """
-    skipped = SkippedRows()
-    contexts = tatqa.read_tatqa(path, skipped)
-    table = {question["uid"]: c["questions"][0]["uid"] for c in contexts for question in c["questions"]}
-    pairs = tatqa_pairs(contexts, seed=choice.seed, skipped=skipped, content=content)
-    skipped.report(f"questions of {path.name} for pairs")
-    pairs = [{**pair, "cluster": table[pair["uid"]]} for pair in pairs if pair["uid"] not in without]
-    if not pairs:
-        reasons = "; ".join(skipped.places) or "all of them are trained on"
-        raise InputError(f"{path}: no pairs left ({reasons}); name another --tatqa_split or --eval_split")
-    return choice.limited(pairs, limit), skipped.count
 
 
 if __name__ == "__main__":

@@ -16,17 +16,15 @@ TAT-QA's prompts.
 from __future__ import annotations
 
 import argparse
-import logging
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm_alignment import flags
 from llm_alignment.encoder import own_tokens
 from llm_alignment.evaluation import Evaluation
-from llm_alignment.files import InputError, sample, write_rows
-from llm_alignment.model_files import adapter_files_sha256
-from llm_alignment.parser import Parser, add_group, neutral_flags
+from llm_alignment.files import InputError, log, sample, write_rows
+from llm_alignment.hub import adapter_files_sha256
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle
 from llm_alignment.runs import recorded_run, timed
@@ -35,24 +33,16 @@ from mtbench_eval import load_questions, sample_questions
 if TYPE_CHECKING:
     from llm_alignment.training import Setup
 
-log = logging.getLogger("llm_alignment")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-
 
 # fmt: off
-def build_parser() -> Parser:
+def build_parser() -> flags.Parser:
     """The command line. Defaults are those of the published runs where they had one."""
-    shown = (
-        "demo model output_dir use_hybrid use_3way_hybrid hybrid_ratio beta epochs batch grad_acc "
-        "learning_rate lora_r dry_run resume_from_checkpoint"
-    )
-    parser = Parser("dpo_train_mt.py", __doc__, shown)
+    parser = flags.Parser("dpo_train_mt.py", __doc__, "demo model output_dir use_hybrid use_3way_hybrid hybrid_ratio "
+        "beta epochs batch grad_acc learning_rate lora_r dry_run resume_from_checkpoint")
     flags.add_dpo_flags(parser)
     flags.add_tatqa_flags(parser)
     flags.add_data_flags(parser)
-    add = add_group(parser, "mix; without one Reddit alone", trains=True)
+    add = flags.add_group(parser, "mix; without one Reddit alone", trains=True)
     add("--use_hybrid", action="store_true", help="Reddit and Finance-Instruct, by --hybrid_ratio")
     add("--use_3way_hybrid", action="store_true", help="Reddit, Finance-Instruct and general pairs, by three ratios")
     add("--reddit_ratio", type=flags.ratio, default=0.4, help="share of Reddit in the three-way mix")
@@ -79,8 +69,7 @@ def asked_shares(args: argparse.Namespace) -> dict[str, Fraction]:
     if args.use_hybrid and args.use_3way_hybrid:
         raise InputError("--use_hybrid and --use_3way_hybrid: one mix at a time; leave out one of them")
     if args.use_3way_hybrid:
-        sources = ("reddit", "finance", "general")
-        shares = {source: Fraction(str(getattr(args, f"{source}_ratio"))) for source in sources}
+        shares = {name: Fraction(str(getattr(args, f"{name}_ratio"))) for name in ("reddit", "finance", "general")}
         total = float(sum(shares.values()))
         if abs(total - 1) > 1e-6:
             raise InputError(f"--reddit_ratio, --finance_ratio and --general_ratio sum to {total:g}; make it 1")
@@ -102,16 +91,10 @@ def warn_of_unused_flags(args: argparse.Namespace, argv: list[str]) -> None:
             log.warning("%s %s: it is not used", flag, reason)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
     args = parse(argv)
-    with recorded_run(args, argv, "dpo_train_mt.py") as record:
-        run(args, record)
-    return record
+    return recorded_run(run, args, argv, "dpo_train_mt.py")
 
 
 def run(args: argparse.Namespace, record: dict) -> None:
@@ -122,7 +105,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     shares = asked_shares(args)
     warn_of_unused_flags(args, record["argv"])
     flags.check_dpo_flags(args)
-    neutral = neutral_flags(build_parser(), "asked", "reddit", "finance", "general")
+    neutral = flags.neutral_flags(build_parser(), "asked", "reddit", "finance", "general")
     setup = training.set_up(args, record, neutral, longest=args.max_length)
     setup.check_folder()
     pairs, evaluations, data = pairs_and_evaluations(args, record, setup, shares)
@@ -130,9 +113,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     rows = dpo.fit_pairs(pairs, setup.tokenizer, chat, args.max_length)
     if not args.dry_run:  # which generates no answers to Finance-Instruct
         setup.check_folder(data)
-    settings: list[Any] = [flags.fill(kind, args) for kind in (training.TrainingSettings, dpo.DpoSettings, RunFlags)]
     try:
-        run_dpo(record, setup, rows, evaluations, data, *settings)
+        run_dpo(record, setup, rows, evaluations, data, flags.fill(RunFlags, args))
     finally:  # after a missed gate too
         if main_process() and (setup.folder / "metrics.json").exists():
             write_rows(setup.folder / "train_pairs.jsonl", pairs)
@@ -142,19 +124,18 @@ def pairs_and_evaluations(
     args: argparse.Namespace, record: dict, setup: Setup, shares: dict[str, Fraction]
 ) -> tuple[list[dict], list[Evaluation], dict]:
     """(training pairs, what is measured, fingerprint of the data)."""
-    from llm_alignment import domains, finance
+    from llm_alignment import dpo_run, finance
 
     sources = set() if args.no_train else set(shares)
     mtbench = load_questions(args.mtbench_file, flag="--mtbench_file") if args.do_mtbench else []
-    measuring, settings = flags.fill(domains.MeasuringSettings, args), flags.fill(finance.DataSettings, args)
+    measuring, settings = flags.fill(dpo_run.MeasuringSettings, args), flags.fill(finance.DataSettings, args)
     data = finance.load_data(settings, sources, *measuring.forbidden(mtbench), own_tokens(setup.tokenizer))
     asked = {"mtbench": sample_questions(mtbench, args.mtbench_limit), **data.questions}
-    evaluations = domains.dpo_evaluations(setup.tokenizer, measuring, asked)
+    evaluations = dpo_run.dpo_evaluations(setup.tokenizer, measuring, asked)
 
     def answered(instructions: list[dict], wanted: int) -> list[dict]:
-        answers = flags.fill(finance.AnswerSettings, args)
         with timed(record, "finance answers"):
-            return finance.finance_pairs(setup, instructions, wanted, answers)
+            return finance.finance_pairs(setup, instructions, wanted, settings)
 
     limits = {"finance": args.finance_instruct_pairs, "general": args.general_pairs}
     pairs = finance.mixed_pairs(data, shares, limits, args.mix_policy, answered) if sources else []

@@ -13,34 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import random
 from pathlib import Path
 from typing import Any
 
 from llm_alignment import flags
+from llm_alignment.checks import SAMPLE_SEED, read_questions
 from llm_alignment.encoder import own_tokens
-from llm_alignment.evaluation import Evaluation, pair_rows, print_table, read_items, report, table_rows
-from llm_alignment.files import InputError, SkippedRows, differing, read_jsonl, write_json
-from llm_alignment.flags import fill, not_negative, parse_arguments
-from llm_alignment.hub import hub_files
-from llm_alignment.judge import check_judge, judge_lines
-from llm_alignment.model_files import adapter_files_sha256
-from llm_alignment.parser import Parser, add_group
+from llm_alignment.evaluation import Evaluation, measure, pair_rows, print_table, report, table_rows
+from llm_alignment.files import InputError, SkippedRows, differing, log, read_jsonl, write_json
+from llm_alignment.flags import add_group, fill, not_negative
+from llm_alignment.hub import adapter_files_sha256, hub_files
 from llm_alignment.preferences import read_pairs
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle, render
-from llm_alignment.questions import SAMPLE_SEED, read_questions
-from llm_alignment.results import ResultFile, baseline_cache, read_results
+from llm_alignment.results import ResultFile, read_results
 from llm_alignment.retention import RetentionSettings, retention_evaluations
 from llm_alignment.runs import begin, recorded_run, timed
-from llm_alignment.scores import compare_scored, scored_evaluation, summarise, summarise_scored
-
-log = logging.getLogger("llm_alignment")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Questions
+from llm_alignment.scores import compare_scored, scored_evaluation, summarise_scored
 
 # Where the two MT-Bench sets live on the hub: (repository, its kind, file). The English one is FastChat's own file.
 MT_BENCH = {
@@ -52,13 +43,11 @@ MT_BENCH = {
 def load_questions(
     source: str, *, language: str = "ru", limit: int = 0, seed: int = SAMPLE_SEED, flag: str = "--questions"
 ) -> list[dict]:
-    """Reads questions: [{"question_id", "category", "turns": [str, ...]}, ...] in the file's order.
-
-    `source` is a JSONL file, a JSON list, or "auto": mt_bench_ru.json or mt_bench_en.json in the working folder,
-    fetched from the hub when it is not there. A row holds `turns`, or one turn in `prompt`, `question` or `text`.
-    `limit` > 0 takes a sample by `seed` that does not depend on the order of the file. Raises InputError as
-    `read_questions`, and naming `flag` when the hub cannot be reached.
-    """
+    """Reads questions: [{"question_id", "category", "turns": [str, ...]}, ...] in the file's order. `source` is a
+    JSONL file, a JSON list, or "auto": mt_bench_ru.json or mt_bench_en.json in the working folder, fetched from the
+    hub when it is not there. A row holds `turns`, or one turn in `prompt`, `question` or `text`. `limit` > 0 takes a
+    sample by `seed` that does not depend on the order of the file. Raises InputError as `read_questions`, and naming
+    `flag` when the hub cannot be reached."""
     path = Path(f"mt_bench_{language}.json" if source == "auto" else source)
     if str(path) in MT_BENCH and not path.exists():
         repository, kind, name = MT_BENCH[str(path)]
@@ -92,9 +81,7 @@ def mtbench_evaluations(args: argparse.Namespace, *asked: list[dict]) -> list[Ev
     from llm_alignment.generation import Decoding
     from llm_alignment.rewards import load_reward_model
 
-    reward_model = load_reward_model(
-        args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code, on_meta=args.dry_run
-    )
+    reward_model = load_reward_model(args.reward_model, args.eval_batch_size, args.trust_remote_code, args.dry_run)
     decoding = Decoding(
         max_new_tokens=args.mtbench_max_tokens, temperature=args.mtbench_temperature, seed=args.seed,
         backend=args.mtbench_backend, thinking=args.thinking, batch_size=args.eval_batch_size,
@@ -102,16 +89,13 @@ def mtbench_evaluations(args: argparse.Namespace, *asked: list[dict]) -> list[Ev
     return [scored_evaluation("mtbench", questions, decoding, reward_model) for questions in asked]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-
 QUESTIONS = str(flags.DEMO_DIR / "mt_bench_ru.jsonl")
 DEMO = flags.DEMO | {"questions": QUESTIONS, "output_dir": "demo_mtbench", "mtbench_max_tokens": 32}
 
 
 # fmt: off
-def build_parser() -> Parser:
-    parser = Parser("mtbench_eval.py", __doc__, "demo model adapter questions language mtbench_questions_limit "
+def build_parser() -> flags.Parser:
+    parser = flags.Parser("mtbench_eval.py", __doc__, "demo model adapter questions language mtbench_questions_limit "
         "mtbench_max_tokens compare output_dir no_4bit reward_model dry_run")
     flags.add_model_flags(parser)
     flags.add_run_flags(parser, "experiments/mtbench_evaluations.jsonl", trains=False)
@@ -134,15 +118,13 @@ def build_parser() -> Parser:
 # fmt: on
 def earlier_rows(path: str, mtbench: Evaluation) -> list[dict]:
     """The rows for the questions of `mtbench` in the file that --compare names; warns when it had other settings.
-
     Raises InputError when it is another kind of file, answers none of the questions with these turns, or was scored by
-    another reward model.
-    """
+    another reward model."""
     skipped = SkippedRows()
-    fingerprint, rows = read_results(Path(path), skipped)
+    fingerprint, stored = read_results(Path(path), skipped)
     needed = ("rewards", "scores", "scores_logged", "answer_tokens", "finished")
-    is_whole = bool(rows) and all(isinstance(fingerprint.get(name), dict) for name in ("reward_model", "generation"))
-    for row in rows:
+    is_whole = bool(stored) and all(isinstance(fingerprint.get(name), dict) for name in ("reward_model", "generation"))
+    for row in stored.values():
         columns: list[Any] = [row.get(name) for name in ("turns", *needed)]
         is_whole &= all(isinstance(values, list) and len(values) == len(columns[0]) > 0 for values in columns)
         is_whole = is_whole and all(isinstance(x, int | float) and math.isfinite(x) for x in sum(columns[1:], []))
@@ -150,7 +132,7 @@ def earlier_rows(path: str, mtbench: Evaluation) -> list[dict]:
         raise InputError(f"--compare {path}: no per-question results; name an mtbench_*.jsonl of an output folder")
     skipped.report(f"damaged lines of {path}")
     turns = {question["question_id"]: question["turns"] for question in mtbench.items}
-    rows = [row for row in rows if row["question_id"] in turns]
+    rows = [row for key, row in stored.items() if key in turns]
     other = [row["question_id"] for row in rows if row["turns"] != turns[row["question_id"]]]
     if not rows or other:
         what = f"asked other turns under question_id {other[0]}" if other else "answered none of these questions"
@@ -165,23 +147,18 @@ def earlier_rows(path: str, mtbench: Evaluation) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the evaluation that `argv` asks for and returns its record."""
-    args = parse_arguments(build_parser(), argv, DEMO)
-    with recorded_run(args, argv, "mtbench_eval.py") as record:
-        (run_judge if args.check_judge else run)(args, record)
-    return record
+    args = flags.parse_arguments(build_parser(), argv, DEMO)
+    return recorded_run(run_judge if args.check_judge else run, args, argv, "mtbench_eval.py")
 
 
 def run_judge(args: argparse.Namespace, record: dict) -> None:
     """How often the reward model agrees with the pairs of --check_judge."""
-    from llm_alignment.rewards import load_reward_model
+    from llm_alignment.rewards import check_judge, judge_lines, load_reward_model
 
     ignored = next((name for name in ("adapter", "compare") if getattr(args, name)), None)
     flags.refuse((ignored, f"--check_judge scores the answers of its pairs: leave out --{ignored}"))
-    judge = load_reward_model(
-        args.reward_model, args.eval_batch_size, trust_remote_code=args.trust_remote_code, on_meta=args.dry_run
-    )
-    own = own_tokens(judge.tokenizer)
-    pairs = read_pairs(args.check_judge, "--check_judge", thinking=args.thinking, own=own)
+    judge = load_reward_model(args.reward_model, args.eval_batch_size, args.trust_remote_code, args.dry_run)
+    pairs = read_pairs(args.check_judge, "--check_judge", thinking=args.thinking, own=own_tokens(judge.tokenizer))
     if args.dry_run:
         log.info("%d pairs for the judge", len(pairs))
         return
@@ -220,23 +197,15 @@ def run(args: argparse.Namespace, record: dict) -> None:
         fingerprint = {**models.base_fingerprint(base, thinking=args.thinking), "adapter": adapter}
         if args.adapter_scale != 1:
             fingerprint["adapter_scale"] = args.adapter_scale
-        paths = {evaluation.name: Path(args.output_dir) / f"{evaluation.name}.jsonl" for evaluation in evaluations}
-        if main_process():
-            for evaluation in evaluations:  # refuses the folder of another evaluation before anything in it changes
-                ResultFile(paths[evaluation.name], {**fingerprint, **evaluation.settings})
+        for each in evaluations if main_process() else []:  # another's folder is refused before anything in it changes
+            ResultFile(Path(args.output_dir) / f"{each.name}.jsonl", {**fingerprint, **each.settings})
         data = {"questions": args.questions, "n": len(questions), "sha256": mtbench.settings["questions"]}
         if args.adapter:  # by it campaigns and means over seeds tell runs apart
             data["adapter"] = adapter_files_sha256(args.adapter)
-        folder, rows = begin(record, data, base), {}
+        folder = begin(record, data, base)
+        how: Any = {"with_adapter": bool(args.adapter), "use_cache": not args.no_baseline_cache}
         with timed(record, "final"):
-            for evaluation in evaluations:
-                cache = None
-                if evaluation.is_cached and not (args.adapter or args.no_baseline_cache):
-                    cache = baseline_cache({**fingerprint, **evaluation.settings})
-                rows[evaluation.name] = read_items(
-                    evaluation, lambda: model, tokenizer, paths[evaluation.name],
-                    fingerprint=fingerprint, cache=cache, renew=False,
-                )  # fmt: skip
+            rows = measure(model, tokenizer, evaluations, (folder, ""), fingerprint=fingerprint, **how)
     if main_process():
         report_results(record, folder, evaluations, rows, earlier)
 
@@ -250,15 +219,16 @@ def report_results(
     both = []
     if earlier:
         both = [new for _, new in pair_rows(earlier, answered)]
+        on_both = summarise_scored("mtbench", both)
         record["baseline"] |= summarise_scored("mtbench", earlier)
-        record["final"]["mtbench_compared"] = summarise(both)
+        record["final"]["mtbench_compared"] = on_both["mtbench"]
         record["delta"] |= compare_scored("mtbench", earlier, both)
         if len(both) < len(answered):
             title += f"; baseline and differences on the {len(both)} that both answered"
     report(record, folder, evaluations, {}, rows, title=title)
     if 0 < len(both) < len(answered):
-        on_both = table_rows(record["baseline"], summarise_scored("mtbench", both), record["delta"], "full")
-        print_table(f"The {len(both)} questions that both answered", on_both)
+        rows_of_both = table_rows(record["baseline"], on_both, record["delta"], "full")
+        print_table(f"The {len(both)} questions that both answered", rows_of_both)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -24,17 +23,15 @@ from llm_alignment import flags
 from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl  # noqa: F401 - the loss is part of this script
 from llm_alignment.card import write_card
 from llm_alignment.encoder import ChatEncoder
-from llm_alignment.evaluation import METRICS, Evaluation, asked_gates, judge_gates, measure, report
-from llm_alignment.files import digest
-from llm_alignment.flags import fill, is_given, not_negative, parse_arguments, positive, ratio, seed, steps_or_share
+from llm_alignment.evaluation import METRICS, Evaluation, Rows, asked_gates, judge_gates, measure, report
+from llm_alignment.files import digest, log
+from llm_alignment.flags import add_group, fill, not_negative, positive, ratio, seed, steps_or_share
 from llm_alignment.leaks import LeakFinder, forbidden_texts
-from llm_alignment.parser import Parser, add_group, neutral_flags
 from llm_alignment.plots import save_curves, with_validation
 from llm_alignment.processes import main_process
 from llm_alignment.replay import ReplaySettings, given_dialogues, own_dialogues, replay_rows
 from llm_alignment.retention import RetentionSettings, retention_evaluations, with_own_drift
-from llm_alignment.runs import begin, phases, recorded_run
-from llm_alignment.twix import RowChoice, Selection, load_data, tokenise, with_answers
+from llm_alignment.runs import begin, recorded_run, timed
 from mtbench_eval import load_questions, mtbench_evaluations, sample_questions
 
 # torch and its family take ten seconds to import, so functions import them: --help and a wrong flag answer at once.
@@ -45,12 +42,7 @@ if TYPE_CHECKING:
 
     from llm_alignment.sft import EarlyStopping
     from llm_alignment.training import Setup
-
-
-log = logging.getLogger("llm_alignment")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
+    from llm_alignment.twix import Selection
 
 # enough to forget without the anchor: rerun with --kl_coef 0 and compare
 DEMO = flags.DEMO | dict(
@@ -62,14 +54,11 @@ DEMO = flags.DEMO | dict(
 
 
 # fmt: off
-def build_parser() -> Parser:
+def build_parser() -> flags.Parser:
     """The command line. Defaults are those of the published runs where they had one."""
-    parser = Parser("sft_train.py", __doc__, "demo model dataset output_dir epochs batch grad_acc learning_rate "
+    parser = flags.Parser("sft_train.py", __doc__, "demo model dataset output_dir epochs batch grad_acc learning_rate "
         "lora_r max_seq_length sample_ratio kl_coef dry_run resume_from_checkpoint")
-    flags.add_model_flags(parser)
-    flags.add_lora_flags(parser)
-    flags.add_training_flags(parser)
-    flags.add_run_flags(parser, exp_log="experiments/sft_experiments.jsonl")
+    flags.add_training_flags(parser, "experiments/sft_experiments.jsonl")
     add = add_group(parser, "data", trains=True)
     add("--dataset", default="t-tech/T-Wix", help="hub id, file or folder of rows: messages, prompt and "
         "completion, instruction and output, or conversations")
@@ -85,7 +74,6 @@ def build_parser() -> Parser:
     add("--mix_reasoning_ratio", type=ratio, default=None, help="share of reasoning rows, with --subset both")
     add("--assistant_only_loss", action="store_true", help="train on answers and their end of turn alone")
     add("--warmup_ratio", type=ratio, default=0.1, help="share of the steps in which the learning rate rises")
-
     add = add_group(parser, "loss", trains=True)
     add("--sft_loss", choices=["nll", "dft"], default="nll",
         help="dft weights each token's NLL by its probability; with forward KL this is ASFT")
@@ -107,7 +95,6 @@ def build_parser() -> Parser:
     add("--logging_steps", "--kl_log_interval", dest="kl_log_interval", type=positive(int), default=50,
         help="steps between log lines; of a short run a twentieth, unless it is given")
     add("--num_proc", type=positive(int), default=4, help="processes that tokenise large data")
-
     add = add_group(parser, "validation", trains="measured")
     add("--baseline_eval_samples", type=positive(int), default=60, help="rows that are compared before and after")
     add = add_group(parser, "MT-Bench", trains="measured")  # early stopping decides by these
@@ -131,10 +118,6 @@ def build_parser() -> Parser:
 
 
 # fmt: on
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
 def of_local_data(args: argparse.Namespace) -> dict:
     """Further defaults: of a local data set all rows are used."""
     return {"sample_ratio": 1.0, "val_split": None} if not args.demo and Path(args.dataset).exists() else {}
@@ -142,10 +125,8 @@ def of_local_data(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
-    args = parse_arguments(build_parser(), argv, DEMO, of_local_data)
-    with recorded_run(args, argv, "sft_train.py") as record:
-        run(args, record)
-    return record
+    args = flags.parse_arguments(build_parser(), argv, DEMO, of_local_data)
+    return recorded_run(run, args, argv, "sft_train.py")
 
 
 def run(args: argparse.Namespace, record: dict) -> None:
@@ -154,75 +135,61 @@ def run(args: argparse.Namespace, record: dict) -> None:
 
     check_flags(args)
     # with early stopping a measurement decides which adapter is kept, so its flags count
-    neutral = neutral_flags(build_parser(), *(["measured", "asked"] if args.early_stop_patience else []))
+    neutral = flags.neutral_flags(build_parser(), *(["measured", "asked"] if args.early_stop_patience else []))
     setup = training.set_up(args, record, neutral, longest=args.max_seq_length)
     setup.check_folder()
     task = task_of(args, setup)
     checkpoint = training.newest_complete(setup.folder, setup.resume)
     gates = asked_gates(args.gates, task.compared)
-    settings = fill(training.TrainingSettings, args, weight_decay=0.01, longest=args.max_seq_length)
-    sizes = fill(sft.SftSettings, args, kl_asked=is_given(record["argv"], "--kl_coef"))
+    own = {"weight_decay": 0.01, "longest": args.max_seq_length, "logging_steps": args.kl_log_interval}
+    settings = fill(training.TrainingSettings, args, **own)
+    sizes = fill(sft.SftSettings, args, kl_asked=flags.is_given(record["argv"], "--kl_coef"))
     replay = fill(ReplaySettings, args).wanted(task.selection.rows("train")) if args.replay_ratio else 0
-    steps = training.optimiser_steps(settings, sequences(args, task, replay))
-    settings = dataclasses.replace(settings, logging_steps=logging_steps(args, record["argv"], steps))
+    sequences = task.selection.rows("train") + replay
+    if args.packing:
+        sequences = plans.packed(sequences, task.examples("train"), task.encoder, args.max_seq_length)
+    steps = training.optimiser_steps(settings, sequences)
+    if not flags.is_given(record["argv"], "--logging_steps", "--kl_log_interval"):  # a twentieth of a short run
+        settings = dataclasses.replace(settings, logging_steps=min(settings.logging_steps, max(1, steps // 20)))
     anchor = fill(AnchorSettings, args)
     warn_of_small_runs(steps, len(task.validation), anchor.over(steps), settings.warmup_ratio)
     if args.dry_run:
-        shown, often = (task.selection, task.examples("train"), task.encoder), functools.partial(rounds, args, task)
-        plans.print_sft_plan(
-            setup, shown, settings, sft=sizes, anchor=anchor.over(steps), rounds=often, replay=replay, steps=steps
-        )
+        shown, asked = (task.selection, task.examples("train"), task.encoder), rounds(args, task, steps)
+        plans.print_sft_plan(setup, shown, settings, sizes, anchor.over(steps), asked, replay, steps)
         plans.log_gates(gates, Path(args.exp_log), args.model)
-    if args.dry_run and not args.time:
-        return
+        if not args.time:
+            return
     model = models.load_model(setup.base)
     models.check_head(model, setup.base.what)
     fingerprint = models.base_fingerprint(setup.base, thinking=args.thinking)
+    of_base: dict[str, Any] = {"fingerprint": fingerprint, "use_cache": not args.no_baseline_cache}
     rows = {"train": training_rows(args, task, model, fingerprint), "validation": task.validation}
-    before: dict[str, list[dict]] = {}
-
-    def measured(model: PeftModel, evaluations: list[Evaluation], stage: str, **how: Any) -> dict[str, list[dict]]:
-        how |= {"fingerprint": fingerprint, "use_cache": not args.no_baseline_cache}
-        return measure(model, setup.tokenizer, evaluations, (setup.folder, stage), **how)
-
-    early = early_stopping(args, measured, task.midtrain, before)
+    before: Rows = {}
+    early = early_stopping(args, setup, task.midtrain, before, of_base)
     trainer = sft.build_trainer(model, setup, rows, settings, sft=sizes, anchor=anchor, early=early)
     if args.dry_run:
-        plans.log_times(trainer, steps, rounds(args, task, steps))
+        plans.log_times(trainer, steps, asked)
         return
+    measured: Any = functools.partial(measure, trainer.model, setup.tokenizer, **of_base)
     folder = begin(record, task.data, setup.base)
     log.info("data: %s", ", ".join(f"{count} {name} rows" for name, count in task.data["rows"].items()))
     final, first = [*task.compared, *task.final], [] if args.skip_baseline_eval else ["baseline"]
-    phase = phases(record, *first, "train", "final")
+    phase = functools.partial(timed, record, phases=[*first, "train", "final"])
     if not args.skip_baseline_eval:
         with phase("baseline"):
-            before |= measured(trainer.model, task.compared, "baseline", with_adapter=False)
+            before |= measured(task.compared, (folder, "baseline"), with_adapter=False)
         final = with_own_drift(final, before, setup.tokenizer, thinking=args.thinking)
     with phase("train"):
         record["kept_step"] = sft.train(trainer, checkpoint, folder)
     training.save_adapter(trainer, folder)
     with phase("final"):  # what early stopping has measured at its step is taken from there
-        after = measured(trainer.model, final, "final", with_adapter=True, measured_as=f"step_{record['kept_step']}")
+        after = measured(final, (folder, "final"), with_adapter=True, measured_as=f"step_{record['kept_step']}")
     if main_process():
         report(record, folder, final, before, after, title=f"{folder}, step {record['kept_step']}")
         log.info("validation loss on all %(val_rows_full)d held-out rows: %(val_loss_full).4f", record["final"])
         save_curves(with_validation(trainer.state.log_history, record), folder)
         write_card(folder)
         judge_gates(record, gates)
-
-
-def logging_steps(args: argparse.Namespace, argv: list[str], steps: int) -> int:
-    """--logging_steps; unless it is given, a twentieth of a short run."""
-    is_asked = is_given(argv, "--logging_steps", "--kl_log_interval")
-    return args.kl_log_interval if is_asked else min(args.kl_log_interval, max(1, steps // 20))
-
-
-def sequences(args: argparse.Namespace, task: Task, replay: int) -> int:
-    """The examples of an epoch: rows with `replay` more, or about as many sequences as --packing makes of them."""
-    from llm_alignment import plans
-
-    rows = task.selection.rows("train") + replay
-    return plans.packed(rows, task.examples("train"), task.encoder, args.max_seq_length) if args.packing else rows
 
 
 def rounds(args: argparse.Namespace, task: Task, steps: int) -> list[tuple[Evaluation, int]]:
@@ -269,12 +236,11 @@ def task_of(args: argparse.Namespace, setup: Setup) -> Task:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from llm_alignment.drift import drift_evaluation
+    from llm_alignment.twix import RowChoice, load_data
     from llm_alignment.validation import validation_evaluation
 
-    questions, seed = [], args.mtbench_questions_seed
-    if args.mtbench_ru != "none":
-        limit = args.mtbench_questions_limit
-        questions = load_questions(args.mtbench_ru, limit=limit, seed=seed, flag="--mtbench_ru")
+    sample = {"limit": args.mtbench_questions_limit, "seed": args.mtbench_questions_seed}
+    questions = load_questions(args.mtbench_ru, **sample, flag="--mtbench_ru") if args.mtbench_ru != "none" else []
     settings = fill(RetentionSettings, args)
     asked = {"MT-Bench question": questions, "retention question": settings.questions()}
     finder = LeakFinder(*forbidden_texts(asked))
@@ -282,9 +248,7 @@ def task_of(args: argparse.Namespace, setup: Setup) -> Task:
     selection, examples = load_data(fill(RowChoice, args), encoder, finder)
     counts = {f"{subset}_{side}": count for (subset, side), count in sorted(selection.counts.items())}
     held_out = examples("validation")
-    given = []
-    if args.replay != "self":
-        given = given_dialogues(args.replay, encoder, finder, held_out["messages"])
+    given = given_dialogues(args.replay, encoder, finder, held_out["messages"]) if args.replay != "self" else []
     data = {"source": args.dataset, "rows": counts, "sha256": selection.sha256}
     data |= {"replay": digest(given)} if given else {}
     setup.check_folder(data)
@@ -292,11 +256,8 @@ def task_of(args: argparse.Namespace, setup: Setup) -> Task:
     first = held_out.select(range(min(args.baseline_eval_samples, len(held_out))))
     collator = DataCollatorForLanguageModeling(setup.tokenizer.pad_token_id)
     validation = validation_evaluation("validation", first, collator, args.batch)
-    drift = drift_evaluation([
-        {"question_id": number, "cluster": number, "input_ids": row["input_ids"], "labels": row["labels"]}
-        for number, row in enumerate(first)
-    ])
-    some = sample_questions(questions, args.mtbench_midtrain_questions, seed)
+    drift = drift_evaluation([{"question_id": n, "cluster": n, **row} for n, row in enumerate(first)])
+    some = sample_questions(questions, args.mtbench_midtrain_questions, args.mtbench_questions_seed)
     mtbench = mtbench_evaluations(args, questions, some) if questions else []
     retention = retention_evaluations(asked["retention question"], settings)
     decide = [*mtbench[1:], *(retention if args.early_stop_metric == "retention" else [])]
@@ -309,14 +270,14 @@ def task_of(args: argparse.Namespace, setup: Setup) -> Task:
 
 
 def early_stopping(
-    args: argparse.Namespace, measured: Callable[..., dict], midtrain: list[Evaluation], before: dict[str, list[dict]]
+    args: argparse.Namespace, setup: Setup, midtrain: list[Evaluation], before: Rows, of_base: dict[str, Any]
 ) -> EarlyStopping:
     """Measures at steps what stands in `midtrain`; `before` are the rows of the base, once they are there."""
     from llm_alignment.sft import EarlyStopping
 
     keys = {"loss": "val_loss", "val_loss": "val_loss"} | {e.name: e.name for e in midtrain[1:]}
 
-    def figures(rows: dict[str, list[dict]]) -> dict[str, float]:
+    def figures(rows: Rows) -> dict[str, float]:
         summaries: dict = {}
         for evaluation in midtrain:
             asked = {item["question_id"] for item in evaluation.items}
@@ -326,7 +287,8 @@ def early_stopping(
         return {name: value for name, value in found.items() if value is not None}
 
     def evaluate(model: PeftModel, step: int) -> dict[str, float]:
-        return figures(measured(model, midtrain, f"step_{step}", with_adapter=True))
+        place = setup.folder, f"step_{step}"
+        return figures(measure(model, setup.tokenizer, midtrain, place, with_adapter=True, **of_base))
 
     metric, patience = args.early_stop_metric, args.early_stop_patience
     return EarlyStopping(patience, args.eval_steps, metric, evaluate, lambda: figures(before).get(metric))
@@ -369,12 +331,13 @@ def training_rows(args: argparse.Namespace, task: Task, model: PreTrainedModel, 
 
 def tokenised(args: argparse.Namespace, rows: Dataset, encoder: ChatEncoder, side: str) -> Dataset:
     """The rows of a side as tokens, cut to --max_seq_length; of a stream those to train on whenever they are read."""
+    from llm_alignment.twix import tokenise, with_answers
+
     is_packed, is_lazy = (flag and side == "train" for flag in (args.packing, args.streaming))
     longest = None if is_packed else args.max_seq_length
     rows = tokenise(rows, encoder, args.num_proc, longest=longest, lazily=is_lazy)
-    if args.assistant_only_loss or args.max_seq_length == 1:
-        rows = with_answers(rows, side, args.max_seq_length)
-    return rows
+    has_all = not args.assistant_only_loss and args.max_seq_length > 1
+    return rows if has_all else with_answers(rows, side, args.max_seq_length)
 
 
 if __name__ == "__main__":

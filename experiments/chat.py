@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from pathlib import Path
 
-from commands import logged_exit_code
-from finished import finished_run
+from frontier import finished_run
 from mine_pairs import prompt_turns
+from records import exit_code
 
 from llm_alignment.adapters import adapter_off, scaled
 from llm_alignment.files import InputError
-from llm_alignment.flags import not_negative, positive
+from llm_alignment.flags import Parser, not_negative, positive
 from llm_alignment.generation import Decoding, generate
 from llm_alignment.hub import read_usable
-from llm_alignment.parser import Parser
 
 
 def build_parser() -> Parser:
@@ -51,36 +49,28 @@ def read_prompts(file: str) -> list[list[dict]]:
     return [[{"role": "user", "content": line.strip()}] for line in lines if line.strip()]
 
 
-def show(base: str, tuned: str) -> None:
-    """Prints two answers side by side, in plain ASCII lines."""
+def chat(args: argparse.Namespace) -> None:
+    """Answers the prompts of the file, or those that are typed; both answers stand side by side, in ASCII lines."""
     from rich.box import ASCII
     from rich.console import Console
     from rich.table import Column, Table
 
-    columns = [Column(title, ratio=1, overflow="fold") for title in ("base", "tuned")]
-    table = Table(*columns, box=ASCII, expand=True)
-    table.add_row(base, tuned)
-    Console(color_system=None, legacy_windows=False, markup=False, highlight=False).print(table)
-
-
-def chat(args: argparse.Namespace) -> None:
-    """Answers the prompts of the file, or those that are typed."""
     asked = read_prompts(args.prompts) if args.prompts else []
     run = finished_run(args.run_folder)
     decoding = Decoding(max_new_tokens=args.max_new_tokens, thinking=run.args.thinking)
     system = [{"role": "system", "content": run.args.system_prompt}] if run.args.system_prompt else []
     model = run.load()
 
-    def answer(turns: list[dict]) -> str:
-        return next(generate(model, run.tokenizer, [system + turns], decoding)).text
-
-    def answer_both(of_base: list[dict], of_tuned: list[dict]) -> tuple[str, str]:
+    def answer_both(*chats: list[dict]) -> list[str]:
         """The base's answer to its turns and the tuned model's to its own, which are shown."""
-        with adapter_off(model):
-            base = answer(of_base)
-        tuned = answer(of_tuned)
-        show(base, tuned)
-        return base, tuned
+        texts = []
+        for turns, is_base in zip(chats, (True, False), strict=True):
+            with adapter_off(model) if is_base else contextlib.nullcontext():
+                texts.append(next(generate(model, run.tokenizer, [system + turns], decoding)).text)
+        table = Table(*(Column(side, ratio=1, overflow="fold") for side in ("base", "tuned")), box=ASCII, expand=True)
+        table.add_row(*texts)
+        Console(color_system=None, legacy_windows=False, markup=False, highlight=False).print(table)
+        return texts
 
     chats: tuple[list[dict], list[dict]] = ([], [])
     with scaled(model, args.adapter_scale), contextlib.suppress(EOFError):
@@ -99,8 +89,8 @@ def chat(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return logged_exit_code(lambda: chat(build_parser().parse_args(argv)))
+    return exit_code(lambda: chat(build_parser().parse_args(argv)), logs=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -15,41 +15,36 @@ chat template leaves thinking off unless it is asked for.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
+import gc
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commands import logged_exit_code
+from records import exit_code
 
 from llm_alignment.adapters import adapter_config, adapter_off, load_adapter, scaled
 from llm_alignment.card import write_card
-from llm_alignment.files import InputError, SkippedRows, parse_json, replace
-from llm_alignment.flags import not_negative, positive
+from llm_alignment.files import InputError, SkippedRows, log, parse_json, replace
+from llm_alignment.flags import Parser, fill, not_negative, positive
 from llm_alignment.generation import Decoding, generate
 from llm_alignment.models import Base, BaseFlags, base_fingerprint, load_model, load_tokenizer, resolve_base
-from llm_alignment.parser import Parser
 from llm_alignment.results import read_results
 from llm_alignment.runs import check_writable, held_alone
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger("llm_alignment")
-
+NO_THINKING = "{%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}"
 LARGEST_KL = {"bf16": 0.05, "fp32": 1e-4}  # mean over the answers' tokens, in nats
-PROMPTS = (
+CHATS = [[{"role": "user", "content": prompt}] for prompt in (
     "What is the capital of France?", "Explain in two sentences what a bond is.", "Write a short poem about the sea.",
     "Add 17 and 25.", "Назови столицу страны: Япония.", "Объясни простыми словами, что такое инфляция.",
     "Составь список из трёх полезных привычек.", "Переведи на английский: дом стоит у реки.",
-)  # fmt: skip
-CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+)]  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -71,33 +66,28 @@ def saved_run(folder: Path) -> dict:
     return parse_json((folder / "run.json").read_bytes()) if (folder / "run.json").is_file() else {}
 
 
-def base_flags(args: argparse.Namespace) -> BaseFlags:
-    """The flags that loading needs; the base is the adapter's unless --model names a place for it."""
+def checked_base(args: argparse.Namespace) -> Base:
+    """The base of the adapter, from --model if it is given. Raises InputError when the run measured on another one."""
     folder = args.run_folder
     try:
-        base, run = adapter_config(str(folder))["base_model_name_or_path"], saved_run(folder)
-        trained_on, commit = run["args"]["model"] if run else base, (run.get("commits") or {}).get("model")
-        if not isinstance(base, str):
-            raise TypeError(base)
+        name, run = adapter_config(str(folder))["base_model_name_or_path"], saved_run(folder)
+        trained_on, commit = run["args"]["model"] if run else name, (run.get("commits") or {}).get("model")
+        if not isinstance(name, str):
+            raise TypeError(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}: its files name no base ({error!r}); train or copy it again") from error
-    if trained_on != base:
-        raise InputError(f"{folder}: adapter_config.json names {base}, but run.json {trained_on}; copy it again")
+    if trained_on != name:
+        raise InputError(f"{folder}: adapter_config.json names {name}, but run.json {trained_on}; copy it again")
     revision = args.model_revision or (None if args.model else commit)
-    return BaseFlags(
-        args.model or base, revision, no_4bit=True, dtype=args.dtype, trust_remote_code=args.trust_remote_code
-    )
-
-
-def check_base(run_folder: Path, base: Base) -> None:
-    """Raises InputError when the run measured its adapter on another base than the one that will be loaded."""
+    base = resolve_base(fill(BaseFlags, args, model=args.model or name, model_revision=revision, no_4bit=True))
     known = base_fingerprint(base, thinking=False)["weights"]
-    for path in sorted(run_folder.glob("*_final.jsonl")):
+    for path in sorted(folder.glob("*_final.jsonl")):
         measured, _ = read_results(path, SkippedRows())
         weights = measured.get("weights") or known
         if weights != known and len(weights) == len(known):  # a commit of the hub says nothing of a folder's hash
-            of_run = f"of {run_folder}, whose {path.name} was measured on other weights ({measured.get('model')})"
+            of_run = f"of {folder}, whose {path.name} was measured on other weights ({measured.get('model')})"
             raise InputError(f"{base.what}: not the base {of_run}; name that base")
+    return base
 
 
 def export(args: argparse.Namespace) -> None:
@@ -105,33 +95,30 @@ def export(args: argparse.Namespace) -> None:
     if os.path.lexists(args.merged):
         raise InputError(f"--merged {args.merged} exists; name a new folder")
     check_writable(args.merged, "--merged")
-    base = resolve_base(base_flags(args))
-    check_base(args.run_folder, base)
-    if (args.run_folder / "metrics.json").is_file():
+    folder, base = args.run_folder, checked_base(args)
+    if (folder / "metrics.json").is_file():
         with tempfile.TemporaryDirectory() as trial:  # else a damaged file would end the export after the merge
             try:
-                write_card(args.run_folder, Path(trial))
+                write_card(folder, Path(trial))
             except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-                damaged = f"{args.run_folder}: run.json or metrics.json is damaged ({error!r}), so the card"
+                damaged = f"{folder}: run.json or metrics.json is damaged ({error!r}), so the card"
                 raise InputError(f"{damaged} cannot be written; put it back") from error
-    folder, name = args.merged.parent, args.merged.name
-    temporary, lock = folder / f"{name}.unfinished", folder / f"{name}.lock"
+    temporary, lock = (Path(f"{args.merged}.{end}") for end in ("unfinished", "lock"))
     if temporary.exists() and not lock.exists():  # an export that was killed leaves both
         raise InputError(f"--merged {args.merged}: {temporary} is in the way; move it or name another folder")
-    with contextlib.ExitStack() as stack:
-        refusal = f"--merged {args.merged}: another export is writing it; wait for its end or name another folder"
-        stack.enter_context(held_alone(lock, refusal))
-        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+    refusal = f"--merged {args.merged}: another export is writing it; wait for its end or name another folder"
+    with held_alone(lock, refusal):
         shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
-        merge(args, base, temporary)
-        replace(temporary, args.merged)
+        try:
+            merge(args, base, temporary)
+            replace(temporary, args.merged)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     log.info("wrote %s", args.merged)
 
 
 def merge(args: argparse.Namespace, base: Base, folder: Path) -> None:
     """Writes the merged model to `folder` and checks it. Raises InputError when it is not base plus adapter."""
-    import gc
-
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -144,24 +131,21 @@ def merge(args: argparse.Namespace, base: Base, folder: Path) -> None:
     model: PeftModel = load_adapter(load_model(base).to(dtype), str(args.run_folder)).eval()
     with scaled(model, args.scale):
         answers = answers_of(model, tokenizer)
-        rows = [answer_ids(tokenizer, chat, answer) for chat, answer in zip(CHATS, answers, strict=True)]
-        wanted = log_probs(model, rows)
+        wanted = log_probs(model, tokenizer, answers)
         with adapter_off(model):
-            adapter_effect = mean_kl(wanted, log_probs(model, rows))
+            adapter_effect = mean_kl(wanted, log_probs(model, tokenizer, answers))
         write_merged(model, tokenizer, folder)
     describe(args.run_folder, tokenizer, folder, args.scale)
     del model
     gc.collect()
     # as any program loads it
     code: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **code)
+    saved = AutoTokenizer.from_pretrained(folder, **code)
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto", **code).eval()
-    difference = mean_kl(wanted, log_probs(merged, rows))
-    texts = answers_of(merged, tokenizer)
-    log.info(
-        "check on %d prompts: %d answers are the same text; mean KL to base plus adapter %.2g nats, to the base %.2g",
-        len(CHATS), sum(new == old for new, old in zip(texts, answers, strict=True)), difference, adapter_effect,
-    )  # fmt: skip
+    difference, texts = mean_kl(wanted, log_probs(merged, tokenizer, answers)), answers_of(merged, saved)
+    same = sum(new == old for new, old in zip(texts, answers, strict=True))
+    found = f"{same} answers are the same text; mean KL to base plus adapter {difference:.2g} nats"
+    log.info("check on %d prompts: %s, to the base %.2g", len(CHATS), found, adapter_effect)
     if not difference <= LARGEST_KL[args.dtype]:
         advice = "take --dtype fp32" if args.dtype == "bf16" else "use the base with the adapter instead"
         limit = f"the limit in {args.dtype} is {LARGEST_KL[args.dtype]}"
@@ -194,9 +178,6 @@ def write_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
     tokenizer.save_pretrained(folder)
 
 
-NO_THINKING = "{%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}"
-
-
 def describe(run_folder: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, scale: float) -> None:
     """Writes into the merged `folder` the chat template that serves what was trained, a Modelfile and the card."""
     thinking = saved_run(run_folder).get("args", {}).get("thinking", True)
@@ -212,9 +193,8 @@ def describe(run_folder: Path, tokenizer: PreTrainedTokenizerBase, folder: Path,
 
 
 def modelfile(tokenizer: PreTrainedTokenizerBase, *, thinking: bool) -> str:
-    """How Ollama reads the folder: the chat template in Ollama's language, greedy answers, the end of a turn. "" for a
-    template that cannot be put so: one that refuses a system turn, or joins turns. Source:
-    https://github.com/ollama/ollama/blob/main/docs/modelfile.md"""
+    """The folder for Ollama (https://github.com/ollama/ollama/blob/main/docs/modelfile.md): template, greedy answers,
+    end of a turn. "" for a chat template that cannot be put so: one that refuses a system turn, or joins turns."""
 
     def rendered(*roles: str, prompt: bool = True) -> str:
         turns = [{"role": role, "content": "{{ .Content }}"} for role in roles]
@@ -241,23 +221,20 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, *, thinking: bool) -> str:
     return f'FROM .\nTEMPLATE """{template}"""\nPARAMETER temperature 0\nPARAMETER stop "{tokenizer.eos_token}"\n'
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, chat: list[dict], answer: str) -> tuple[list[int], int]:
-    """Token ids of prompt, answer and end token, and how many of them are the prompt's."""
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, enable_thinking=False)
-    reply = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return [*prompt, *reply, tokenizer.eos_token_id], len(prompt)
-
-
-def log_probs(model: PeftModel | PreTrainedModel, rows: list[tuple[list[int], int]]) -> list[torch.Tensor]:
-    """Where an answer token of `answer_ids` is due, its log-probabilities: (answer tokens, vocabulary), float32."""
+def log_probs(model: Any, tokenizer: PreTrainedTokenizerBase, answers: list[str]) -> list[torch.Tensor]:
+    """Where a token of an answer to CHATS is due, or its end, the log-probabilities: (tokens, vocabulary), float32."""
     import torch
 
-    def of_row(ids: list[int], start: int) -> torch.Tensor:
-        logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, start - 1 : -1]
-        return logits.float().log_softmax(dim=-1).cpu()
-
+    found = []
+    prompts = tokenizer.apply_chat_template(
+        CHATS, add_generation_prompt=True, return_dict=False, enable_thinking=False
+    )
     with torch.no_grad():
-        return [of_row(*row) for row in rows]
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = [*prompt, *tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            found.append(logits.float().log_softmax(dim=-1).cpu())
+    return found
 
 
 def mean_kl(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
@@ -269,8 +246,8 @@ def mean_kl(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return logged_exit_code(lambda: export(build_parser().parse_args(argv)))
+    return exit_code(lambda: export(build_parser().parse_args(argv)), logs=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -14,22 +14,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
-import sys
+import dataclasses
+import importlib
+import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
-from commands import logged_exit_code
-from finished import FinishedRun, finished_run
+from records import exit_code
 
 from llm_alignment import evaluation
-from llm_alignment.adapters import LoraSettings, check_model, scaled
+from llm_alignment.adapters import LoraSettings, check_model, load_adapter, scaled
 from llm_alignment.endings import MissedGateError
-from llm_alignment.evaluation import METRICS, Evaluation, TableRow
-from llm_alignment.files import write_rows
-from llm_alignment.flags import not_negative
-from llm_alignment.models import base_fingerprint
-from llm_alignment.parser import Parser
+from llm_alignment.evaluation import METRICS, Evaluation, TableRow, asked_gates, judge_gates
+from llm_alignment.files import InputError, log, parse_json, write_rows
+from llm_alignment.flags import Parser, fill, not_negative
+from llm_alignment.models import Base, BaseFlags, base_fingerprint, load_model, load_tokenizer, resolve_base
 from llm_alignment.plots import SERIES, new_figure, save_figure
 from llm_alignment.retention import with_own_drift
 from llm_alignment.runs import held_alone
@@ -37,11 +37,47 @@ from llm_alignment.training import Setup
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-log = logging.getLogger("llm_alignment")
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 LEARNED = ("val_loss", "reward_accuracy", "tatqa_em", "finance_instruct", "reddit")  # the first that is measured
 LOST = ("retention", "own_drift", "mtbench")
+TRAINED = ("sft_train", "dpo_train", "dpo_train_mt", "dpo_train_mt_v2")
+
+
+class FinishedRun(NamedTuple):
+    folder: Path
+    script: ModuleType
+    args: argparse.Namespace  # the run's own, data at its commits; flags newer than the run have their defaults
+    base: Base  # at the commit of the run
+    tokenizer: PreTrainedTokenizerBase
+
+    def load(self) -> PeftModel:
+        """Base and adapter."""
+        return load_adapter(load_model(self.base), str(self.folder))
+
+
+def finished_run(folder: Path) -> FinishedRun:
+    """The run in `folder`. Raises InputError unless it was trained and measured to its end, and its files fit."""
+    try:
+        run = parse_json((folder / "run.json").read_bytes())
+        name, flags, commits = run["script"].removesuffix(".py"), run["args"], run.get("commits") or {}
+        if name not in TRAINED or not parse_json((folder / "metrics.json").read_bytes())["final"]:
+            raise ValueError("nothing was measured after training")
+        script = importlib.import_module(name)
+        data = {flag: f"{flags[flag].partition('@')[0]}@{commits[flag]}" for flag in commits if "dataset" in flag}
+        parser = script.build_parser()
+        parser.set_defaults(**flags | data | {"report_to": "none"})  # a tracker may not be installed here
+        args = parser.parse_args([])
+        revision = commits.get("model") or args.model_revision
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{Path(error.filename).name} is not there" if isinstance(error, FileNotFoundError) else repr(error)
+        advice = "name the output folder of a training run that ended, or end it by --resume_from_checkpoint auto"
+        raise InputError(f"{folder}: no finished run ({reason}); {advice}") from error
+    base = resolve_base(dataclasses.replace(fill(BaseFlags, args), model_revision=revision))
+    tokenizer = load_tokenizer(base)
+    check_model(base, tokenizer, adapter=str(folder))
+    return FinishedRun(folder, script, args, base, tokenizer)
 
 
 def build_parser() -> Parser:
@@ -53,18 +89,6 @@ def build_parser() -> Parser:
     add("--gates", default=None, metavar="METRIC=DIFFERENCE[,...]",
         help="least acceptable differences from the base; without it those of the run")  # fmt: skip
     return parser
-
-
-def evaluations_of(run: FinishedRun) -> list[Evaluation]:
-    """What the run measured before and after training, built as its script builds it."""
-    args, script = run.args, run.script
-    # no adapter is made from it, and its folder holds no run that would be in the way
-    setup = Setup(run.base, run.tokenizer, LoraSettings(1, 1, 0, ""), run.folder / "frontier", None, {})
-    if script.__name__ == "sft_train":
-        return script.task_of(args, setup).compared
-    if script.__name__ == "dpo_train":
-        return script.pairs_and_evaluations(args, setup)[1]
-    return script.pairs_and_evaluations(args, {}, setup, {})[1]  # of no source or stage, so without training pairs
 
 
 def measured(run: FinishedRun, evaluations: list[Evaluation], scales: list[float]) -> dict[float, dict]:
@@ -88,19 +112,6 @@ def measured(run: FinishedRun, evaluations: list[Evaluation], scales: list[float
     return rows
 
 
-def line_of(scale: float, evaluations: list[Evaluation], base: dict, rows: dict) -> dict[str, Any]:
-    """{"scale", "baseline", "final", "delta", "gates"} of a scale: the last four as in the record of a run."""
-    line: dict[str, Any] = {"scale": scale, "baseline": {}, "final": {}, "delta": {}, "gates": {}}
-    for asked in evaluations:
-        before, after = base[asked.name], rows[asked.name]
-        line["baseline"] |= asked.summarise(before)
-        line["final"] |= asked.summarise(after)
-        line["delta"] |= asked.compare(before, after)
-        if asked.name in evaluation.ANSWERED:
-            evaluation.add_health(line, asked.name, before, after)
-    return line
-
-
 def largest(lines: list[dict]) -> float | None:
     """The largest scale that passes every gate; None where none does. The base, scale 0, is not judged."""
     passing = [line["scale"] for line in lines if {gate["verdict"] for gate in line["gates"].values()} == {"passed"}]
@@ -119,7 +130,10 @@ def plot_frontier(title: str, lines: list[dict], chosen: float | None) -> Figure
         axis.plot(*zip(*((x["mean"], y["mean"]) for x, y in points), strict=True), color=SERIES[0], linewidth=1)
         for line, (x, y) in zip(lines, points, strict=True):
             colour = SERIES[1] if line["scale"] == chosen else SERIES[0]
-            wide, high = map(error_bars, (x, y))
+            wide, high = (
+                None if d["low"] is None else [[max(0, d["mean"] - d["low"])], [max(0, d["high"] - d["mean"])]]
+                for d in (x, y)
+            )
             axis.errorbar(x["mean"], y["mean"], yerr=high, xerr=wide, fmt="o", color=colour, alpha=0.8)
             axis.annotate(f"{line['scale']:g}", (x["mean"], y["mean"]), xytext=(6, 6), textcoords="offset points")
         axis.set(xlabel=f"learned: {METRICS[learned].title}", ylabel=METRICS[name].title)
@@ -131,35 +145,37 @@ def plot_frontier(title: str, lines: list[dict], chosen: float | None) -> Figure
     return figure
 
 
-def error_bars(delta: dict) -> list[list[float]] | None:
-    """The interval of a difference as matplotlib takes it."""
-    low, mean, high = (delta[key] for key in ("low", "mean", "high"))
-    return None if low is None else [[max(0, mean - low)], [max(0, high - mean)]]
-
-
 def frontier(args: argparse.Namespace) -> None:
     """Measures every scale; writes frontier.jsonl and frontier.png; prints the table and the scale to take."""
     run = finished_run(args.run_folder)
     for scale in args.scales:
         check_model(run.base, run.tokenizer, adapter=str(run.folder), scale=scale)
-    evaluations = evaluations_of(run)
-    gates = evaluation.asked_gates(run.args.gates if args.gates is None else args.gates, evaluations)
+    # what the run measured; no adapter is made from it, and its folder holds no run that would be in the way
+    setup = Setup(run.base, run.tokenizer, LoraSettings(1, 1, 0, ""), run.folder / "frontier", None, {})
+    if (script := run.script).__name__ == "sft_train":
+        evaluations = script.task_of(run.args, setup).compared
+    else:  # those of several sources or stages: of none, so without training pairs
+        given: tuple = (setup,) if script.__name__ == "dpo_train" else ({}, setup, {})
+        _, evaluations, *_ = script.pairs_and_evaluations(run.args, *given)
+    gates = asked_gates(run.args.gates if args.gates is None else args.gates, evaluations)
     with held_alone(run.folder / "run.lock", f"{run.folder}: another run is working in this folder; wait for its end"):
         rows = measured(run, evaluations, args.scales)
-        lines = [line_of(scale, evaluations, rows[0], rows[scale]) for scale in rows]
+        # of each scale, from "baseline" on as in the record of a run
+        lines: list[dict] = [{"scale": at, "baseline": {}, "final": {}, "delta": {}, "gates": {}} for at in rows]
+        for line, asked in itertools.product(lines, evaluations):
+            evaluation.add_figures(line, asked, rows[0], rows[line["scale"]])
         for line in lines[1:] if gates else []:
             log.info("gates at scale %g:", line["scale"])
             with contextlib.suppress(MissedGateError):
-                evaluation.judge_gates(line, gates)
+                judge_gates(line, gates)
         chosen = largest(lines)
         write_rows(run.folder / "frontier.jsonl", lines)
         save_figure(plot_frontier(run.folder.name, lines, chosen), run.folder / "frontier.png")
-    table = []
-    for name, metric in METRICS.items():
-        for line in lines[1:] if name in {*LEARNED, *LOST} & {*evaluation.metrics_of(evaluations)} else []:
-            before, after = map(metric.read, (line["baseline"], line["final"]))
-            title, delta = f"{metric.title}, {line['scale']:g}", line["delta"].get(name)
-            table.append(TableRow(title, before, after, delta, metric.lower_is_better))
+    table, shown = [], [name for name in evaluation.metrics_of(evaluations) if name in LEARNED + LOST]
+    for name, line in itertools.product(shown, lines[1:]):
+        metric, title = METRICS[name], f"{METRICS[name].title}, {line['scale']:g}"
+        before, after = map(metric.read, (line["baseline"], line["final"]))
+        table.append(TableRow(title, before, after, line["delta"].get(name), metric.lower_is_better))
     evaluation.print_table(f"{run.folder}, by the scale of its adapter", table, ("base", "scaled"))
     if chosen is not None:
         log.info("the largest scale that passes the gates: %g (export.py --scale %g)", chosen, chosen)
@@ -168,8 +184,8 @@ def frontier(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return logged_exit_code(lambda: frontier(build_parser().parse_args(argv)))
+    return exit_code(lambda: frontier(build_parser().parse_args(argv)), logs=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -18,28 +18,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import logging
 import math
 import statistics
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commands import logged_exit_code, shown_command
+from records import exit_code, shown_command
 
 from llm_alignment import flags
 from llm_alignment.adapters import adapter_sha256, load_adapter
+from llm_alignment.checks import instruct_questions
+from llm_alignment.conversations import refuse_needed
 from llm_alignment.evaluation import Evaluation, read_items
-from llm_alignment.files import InputError, digest, write_rows
-from llm_alignment.flags import DEMO_DIR, fill, positive
+from llm_alignment.files import InputError, digest, log, write_rows
+from llm_alignment.flags import DEMO_DIR, Parser, fill, positive
 from llm_alignment.generation import Decoding, generate
 from llm_alignment.hub import read_usable
-from llm_alignment.instructions import instruct_questions
 from llm_alignment.leaks import LeakFinder, forbidden_texts, without_leaks
-from llm_alignment.messages import refuse_needed
 from llm_alignment.models import BaseFlags, base_fingerprint, load_model, load_tokenizer, resolve_base
-from llm_alignment.parser import Parser
-from llm_alignment.preferences import merge_system_prompt, read_turns
+from llm_alignment.preferences import join_turns, read_turns
 from llm_alignment.prompts import strip_thinking
 from llm_alignment.results import ResultFile
 from llm_alignment.rewards import RewardModel
@@ -50,19 +47,12 @@ from mtbench_eval import load_questions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-log = logging.getLogger("llm_alignment")
-
 PROMPTS_AT_ONCE = 32  # they are answered and kept together, so that a restart answers the others as before
 READ = ("prompt", "question", "messages")  # the columns, of which a row needs one
-DEMO = {
-    "model": str(DEMO_DIR / "model"),
-    "reward_model": str(DEMO_DIR / "reward_model"),
-    "prompts": str(DEMO_DIR / "prompts.jsonl"),
-    "output": "demo_pairs.jsonl",
-    "questions": [str(DEMO_DIR / "mt_bench_ru.jsonl"), str(DEMO_DIR / "mt_bench_en.jsonl")],
-    "tatqa_dir": str(DEMO_DIR / "tatqa"),
-    "max_new_tokens": 32,
-}
+DEMO = {name: str(DEMO_DIR / name) for name in ("model", "reward_model")} | dict(
+    prompts=str(DEMO_DIR / "prompts.jsonl"), output="demo_pairs.jsonl", tatqa_dir=str(DEMO_DIR / "tatqa"),
+    questions=[str(DEMO_DIR / f"mt_bench_{language}.jsonl") for language in ("ru", "en")], max_new_tokens=32,
+)  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -106,39 +96,24 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
     if twice := len(rows) - len(prompts):
         log.info("%s: %d prompts occur more than once; each is used once", args.prompts, twice)
     items = [{"question_id": key, "prompt": turns} for key, turns in prompts.items()]
-    clean = without_leaks(items, LeakFinder(asked_texts(args)), "prompts", {})
-    if not clean:
-        raise InputError(f"--prompts {args.prompts}: the evaluations ask every one of them; name other prompts")
-    return clean
-
-
-def prompt_turns(row: dict) -> list[dict[str, str]]:
-    """The turns of a prompt, from a user's to a user's; a system text stands before the first question. Raises
-    ValueError with the reason when the row holds none."""
-    refuse_needed(row, "the row", READ)
-    turns = read_turns(next((row[key] for key in READ if row.get(key)), None), "user", "the prompt")
-    turns[:0] = read_turns(row.get("system"), "system", "system")
-    while turns and turns[-1]["role"] == "assistant":
-        turns.pop()
-    system = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
-    turns = [turn for turn in turns if turn["role"] != "system"]
-    roles = [turn["role"] for turn in turns]
-    if not turns:
-        raise ValueError("no prompt")
-    if roles != (["user", "assistant"] * len(roles))[: len(roles)]:
-        raise ValueError("user and assistant do not take turns")
-    if not all(turn["content"] for turn in turns):
-        raise ValueError("an empty turn")
-    return [{"role": "user", "content": merge_system_prompt(system, turns[0]["content"])}, *turns[1:]]
-
-
-def asked_texts(args: argparse.Namespace) -> dict[str, list[str]]:
-    """What the evaluations ask, by kind."""
     asked = [question for path in args.questions for question in load_questions(path, flag="--questions")]
     texts, _ = forbidden_texts({"instruction": instruct_questions(0), "MT-Bench question": asked})
     if args.tatqa_dir:
         texts["TAT-QA question"] = question_texts(tatqa_file(args.tatqa_dir, "validation"))
-    return texts
+    if clean := without_leaks(items, LeakFinder(texts), "prompts", {}):
+        return clean
+    raise InputError(f"--prompts {args.prompts}: the evaluations ask every one of them; name other prompts")
+
+
+def prompt_turns(row: dict) -> list[dict[str, str]]:
+    """The turns of a prompt, a user's first and last, by `join_turns`. ValueError with the reason for none."""
+    refuse_needed(row, "the row", READ)
+    turns = read_turns(row.get("system"), "system", "system")
+    turns += read_turns(next((row[key] for key in READ if row.get(key)), None), "user", "the prompt")
+    turns.sort(key=lambda turn: turn["role"] != "system")
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    return join_turns(turns, [{"role": "assistant", "content": "to be sampled"}])[:-1]
 
 
 def sample_answers(
@@ -182,8 +157,7 @@ def best_against_worst(rows: list[dict], min_margin: float) -> tuple[list[dict],
         if high - low > min_margin and chosen != rejected:
             prompt = row["prompt"] if len(row["prompt"]) > 1 else row["prompt"][0]["content"]
             pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": high - low}
-            uid = f"mined:{row['question_id']}"
-            pairs.append({**pair, "chosen_reward": high, "rejected_reward": low, "uid": uid})
+            pairs.append(pair | {"chosen_reward": high, "rejected_reward": low, "uid": f"mined:{row['question_id']}"})
     return pairs, len(rows) - len(pairs)
 
 
@@ -198,40 +172,11 @@ def mine(args: argparse.Namespace) -> None:
     prompts = read_prompts(args)
     refusal = f"--output {pairs_file}: another start is writing it; wait for its end or name another file"
     with held_alone(Path(f"{pairs_file}.lock"), refusal):
-        write_pairs(args, prompts, pairs_file, samples_file)
-
-
-def write_pairs(args: argparse.Namespace, prompts: list[dict], pairs_file: Path, samples_file: Path) -> None:
-    """Samples what is not in `samples_file` yet, and writes the pairs."""
-    base = resolve_base(fill(BaseFlags, args))
-    tokenizer, model = load_tokenizer(base), load_model(base)
-    if args.adapter:
-        model = load_adapter(model, args.adapter)
-    own_code, size = args.trust_remote_code, args.eval_batch_size
-    reward_model = RewardModel(args.reward_model, batch_size=size, trust_remote_code=own_code)
-    shared = fill(Decoding, args, batch_size=size)
-    decodings = [dataclasses.replace(shared, seed=args.seed + 1009 * number) for number in range(args.samples)]
-    sampling = {key: getattr(args, key) for key in ("samples", "temperature", "top_p", "max_new_tokens", "seed")}
-    evaluation = Evaluation(
-        name="samples",
-        items=prompts,
-        read=functools.partial(sample_answers, decodings=decodings),
-        grade=functools.partial(score_samples, reward_model=reward_model),
-        settings={"reward_model": reward_model.fingerprint, "sampling": sampling},
-        rows_at_once=lambda model: PROMPTS_AT_ONCE,
-    )
-    fingerprint = {**base_fingerprint(base, thinking=args.thinking), "adapter": adapter_sha256(model)}
-    for row in ResultFile(samples_file, {**fingerprint, **evaluation.settings}).rows:
-        if not is_sample(row, args.samples):
-            raise InputError(
-                f"{samples_file}: the row of question_id {row['question_id']} is damaged; delete its line"
-            )
-    rows = read_items(evaluation, lambda: model, tokenizer, samples_file, fingerprint=fingerprint, renew=False)
-    pairs, without_margin = best_against_worst(rows, args.min_margin)
-    if not pairs:
-        none = f"--prompts {args.prompts}: no prompt has two finished answers more than {args.min_margin} apart"
-        raise InputError(f"{none}; raise --samples, --temperature or --max_new_tokens")
-    write_rows(pairs_file, pairs)
+        pairs, without_margin = best_against_worst(sampled(args, prompts, samples_file), args.min_margin)
+        if not pairs:
+            none = f"--prompts {args.prompts}: no prompt has two finished answers more than {args.min_margin} apart"
+            raise InputError(f"{none}; raise --samples, --temperature or --max_new_tokens")
+        write_rows(pairs_file, pairs)
     margin = statistics.median(pair["margin"] for pair in pairs)
     log.info("%d prompts gave a pair, %d gave none; median margin %.2f", len(pairs), without_margin, margin)
     training = ["--model", args.model, "--pairs", args.output]
@@ -239,9 +184,32 @@ def write_pairs(args: argparse.Namespace, prompts: list[dict], pairs_file: Path,
     log.info("wrote %s; train on it: %s", args.output, shown_command("dpo_train.py", training))
 
 
+def sampled(args: argparse.Namespace, prompts: list[dict], path: Path) -> list[dict]:
+    """The rows of the prompts with answers and rewards, kept in `path`; what is there already is not sampled again."""
+    base = resolve_base(fill(BaseFlags, args))
+    tokenizer, model = load_tokenizer(base), load_model(base)
+    model = load_adapter(model, args.adapter) if args.adapter else model
+    own_code, size = args.trust_remote_code, args.eval_batch_size
+    reward_model = RewardModel(args.reward_model, batch_size=size, trust_remote_code=own_code)
+    shared = fill(Decoding, args, batch_size=size)
+    decodings = [dataclasses.replace(shared, seed=args.seed + 1009 * number) for number in range(args.samples)]
+    sampling = {key: getattr(args, key) for key in ("samples", "temperature", "top_p", "max_new_tokens", "seed")}
+    asked = {"reward_model": reward_model.fingerprint, "sampling": sampling}
+    read = functools.partial(sample_answers, decodings=decodings)
+    grade = functools.partial(score_samples, reward_model=reward_model)
+    fingerprint = {**base_fingerprint(base, thinking=args.thinking), "adapter": adapter_sha256(model)}
+    for row in ResultFile(path, fingerprint | asked).rows.values():
+        if not is_sample(row, args.samples):
+            raise InputError(f"{path}: the row of question_id {row['question_id']} is damaged; delete its line")
+    evaluation = Evaluation(
+        name="samples", items=prompts, read=read, grade=grade, settings=asked, rows_at_once=lambda _: PROMPTS_AT_ONCE
+    )
+    return read_items(evaluation, lambda: model, tokenizer, path, fingerprint=fingerprint, renew=False)
+
+
 def main(argv: list[str] | None = None) -> int:
-    return logged_exit_code(lambda: mine(parse(argv)))
+    return exit_code(lambda: mine(parse(argv)), logs=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from noise import Spread
 from records import PUBLISHED, SCORED, Run
-from tables import HEADLINES
+from tables import HEADLINES, KINDS, Spread
 
 from llm_alignment import plots
 from llm_alignment.evaluation import METRICS
-from llm_alignment.files import read_records
-from llm_alignment.model_files import read_json
+from llm_alignment.files import read_json, read_records
 from llm_alignment.plots import new_figure
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"logged": "#4477aa", "new": plots.AFTER, "imported": "#228833", "not measured": "#999999"}
 PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind a number, so that no line strikes it through
+LINE = {"arrowstyle": "-", "color": "#bbbbbb"}  # from a point to its name
 RING: dict[str, Any] = {"s": 70, "facecolor": "white", "linewidth": 2}
 UNITS = {"val_loss": "nats per token", "tatqa": "%"}  # the others are points
 Interval = tuple[float, float, float]  # mean, low, high
@@ -36,8 +36,7 @@ def wrapped(text: str, width: int = 30) -> str:
     return "\n".join(textwrap.wrap(text, width))
 
 
-def digits(values: list[float]) -> int:
-    """How many decimals all numbers of one plot have."""
+def digits(values: list[float]) -> int:  # decimals of all numbers of one plot
     return 1 if max(map(abs, values), default=0) >= 10 else 2
 
 
@@ -60,7 +59,7 @@ def draw_pairs(axis: Any, runs: list[Run], pairs: list[tuple[float, float] | Non
     name_rows(axis, runs, unit)
 
 
-def draw_changes(axis: Any, runs: list[Run], changes: list[Interval | None], unit: str = "") -> None:
+def draw_changes(axis: Any, runs: list[Run], changes: Sequence[Interval | None], unit: str = "") -> None:
     """One line a run: the difference and, where low and high differ from it, the 95 % interval."""
     axis.axvline(0, color="#444444", linewidth=1)
     places = digits([change[0] for change in changes if change])
@@ -86,34 +85,28 @@ def finish(figure: Figure, title: str, runs: list[Run]) -> Figure:
     from matplotlib.lines import Line2D
 
     dot: dict[str, Any] = {"marker": "o", "markersize": 8, "linestyle": "", "color": "#444444"}
-    marks = [Line2D([], [], markerfacecolor="white", label="before", **dot)]
-    marks += [Line2D([], [], label="after / difference", **dot)]
-    used = {colour(run) for run in runs}
+    used, after = {colour(run) for run in runs}, Line2D([], [], label="after / difference", **dot)
+    marks = [Line2D([], [], markerfacecolor="white", label="before", **dot), after]
     marks += [Line2D([], [], color=c, linewidth=5, label=name) for name, c in COLOURS.items() if c in used]
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False)
     figure.suptitle(title, fontsize=15)
     return figure
 
 
-def plot_metric(title: str, metric: str, runs: list[Run]) -> Figure | None:
-    """Before and after by run, the difference beside it, and the 1-10 score's difference of the new runs."""
-    runs = [run for run in runs if metric in run.changes]
-    if not runs:
-        return None
+def plot_metric(title: str, metric: str, runs: list[Run]) -> Figure:
+    """Before and after of runs with this metric, the difference beside it, and the 1-10 score's of the new runs."""
     key, unit = "val_loss_row_mean" if metric == "val_loss" else metric, UNITS.get(metric, "points")
-    intervals = [interval_of(run.delta.get(key)) for run in runs]
-    changes: list[Interval | None] = [(run.changes[metric],) * 3 for run in runs]
-    on_scale, has_intervals = ",\npublished scale" if metric in SCORED else "", ""
-    if any(intervals) and not on_scale:
-        changes = [interval or change for interval, change in zip(intervals, changes, strict=True)]
-        has_intervals = ", 95 % interval"
-    panels = 3 if any(intervals) and on_scale else 2
+    intervals, is_scored = [interval_of(run.delta.get(key)) for run in runs], metric in SCORED
+    has_intervals, on_scale = any(intervals), ",\npublished scale" * is_scored
+    unsure: list[Interval] = [(run.changes[metric],) * 3 for run in runs]
+    changes = [(not is_scored and known) or change for known, change in zip(intervals, unsure, strict=True)]
+    panels = 3 if has_intervals and is_scored else 2
     figure, axes = new_figure(4.2 + 3.4 * panels, 2.2 + 0.55 * len(runs), panels, sharey=True)
     pairs = [(run.before[metric], run.after[metric]) if metric in run.after else None for run in runs]
     draw_pairs(axes[0], runs, pairs, unit)
     draw_changes(axes[1], runs, changes, unit)
     axes[0].set_title(wrapped(PUBLISHED[metric].title, 28) + on_scale)
-    axes[1].set_title(f"Difference{on_scale}{has_intervals}")
+    axes[1].set_title(f"Difference{on_scale}{', 95 % interval' * (has_intervals and not is_scored)}")
     if panels == 3:
         draw_changes(axes[2], runs, intervals, "points")
         axes[2].set_title("Difference, 1-10 scale,\n95 % interval (new runs)")
@@ -121,20 +114,15 @@ def plot_metric(title: str, metric: str, runs: list[Run]) -> Figure | None:
 
 
 def interval_of(delta: dict | None) -> Interval | None:
-    if not delta or delta["mean"] is None:
-        return None
-    mean, low, high = delta["mean"], delta["low"], delta["high"]
-    return (mean, mean, mean) if low is None else (mean, low, high)
+    known: Any = delta or {}
+    mean, low, high = (known.get(key) for key in ("mean", "low", "high"))
+    return None if mean is None else (mean, mean, mean) if low is None else (mean, low, high)
 
 
-def plot_types(title: str, runs: list[Run]) -> Figure | None:
-    """TAT-QA before and after by answer type, one panel a type."""
-    runs = [run for run in runs if run.types]
-    if not runs:
-        return None
-    kinds = ["arithmetic", "count", "multi-span", "span"]
-    figure, axes = new_figure(16, 2.2 + 0.6 * len(runs), len(kinds), sharey=True)
-    for axis, kind in zip(axes, kinds, strict=True):
+def plot_types(title: str, runs: list[Run]) -> Figure:
+    """TAT-QA before and after by answer type, one panel a type, of runs that have them."""
+    figure, axes = new_figure(16, 2.2 + 0.6 * len(runs), len(KINDS), sharey=True)
+    for axis, kind in zip(axes, KINDS, strict=True):
         draw_pairs(axis, runs, [run.types.get(kind) for run in runs], "%")
         axis.set_title(kind)
     return finish(figure, title, runs)
@@ -151,29 +139,23 @@ def plot_trade_off(title: str, runs: list[Run]) -> Figure | None:
     if not panels:
         return None
     figure, axes = new_figure(9.5 * len(panels), 7, len(panels))
-    for axis, (label, points) in zip(axes, panels.items(), strict=True):
-        draw_trade_off(axis, points)
-        axis.set(xlabel="validation loss difference, nats per token (further left is better)", ylabel=label)
+    for axis, (ylabel, points) in zip(axes, panels.items(), strict=True):
+        axis.axhline(0, color="#444444", linewidth=1)
+        labels: dict[tuple[float, float], list[str]] = {}  # a run and its exact repetition are one point
+        for run, (change, *ends) in points:
+            gain = run.changes["val_loss"]
+            axis.plot([gain, gain], ends, color=colour(run), linewidth=2)
+            axis.scatter([gain], [change], s=80, color=colour(run), zorder=3)
+            labels.setdefault((gain, change), []).append(run.label)
+        axis.margins(x=0.1, y=0.12)
+        (low, high), height = axis.get_ylim(), -1.0
+        for place in sorted(labels, key=lambda place: place[1]):  # the names stand beside the frame
+            height = max((place[1] - low) / (high - low), height + 0.08)  # no name on another one
+            look = {"textcoords": "axes fraction", "va": "center", "arrowprops": LINE}
+            axis.annotate(wrapped(", ".join(labels[place]), 26), place, (1.03, height), **look)
+        axis.set(xlabel="validation loss difference, nats per token (further left is better)", ylabel=ylabel)
     figure.suptitle(title, fontsize=15)
     return figure
-
-
-def draw_trade_off(axis: Any, points: list[tuple[Run, Interval]]) -> None:
-    """The points with their intervals; the names stand beside the frame."""
-    axis.axhline(0, color="#444444", linewidth=1)
-    labels: dict[tuple[float, float], list[str]] = {}  # a run and its exact repetition are one point
-    for run, (change, low, high) in points:
-        gain = run.changes["val_loss"]
-        axis.plot([gain, gain], [low, high], color=colour(run), linewidth=2)
-        axis.scatter([gain], [change], s=80, color=colour(run), zorder=3)
-        labels.setdefault((gain, change), []).append(run.label)
-    axis.margins(x=0.1, y=0.12)
-    to_name = {"arrowstyle": "-", "color": "#bbbbbb"}
-    (low, high), height = axis.get_ylim(), -1.0
-    for place in sorted(labels, key=lambda place: place[1]):
-        height = max((place[1] - low) / (high - low), height + 0.08)  # no name on another one
-        look = {"textcoords": "axes fraction", "va": "center", "arrowprops": to_name}
-        axis.annotate(wrapped(", ".join(labels[place]), 26), place, (1.03, height), **look)
 
 
 def plot_categories(run: Run) -> Figure | None:
@@ -198,11 +180,9 @@ def plot_curves(title: str, runs: list[Run]) -> Figure | None:
 def plot_seeds(title: str, runs: list[Run]) -> Figure | None:
     """Runs of several seeds: each seed's difference as a ring, their mean with its interval, one panel a metric."""
     runs = [run for run in runs if run.members]
-    keys = [key for key in HEADLINES if any(interval_of(run.delta.get(key)) for run in runs)]
-    if not keys:
+    if not (keys := [key for key in HEADLINES if any(interval_of(run.delta.get(key)) for run in runs)]):
         return None
-    columns = min(4, len(keys))
-    lines = -(-len(keys) // columns)
+    columns, lines = min(4, len(keys)), -(-len(keys) // 4)
     figure, axes = new_figure(3 + 3.6 * columns, 1.2 + (1.4 + 0.6 * len(runs)) * lines, columns, lines, sharey=True)
     for axis, key in zip(axes, keys, strict=False):
         draw_changes(axis, runs, [interval_of(run.delta.get(key)) for run in runs])
@@ -216,10 +196,8 @@ def plot_seeds(title: str, runs: list[Run]) -> Figure | None:
     return figure
 
 
-def plot_noise(title: str, spreads: list[Spread]) -> Figure | None:
+def plot_noise(title: str, spreads: list[Spread]) -> Figure:
     """Published changes in units of what two measurements of one base differ by; twice that is shaded."""
-    if not spreads:
-        return None
     figure, axes = new_figure(13, 1.8 + 0.75 * len(spreads), 2, sharey=True)
     for row, spread in enumerate(spreads):
         mean = sum(spread.baselines) / len(spread.baselines)
@@ -234,7 +212,7 @@ def plot_noise(title: str, spreads: list[Spread]) -> Figure | None:
     axes[1].axvspan(-2, 2, color="#eeeeee", zorder=0)
     axes[0].set_title("Baselines of one base,\nminus their mean")
     axes[1].set_title("Published changes\n(grey: within twice the noise)")
-    titles = [wrapped(f"{spread.title}: {spread.of_differences:.2f}", 30) for spread in spreads]
+    titles = [wrapped(f"{spread.title}: {spread.of_differences:.2f}") for spread in spreads]
     axes[0].set_yticks(range(len(spreads)), titles)
     axes[0].set_ylim(len(spreads) - 0.5, -0.5)
     figure.supxlabel("in standard deviations of a difference with nothing changed (the number after each name)")

@@ -5,25 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from llm_alignment.processes import matmul_float32
-
 if TYPE_CHECKING:
     import torch
 
 
 def fused_nll_kl(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    ref_hidden: torch.Tensor | None = None,
-    kl_mask: torch.Tensor | None = None,
-    *,
-    kl_coef: torch.Tensor | float = 0.0,
-    kl_direction: str = "reverse",
-    sft_loss: str = "nll",
-    num_items: torch.Tensor | int | None = None,
-    rows_per_chunk: int = 256,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ref_hidden: torch.Tensor | None = None,
+    kl_mask: torch.Tensor | None = None, *, kl_coef: torch.Tensor | float = 0.0, kl_direction: str = "reverse",
+    sft_loss: str = "nll", num_items: torch.Tensor | int | None = None, rows_per_chunk: int = 256,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The SFT term plus kl_coef * KL between student and reference, from hidden states, without full-size logits.
 
     Logits are formed for `rows_per_chunk` rows at a time, once each, and the gradient to `hidden` is computed from
@@ -67,17 +57,17 @@ def fused_nll_kl(
     share = 1 / num_items.clamp(min=1).to(dtype)
     c = kl_coef / kl_rows.sum().clamp(min=1).to(dtype)
     nll, kl = torch.zeros((2,), dtype=dtype, device=hidden.device)
-    needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    gradient = torch.zeros_like(hidden, dtype=dtype) if needs_gradient else None
+    gradient = torch.zeros_like(hidden, dtype=dtype) if torch.is_grad_enabled() and hidden.requires_grad else None
     # Used again for every chunk: the system hands out pages of this size slower than they are computed on.
-    distributions = 1 if ref_hidden is None else 2
-    buffers = hidden.new_empty((distributions, min(rows_per_chunk, len(labels)), len(weight)), dtype=dtype)
+    shape = 1 if ref_hidden is None else 2, min(rows_per_chunk, len(labels)), len(weight)
+    buffers = hidden.new_empty(shape, dtype=dtype)
 
     with torch.no_grad():
-        for rows in (*chunks(targets & ~kl_rows, rows_per_chunk), *chunks(kl_rows, rows_per_chunk)):
+        parts = [mask.nonzero().squeeze(1).split(rows_per_chunk) for mask in (targets & ~kl_rows, kl_rows)]
+        for rows in filter(len, parts[0] + parts[1]):
             z = shifted_logits(hidden[rows], weight, buffers[0])
             z_label = z.gather(1, labels[rows, None])
-            kl_gradient, scale = None, torch.ones_like(z_label)
+            kl_gradient = None
             if ref_hidden is not None and kl_rows[rows[0]]:
                 ref_z = shifted_logits(ref_hidden[rows], weight, buffers[1])
                 kl_chunk = reverse_kl_chunk if kl_direction == "reverse" else forward_kl_chunk
@@ -91,7 +81,13 @@ def fused_nll_kl(
             nll += (row_weight * row_nll).sum()
             if gradient is not None:
                 a = share * row_weight
-                product = gradient_to_hidden(weight, exp, a / total, kl_gradient, c / scale)
+                if kl_gradient is not None and weight.dtype == dtype:  # both in one product
+                    product = matmul_float32(kl_gradient.mul_(c / scale).addcmul_(exp, a / total), weight)
+                else:  # in a half type the factors come after the products, for its range, and the KL has one of its
+                    # own: added to a number near 1 it would be rounded away
+                    product = matmul_float32(exp, weight) * (a / total)
+                    if kl_gradient is not None:
+                        product = product + matmul_float32(kl_gradient, weight) * (c / scale)
                 gradient[rows] = product - a * weight[labels[rows]]  # (5) and (6) or (7), times the head
     nll, kl = nll * share, kl / kl_rows.sum().clamp(min=1)
     loss = nll + kl_coef * kl
@@ -101,37 +97,16 @@ def fused_nll_kl(
     return loss, nll, kl
 
 
-def rows_at_once(vocabulary: int, device: torch.device) -> int:
-    """How many rows `fused_nll_kl` should take at once: 1,024 where their logits are a small part of a GPU, else 256;
-    not by what is free, so that a run that is resumed sums in the same order."""
+def matmul_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """a (m, k) @ b (k, n) with `a` in the type of `b`; half types are summed, and returned, in float32."""
     import torch
 
-    if device.type != "cuda":
-        return 256
-    return 1024 if 16 * 2 * 1024 * vocabulary * 4 <= torch.cuda.get_device_properties(device).total_memory else 256
-
-
-def chunks(mask: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-    """The indices of the rows in `mask`, `size` at a time."""
-    rows = mask.nonzero().squeeze(1)
-    return rows.split(size) if len(rows) else ()
-
-
-def gradient_to_hidden(
-    weight: torch.Tensor,
-    exp: torch.Tensor,
-    factor: torch.Tensor,
-    kl_gradient: torch.Tensor | None,
-    kl_factor: torch.Tensor | float,
-) -> torch.Tensor:
-    """(exp * factor + kl_gradient * kl_factor) @ weight, in float32 or better. `kl_gradient` is overwritten."""
-    if kl_gradient is None:
-        return matmul_float32(exp, weight) * factor
-    if weight.dtype == exp.dtype:  # both in one product
-        return matmul_float32(kl_gradient.mul_(kl_factor).addcmul_(exp, factor), weight)
-    # In a half type the factors come after the products, for its range, and the KL has a product of its own: added to
-    # a number near 1 it would be rounded away.
-    return matmul_float32(exp, weight) * factor + matmul_float32(kl_gradient, weight) * kl_factor
+    a = a.to(b.dtype)
+    if b.dtype not in {torch.float16, torch.bfloat16}:
+        return torch.mm(a, b, out=out)
+    if b.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
 
 
 def shifted_logits(hidden: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
@@ -141,11 +116,8 @@ def shifted_logits(hidden: torch.Tensor, weight: torch.Tensor, buffer: torch.Ten
 
 
 def reverse_kl_chunk(z: torch.Tensor, ref_z: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """KL(p_student || p_reference) of each row, and its gradient to the student's logits: (3) and (6).
-
-    z, ref_z: (rows, V) logits less each row's largest; their memory is used for what is returned: kl (rows, 1), exp
-    and total, of which p_s = exp / total, `gradient` (rows, V) and `scale` (rows, 1), of which (6) is the quotient.
-    """
+    """KL(p_student || p_reference) of each row and its gradient: (3) and (6). z, ref_z: (rows, V) of `shifted_logits`,
+    overwritten. Returns kl (rows, 1), exp and total, p_s = exp / total, `gradient` and `scale`, (6) its quotient."""
     import torch
 
     ref_total = sum(part.exp().sum(1, keepdim=True) for part in ref_z.split(8192, dim=1))
@@ -196,18 +168,3 @@ class AnchorSettings:
         if step < self.kl_start_step:
             return 0.0
         return self.kl_coef * min(1.0, (step - self.kl_start_step) / max(1, self.kl_warmup_steps))
-
-
-def tail_mask(is_target: torch.Tensor, example: torch.Tensor, limit: int) -> torch.Tensor:
-    """The last `limit` targets of each example; 0 means all of them.
-
-    is_target: (batch, positions) bool. example: the same shape, int64: a number for the example that a position
-    belongs to, rising along each row and from row to row.
-    """
-    import torch
-
-    if limit == 0:
-        return is_target
-    lengths = example.flatten().unique_consecutive(return_counts=True)[1].tolist()
-    parts = is_target.flatten().split(lengths)  # one example each
-    return torch.cat([part & (part.flip(0).cumsum(0).flip(0) <= limit) for part in parts]).view_as(is_target)

@@ -15,11 +15,8 @@ if TYPE_CHECKING:
 
 
 def sorted_within_steps(order: list[int], lengths: Sequence[int], *, batch: int, step: int) -> list[int]:
-    """`order` in which each run of `step` examples, one optimiser step, is sorted by length, the longest first.
-
-    Cut into micro-batches of `batch`, a step has the same examples and little padding. A last micro-batch that is not
-    full keeps its examples: a loss that is a mean over the micro-batch weighs them more.
-    """
+    """`order`, the `step` examples of each optimiser step sorted by length, longest first: micro-batches of `batch`
+    have little padding. A last one that is not full keeps its examples: a mean loss weighs them more."""
     result = []
     for start in range(0, len(order), step):
         examples = order[start : start + step]
@@ -28,14 +25,9 @@ def sorted_within_steps(order: list[int], lengths: Sequence[int], *, batch: int,
     return result
 
 
-# TRL's DPO losses that are not a mean over pairs: "sft" is a mean over the answers' tokens of a micro-batch, and the
-# two others sort the log-ratios of its pairs (dpo_trainer.py, `_compute_loss`).
+# TRL's DPO losses whose sum over a step changes with the pairs that share a micro-batch: "sft" is a mean over the
+# answers' tokens of one, and the two others sort the log-ratios of its pairs (dpo_trainer.py, `_compute_loss`).
 LOSSES_OVER_BATCHES = {"sft", "aot", "aot_unpaired"}
-
-
-def depends_on_batch(loss_types: Sequence[str]) -> bool:
-    """Whether the sum of these DPO losses changes with the pairs that share a micro-batch, within a step too."""
-    return not LOSSES_OVER_BATCHES.isdisjoint(loss_types)
 
 
 def padded_tokens(lengths: list[int], batch: int, step: int) -> int:
@@ -47,10 +39,8 @@ def padded_tokens(lengths: list[int], batch: int, step: int) -> int:
 
 class LengthSortedSampler:
     """The order of `sampler`, an epoch's indices by the seed, sorted by length within each optimiser step.
-
     Neighbouring micro-batches go to different processes, so these get similar lengths. `multiple` is what accelerate
-    fills an epoch up to, with examples from its beginning: that happens here, before the order changes.
-    """
+    fills an epoch up to, with examples from its beginning: that happens here, before the order changes."""
 
     def __init__(self, sampler: Any, lengths: Sequence[int], *, batch: int, step: int, multiple: int):
         self.sampler, self.lengths, self.batch, self.step, self.multiple = sampler, lengths, batch, step, multiple
@@ -67,15 +57,11 @@ class LengthSortedSampler:
 
 
 def sort_by_length(loader: DataLoaderShard, args: TrainingArguments, lengths: Sequence[int]) -> DataLoaderShard:
-    """Makes what a Trainer's `get_train_dataloader` returns sort the examples of each optimiser step by length.
-
-    `lengths` are in tokens, one for each example.
-    """
-    multiple = args.train_batch_size * args.world_size if args.world_size > 1 else 1
-    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    """A Trainer's `get_train_dataloader` that sorts each optimiser step's examples by `lengths`, in tokens."""
+    batch, together = args.train_batch_size, args.train_batch_size * args.world_size
+    sizes = {"step": together * args.gradient_accumulation_steps, "multiple": together if args.world_size > 1 else 1}
     batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)  # under several processes: inside
-    sampler = LengthSortedSampler(batches.sampler, lengths, batch=args.train_batch_size, step=step, multiple=multiple)
-    loader.set_sampler(sampler)
+    loader.set_sampler(LengthSortedSampler(batches.sampler, lengths, batch=batch, **sizes))
     return loader
 
 
@@ -90,14 +76,16 @@ def token_counts(dataset: Dataset, *columns: str) -> list[int]:
     return counts
 
 
+# pairs whose reference is read together: fixed, so that the numbers do not depend on --batch and other runs find them
+PAIRS_AT_ONCE = 8
+
 # A shared beginning that is shorter than this part of the prompt is read again: the mask of the rest would take as
 # much memory as it saves.
 SHARED_PART = 1 / 8
 
 
 def shared_lengths(prompts: list[list[int]]) -> Iterator[tuple[int, int]]:
-    """Yields (index, how many tokens to share with the prompt before) of the prompts in sorted order, in which a
-    prompt has most in common with the one just before it."""
+    """Yields (index, tokens shared with the prompt before) in sorted order, where neighbours have most in common."""
     previous: list[int] = []
     for index in sorted(range(len(prompts)), key=prompts.__getitem__):
         shared = common_length([previous, prompts[index]])
@@ -112,10 +100,8 @@ def common_length(sequences: Sequence[Sequence]) -> int:
 
 
 def groups_of(prompts: Sequence[Sequence]) -> list[list[int]]:
-    """The indices of prompts (tokens or texts) that share half of them or more with the next one, group by group.
-
-    On TAT-QA these are the questions of one table. A prompt that shares less is a group of its own.
-    """
+    """The indices of prompts (tokens or texts), grouped with the next one where they share half or more, as on TAT-QA
+    the questions of one table."""
     groups: list[list[int]] = []
     for index in sorted(range(len(prompts)), key=lambda index: list(prompts[index])):
         before = prompts[groups[-1][-1]] if groups else []
@@ -133,7 +119,6 @@ class GroupedOrder:
         self.groups, self.seed, self.epoch = groups, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The Trainer calls this at the start of every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:

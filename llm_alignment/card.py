@@ -30,22 +30,14 @@ def write_card(run_folder: Path, merged: Path | None = None, scale: float = 1.0)
     environment = Environment(keep_trailing_newline=True)
     environment.filters["quoted"] = lambda text: "\n> ".join(text.splitlines())
     text = environment.from_string(TEMPLATE.read_text("utf-8")).render(
-        name=folder.name,
-        merged=merged is not None,
-        scale=scale,
-        base=shown(args["model"]),
-        is_local=shown(args["model"]) != args["model"],
-        commit=(run.get("commits") or {}).get("model"),
-        method="SFT" if run["script"] == "sft_train.py" else "DPO",
-        sources=[shown(name) for name in sources],
+        name=folder.name, merged=merged is not None, scale=scale, thinking=args["thinking"],
+        base=shown(args["model"]), is_local=shown(args["model"]) != args["model"],
+        commit=(run.get("commits") or {}).get("model"), method="SFT" if run["script"] == "sft_train.py" else "DPO",
+        sources=[shown(name) for name in sources], rows=", ".join(f"{count} {kind}" for kind, count in counts.items()),
         datasets=[name for name in sources if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
-        rows=", ".join(f"{count} {kind}" for kind, count in counts.items()),
-        command=shlex.join(["python", run["script"], *run["argv"]]),
-        table=[(cells + ["-"] * 3)[:6] for cells in table_texts(rows)[0]],
-        has_plot=(folder / "loss.png").exists(),
-        samples=changed_answers(run_folder)[:2],
-        thinking=args["thinking"],
-    )
+        command=shlex.join(["python", run["script"], *run["argv"]]), has_plot=(folder / "loss.png").exists(),
+        table=[(cells + ["-"] * 3)[:6] for cells in table_texts(rows)[0]], samples=changed_answers(run_folder)[:2],
+    )  # fmt: skip
     write_atomic(folder / "README.md", text)
 
 
@@ -58,10 +50,10 @@ def shown(name: str) -> str:
 def changed_answers(folder: Path) -> list[dict[str, str]]:
     """The first questions of a run that are answered otherwise after training, with both answers."""
     for name in (*SCORED, "retention"):
-        before, after = folder / f"{name}_baseline.jsonl", max(folder.glob(f"stage?/{name}_final.jsonl"), default=None)
-        after = after or folder / f"{name}_final.jsonl"
+        before = folder / f"{name}_baseline.jsonl"
+        after = max(folder.glob(f"stage?/{name}_final.jsonl"), default=folder / f"{name}_final.jsonl")
         if before.exists() and after.exists():
-            pairs = pair_rows(*(read_results(path, SkippedRows())[1] for path in (before, after)))
+            pairs = pair_rows(*(read_results(path, SkippedRows())[1].values() for path in (before, after)))
             texts = [(new["turns"][0], old["answers"][0], new["answers"][0]) for old, new in pairs]
             changed = [[text[:LONGEST] for text in each] for each in texts if each[1] != each[2]]
             return [dict(zip(("question", "before", "after"), each, strict=True)) for each in changed]

@@ -1,4 +1,4 @@
-"""Checks of an answer that a program decides, read from data: {"type": "equals", "values": ["Paris"]}.
+"""Files of questions, and checks of an answer that a program decides: {"type": "equals", "values": ["Paris"]}.
 
 Two keys every type takes: `not` (true: the check passes where it would fail) and `case` (true: capitals matter).
 
@@ -20,38 +20,19 @@ script     nine of ten letters are of one of the scripts `values` ("latin", "cyr
 
 from __future__ import annotations
 
+import functools
+import json
+import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llm_alignment import questions
-from llm_alignment.files import InputError, parse_json
+from llm_alignment.files import InputError, SkippedRows, parse_json, read_rows
 
 DATA = Path(__file__).parent / "data"
-
-
-def read_questions(path: Path) -> list[dict]:
-    """Questions with checks, as the file holds them: {"question_id", "turns": [str, ...], "checks": [...], ...}.
-
-    Raises InputError as `questions.read_questions`, and for a row without usable checks.
-    """
-    return [{**row, "checks": read_checks(row, place)} for place, row in questions.read_questions(path)]
-
-
-def read_checks(row: dict, place: str) -> list[dict]:
-    """The checks of a row. Raises InputError naming `place` when there are none or one cannot be decided, and for a
-    category or a language that is no text: answers are counted by it."""
-    if other := next((key for key in ("category", "language") if not isinstance(row.get(key, ""), str)), None):
-        raise InputError(f"{place}: {other} {row[other]!r}; make it a text")
-    checks = row.get("checks")
-    if not isinstance(checks, list) or not checks or not all(isinstance(check, dict) for check in checks):
-        raise InputError(f'{place}: no checks; give the question checks such as {{"type": "equals", "values": ["5"]}}')
-    for check in checks:
-        if problem := check_problem(check):
-            raise InputError(f"{place}: the check {check.get('type')} {problem}")
-    return checks
+SAMPLE_SEED = 42  # of samples of questions: runs of all seeds ask the same, and share their baselines
 
 
 def check_problem(check: dict) -> str | None:
@@ -75,16 +56,22 @@ def check_problem(check: dict) -> str | None:
 
 
 def passed(question: dict, text: str) -> list[bool]:
-    """For each of the question's checks, as `read_checks` returns them, whether the answer `text` passes it."""
+    """For each of the question's checks, which have no `check_problem`, whether the answer `text` passes it."""
     asked = " ".join(question["turns"])
     return [TYPES[check["type"]][0](check, text, asked) != check.get("not", False) for check in question["checks"]]
 
 
-# What is read from an answer
-
 SAME = str.maketrans("ёЁ“”„«»’‘−–—\u00a0\u202f", 'еЕ"""""\'\'---  ')
 EMPHASIS = re.compile(r"(\*\*|`|\$)(?=\S)(.+?)(?<=\S)\1")  # of Markdown, and $a formula$
 LEAD_IN = re.compile(r"^[^:\n]{1,80}:\s+")
+BULLET = re.compile(r"(\d+[.)]|[-*+•])\s+")
+UNIT = re.compile(
+    r"[-\s]?([%$€£₽]|(?:km|kg|cm|mm|ml|min|dollar|cent|euro|pound|metre|meter|kilo|gram|litre|liter|second|minute|hour|day"
+    r"|week|month|year|percent|км|кг|см|мм|мл|мин|руб|коп|доллар|евро|метр|кило|грамм|литр|секунд|час|день|дня|дней|недел"
+    r"|месяц|год|лет|процент)\w*|(?:m|g|l|s|h|t|м|г|л|с|ч|т)\b)"
+)
+DENIED_BEFORE = re.compile(r"(?:\b(?:not|never|не|or|или)|n't)(?: (?:an?|the))? [\"'(]?\Z", re.I)
+DENIED_AFTER = re.compile(r"[\"')]? (?:or|или|не|not|(?:is|was|are)(?: not|n't))\b")
 
 
 def plain(text: str, check: dict) -> str:
@@ -103,21 +90,11 @@ def lines(text: str) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-BULLET = re.compile(r"(\d+[.)]|[-*+•])\s+")
-
-
 def listed(text: str) -> list[str]:
     """The items of a list, separated by lines, commas, semicolons or the last "and", or else by blanks."""
     text = LEAD_IN.sub("", text)
     items = [bare(BULLET.sub("", item.strip(), count=1)) for item in re.split(r"[\n,;]| (?:and|и) ", text)]
     return [*filter(None, items)] if len(items) > 1 else bare(text).split()
-
-
-UNIT = re.compile(
-    r"[-\s]?([%$€£₽]|(?:km|kg|cm|mm|ml|min|dollar|cent|euro|pound|metre|meter|kilo|gram|litre|liter|second|minute|hour|day"
-    r"|week|month|year|percent|км|кг|см|мм|мл|мин|руб|коп|доллар|евро|метр|кило|грамм|литр|секунд|час|день|дня|дней|недел"
-    r"|месяц|год|лет|процент)\w*|(?:m|g|l|s|h|t|м|г|л|с|ч|т)\b)"
-)
 
 
 def numbers(text: str) -> Iterator[tuple[set[float], int, int]]:
@@ -126,10 +103,6 @@ def numbers(text: str) -> Iterator[tuple[set[float], int, int]]:
         digits = match[0].replace(" ", "")
         readings = {digits.replace(",", "."), digits.replace(",", "")}
         yield {float(reading) for reading in readings if reading.count(".") < 2}, match.start(), match.end()
-
-
-DENIED_BEFORE = re.compile(r"(?:\b(?:not|never|не|or|или)|n't)(?: (?:an?|the))? [\"'(]?\Z", re.I)
-DENIED_AFTER = re.compile(r"[\"')]? (?:or|или|не|not|(?:is|was|are)(?: not|n't))\b")
 
 
 def not_denied(text: str, start: int, end: int) -> bool:
@@ -154,9 +127,6 @@ def json_value(text: str) -> Any:
         return parse_json(re.sub(r"^```(json)?|```$", "", text.strip()))
     except ValueError:
         return None
-
-
-# The types: each takes its check, the answer and the question
 
 
 def equals(check: dict, text: str, asked: str) -> bool:
@@ -263,7 +233,7 @@ SCRIPT = (lambda value: is_list(value, str) and {*value} <= {*SCRIPTS}, f"some o
 OF = (["string", "number"].__contains__, "string or number")
 OBJECT = (lambda value: isinstance(value, dict) or is_list(value, str), "a list of texts or an object")
 
-# what decides each type, and what it takes besides `not` and `case`
+# what decides each type, from its check, the answer and the question, and what it takes besides `not` and `case`
 TYPES: dict[str, tuple[Callable[[dict, str, str], bool], dict[str, tuple[Any, str]]]] = {
     "equals": (equals, {"values": TEXTS}),
     "contains": (contains, {"values": TEXTS, "all": TRUTH}),
@@ -278,3 +248,72 @@ TYPES: dict[str, tuple[Callable[[dict, str, str], bool], dict[str, tuple[Any, st
     "in_order": (in_order, {"values": TEXTS}),
     "script": (script, {"values": SCRIPT}),
 }
+
+
+def sampled(questions: list[dict], limit: int) -> list[dict]:
+    """`limit` of the questions in their order; all of them when `limit` is 0."""
+    if not 0 < limit < len(questions):
+        return questions
+    places = random.Random(SAMPLE_SEED).sample(range(len(questions)), limit)
+    return [questions[place] for place in sorted(places)]
+
+
+def read_questions(
+    path: Path, as_question: Callable[[dict, int], dict] = lambda row, number: row
+) -> Iterator[tuple[str, dict]]:
+    """Yields (place, `as_question(row, number from 1)`) of the rows of a file. A question has "turns", texts, and a
+    "question_id", a whole number or a text. Raises InputError naming file and line for a row without them or with
+    the id of another, and for a file that is damaged or empty."""
+    skipped = SkippedRows()
+    places: dict[int | str, str] = {}
+    for number, (place, row) in enumerate(read_rows(path, skipped), 1):
+        where, question = f"{path}, {place}", as_question(row, number)
+        turns, question_id = question.get("turns"), question.get("question_id")
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
+            raise InputError(f"{where}: no turns; give every question a list of texts named turns")
+        if not isinstance(question_id, int | str) or isinstance(question_id, bool):
+            raise InputError(f"{where}: question_id {json.dumps(question_id)}; make it a whole number or a text")
+        if question_id in places:
+            first = f"first at {places[question_id]}"
+            raise InputError(f"{where}: duplicate question_id {question_id} ({first}); give every question its own")
+        places[question_id] = place
+        yield where, question
+    if skipped.count:
+        raise InputError(f"{path}: {skipped.places[0]}; repair the file or fetch it again")
+    if not places:
+        raise InputError(f"{path}: no questions in this file; fetch it again or name another")
+
+
+def read_checked(path: Path) -> list[dict]:
+    """Questions with checks, as the file holds them: {"question_id", "turns": [str, ...], "checks": [...], ...}.
+    Raises InputError as `read_questions`, for no or undecidable checks, and a category or language that is no text."""
+    questions = []
+    for place, row in read_questions(path):
+        if other := next((key for key in ("category", "language") if not isinstance(row.get(key, ""), str)), None):
+            raise InputError(f"{place}: {other} {row[other]!r}; make it a text")
+        checks, example = row.get("checks"), '{"type": "equals", "values": ["5"]}'
+        if not isinstance(checks, list) or not checks or not all(isinstance(check, dict) for check in checks):
+            raise InputError(f"{place}: no checks; give the question checks such as {example}")
+        for check in checks:
+            if problem := check_problem(check):
+                raise InputError(f"{place}: the check {check.get('type')} {problem}")
+        questions.append(row)
+    return questions
+
+
+@functools.cache
+def instructions() -> dict[int, dict]:
+    """The rows of data/instructions.jsonl by question_id."""
+    return {row["question_id"]: row for row in read_checked(DATA / "instructions.jsonl")}
+
+
+def instruct_questions(limit: int) -> list[dict]:
+    """The instructions without their checks; `limit` > 0 takes a sample."""
+    rows = sampled(list(instructions().values()), limit)
+    return [{key: row[key] for key in ("question_id", "category", "turns")} for row in rows]
+
+
+def checks_passed(row: dict) -> list[bool]:
+    """For each check of the row's instruction, whether the answer passes it. Their share can be compared with the
+    published instruction scores, which are keyword rules over 25 other instructions."""
+    return passed(instructions()[row["question_id"]], row["answers"][0])

@@ -1,70 +1,40 @@
-"""The DPO trainer that reads each prompt once, and the rewards of held-out pairs."""
+"""DPO: the trainer that reads each prompt once, the rewards of held-out pairs."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import datasets
 import torch
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, set_seed
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import DPOConfig, DPOTrainer
 
+from llm_alignment import batches, evaluation, models, training
 from llm_alignment.adapters import adapter_kept_in_float32, adapter_off, new_adapter
 from llm_alignment.anchored_loss import fused_nll_kl
-from llm_alignment.batches import GroupedOrder, depends_on_batch, groups_of, sort_by_length, token_counts
-from llm_alignment.evaluation import Evaluation, pair_rows
-from llm_alignment.exactness import cache_problem, sharing_problem
-from llm_alignment.files import InputError, digest
+from llm_alignment.batches import GroupedOrder, groups_of, sort_by_length, token_counts
+from llm_alignment.files import InputError, digest, log
 from llm_alignment.flags import losses
-from llm_alignment.models import inner_model
 from llm_alignment.plots import save_curves
-from llm_alignment.prefixes import add_prefix_sharing
+from llm_alignment.prefixes import add_prefix_sharing, cache_problem, sharing_problem
 from llm_alignment.processes import main_process
 from llm_alignment.prompts import PromptStyle, fit_prompt, pair_tokens
 from llm_alignment.reference import add_reference
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
-from llm_alignment.training import Setup, TrainingSettings, run_training, save_adapter, training_arguments
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-log = logging.getLogger("llm_alignment")
-
-
-@dataclasses.dataclass(frozen=True)
-class DpoSettings:
-    """The flags of that name."""
-
-    beta: float
-    loss_type: str
-    loss_weights: str
-    label_smoothing: float
-    max_length: int  # tokens of prompt and answer
-    max_prompt_length: int
-    no_prefix_sharing: bool
-    group_by_table: bool
-
-    def sized(self, settings: TrainingSettings, longest: int) -> TrainingSettings:
-        """The settings for examples of `longest` tokens, as the plan of the memory needs them."""
-        longest_answer = self.max_length - self.max_prompt_length
-        return dataclasses.replace(settings, longest=longest, longest_answer=longest_answer)
+from llm_alignment.training import DpoSettings, Setup, TrainingSettings
 
 
 def fit_pairs(
     pairs: list[dict], tokenizer: PreTrainedTokenizerBase, style: PromptStyle, max_length: int, mark: str = ""
 ) -> list[dict[str, str]]:
-    """The pairs as the trainer reads them, prompts rendered and cut (see `fit_prompt`); says how many were cut.
-
-    TRL cuts the answers at `max_length` tokens of prompt and answer.
-    """
+    """The pairs as the trainer reads them, prompts rendered and cut (see `fit_prompt`); says how many were cut. TRL
+    cuts the answers at `max_length` tokens of prompt and answer."""
     rows, cut_prompts, cut_answers, equal = [], 0, 0, 0
     for pair in pairs:
         its_style = dataclasses.replace(style, system="") if "own_system" in pair else style
@@ -100,9 +70,6 @@ class SharedPromptTrainer(DPOTrainer):
             log.info(message, len(groups) - alone, alone)
             self.order = GroupedOrder(groups, self.args.seed)
 
-    def create_model_card(self, *_, **__) -> None:
-        """Of no checkpoint: `write_card` writes one when the run was measured."""
-
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset.map(functools.partial(pair_tokens, tokenizer=processing_class), desc="tokenising")
 
@@ -117,7 +84,7 @@ class SharedPromptTrainer(DPOTrainer):
         if self.order:  # it says what meets in a micro-batch
             loader.set_sampler(self.order)  # and hears of the epoch so, in every process and after a resume
             return loader
-        if depends_on_batch(self.args.loss_type) or self.aux_loss_enabled:  # a router's loss looks at the batch too
+        if not batches.LOSSES_OVER_BATCHES.isdisjoint(self.args.loss_type) or self.aux_loss_enabled:  # a router's loss
             return loader
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
         return sort_by_length(loader, self.args, token_counts(self.train_dataset, *columns))
@@ -126,12 +93,9 @@ class SharedPromptTrainer(DPOTrainer):
 def build_trainer(
     model: PreTrainedModel | PeftModel, setup: Setup, rows: list[dict], settings: TrainingSettings, dpo: DpoSettings
 ) -> SharedPromptTrainer:
-    """The trainer of the `rows` of `fit_pairs`, over a model that reads each prompt once.
-
-    A base model gets a fresh adapter, and the reference is the base without it. A model with an adapter continues
-    with that one, and the reference is a frozen copy of it. Dropout is off, as in TRL, so that the two agree at
-    the first step.
-    """
+    """The trainer of the `rows` of `fit_pairs`, over a model that reads each prompt once. A base model gets a fresh
+    adapter, and the reference is the base without it. A model with an adapter continues with that one, and the
+    reference is a frozen copy of it. Dropout is off, as in TRL, so that the two agree at the first step."""
     problem = sharing_problem(model)
     if problem and dpo.group_by_table:
         raise InputError(f"--group_by_table: {problem}; leave it out")
@@ -143,23 +107,12 @@ def build_trainer(
     is_fresh = not isinstance(model, PeftModel)
     if is_fresh:
         model = new_adapter(model, setup.lora)
-    config = DPOConfig(
-        **training_arguments(dpo.sized(settings, dpo.max_length), setup.base, setup.lora),
-        beta=dpo.beta,
-        max_length=dpo.max_length,
-        loss_type=loss_types,
-        loss_weights=loss_weights,
-        label_smoothing=dpo.label_smoothing,
-    )
+    arguments = training.training_arguments(dpo.sized(settings, dpo.max_length), setup.base, setup.lora)
+    arguments |= {name: getattr(dpo, name) for name in ("beta", "max_length", "label_smoothing")}
+    config = DPOConfig(**arguments, loss_type=loss_types, loss_weights=loss_weights)
+    how = {"args": config, "processing_class": setup.tokenizer, "train_dataset": datasets.Dataset.from_list(rows)}
     with adapter_kept_in_float32(model):
-        trainer = SharedPromptTrainer(
-            by_table=dpo.group_by_table,
-            is_shared=is_shared,
-            model=model,
-            args=config,
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=setup.tokenizer,
-        )
+        trainer = SharedPromptTrainer(by_table=dpo.group_by_table, is_shared=is_shared, model=model, **how)
     if is_fresh:
         model.delete_adapter("ref")  # TRL copies every adapter; without the copy it switches the adapter off
     add_prefix_sharing(model.get_base_model(), sharing=is_shared)
@@ -169,44 +122,35 @@ def build_trainer(
 def train(
     trainer: SharedPromptTrainer, checkpoint: Path | None, folder: Path, *, fingerprint: dict, use_cache: bool
 ) -> None:
-    """The reference's log-probabilities, then training, then adapter, model card and plots into `folder`.
-
-    `fingerprint`: of the base; with `use_cache` the reference is shared with other runs.
-    """
+    """The reference's log-probabilities, then training, then adapter and plots into `folder`. `fingerprint`: of the
+    base; with `use_cache` the reference is shared with other runs."""
     add_reference(trainer, folder, fingerprint=fingerprint, use_cache=use_cache)
-    run_training(trainer, checkpoint)
-    save_adapter(trainer, folder)
+    training.run_training(trainer, checkpoint)
+    training.save_adapter(trainer, folder)
     if main_process():
         save_curves(trainer.state.log_history, folder)
 
 
-def reward_evaluation(pairs: list[dict], rows: list[dict], beta: float, max_length: int) -> Evaluation:
+def reward_evaluation(pairs: list[dict], rows: list[dict], beta: float, max_length: int) -> evaluation.Evaluation:
     """The rewards of held-out pairs; `rows` are those that `fit_pairs` made of `pairs`, which name their "cluster"."""
-    items = [
-        {**row, "question_id": pair["uid"], "cluster": pair["cluster"]} for row, pair in zip(rows, pairs, strict=True)
-    ]
-
-    return Evaluation(
-        name="held_out",
-        items=items,
-        read=functools.partial(read_rewards, beta=beta, max_length=max_length),
+    names = [{"question_id": pair["uid"], "cluster": pair["cluster"]} for pair in pairs]
+    items = [row | its_names for row, its_names in zip(rows, names, strict=True)]
+    return evaluation.Evaluation(
+        name="held_out", items=items, read=functools.partial(read_rewards, beta=beta, max_length=max_length),
         settings={"pairs": digest(items), "beta": beta, "max_length": max_length},
-        of_base=lambda pair: reward_row(pair, 0.0, 0.0),
+        of_base=lambda pair: reward_row(pair, 0.0, 0.0), compare=functools.partial(compare_rewards, beta=beta),
         summarise=lambda rows: {"held_out": summarise_rewards(rows, beta)},
-        compare=functools.partial(compare_rewards, beta=beta),
         # with the adapter and without
         tokens=lambda tokenizer: 2 * sum(len(ids) for item in items for ids in pair_tokens(item, tokenizer).values()),
-    )
+    )  # fmt: skip
 
 
 def read_rewards(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: list[dict], *, beta: float, max_length: int
 ) -> Iterator[dict]:
-    """Yields the rows of pairs (see `reward_row`): DPO's implicit rewards, beta * log(p(answer) / p_base(answer)).
-
-    The base is the model with its adapter off, also for a run that continues the training of an adapter; its own
-    rewards are 0 by definition. Source: section 4 of Rafailov et al., https://arxiv.org/abs/2305.18290.
-    """
+    """Yields the rows of pairs (see `reward_row`): DPO's implicit rewards, beta * log(p(answer) / p_base(answer)). The
+    base is the model with its adapter off, also for a run that continues the training of an adapter; its own rewards
+    are 0 by definition. Source: section 4 of Rafailov et al., https://arxiv.org/abs/2305.18290."""
     for pair in pairs:
         tokens = pair_tokens(pair, tokenizer)
         policy = answer_log_probs(model, tokens, max_length)
@@ -223,13 +167,11 @@ def reward_row(pair: dict, chosen: float, rejected: float) -> dict:
 
 def answer_log_probs(model: PreTrainedModel | PeftModel, tokens: dict[str, list[int]], max_length: int) -> list[float]:
     """Log-probabilities, in nats, of both answers of `pair_tokens`, cut at `max_length` tokens of prompt and answer.
-
-    The prompt is read once.
-    """
+    The prompt is read once."""
     prompt, *answers = tokens.values()
     start = len(prompt)
     cut = [torch.tensor([*prompt, *answer][:max_length], device=model.device) for answer in answers]
-    ids, cache, base = pad_sequence(cut, batch_first=True), DynamicCache(), inner_model(model)
+    ids, cache, base = pad_sequence(cut, batch_first=True), DynamicCache(), models.inner_model(model)
     with torch.no_grad():
         if cache_problem(model):
             hidden = base.base_model(ids, use_cache=False).last_hidden_state[:, start - 1 : -1]
@@ -262,14 +204,12 @@ def summarise_rewards(rows: list[dict], beta: float) -> dict:
 
 def compare_rewards(before: list[dict], after: list[dict], *, beta: float) -> dict[str, dict]:
     """Differences in reward accuracy, in percentage points, by the exact McNemar test, in the reward margin, and in
-    the log-probability of the chosen answer.
-
-    Pairs of one cluster are resampled and sign-flipped together; a row without one is its own.
-    """
-    pairs = pair_rows(before, after)
+    the log-probability of the chosen answer. Pairs of one cluster are resampled and sign-flipped together; a row
+    without one is its own."""
+    pairs = evaluation.pair_rows(before, after)
     clusters = [row.get("cluster", row["question_id"]) for _, row in pairs]
     accuracies, margins, chosen = (
-        [[measured(row) for row in rows] for rows in zip(*pairs, strict=True)]
+        evaluation.values_of(pairs, measured)
         for measured in (_reward_accuracy, _reward_margin, lambda row: row["chosen_reward"] / beta)
     )
     return {

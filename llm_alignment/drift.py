@@ -1,91 +1,68 @@
-"""Drift: how far the tuned model's next-token distributions have moved from the base's."""
+"""The drift from the base: forward KL on given tokens."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from llm_alignment.adapters import adapter_off
 from llm_alignment.anchored_loss import fused_nll_kl
 from llm_alignment.evaluation import Evaluation, pair_rows, values_of
-from llm_alignment.files import digest
+from llm_alignment.files import digest, log
 from llm_alignment.prompts import PromptStyle, encode, render
 from llm_alignment.stats import paired_delta
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger("llm_alignment")
 
 REFERENCES = 100  # of each evaluation: enough for an interval, and two forward passes of each
 
 
-def row_drift(model: PeftModel, input_ids: Sequence[int], labels: Sequence[int]) -> tuple[float, int]:
+def row_drift(model: PeftModel, row: dict) -> tuple[float, int]:
     """Forward KL(p_base || p_tuned) in nats, in float32 or better, summed over the target positions of one row, and
-    their number. It predicts forgetting (Shenfeld et al., https://arxiv.org/abs/2509.04259).
-
-    `input_ids` (tokens,), `labels` (tokens,) the same ids with -100 where there is no target. The base is the model
-    with its adapter off."""
-    base = model.get_base_model()
-    ids = torch.tensor([input_ids], device=model.device)
-    targets = torch.tensor(labels[1:], device=model.device)
+    their number. It predicts forgetting (Shenfeld et al., https://arxiv.org/abs/2509.04259). `input_ids` (tokens,),
+    `labels` (tokens,) the same ids with -100 where there is no target. The base is the model with its adapter off."""
+    base, device = model.get_base_model(), model.device
+    ids, targets = torch.tensor([row["input_ids"]], device=device), torch.tensor(row["labels"][1:], device=device)
     count = int((targets != -100).sum())
     if not count:
         return 0.0, 0
-    with torch.no_grad(), torch.autocast(model.device.type, model.dtype, enabled=model.device.type == "cuda"):
-        tuned = base.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
-        with adapter_off(model):
-            reference = base.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
-    weight = base.get_output_embeddings().weight
     with torch.no_grad():
+        with torch.autocast(device.type, model.dtype, enabled=device.type == "cuda"):
+            tuned = base.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
+            with adapter_off(model):
+                reference = base.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
+        weight = base.get_output_embeddings().weight
         _, _, kl = fused_nll_kl(tuned, weight, targets, reference, kl_direction="forward")
     return kl.item() * count, count
 
 
 def drift_evaluation(rows: list[dict], name: str = "drift") -> Evaluation:
-    """The drift, in nats a token, on `rows` of {"question_id", "cluster", "input_ids", "labels"}; the base's is 0."""
+    """The drift, in nats a token, on `rows` of {"question_id", "cluster", "input_ids", "labels"}; the base's is 0. A
+    row: {"question_id", "cluster", "kl": the sum over `tokens` targets, in nats, "tokens"}. The difference is
+    token-weighted. A KL is never negative, so from the base its p says little."""
+
+    def of_base(item: dict) -> dict:
+        tokens = sum(label != -100 for label in item["labels"][1:])
+        return {"question_id": item["question_id"], "cluster": item["cluster"], "kl": 0.0, "tokens": tokens}
+
+    def compare(before: list[dict], after: list[dict]) -> dict[str, dict]:
+        pairs = pair_rows(before, after)
+        mean_tokens = sum(row["tokens"] for _, row in pairs) / len(pairs)
+        sides = values_of(pairs, lambda row: row["kl"] / mean_tokens)
+        return {name: paired_delta(*sides, clusters=[row["cluster"] for _, row in pairs])}
+
     return Evaluation(
-        name=name,
-        items=rows,
-        read=lambda model, tokenizer, items: [
-            drift_row(item, *row_drift(model, item["input_ids"], item["labels"])) for item in items
-        ],
-        settings={"rows": digest(rows)},
-        of_base=base_row,
-        is_cached=False,
+        name=name, items=rows, settings={"rows": digest(rows)}, is_cached=False, of_base=of_base, compare=compare,
+        read=lambda model, tokenizer, items: [of_base(item) | {"kl": row_drift(model, item)[0]} for item in items],
         summarise=lambda rows: {name: sum(row["kl"] for row in rows) / sum(row["tokens"] for row in rows)},
-        compare=lambda before, after: {name: compare_drift(before, after)},
         tokens=lambda tokenizer: 2 * sum(len(row["input_ids"]) for row in rows),  # with the adapter and without
-    )
-
-
-def drift_row(item: dict, kl: float, tokens: int) -> dict:
-    """{"question_id", "cluster", "kl": the sum over `tokens` targets, in nats, "tokens"}."""
-    return {"question_id": item["question_id"], "cluster": item["cluster"], "kl": kl, "tokens": tokens}
-
-
-def base_row(item: dict) -> dict:
-    return drift_row(item, 0.0, sum(label != -100 for label in item["labels"][1:]))
-
-
-def compare_drift(before: list[dict], after: list[dict]) -> dict:
-    """The paired difference of the token-weighted drift. A KL is never negative, so from the base p says little."""
-    pairs = pair_rows(before, after)
-    mean_tokens = sum(row["tokens"] for _, row in pairs) / len(pairs)
-    sides = values_of(pairs, lambda row: row["kl"] / mean_tokens)
-    return paired_delta(*sides, clusters=[row["cluster"] for _, row in pairs])
+    )  # fmt: skip
 
 
 def reference_drift(
     tokenizer: PreTrainedTokenizerBase, evaluations: list[Evaluation], style: PromptStyle, max_length: int
 ) -> list[Evaluation]:
-    """The drift on the reference answers of the evaluations that have them (TAT-QA, Finance-Instruct, Reddit), in a
-    list; [] with a log line if none has. Of each the first 100 questions, each answer after its prompt as the
-    evaluation shows it. Targets are the answer's tokens."""
+    """The drift on the tokens of the first 100 reference answers of each evaluation that has them (TAT-QA,
+    Finance-Instruct, Reddit), after their prompts as it shows them, in a list; [] with a log line if none has."""
     rows = []
     for evaluation in evaluations:
         for question_id, prompt, answer, cluster in evaluation.references[:REFERENCES]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import re
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -12,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from llm_alignment.conversations import Turns
-from llm_alignment.files import InputError
+from llm_alignment.files import InputError, log
 from llm_alignment.prompts import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger("llm_alignment")
 
 THOUGHT = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)  # an answer begins with it, or has none
 EMPTY_BLOCK = re.compile(r"<think>\s*</think>\s*")
@@ -55,6 +52,7 @@ class ChatEncoder:
         self.layouts: dict[tuple[str, ...], Layout | str] = {}  # by the order of roles; a text: why there is none
         self.first = encode("", tokenizer)  # what begins every text, once
         question, answer = ("user", "QUESTION"), ("assistant", "<think>\nTHOUGHT\n</think>\n\nANSWER")
+        name = tokenizer.name_or_path
         try:
             asked = self.render([question])
             prompt = self.render([question], add_generation_prompt=True)
@@ -62,7 +60,7 @@ class ChatEncoder:
             twice = self._layout(("user", "assistant") * 2)
         except (jinja2.TemplateError, ValueError) as error:
             what = f"its chat template fails on a conversation of two turns ({error})"
-            raise InputError(f"--model {tokenizer.name_or_path}: {what}; name a chat model") from error
+            raise InputError(f"--model {name}: {what}; name a chat model") from error
         opening = prompt.removeprefix(commonprefix([asked, prompt]))
         self.header = opening.partition("<think>")[0]  # what begins every assistant turn
         self.supplied = opening.removeprefix(self.header)  # what the generation prompt adds
@@ -73,12 +71,10 @@ class ChatEncoder:
         ends = all(map(self._end, after))
         if not ends or not self.own.search(after[1]):
             why = "ends an answer with no token, so training does not teach the model to stop"
-            log.warning(
-                "--model %s: its chat template %s; name another, or add the token", tokenizer.name_or_path, why
-            )
+            log.warning("--model %s: its chat template %s; name another, or add the token", name, why)
         begins = self.header and all(self.header in before for before in twice.between[1:4:2])
         if assistant_only and not (begins and ends and tokenizer.is_fast):
-            what = f"the chat template of {tokenizer.name_or_path} does not mark where an answer begins and ends"
+            what = f"the chat template of {name} does not mark where an answer begins and ends"
             raise InputError(f"--assistant_only_loss: {what}; leave the flag out")
 
     def render(self, turns: Turns, **options: Any) -> str:
@@ -145,17 +141,14 @@ class ChatEncoder:
         return answer.lstrip() if self.supplied else answer
 
     def write(self, turns: Turns) -> tuple[str, list[tuple[int, int]]]:
-        """The whole conversation as it is trained on, and where its answers stand with their ends of turn.
-
-        Raises ValueError when the template refuses the conversation.
-        """
+        """The whole conversation as it is trained on, and where its answers stand with their ends of turn. Raises
+        ValueError when the template refuses the conversation."""
         layout = self.layout(turns)
         if isinstance(layout, str):
             raise ValueError(layout)
         text, spans, between = "", [], layout.between
-        for place, before, after, (left, right) in zip(
-            layout.order, between, between[1:], layout.stripped, strict=False
-        ):
+        parts = zip(layout.order, between, between[1:], layout.stripped, strict=False)
+        for place, before, after, (left, right) in parts:
             role, content = turns[place]
             content = content.lstrip(left).rstrip(right)
             if role == "assistant":

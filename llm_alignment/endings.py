@@ -1,7 +1,5 @@
 """How a run ends: exit codes, signals, the console."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io
@@ -18,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from llm_alignment.files import InputError, causes, is_out_of_memory
+from llm_alignment.files import InputError, causes, is_out_of_memory, log
 from llm_alignment.processes import main_process
 
-log = logging.getLogger("llm_alignment")
+DISK_ERRORS = "EACCES EDQUOT EFBIG EIO EISDIR ENAMETOOLONG ENOSPC ENOTDIR EPERM EROFS ESTALE".split()
 
 
 class NotFiniteError(Exception):
@@ -84,11 +82,6 @@ class Ending(NamedTuple):
     advice: str = ""
     is_rare: bool = False
 
-    @property
-    def line(self) -> str:
-        kind = "interrupted" if self.code > 128 else "error"
-        return f"{kind}: {self.reason}" + (f"; {self.advice}" if self.advice else "")
-
 
 def ending(error: BaseException, folder: str) -> Ending:
     """How a run in `folder` ends by `error`: bad input, missing packages 2, signals 128 + their number, others 1."""
@@ -116,14 +109,15 @@ def ending(error: BaseException, folder: str) -> Ending:
 
 
 def explain(end: Ending, error: BaseException) -> str:
-    """Writes the end to run.log, with a traceback if it is rare, and returns where that is, to be added to the line.
-    Before run.log is open, and in other processes than the main one, it goes to the console."""
-    text = "".join(traceback.format_exception(error)) if end.is_rare else end.line
+    """The end in one line, written to run.log too. The traceback of a rare one is there alone; before run.log is open,
+    and in other processes than the main one, it goes to the console."""
+    line = ("interrupted: " if end.code > 128 else "error: ") + end.reason + f"; {end.advice}" * bool(end.advice)
+    text = "".join(traceback.format_exception(error)) if end.is_rare else line
     if path := to_run_log(text, logging.ERROR):
-        return f"; its traceback is in {path}" if end.is_rare else ""
+        return line + f"; its traceback is in {path}" * end.is_rare
     if end.is_rare:
         print(text, end="", file=sys.stderr)
-    return ""
+    return line
 
 
 def to_run_log(text: str, level: int = logging.INFO) -> str:
@@ -133,9 +127,6 @@ def to_run_log(text: str, level: int = logging.INFO) -> str:
             handler.handle(log.makeRecord(log.name, level, "", 0, text, (), None))
             return handler.baseFilename
     return ""
-
-
-DISK_ERRORS = "EACCES EDQUOT EFBIG EIO EISDIR ENAMETOOLONG ENOSPC ENOTDIR EPERM EROFS ESTALE".split()
 
 
 def disk_problem(error: BaseException) -> str:
@@ -178,15 +169,14 @@ class Console:
 @contextlib.contextmanager
 def lasting_console() -> Iterator[Console]:
     """Inside, printing never ends the run, also to a console whose reader has gone; gives stdout."""
-    streams = sys.stdout, sys.stderr
-    consoles = [Console(stream or open(os.devnull, "w", encoding="utf-8")) for stream in streams]  # None: no console
-    sys.stdout, sys.stderr = consoles
-    try:
-        yield consoles[0]
-    finally:
-        for console in consoles:
-            console.flush()
-        sys.stdout, sys.stderr = streams
+    # without a console they are None
+    out, err = (Console(stream or open(os.devnull, "w", encoding="utf-8")) for stream in (sys.stdout, sys.stderr))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            yield out
+        finally:
+            out.flush()
+            err.flush()
 
 
 @contextlib.contextmanager

@@ -1,12 +1,12 @@
-"""What is measured before and after training: the one runner of rows, the table, plots."""
+"""What is measured before and after training: the one runner of rows, the table, plots, gates."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
 import itertools
-import logging
 import math
 import shutil
 import textwrap
@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llm_alignment import flags
 from llm_alignment.endings import MissedGateError, to_run_log
-from llm_alignment.files import InputError, SkippedRows, write_json, write_rows
-from llm_alignment.gates import check_gates, describe, judge, parse_gates
+from llm_alignment.files import InputError, SkippedRows, log, write_json, write_rows
 from llm_alignment.health import HEALTH, compare_health, summarise_health
 from llm_alignment.plots import plot_categories, save_figure
 from llm_alignment.processes import main_process, on_main_process, shared_rounds
@@ -26,9 +26,6 @@ from llm_alignment.stats import ENOUGH, excluded, holm, too_few_changed
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-log = logging.getLogger("llm_alignment")
 
 Rows = dict[str, list[dict]]  # of evaluations, by name
 
@@ -50,6 +47,9 @@ ANSWERED = ("tatqa", "retention", "mtbench", "instruct", "finance_instruct", "re
 WHEN = {"_baseline": ", before training", "_final": ", after training"}
 SCORED = ("mtbench", "instruct", "finance_instruct", "reddit")  # by the reward model
 
+ENOUGH_ITEMS = 40  # with fewer, an interval of skewed differences is too narrow to judge by
+REACH = 1.96 + 1.28  # standard errors between mean and gate that decide in 90 % of repeats: an estimate may be wrong
+
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
@@ -68,14 +68,14 @@ class Metric:
         return functools.reduce(lambda value, key: (value or {}).get(key), self.keys, start)
 
 
-SCORES = {  # of an evaluation that the reward model scores: suffix of the metric's name -> title, key
-    "": ("1-10", "avg"),
-    "_equal_length": ("at equal length", ""),
-    "_raw": ("raw reward", "raw_mean"),
-    "_published": ("published scale", "avg_logged"),
-    "_success": ("7 or more, %", "success_rate"),
-    "_checks": ("checks passed, %", "check_rate"),
-    "_length": ("answer tokens", "answer_tokens"),
+SCORES = {  # of an evaluation that the reward model scores: suffix of the metric's name -> title, key, which ones
+    "": ("1-10", "avg", SCORED),
+    "_equal_length": ("at equal length", "", SCORED),
+    "_raw": ("raw reward", "raw_mean", SCORED),
+    "_published": ("published scale", "avg_logged", SCORED),
+    "_success": ("7 or more, %", "success_rate", ("instruct", "finance_instruct")),
+    "_checks": ("checks passed, %", "check_rate", ("instruct",)),
+    "_length": ("answer tokens", "answer_tokens", SCORED),
 }
 # Every metric that a run can report, in the order of the tables. A metric named like its evaluation is the main one.
 METRICS = {
@@ -95,20 +95,13 @@ METRICS = {
         "held-out pairs, margin by length, r", ("held_out", "margin_by_length"), has_delta=False
     ),
 }
-ONLY_OF = {"_success": ("instruct", "finance_instruct"), "_checks": ("instruct",)}
-METRICS |= {
-    name + suffix: Metric(
-        f"{EVALUATIONS[name]}, {title}", (name, key) if key else (), of=name, has_delta=suffix != "_published"
-    )
-    for name in SCORED
-    for suffix, (title, key) in SCORES.items()
-    if name in ONLY_OF.get(suffix, SCORED)
-}
-METRICS |= {
-    f"{name}_{kind}": Metric(f"{EVALUATIONS[name]}, {kind.replace('_', ' ')}, %", ("health", name, kind), True, name)
-    for name in ANSWERED
-    for kind in HEALTH
-}
+for name, (suffix, (title, key, names)) in itertools.product(SCORED, SCORES.items()):
+    if name in names:
+        keys, has_delta = (name, key) if key else (), suffix != "_published"
+        METRICS[name + suffix] = Metric(f"{EVALUATIONS[name]}, {title}", keys, of=name, has_delta=has_delta)
+for name, kind in itertools.product(ANSWERED, HEALTH):
+    title = f"{EVALUATIONS[name]}, {kind.replace('_', ' ')}, %"
+    METRICS[f"{name}_{kind}"] = Metric(title, ("health", name, kind), True, name)
 HEADLINE = {
     "val_loss", "ppl", "drift", "retention", "own_drift", "tatqa", "tatqa_em", "reward_accuracy", "reward_margin",
     "chosen_log_prob", "margin_by_length", "mtbench", "instruct", "instruct_checks", "finance_instruct", "reddit",
@@ -118,11 +111,10 @@ SIGNS = {"drift", "own_drift", "chosen_log_prob"}  # of what may be lost, and no
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured, and how: `measure` does the rest (files, cache, processes, resuming after a kill).
-
-    `items` have a "question_id" each. `read(model, tokenizer, items)` gives the row of each item of a batch, and
-    `grade(rows)` in the main process what is stored of them. `summarise(rows)` is what the record's `baseline` and
-    `final` get, `compare(before, after)` what its `delta` gets: a difference for each name of METRICS."""
+    """What is measured, and how: `measure` does the rest (files, cache, processes, resuming after a kill). `items`
+    have a "question_id" each. `read(model, tokenizer, items)` gives the row of each item of a batch, and `grade(rows)`
+    in the main process what is stored of them. `summarise(rows)` is what the record's `baseline` and `final` get,
+    `compare(before, after)` what its `delta` gets: a difference for each name of METRICS."""
 
     name: str  # a key of EVALUATIONS for what is reported, and the stem of its files
     items: Sequence[dict]
@@ -142,7 +134,7 @@ class Evaluation:
     tokens: Callable[[PreTrainedTokenizerBase], int] = lambda tokenizer: 0  # that go through a trained model, at most
 
 
-def pair_rows(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
+def pair_rows(before: Iterable[dict], after: Iterable[dict]) -> list[tuple[dict, dict]]:
     """The rows of both sides by question_id, in the order of `after`; an id on one side alone is left out. Raises
     InputError when no id is on both sides."""
     by_id = {row["question_id"]: row for row in before}
@@ -158,21 +150,13 @@ def values_of(pairs: list[tuple[dict, dict]], value: Callable[[dict], Any]) -> t
 
 
 def measure(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    evaluations: list[Evaluation],
-    place: tuple[Path, str],
-    *,
-    fingerprint: dict,
-    with_adapter: bool,
-    use_cache: bool = False,
-    measured_as: str = "",
-) -> Rows:
-    """The rows of every evaluation by name; every process gets them. Without the adapter the base answers.
-
-    `place`: a folder and a stage; the rows are kept in folder/NAME_STAGE.jsonl. `fingerprint`: of the base. With
-    `use_cache` rows of the base are shared with other runs. `measured_as`: an earlier stage; its rows of evaluations
-    that are the same, by the same adapter, are taken."""
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, evaluations: list[Evaluation],
+    place: tuple[Path, str], *, fingerprint: dict, with_adapter: bool, use_cache: bool = False, measured_as: str = "",
+) -> Rows:  # fmt: skip
+    """The rows of every evaluation by name; every process gets them. Without the adapter the base answers. `place`: a
+    folder and a stage; the rows are kept in folder/NAME_STAGE.jsonl, or, without a stage, NAME.jsonl, which must not
+    hold another evaluation. `fingerprint`: of the base. With `use_cache` rows of the base are shared with other runs.
+    `measured_as`: an earlier stage; its rows of evaluations that are the same, by the same adapter, are taken."""
     from llm_alignment.adapters import adapter_off, adapter_sha256
 
     folder, stage = place
@@ -180,26 +164,26 @@ def measure(
     with contextlib.nullcontext() if with_adapter else adapter_off(model):
         whole = {**fingerprint, "adapter": adapter_sha256(model) if with_adapter else "none"}
         for each in evaluations:
-            path, earlier = (folder / f"{each.name}_{name}.jsonl" for name in (stage, measured_as))
+            path, earlier = (folder / f"{each.name}{'_' * bool(at)}{at}.jsonl" for at in (stage, measured_as))
             cache = earlier if measured_as and earlier.exists() else None
             if use_cache and each.is_cached and not with_adapter:
                 cache = baseline_cache({**whole, **each.settings})
-            rows[each.name] = read_items(each, lambda: model, tokenizer, path, fingerprint=whole, cache=cache)
+            how: Any = {"fingerprint": whole, "cache": cache, "renew": bool(stage)}
+            rows[each.name] = read_items(each, lambda: model, tokenizer, path, **how)
     return rows
 
 
 def read_items(
-    evaluation: Evaluation,
-    get_model: Callable[[], PreTrainedModel | PeftModel],
-    tokenizer: PreTrainedTokenizerBase,
-    path: Path,
-    *,
-    fingerprint: dict,
-    cache: Path | None = None,
-    renew: bool = True,
-) -> list[dict]:
+    evaluation: Evaluation, get_model: Callable[[], PreTrainedModel | PeftModel], tokenizer: PreTrainedTokenizerBase,
+    path: Path, *, fingerprint: dict, cache: Path | None = None, renew: bool = True,
+) -> list[dict]:  # fmt: skip
     """The rows of an evaluation's items, kept in `path` and taken from `cache` (see ResultFile); what is missing is
     read, by `get_model()`. All processes call this: they share the batches, the main one writes."""
+    import torch
+    from tqdm import tqdm
+
+    from llm_alignment.models import evaluating
+
     fingerprint = {**fingerprint, **evaluation.settings}
     results = ResultFile(path, fingerprint, renew=renew, cache=cache) if main_process() else None
     unread = on_main_process(lambda: results.missing(evaluation.items) if results else [])
@@ -207,56 +191,44 @@ def read_items(
         if results:
             results.append(*map(evaluation.of_base, unread))
     elif unread:
-        missing = {item["question_id"] for item in unread}
-        when = WHEN.get(path.stem.removeprefix(evaluation.name), "")
-        title = EVALUATIONS.get(evaluation.name, path.stem) + when
-        for rows in _read_rounds(evaluation, get_model(), tokenizer, missing, title):
-            if results and rows:
-                results.append(*(row for row in evaluation.grade(rows) if row["question_id"] in missing))
+        model, missing = get_model(), {item["question_id"] for item in unread}
+        title = EVALUATIONS.get(evaluation.name, path.stem) + WHEN.get(path.stem.removeprefix(evaluation.name), "")
+        groups = itertools.groupby(evaluation.items, key=lambda item: item[evaluation.unit])
+        units = sorted(([*group] for _, group in groups), key=lambda unit: evaluation.order(unit[0]))
+        at_once = max(1, math.ceil(evaluation.rows_at_once(model) / max(map(len, units))))
+
+        def read(batch: list[list[dict]]) -> Iterator[tuple[int, list[dict]]]:
+            items = [*itertools.chain(*batch)]
+            is_read = any(item["question_id"] in missing for item in items)
+            rows = iter(evaluation.read(model, tokenizer, items) if is_read else ())
+            for place, unit in enumerate(batch):
+                yield place, list(itertools.islice(rows, len(unit)))
+
+        bar = tqdm(total=len(evaluation.items), desc=title, unit="question", disable=not main_process())
+        cuda = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda), bar, evaluating(model):
+            for number, found in enumerate(shared_rounds(units, at_once, read)):
+                rows = list(itertools.chain(*(rows for _, rows in found)))
+                if results and rows:
+                    results.append(*(row for row in evaluation.grade(rows) if row["question_id"] in missing))
+                bar.update(sum(len(unit) for unit, _ in found))
+                if number == 0 and (minutes := bar.format_dict["elapsed"] / 60 * bar.total / max(1, bar.n)) > 1:
+                    log.info("%s takes about %.0f min", title, minutes)
     if results:
         results.finish()
-    return on_main_process(lambda: results.rows_of(evaluation.items) if results else [])
-
-
-def _read_rounds(evaluation: Evaluation, model: Any, tokenizer: Any, missing: set, title: str) -> Iterator[list[dict]]:
-    """Yields the rows of all batches that hold a `missing` item, one list for each batch that all processes read."""
-    import torch
-    from tqdm import tqdm
-
-    from llm_alignment.models import evaluating
-
-    groups = itertools.groupby(evaluation.items, key=lambda item: item[evaluation.unit])
-    units = sorted(([*group] for _, group in groups), key=lambda unit: evaluation.order(unit[0]))
-    at_once = max(1, math.ceil(evaluation.rows_at_once(model) / max(map(len, units))))
-
-    def read(batch: list[list[dict]]) -> Iterator[tuple[int, list[dict]]]:
-        items = [*itertools.chain(*batch)]
-        is_read = any(item["question_id"] in missing for item in items)
-        rows = iter(evaluation.read(model, tokenizer, items) if is_read else ())
-        for place, unit in enumerate(batch):
-            yield place, list(itertools.islice(rows, len(unit)))
-
-    bar = tqdm(total=len(evaluation.items), desc=title, unit="question", disable=not main_process())
-    cuda = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), bar, evaluating(model):
-        for number, results in enumerate(shared_rounds(units, at_once, read)):
-            yield list(itertools.chain(*(rows for _, rows in results)))
-            bar.update(sum(len(unit) for unit, _ in results))
-            if number == 0 and (minutes := bar.format_dict["elapsed"] / 60 * bar.total / max(1, bar.n)) > 1:
-                log.info("%s takes about %.0f min", title, minutes)
+    return on_main_process(lambda: results and [results.rows[item["question_id"]] for item in evaluation.items])
 
 
 def stored_rows(folder: Path, stage: str, evaluations: list[Evaluation]) -> Rows:
     """The rows that a measurement left in `folder`, by evaluation."""
     rows = {}
-    for evaluation in evaluations:
-        path = folder / f"{evaluation.name}_{stage}.jsonl"
+    for each in evaluations:
+        path, skipped = folder / f"{each.name}_{stage}.jsonl", SkippedRows()
         if path.exists():
-            skipped = SkippedRows()
-            by_id = {row["question_id"]: row for row in read_results(path, skipped)[1]}
+            by_id = read_results(path, skipped)[1]
             skipped.report(f"damaged lines of {path}")
-            ids = (item["question_id"] for item in evaluation.items)  # in the order of `measure`
-            rows[evaluation.name] = [by_id[each] for each in ids if each in by_id]
+            # in the order of `measure`
+            rows[each.name] = [by_id[item["question_id"]] for item in each.items if item["question_id"] in by_id]
     return rows
 
 
@@ -273,56 +245,29 @@ def report(
 ) -> None:
     """Fills the record's baseline, final and delta; writes metrics.json and the plots; prints the table: whole, with a
     line for every turn and category, unless --table asks for the headline. `before` and `after`: by `measure`."""
-    baseline, final, delta = record["baseline"], record["final"], record["delta"]
+    metrics = {side: record[side] for side in ("baseline", "final", "delta")}
     for evaluation in evaluations:
         name = evaluation.name
-        for summaries, rows in ((baseline, before), (final, after)):
-            if name in rows:
-                summaries |= evaluation.summarise(rows[name])
-        if name in before and name in after:
-            delta |= evaluation.compare(before[name], after[name])
-        if name in ANSWERED:
-            add_health(record, name, before.get(name, []), after.get(name, []))
+        add_figures(record, evaluation, before, after)
         if name in SCORED and name in after:
-            figure = plot_categories(EVALUATIONS[name], baseline.get(name), final[name], delta.get(name))
+            figure = plot_categories(EVALUATIONS[name], *(metrics[side].get(name) for side in metrics))
             save_figure(figure, folder / f"{name}.png")
-    metrics = {"baseline": baseline, "final": final, "delta": delta}
     write_json(folder / "metrics.json", metrics)
     print_results(title or str(folder), metrics, record.get("args", {}).get("table", "full"))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))
 
 
-def add_health(record: dict, name: str, before: list[dict], after: list[dict]) -> None:
-    """Puts the health of an evaluation's answers into the record's baseline, final and delta."""
+def add_figures(record: dict, evaluation: Evaluation, before: Rows, after: Rows) -> None:
+    """Puts what an evaluation says, and the health of its answers, into the record's baseline, final and delta."""
+    name, is_answered = evaluation.name, evaluation.name in ANSWERED
     for side, rows in (("baseline", before), ("final", after)):
-        if rows:
-            record[side].setdefault("health", {})[name] = summarise_health(rows)
-    if before and after:
-        deltas = compare_health(pair_rows(before, after))
+        record[side] |= evaluation.summarise(rows[name]) if name in rows else {}
+        if is_answered and name in rows:
+            record[side].setdefault("health", {})[name] = summarise_health(rows[name])
+    if name in before and name in after:
+        record["delta"] |= evaluation.compare(before[name], after[name])
+        deltas = compare_health(pair_rows(before[name], after[name])) if is_answered else {}
         record["delta"] |= {f"{name}_{kind}": delta for kind, delta in deltas.items()}
-
-
-def asked_gates(text: str, evaluations: list[Evaluation], *, own_drift: bool = True) -> dict[str, float]:
-    """--gates as differences by metric. Raises InputError for one that these evaluations do not measure; `own_drift`:
-    whether the drift on the base's own answers will be."""
-    gates = parse_gates(text)
-    check_gates(gates, METRICS, metrics_of(evaluations, own_drift=own_drift))
-    return gates
-
-
-def judge_gates(record: dict, gates: dict[str, float]) -> None:
-    """Fills the record's "gates" and prints a line for each. Raises MissedGateError when one is missed."""
-    judged = record["gates"] = {}
-    for name, limit in gates.items():
-        if name in record["delta"]:
-            lower_is_better = METRICS[name].lower_is_better
-            judged[name] = judge(record["delta"][name], limit, lower_is_better=lower_is_better)
-            log.info("%s", describe(name, judged[name], lower_is_better=lower_is_better))
-        else:
-            log.warning("gate %s: undecided, it was not measured before and after", name)
-    missed = [name for name, gate in judged.items() if gate["verdict"] == "missed"]
-    if missed:
-        raise MissedGateError(f"missed: {', '.join(missed)}; adapter, record and files are complete")
 
 
 class TableRow(NamedTuple):
@@ -355,15 +300,14 @@ def table_rows(baseline: dict, final: dict, delta: dict, table: str = "") -> lis
     categories and kinds of retention; "headline" has the most important metrics alone, and bad health of answers."""
     rows = []
     for name, metric in METRICS.items():
-        before, after, change = metric.read(baseline), metric.read(final), delta.get(name)
+        figures, change = (metric.read(baseline), metric.read(final)), delta.get(name)
         if metric.keys[:1] == ("health",):
-            is_shown = bool(before or after)  # there is something bad
+            is_shown = any(figures)  # there is something bad
         else:
-            is_measured = before is not None or after is not None or name in delta
-            is_shown = is_measured and (table != "headline" or name in HEADLINE)
+            is_shown = (name in delta or figures != (None, None)) and (table != "headline" or name in HEADLINE)
         if not is_shown:
             continue
-        rows.append(TableRow(metric.title, before, after, change, metric.lower_is_better))
+        rows.append(TableRow(metric.title, *figures, change, metric.lower_is_better))
         parts = change or {}
         rows += [TableRow(f"  {side}", None, parts[side]) for side in ("lost", "gained") if side in parts]
         by_type, deltas = Metric("", (*metric.keys[:-1], "by_type")), parts.get("by_type", {})
@@ -425,19 +369,17 @@ def table_texts(rows: list[TableRow]) -> tuple[list[list[str]], str]:
     return texts, note if stay else ""
 
 
-def table_width() -> int:
-    """Columns of the terminal, 80 to 120."""
-    return max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
-
-
-def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("baseline", "final")) -> None:
-    """Prints the lines of `table_texts` under the names of the two sides, in a run to run.log too; as wide as the
-    terminal, in plain ASCII."""
+def print_table(
+    title: str, rows: list[TableRow], sides: Sequence[str] = ("baseline", "final"), above: Sequence[str] = ()
+) -> None:
+    """Prints what stands `above`, and the lines of `table_texts` under the names of the two sides, in a run to run.log
+    too; as wide as the terminal, 80 to 120 columns, in plain ASCII."""
     from rich.box import Box
     from rich.console import Console
     from rich.table import Column, Table
 
-    width = table_width()
+    width = max(80, min(120, shutil.get_terminal_size((120, 24)).columns))
+    fill = functools.partial(textwrap.fill, width=width, subsequent_indent="    ", break_on_hyphens=False)
     is_wide = width >= 110  # else without the items that changed and the verdict
     rules = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the heading
     numbers = (*sides, "difference [95 % interval]", "p", *["changed"] * is_wide)
@@ -449,7 +391,7 @@ def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("basel
         table.add_row(*[*cells[:3], " ".join(cells[3:5]), *cells[5:]][: len(table.columns)])
     console = Console(width=width, color_system=None, legacy_windows=False, markup=False, emoji=False, highlight=False)
     with console.capture() as printed:
-        console.print(title, soft_wrap=True)
+        console.print("\n".join([*map(fill, above), title]), soft_wrap=True)
         console.print(table)
     text = (printed.get() + note).rstrip()
     print(text)
@@ -458,9 +400,8 @@ def print_table(title: str, rows: list[TableRow], sides: Sequence[str] = ("basel
 
 def print_results(title: str, metrics: dict[str, dict], table: str) -> None:
     """Prints what was learned and lost, then the table; `metrics`: a record's baseline, final and delta."""
-    fill = functools.partial(textwrap.fill, width=table_width(), subsequent_indent="    ", break_on_hyphens=False)
     baseline, final, delta = (metrics.get(key, {}) for key in ("baseline", "final", "delta"))
-    print_table("\n".join([*map(fill, in_short(delta)), title]), table_rows(baseline, final, delta, table))
+    print_table(title, table_rows(baseline, final, delta, table), above=in_short(delta))
 
 
 def save_answers(file: str, before: Rows, after: Rows) -> None:
@@ -470,3 +411,90 @@ def save_answers(file: str, before: Rows, after: Rows) -> None:
         if file and "tatqa" in rows:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_rows(path.with_name(f"{path.stem}_{name}.jsonl"), rows["tatqa"])
+
+
+def parse_gates(text: str) -> dict[str, float]:
+    """ "mtbench=-0.3,val_loss=-0.05" as the least acceptable difference of each metric. Raises InputError."""
+    gates: dict[str, float] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, _, limit = map(str.strip, part.partition("="))
+        if not name or name in gates:
+            raise InputError(f"--gates {part}: name each metric once, as in mtbench=-0.3")
+        try:
+            gates[name] = flags.number(float, -(2**31), ends="()")(limit)
+        except (ValueError, argparse.ArgumentTypeError):
+            raise InputError(f"--gates {part}: {limit!r} is not a number; write {name}=-0.3 or the like") from None
+    return gates
+
+
+def asked_gates(text: str, evaluations: list[Evaluation], *, own_drift: bool = True) -> dict[str, float]:
+    """--gates as differences by metric. Raises InputError for one that these evaluations do not measure; `own_drift`:
+    whether the drift on the base's own answers will be."""
+    gates, measured = parse_gates(text), metrics_of(evaluations, own_drift=own_drift)
+    if unknown := next((name for name in gates if name not in measured), None):
+        what = "this run does not measure it" if unknown in METRICS else "there is no such metric"
+        raise InputError(f"--gates {unknown}: {what}; choose from {', '.join(measured) or 'nothing: switch it on'}")
+    return gates
+
+
+def judge_gates(record: dict, gates: dict[str, float]) -> None:
+    """Fills the record's "gates" and prints a line for each. Raises MissedGateError when one is missed."""
+    judged = record["gates"] = {}
+    for name, limit in gates.items():
+        if name in record["delta"]:
+            lower_is_better = METRICS[name].lower_is_better
+            judged[name] = judge(record["delta"][name], limit, lower_is_better=lower_is_better)
+            log.info("%s", describe(name, judged[name], lower_is_better=lower_is_better))
+        else:
+            log.warning("gate %s: undecided, it was not measured before and after", name)
+    missed = [name for name, gate in judged.items() if gate["verdict"] == "missed"]
+    if missed:
+        raise MissedGateError(f"missed: {', '.join(missed)}; adapter, record and files are complete")
+
+
+def judge(delta: dict, limit: float, *, lower_is_better: bool = False) -> dict:
+    """What the 95 % interval of a difference (as returned by `stats.paired_delta`) says of the gate `limit`. A
+    difference is acceptable from the limit upwards, or downwards where lower is better. Returns {"limit", "verdict",
+    "mean", "low", "high", "n", "questions"}. Verdict: "passed" (the whole interval is acceptable), "missed" (none of
+    it is) or "undecided"; that too without an interval or with fewer than 40 items. "questions": how many would decide
+    an undecided gate, if the difference stays what it is; None where that cannot be told."""
+    mean, low, high, n = (delta[key] for key in ("mean", "low", "high", "n"))
+    gate = {"limit": limit, "verdict": "undecided", "mean": mean, "low": low, "high": high, "n": n, "questions": None}
+    if low is None:
+        return {**gate, "questions": ENOUGH_ITEMS if n < ENOUGH_ITEMS else None}
+    sign = -1 if lower_is_better else 1
+    worst, best = sorted((sign * low, sign * high))
+    if n >= ENOUGH_ITEMS and (worst >= sign * limit or best < sign * limit):
+        return {**gate, "verdict": "passed" if worst >= sign * limit else "missed"}
+    half = mean - low if mean >= limit else high - mean  # the side that reaches over the gate
+    return {**gate, "questions": questions_that_decide(half / 1.96 * math.sqrt(n), abs(mean - limit))}
+
+
+def describe(name: str, gate: dict, *, lower_is_better: bool = False) -> str:
+    """One line on what `judge` returned."""
+    side = "at most" if lower_is_better else "at least"
+    found = "" if gate["mean"] is None else f" {gate['mean']:+.3g}"
+    found += " without an interval" if gate["low"] is None else f" [{gate['low']:+.3g}, {gate['high']:+.3g}]"
+    line = f"gate {name} {side} {gate['limit']:+g}: {gate['verdict']},{found} on {gate['n']}"
+    if gate["verdict"] != "undecided":
+        return line
+    if gate["questions"] is None:
+        return f"{line}; how many questions would decide cannot be told"
+    few = f"too few, at least {ENOUGH_ITEMS} are needed; " if gate["n"] < ENOUGH_ITEMS else ""
+    return f"{line}; {few}about {gate['questions']:,} questions would decide"
+
+
+def questions_needed(limit: float, deltas: Iterable[dict], *, expected: float = 0.0) -> int | None:
+    """How many questions a gate needs where a difference of `expected` is, by earlier differences of the metric
+    (`stats.paired_delta`): the root mean square of their items' standard deviations, as their intervals show them, so
+    that clusters count. None without an earlier interval, or where the expected difference is the gate itself."""
+    known = [delta for delta in deltas if delta["low"] is not None]
+    spreads = [(delta["high"] - delta["low"]) / (2 * 1.96) * math.sqrt(delta["n"]) for delta in known]
+    if not spreads:
+        return None
+    return questions_that_decide(math.hypot(*spreads) / math.sqrt(len(spreads)), abs(expected - limit))
+
+
+def questions_that_decide(spread: float, distance: float) -> int | None:
+    """After how many items a mean `distance` from its gate decides; `spread` is the items' standard deviation."""
+    return max(ENOUGH_ITEMS, math.ceil((REACH * spread / distance) ** 2)) if distance else None

@@ -1,7 +1,5 @@
 """Rows in, results out: JSONL, JSON and Parquet readers, atomic writes, results that survive a kill, hashes."""
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import gzip
@@ -20,6 +18,17 @@ from typing import IO, Any
 log = logging.getLogger("llm_alignment")
 
 WINDOWS = os.name == "nt"
+DATA_SUFFIXES = {".jsonl", ".json", ".parquet"}
+NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` writes
+NOT_TRAINING = re.compile(
+    r"(?<![^\W\d_])(test(s|ing)?|val(id(at(e|ion))?)?|dev(el(opment)?)?|eval(s|uation)?|h[oe]ld[-_ ]?out|"
+    r"тест\w*|валид\w*|провер\w*|отложен\w*|验证|测试)([-_ ]?set)?(?![^\W\d_])"
+)
+ARCHIVES = {b"PK\x03\x04": "zip", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by how a file begins
+ARCHIVES |= {b"BZh": "bzip2", b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
+# Made once, not for every row. A number beyond a float becomes infinite: counting with it would break later.
+DECODER = json.JSONDecoder(parse_int=lambda text: int(text) if len(text) < 300 else math.inf)
+TOO_DEEP = "nested too deeply"
 
 
 class InputError(Exception):
@@ -86,10 +95,9 @@ def read_objects(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]
 
 
 def read_rows(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
-    """Yields (place, row) from a JSONL, JSON or Parquet file, packed by gzip or not, or from a folder of them.
-
-    `place` is "file:line" or "file: row n" (both from 1). Columns that are null are left out. Rows that are not JSON
-    objects in UTF-8 go to `skipped`. Raises InputError when the file is missing, unreadable or of another format."""
+    """Yields (place, row) from a JSONL, JSON or Parquet file, packed by gzip or not, or from a folder of them. `place`
+    is "file:line" or "file: row n" (both from 1). Columns that are null are left out. Rows that are not JSON objects
+    in UTF-8 go to `skipped`. Raises InputError when the file is missing, unreadable or of another format."""
     for file in data_files(path):
         if data_suffix(file) == ".parquet":
             rows = read_parquet(file)
@@ -103,18 +111,6 @@ def read_rows(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict]]:
 def without_nulls(row: dict) -> dict:
     """The row with its null columns left out: Arrow has no other way to say that a column is absent."""
     return {key: value for key, value in row.items() if value is not None} if None in row.values() else row
-
-
-DATA_SUFFIXES = {".jsonl", ".json", ".parquet"}
-NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` writes
-NOT_TRAINING = re.compile(
-    r"(?<![^\W\d_])(test(s|ing)?|val(id(at(e|ion))?)?|dev(el(opment)?)?|eval(s|uation)?|h[oe]ld[-_ ]?out|"
-    r"тест\w*|валид\w*|провер\w*|отложен\w*|验证|测试)([-_ ]?set)?(?![^\W\d_])"
-)
-ARCHIVES = {  # by the bytes that a file begins with
-    b"PK\x03\x04": "zip", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"7z\xbc\xaf": "7z",
-    b"Rar!": "rar",
-}  # fmt: skip
 
 
 def data_suffix(path: Path) -> str:
@@ -203,10 +199,6 @@ def read_json_list(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, dict
             yield f"{path.name}: row {number}", row
 
 
-# Made once, not for every row. A number beyond a float becomes infinite: counting with it would break later.
-DECODER = json.JSONDecoder(parse_int=lambda text: int(text) if len(text) < 300 else math.inf)
-
-
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text. Raises ValueError when it is not JSON, also for bytes that are not UTF-8."""
     text = (text if isinstance(text, str) else text.decode("utf-8-sig")).strip(" \t\r\n")
@@ -217,9 +209,6 @@ def parse_json(text: str | bytes) -> Any:
     if end < len(text):
         raise json.JSONDecodeError("Extra data", text, end)
     return value
-
-
-TOO_DEEP = "nested too deeply"
 
 
 def object_problem(row: Any, source: str | None = None) -> str | None:
@@ -239,13 +228,13 @@ def object_problem(row: Any, source: str | None = None) -> str | None:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Writes to a temporary name beside `path` and renames it, so that nobody ever reads half a file; a write that
-    fails removes it."""
+    """Writes to a name beside `path` and renames that, so that nobody reads half a file; a failed write removes it."""
     # containers that share a cache may have one process number
     temporary = path.with_name(f"{path.name}.{os.getpid()}{time.time_ns()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(to_bytes(data) if isinstance(data, str) else data)
+            # what Python could not decode of a path, in a locale without UTF-8, becomes its own bytes again
+            file.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())  # before the name, so that a power cut leaves the old file or the new one
         replace(temporary, path)
@@ -257,17 +246,11 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def remove_left_over(folder: Path, before: float = math.inf) -> None:
-    """Removes what a `write_atomic` that was killed left in a folder, last written `before` a time (as time.time());
-    where other processes write too, long ago."""
+    """Removes what a killed `write_atomic` left in a folder `before` a time(): long ago, where others write too."""
     for path in folder.glob("*.tmp"):
         with contextlib.suppress(FileNotFoundError):  # another process removes it too
             if re.search(r"\.\d+\.tmp$", path.name) and path.stat().st_mtime < before:
                 path.unlink()
-
-
-def to_bytes(text: str) -> bytes:
-    """UTF-8. What Python could not decode of a path, in a locale without UTF-8, becomes its own bytes again."""
-    return text.encode("utf-8", "surrogateescape")
 
 
 def replace(source: Path, target: Path) -> None:
@@ -286,6 +269,24 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+def read_json(path: Path, what: str) -> dict:
+    """The JSON object in a file of a model. Raises InputError that names the file when it holds none."""
+    try:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise unreadable(path, what, f"not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{what}: {path.name} is not a JSON object; fetch it again")
+    return value
+
+
+def unreadable(path: Path, what: str, reason: str) -> InputError:
+    with path.open("rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            reason = "it is a Git LFS pointer, not the file itself (git lfs pull fetches it)"
+    return InputError(f"{what}: {path.name} cannot be read: {reason}; fetch it again")
+
+
 def write_rows(path: Path, rows: list[dict]) -> None:
     """Writes a JSONL file."""
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -294,7 +295,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def append_lines(path: Path, rows: list[dict]) -> None:
     """Appends rows as JSON lines and flushes them to the disk; starts a new line first if a crash left half a line. A
     write that fails (a full disk) leaves the file as it was."""
-    lines = to_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogateescape")
     with path.open("a+b", buffering=0) as file:  # unbuffered, so that what failed is not written again at the end
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
@@ -361,8 +362,7 @@ def kept_sha256(path: Path) -> str:
 
 
 def digest(*parts: object) -> str:
-    """SHA-256, in hex, of texts and, as JSON with sorted keys, other values. The one hash for identities and for
-    orders that a seed chooses."""
+    """SHA-256, in hex, of texts and, as sorted JSON, other values. The one hash for identities and seeded orders."""
     texts = (part if isinstance(part, str) else json.dumps(part, sort_keys=True, default=str) for part in parts)
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -1,26 +1,150 @@
-"""argparse types, the flag groups that scripts share, and the demo's defaults."""
-
-from __future__ import annotations
+"""The command line's parser, argparse types, the flag groups that scripts share, and the demo's defaults."""
 
 import argparse
 import dataclasses
+import difflib
+import functools
+import importlib.metadata
 import importlib.util
+import json
 import math
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from llm_alignment.files import InputError
-from llm_alignment.parser import Parser, add_group
 
 T = TypeVar("T")
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """States the default of every flag that has one; fills paragraphs, and leaves indented ones as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = functools.partial(textwrap.fill, width=width, break_on_hyphens=False)
+        return "\n\n".join(part if part.startswith(" ") else fill(part) for part in text.strip().split("\n\n"))
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default not in (None, "") and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of which every error is one line, and that takes no abbreviation, which would hide a misspelt flag.
+    Dashes and underscores in a flag's name are the same. --config FILE stands for the flags in a file. --help shows
+    the flags that `shown` names (all where it names none), --help_all shows all."""
+
+    def __init__(self, script: str, docstring: str | None, shown: str = "") -> None:
+        prog, formatter = f"python {script}", functools.partial(Formatter, max_help_position=34)
+        super().__init__(prog, f"{prog} [--flag value ...]", docstring, formatter_class=formatter, allow_abbrev=False)
+        self.shown = shown.split()
+        add = add_group(self, "about the flags", trains=False)
+        add("--help_all", action="help", help="show every flag with its default")
+        add("--config", metavar="FILE", default=argparse.SUPPRESS,
+            help="YAML file of lines `flag: value`, or the run.json of a run; the command line wins")  # fmt: skip
+        add("--version", action="version", help="show the version")
+
+    @property
+    def version(self) -> str:
+        """What argparse prints for --version; it takes longer to look up than a parser to build."""
+        return importlib.metadata.version("llm-alignment")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help lists the flags, --help_all every one\n")
+
+    def print_help(self, file: Any = None) -> None:
+        for action in self._actions:
+            if self.shown and action.dest not in {*self.shown, "help", "help_all", "config"}:
+                action.help = argparse.SUPPRESS
+        super().print_help(file)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        words = self.expand(sys.argv[1:] if args is None else args)
+        if "--help_all" in words:
+            self.shown = []
+        return super().parse_known_args(words, namespace)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self.suggestion(unknown[0])}")
+        return parsed
+
+    def suggestion(self, flag: str) -> str:
+        """The known flag that a misspelt one is most like, to be added to an error; "" when there is none."""
+        near = difflib.get_close_matches(flag.partition("=")[0], self._option_string_actions, 1)
+        return f"; did you mean {near[0]}?" if near else ""
+
+    def spelt(self, flag: str) -> str:
+        """The flag as this parser spells it, with whatever dashes and underscores it was written."""
+        name = flag.removeprefix("--").replace("-", "_")
+        spellings = (flag, f"--{name}", f"--no-{name.removeprefix('no_')}" if name.startswith("no_") else flag)
+        return next((known for known in spellings if known in self._option_string_actions), flag)
+
+    def expand(self, words: Sequence[str]) -> list[str]:
+        """The words with flags as this parser spells them, those of --config files first."""
+        left, given, from_files = list(words), [], []
+        while left:
+            flag, is_joined, value = left.pop(0).partition("=")
+            if flag == "--config" and (is_joined or left):
+                from_files += self.words_of(Path(value if is_joined else left.pop(0)))
+            else:
+                given.append((self.spelt(flag) if flag.startswith("--") else flag) + is_joined + value)
+        return from_files + given
+
+    def words_of(self, path: Path) -> list[str]:
+        """The flags in a --config file, as words of a command line; YAML's 1e-5 and no are texts, as they stand."""
+        import yaml
+
+        try:
+            text = path.read_text("utf-8-sig")
+            content = json.loads(text) if path.suffix == ".json" else yaml.load(text, yaml.BaseLoader)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            self.error(f"--config {path}: {getattr(error, 'strerror', None) or ' '.join(str(error).split())}")
+        if not isinstance(content, dict):
+            self.error(f"--config {path}: write one `flag: value` a line")
+        if isinstance(argv := content.get("argv"), list):  # the run.json of a run
+            if not all(isinstance(word, str) and not word.startswith("--config") for word in argv):
+                self.error(f"--config {path}: its argv is no list of texts, or names another file")
+            return self.expand(argv)
+        words = []
+        for name, value in content.items():
+            flag, negative = self.spelt(f"--{name}"), self.spelt(f"--no-{name}")
+            action = self._option_string_actions.get(flag)
+            text = value if isinstance(value, str) else json.dumps(value)
+            if action is None or flag == "--config":
+                self.error(f"--config {path}: unknown flag {name}{self.suggestion(flag)}")
+            if isinstance(value, dict | list):
+                self.error(f"--config {path}: {name} has more than one value; write a list as a,b")
+            if action.nargs != 0:
+                words += [] if text == "null" else [f"{flag}={text}"]
+            elif text not in ("true", "false"):
+                self.error(f"--config {path}: {name}: {text}; write true or false")
+            elif text == "true" or negative in self._option_string_actions:
+                words.append(flag if text == "true" else negative)
+        return words
+
+
+def add_group(parser: argparse.ArgumentParser, title: str, *, trains: bool | str) -> Callable[..., argparse.Action]:
+    """The function that adds flags to the group `title`; `trains`: do they change what is trained, always, never, or
+    where `neutral_flags` is told this word, such as "reddit" for flags that shape Reddit's pairs alone."""
+    group = parser.add_argument_group(title)
+    group.trains = trains  # type: ignore[attr-defined]
+    return group.add_argument
+
+
+def neutral_flags(parser: argparse.ArgumentParser, *counted: str) -> set[str]:
+    """The flags that a resumed run may change: those that do not change what is trained, where those of the words
+    `counted` do; see `add_group`."""
+    groups = [group for group in parser._action_groups if getattr(group, "trains", False) not in (True, *counted)]
+    return {action.dest for group in groups for action in group._group_actions}
+
+
 def fill(kind: type[T], args: argparse.Namespace | dict[str, Any], **more: Any) -> T:
     """The dataclass `kind`, its fields filled by the flags of their names, or by `more`: the only bridge from the
-    command line to plain values. A field that is such a dataclass is filled in the same way; any other without a flag
-    needs a value in `more` or a default."""
+    command line to plain values. A dataclass in it is filled likewise; others need a flag, `more` or a default."""
     names = {field.name for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
     values = args if isinstance(args, dict) else vars(args)
     kinds = {name: each for name, each in get_type_hints(kind).items() if dataclasses.is_dataclass(each)}
@@ -42,14 +166,8 @@ def number(kind: type, low: float, high: float = 2**31, ends: str = "[)") -> Cal
     return parse
 
 
-def positive(kind: type) -> Callable[[str], Any]:
-    return number(kind, 0, ends="()")
-
-
-def not_negative(kind: type) -> Callable[[str], Any]:
-    return number(kind, 0)
-
-
+positive = functools.partial(number, low=0, ends="()")
+not_negative = functools.partial(number, low=0)
 ratio = number(float, 0, 1, "[]")
 positive_ratio = number(float, 0, 1, "(]")
 dropout = number(float, 0, 1)  # 1 would leave nothing to train on
@@ -77,14 +195,26 @@ def tracker(text: str) -> str:
     return text
 
 
-TRACKERS = ("trackio", "tensorboard", "wandb")
+DEMO_DIR = Path(__file__).resolve().parents[1] / "experiments" / "demo"
+DEMO = {name: str(DEMO_DIR / name) for name in ("model", "reward_model")}
+DEMO["retention_file"] = str(DEMO_DIR / "retention.jsonl")
+DPO_DEMO = DEMO | dict(
+    tatqa_dir=str(DEMO_DIR / "tatqa"), mtbench_file=str(DEMO_DIR / "mt_bench_en.jsonl"), output_dir="demo_dpo",
+    limit_pairs=480, beta=0.5, batch=4, grad_acc=2, learning_rate=1e-3, eval_limit=200, eval_max_new_tokens=16,
+    mtbench_max_tokens=32, instruct_max_tokens=32,
+)  # fmt: skip
+FINANCE_DEMO = DPO_DEMO | dict(
+    reddit_dataset=str(DEMO_DIR / "reddit.jsonl"), finance_dataset=str(DEMO_DIR / "finance_instruct.jsonl"),
+    general_dataset=str(DEMO_DIR / "orca_pairs.jsonl"), reddit_sample_rate=1.0, finance_instruct_pairs=120,
+    general_pairs=120, instruct_limit=40, instruct_max_tokens=48, reddit_limit=40, reddit_max_tokens=48, limit_pairs=0,
+)  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Groups: one line a flag. Words of `trains`: "measured" is how an answer is made and scored, "asked" is what is asked
 # (some scripts keep it out of the training data); "reddit", "finance" and "general" shape the pairs of one source.
 
 ON_OFF = argparse.BooleanOptionalAction
 SPLITS = ("train", "validation", "test")
+TRACKERS = ("trackio", "tensorboard", "wandb")
 # TRL's losses that need the policy and its reference alone, and those that read --label_smoothing.
 LOSS_TYPES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -109,8 +239,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "trained on; without it every answer follows an empty <think></think> block, and thoughts are left out")
 
 
-def add_lora_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
-    """The adapter's flags; a script that trains `in_stages` has rank and alpha of its own for each stage."""
+def add_training_flags(parser: argparse.ArgumentParser, exp_log: str, *, in_stages: bool = False) -> None:
+    """What every training script takes; one that trains `in_stages` has rank, alpha, epochs and learning rate of its
+    own for each stage, and takes no checkpoint by its path: the stages know theirs."""
+    add_model_flags(parser)
     add = add_group(parser, "LoRA", trains=True)
     if not in_stages:
         add("--lora_r", type=positive(int), default=8,
@@ -118,11 +250,6 @@ def add_lora_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) 
         add("--lora_alpha", type=positive(int), default=16, help="strength of the adapter; its scale is alpha / rank")
     add("--lora_dropout", type=dropout, default=0.05, help="dropout before the adapter; raise it for little data")
     add("--target_modules", default="q_proj,v_proj", help="layers with an adapter; all-linear learns more, takes more")
-
-
-def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
-    """What every training script trains with; one that trains `in_stages` has epochs and learning rate of its own for
-    each stage, and takes no checkpoint by its path: the stages know theirs."""
     add = add_group(parser, "training", trains=True)
     if not in_stages:
         add("--epochs", type=positive(float), default=1.0, help="passes over the data; 0.5 is fine")
@@ -139,6 +266,7 @@ def add_training_flags(parser: argparse.ArgumentParser, *, in_stages: bool = Fal
     choices = {"choices": ["auto"], "metavar": "auto"} if in_stages else {"metavar": "auto|PATH"}
     add("--resume_from_checkpoint", **choices,
         help="continue a run that was stopped; auto takes the newest complete checkpoint of --output_dir")
+    add_run_flags(parser, exp_log)
 
 
 def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool = True) -> None:
@@ -195,10 +323,7 @@ def add_mtbench_flags(add: Callable[..., argparse.Action]) -> None:
 
 def add_dpo_flags(parser: argparse.ArgumentParser, *, in_stages: bool = False) -> None:
     """What every DPO script takes; one that trains `in_stages` has some of its own and begins with a fresh adapter."""
-    add_model_flags(parser)
-    add_lora_flags(parser, in_stages=in_stages)
-    add_training_flags(parser, in_stages=in_stages)
-    add_run_flags(parser, exp_log="experiments/dpo_experiments.jsonl")
+    add_training_flags(parser, "experiments/dpo_experiments.jsonl", in_stages=in_stages)
     add = add_group(parser, "DPO", trains=True)
     if not in_stages:
         add("--beta", type=positive(float), default=0.03,
@@ -296,8 +421,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 def losses(loss_type: str, loss_weights: str) -> tuple[list[str], list[float] | None]:
     """TRL's `loss_type` and `loss_weights`, as the flags ask for them. Raises InputError for those that do not fit."""
     names = [name.strip() for name in loss_type.split(",")]
-    unknown = [name or "an empty name" for name in names if name not in LOSS_TYPES]
-    if unknown:
+    if unknown := [name or "an empty name" for name in names if name not in LOSS_TYPES]:
         choices = ", ".join(LOSS_TYPES)
         raise InputError(f"--loss_type {loss_type}: {unknown[0]} is unknown or needs another model; use {choices}")
     try:
@@ -354,39 +478,12 @@ def check_dpo_flags(args: argparse.Namespace, *, in_stages: bool = False) -> Non
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The demo's defaults, and parsing
-
-
-DEMO_DIR = Path(__file__).resolve().parents[1] / "experiments" / "demo"
-
-DEMO = {name: str(DEMO_DIR / name) for name in ("model", "reward_model")}
-DEMO["retention_file"] = str(DEMO_DIR / "retention.jsonl")
-DPO_DEMO = DEMO | dict(
-    tatqa_dir=str(DEMO_DIR / "tatqa"), mtbench_file=str(DEMO_DIR / "mt_bench_en.jsonl"), output_dir="demo_dpo",
-    limit_pairs=480, beta=0.5, batch=4, grad_acc=2, learning_rate=1e-3, eval_limit=200, eval_max_new_tokens=16,
-    eval_pairs=200, mtbench_max_tokens=32, instruct_max_tokens=32,
-)  # fmt: skip
-FINANCE_DEMO = DPO_DEMO | dict(
-    reddit_dataset=str(DEMO_DIR / "reddit.jsonl"), finance_dataset=str(DEMO_DIR / "finance_instruct.jsonl"),
-    general_dataset=str(DEMO_DIR / "orca_pairs.jsonl"), reddit_sample_rate=1.0, finance_instruct_pairs=120,
-    general_pairs=120, instruct_limit=40, instruct_max_tokens=48, reddit_limit=40, reddit_max_tokens=48, limit_pairs=0,
-)  # fmt: skip
-del FINANCE_DEMO["eval_pairs"]  # a flag of dpo_train.py alone
-
-
 def parse_arguments(
-    parser: Parser,
-    argv: list[str] | None,
-    demo: dict[str, Any],
-    further: Callable[[argparse.Namespace], dict[str, Any]] = lambda args: {},
+    parser: Parser, argv: list[str] | None, demo: dict[str, Any], further: Callable[..., dict] = lambda args: {}
 ) -> argparse.Namespace:
-    """Parses `argv`, or the command line. `further` gives defaults by what was given, --demo those of `demo`.
-
-    A demo's output folder is the first free one of NAME_1, NAME_2, ..., so that the demo can be run again; one that
-    resumes, from a checkpoint or a stage, takes the last one. A text that is empty, as of a shell variable that is not
-    set, is an error: as a path it would be the working folder.
-    """
+    """Parses `argv`, or the command line. `further` gives defaults by what was given, --demo those of `demo`. A demo's
+    output folder is the first free one of NAME_1, NAME_2, ...; one that resumes, from a checkpoint or a stage, takes
+    the last one. A text that is empty (of an unset shell variable) is an error: as a path it is the working folder."""
     words = parser.expand(sys.argv[1:] if argv is None else argv)
     if argv is None:
         sys.argv[1:] = words  # the record gets the flags and not the file, which may change

@@ -6,15 +6,16 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import itertools
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import get_head_shapes
 
 from llm_alignment.batches import common_length
@@ -22,10 +23,6 @@ from llm_alignment.devices import free_memory
 from llm_alignment.models import evaluating, inner_model
 from llm_alignment.processes import halved_when_full, main_process
 from llm_alignment.prompts import PromptStyle, encode, render
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("llm_alignment")
 
@@ -83,7 +80,7 @@ def generate(
     if cut:
         log.warning("%d prompts lost their beginning: the model's context is %d tokens", cut, context)
         prompts = [prompt[-(context - max_new_tokens) :] for prompt in prompts]
-    settings = generation_config(model, tokenizer, decoding)
+    settings = generation_config(tokenizer, decoding)
 
     def answer_batch(batch: list[int]) -> Iterator[tuple[int, list[int]]]:
         batch_prompts = [prompts[index] for index in batch]
@@ -107,47 +104,32 @@ def generate(
 def read_answer(
     tokens: list[int], settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase, prompt: list[int]
 ) -> tuple[str, int, bool]:
-    """Of the new tokens after a prompt: their text, how many there are before an end token, whether there is one.
-
-    Special tokens are shown as nothing; but the tags of thinking must be seen to be removed by `strip_thinking`, also
-    one that the template has opened.
-    """
+    """Of the new tokens after a prompt: their text, how many come before an end token, whether there is one. Special
+    tokens are left out, but not the tags of thinking, for `strip_thinking`; one that the template opened is added."""
     end = next((place for place, token in enumerate(tokens) if token in settings.eos_token_id), None)
     tokens = tokens[:end]
-    hidden = {
-        number
-        for number, token in tokenizer.added_tokens_decoder.items()
-        if token.special and token.content not in {"<think>", "</think>"}
-    }
+    added = tokenizer.added_tokens_decoder.items()
+    hidden = {token for token, of in added if of.special and of.content not in {"<think>", "</think>"}}
     text = tokenizer.decode([token for token in tokens if token not in hidden]).strip()
     is_open = tokenizer.decode(prompt[-16:]).rstrip().endswith("<think>")
     return f"<think>{text}" if is_open else text, len(tokens), end is not None
 
 
-def generation_config(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
-) -> GenerationConfig:
-    """Greedy at temperature 0, else sampling.
-
-    An answer ends with the template's end of turn (see `load_tokenizer`) or the tokenizer's own end of text.
-    """
+def generation_config(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> GenerationConfig:
+    """Greedy at temperature 0, else sampling. An answer ends with the template's end of turn (see `load_tokenizer`) or
+    the tokenizer's own end of text."""
     own_end = tokenizer.convert_tokens_to_ids(str(tokenizer.init_kwargs.get("eos_token")))
     eos = sorted({own_end, tokenizer.eos_token_id} - {None, tokenizer.unk_token_id})
-    sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
-    return GenerationConfig(
-        do_sample=decoding.temperature > 0,
-        eos_token_id=eos,
-        pad_token_id=eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        use_cache=True,
-        return_dict_in_generate=True,
-        **(sampling if decoding.temperature > 0 else {}),
-    )
+    pad = eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    how: dict[str, Any] = {"do_sample": decoding.temperature > 0, "use_cache": True, "return_dict_in_generate": True}
+    if decoding.temperature > 0:
+        how |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+    return GenerationConfig(eos_token_id=eos, pad_token_id=pad, **how)
 
 
 @contextlib.contextmanager
 def only_these(model: PreTrainedModel | PeftModel, settings: GenerationConfig) -> Iterator[PreTrainedModel]:
-    """The model to generate with, while `settings` are its own: transformers fills each that is None from the model's,
-    and what a model ships with must not change its answers."""
+    """The model to generate with, its own settings out of the way: transformers fills gaps in `settings` by them."""
     inner = inner_model(model)
     own, inner.generation_config = inner.generation_config, settings
     try:
@@ -160,12 +142,10 @@ def batched_answers(
     model: PreTrainedModel | PeftModel, prompts: list[list[int]], settings: GenerationConfig, max_new_tokens: int, *,
     cache: DynamicCache | None = None, line_break: torch.Tensor | None = None,
 ) -> Iterator[tuple[int, list[int]]]:  # fmt: skip
-    """Generates from left-padded token lists; yields (row, new tokens), the end token included, as rows end.
-
-    `model.generate` pauses whenever a quarter of its rows has ended: they leave, and the others continue from their
-    part of the key-value cache. `cache` may hold the prompts, left-padded, but for their last tokens. With
-    `line_break`, a bool for each token id, an answer also ends with its first line that is not empty.
-    """
+    """Yields (row, new tokens), the end token included, as rows end. `model.generate` pauses whenever a quarter of its
+    rows has ended: they leave, and the others go on from their part of the cache. `cache` may hold the prompts,
+    left-padded, but for their last tokens. With `line_break` (see `line_break_tokens`) an answer also ends with its
+    first line that is not empty."""
     device, width = model.device, max(map(len, prompts))
     ids = torch.tensor([[settings.pad_token_id] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -215,39 +195,25 @@ def line_break_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> to
 def generate_grouped(
     model: PreTrainedModel | PeftModel, groups: list[list[list[int]]], settings: GenerationConfig, max_new_tokens: int,
     line_break: torch.Tensor | None = None, *, share_prefix: bool = True,
-) -> list[list[list[int]]]:  # fmt: skip
-    """The new tokens, the end token included, of every token list of every group, generated in one batch.
-
-    What the lists of a group begin with in common is read once (unless not `share_prefix`). With `line_break` (see
-    `line_break_tokens`) an answer also ends with its first line that is not empty.
-    """
-    prompts = [prompt for group in groups for prompt in group]
-    cache = None
+) -> list[list[int]]:  # fmt: skip
+    """The new tokens of every token list of every group, as `batched_answers` gives them, generated in one batch. What
+    the lists of a group begin with in common is read once (unless not `share_prefix`)."""
+    prompts, cache = [prompt for group in groups for prompt in group], None
     if share_prefix:
         rows = [row for group in groups for row in read_group(model, group, settings.pad_token_id)]
-        cache = DynamicCache([
-            [stack_left_padded(states) for states in zip(*layer, strict=True)] for layer in zip(*rows, strict=True)
-        ])
+        sides = (zip(*layer, strict=True) for layer in zip(*rows, strict=True))  # of each layer: keys, values
+        stack = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        cache = DynamicCache([[stack(list(states)).transpose(1, 2) for states in layer] for layer in sides])
     by_row = dict(batched_answers(model, prompts, settings, max_new_tokens, cache=cache, line_break=line_break))
-    answers = (by_row[row] for row in range(len(prompts)))
-    return [list(itertools.islice(answers, len(group))) for group in groups]
+    return [by_row[row] for row in range(len(prompts))]
 
-
-def stack_left_padded(states: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Of (heads, tokens, head size) of every row: (rows, heads, tokens, head size), padded on the left."""
-    width = max(state.shape[1] for state in states)
-    return torch.stack([torch.nn.functional.pad(state, (0, 0, width - state.shape[1], 0)) for state in states])
-
-
-# The keys and values of one prompt without its last token, by layer: two tensors (heads, tokens, head size) each.
-CachedPrompt = list[tuple["torch.Tensor", "torch.Tensor"]]
 
 RESTS_AT_ONCE = 4  # the lengths differ much, by the passages, so larger batches would mostly read padding
 
 
-def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad_token_id: int) -> list[CachedPrompt]:
-    """Reads prompts of two tokens or more without their last one, of which `model.generate` needs one: their common
-    beginning once, then the rests in small batches, padded on the right, where causal attention needs no mask."""
+def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad_token_id: int) -> list[list]:
+    """[keys, values], (tokens, heads, head size), by prompt and layer, less the last token for `generate`. The
+    common beginning is read once, the rests in small batches, padded on the right: causal attention needs no mask."""
 
     def read(tokens: list[list[int]], cache: DynamicCache) -> None:
         ids = torch.tensor(tokens, dtype=torch.long, device=model.device)
@@ -258,7 +224,7 @@ def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad
     shared = common_length([prompt[:-1] for prompt in prompts])
     prefix = DynamicCache()
     read([prompts[0][:shared]], prefix)
-    rows: dict[int, CachedPrompt] = {}
+    rows: dict[int, list] = {}
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(by_length), RESTS_AT_ONCE):
         batch = by_length[start : start + RESTS_AT_ONCE]
@@ -268,9 +234,10 @@ def read_group(model: PreTrainedModel | PeftModel, prompts: list[list[int]], pad
             [states.expand(len(batch), -1, -1, -1) for states in (layer.keys, layer.values)] for layer in prefix.layers
         ])
         read([rest + [pad_token_id] * (longest - len(rest)) for rest in rests], cache)
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
         for place, index in enumerate(batch):
             end = len(prompts[index]) - 1
-            rows[index] = [(layer.keys[place, :, :end], layer.values[place, :, :end]) for layer in cache.layers]
+            rows[index] = [[states[place, :, :end].transpose(0, 1) for states in layer] for layer in layers]
     return [rows[index] for index in range(len(prompts))]
 
 
@@ -290,10 +257,8 @@ def continuous_answers(
 def can_run_continuously(
     model: PreTrainedModel | PeftModel, prompts: list[list[int]], settings: GenerationConfig
 ) -> bool:
-    """Whether continuous batching can be trusted: on CUDA, with a 4-bit base after a check on a few prompts.
-
-    Others have seen garbage with 4-bit weights there: it must give the first 32 tokens that `batched_answers` gives.
-    """
+    """Whether continuous batching can be trusted: on CUDA, with a 4-bit base after a check on a few prompts. Others
+    have seen garbage with 4-bit weights there: it must give the first 32 tokens that `batched_answers` gives."""
     if model.device.type != "cuda" or not getattr(model, "is_loaded_in_4bit", False):
         return model.device.type == "cuda"
     greedy = copy.copy(settings)
@@ -309,19 +274,15 @@ MAX_BATCH_SIZE = {"cuda": 128, "cpu": 32}
 
 
 def free_batch_size(model: PreTrainedModel | PeftModel, tokens: int) -> int:
-    """How many rows of `tokens` fit into the GPU's free memory, a power of two up to 128; on CPU 32.
-
-    A power of two, so that the baseline and the final answers, with a little more or less memory free, mostly get
-    batches of one size.
-    """
-    most = MAX_BATCH_SIZE[model.device.type]
+    """How many rows of `tokens` fit into the GPU's free memory, a power of two up to 128, so that baseline and final
+    answers, with a little more or less memory free, mostly get batches of one size; on CPU 32."""
     if model.device.type == "cpu":
-        return most
+        return MAX_BATCH_SIZE["cpu"]
     config = model.config.get_text_config()
     heads, head_size = get_head_shapes(config)
     row = 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize * tokens + 12 * config.vocab_size
-    spare = free_memory()[0] / 2  # half stays free for activations and for copying the cache
-    rows = max(1, min(most, int(spare / row)))
+    # half stays free for activations and for copying the cache
+    rows = max(1, min(MAX_BATCH_SIZE["cuda"], int(free_memory()[0] / 2 / row)))
     size = 1 << (rows.bit_length() - 1)
     log.info("batches of %d rows of up to %d tokens, by free memory", size, tokens)
     return size

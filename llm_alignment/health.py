@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import statistics
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from llm_alignment.stats import in_per_cent, mcnemar
-from llm_alignment.texts import main_script, script_of, scripts
 
 HEALTH = ("loops", "foreign_letters", "other_script", "unfinished")
 
 # Code, addresses, formulas and names of files are written in Latin letters in every language.
-NO_LANGUAGE = re.compile(
-    r"```.*?(```|\Z)|`[^`\n]*`|https?://\S+|\S+@\S+|\$\$.*?\$\$|\$[^$\n]*\$|\\[a-zA-Z]+", re.DOTALL
-)
+NO_LANGUAGE = re.compile(r"(?s)```.*?(```|\Z)|`[^`\n]*`|https?://\S+|\S+@\S+|\$\$.*?\$\$|\$[^$\n]*\$|\\[a-zA-Z]+")
 ITEM = re.compile(r"^\s*(\d+[.)]|[-*•#>]+)\s+", re.MULTILINE)  # the number of a list's item
 MIXED_WORD = re.compile(r"[a-z][а-яё]|[а-яё][a-z]")
 GLOSS = re.compile(r"\([^()]*\)")  # a name as its own language writes it
@@ -40,9 +39,26 @@ NAMED = {
 }
 
 
+@functools.cache
+def script_of(letter: str) -> str:
+    """The script of a letter, as Unicode's name of it begins: "latin", "cyrillic", "cjk"; "" for other characters."""
+    if not letter.isalpha() or unicodedata.category(letter) == "Lm":
+        return ""
+    return unicodedata.name(letter, "").split(" ")[0].split("-")[0].lower()
+
+
+def scripts(text: str) -> Counter[str]:
+    """How many letters of each script a text has, in its compatibility form (full-width and mathematical letters)."""
+    return Counter(filter(None, map(script_of, unicodedata.normalize("NFKC", text))))
+
+
+def main_script(text: str) -> str:
+    """The script of most letters of a text; "" without letters."""
+    return max(scripts(text).items(), key=lambda item: item[1], default=("", 0))[0]
+
+
 def judge_answer(question: Sequence[str], answer: str, finished: bool | None = None, *, expected: str = "") -> dict:
     """What is wrong with the form of one answer: {"loops", "foreign_letters", "other_script", "unfinished"}.
-
     `question`: the turns up to the answer, the last one asks. `finished`: whether it ended by itself; None where that
     is not known. `expected`: a text in the language of the right answer, such as a reference.
 
@@ -78,9 +94,8 @@ def is_other_script(text: str, allowed: set[str], *, has_reference: bool) -> boo
 
 
 def asked_scripts(question: Sequence[str]) -> set[str]:
-    """The scripts in which an answer may be written: that of the last turn with letters, and those of passages, which
-    have four words in a row of one: "Correct: she go to school" may be answered in both. Russian questions hold
-    English terms, so a first Cyrillic word, or two anywhere, make a question Russian."""
+    """The scripts in which an answer may be written: that of the last turn with letters, and those of four words in a
+    row. Russian questions hold English terms, so a first Cyrillic word, or two anywhere, make a question Russian."""
     texts = [NO_LANGUAGE.sub(" ", turn) for turn in question]
     last = next((text for text in reversed(texts) if scripts(text)), "")
     is_russian = re.match(r"[^\w]*[а-яё]|(.*?\b[а-яё]{2,}\b){2}", last, re.IGNORECASE | re.DOTALL)
@@ -92,26 +107,21 @@ def asked_scripts(question: Sequence[str]) -> set[str]:
 
 
 def ends_in_a_loop(answer: str, finished: bool | None = None) -> bool:
-    """Whether an answer repeats a passage of words until its end.
-
-    Where the token limit cut it, three times and twelve words are enough, or twice a passage of 20 words: the last
-    copy, which the limit cuts, counts in part. An answer that ended by itself may close with a refrain or a list of
-    equal lines: four times and 24 words, not all of them numbers. The numbers of a list's items do not count; in an
-    answer that was cut, nor do other numbers between passages of six words ("Step 7: ..."), repeated four times. A
-    passage of up to ten letters alone ("aaaa", "hahaha") is repeated 25 times."""
+    """Whether an answer repeats a passage of words until its end. Where the token limit cut it, three times and twelve
+    words are enough, or twice a passage of 20 words: the last copy, which is cut, counts in part. One that ended by
+    itself may close with a refrain or a list of equal lines: four times and 24 words, not all of them numbers. The
+    numbers of a list's items do not count; in a cut answer, nor do others between passages of six words ("Step 7:
+    ..."), repeated four times. A passage of up to ten letters alone ("aaaa", "hahaha") is repeated 25 times."""
     text = ITEM.sub(" ", answer.casefold())
     words = re.findall(r"[^\W_]+", text)
     if finished is False:  # the last word may be cut
         without_numbers = [word for word in words if not word.isdecimal()]
-        is_loop = any(
-            (length >= 3 * size and length >= 12) or (length >= 2 * size and size >= 20)
-            for size, length in repeated_at_the_end(words[:-1])
-        ) or any(length >= 4 * size and size >= 6 for size, length in repeated_at_the_end(without_numbers[:-1]))
+        runs, others = (repeated_at_the_end(each[:-1]) for each in (words, without_numbers))
+        is_loop = any(length >= max(3 * size, 12) or length >= 2 * size >= 40 for size, length in runs)
+        is_loop = is_loop or any(length >= 4 * size >= 24 for size, length in others)
     else:
-        is_loop = any(
-            length >= 4 * size and length >= 24 and not all(map(str.isdecimal, words[-size:]))
-            for size, length in repeated_at_the_end(words)
-        )
+        sizes = [size for size, length in repeated_at_the_end(words) if length >= max(4 * size, 24)]
+        is_loop = any(not all(map(str.isdecimal, words[-size:])) for size in sizes)
     end = "".join(text.split())[-250:]
     letters = any(length >= 25 * size for size, length in repeated_at_the_end(end) if size <= 10)
     return is_loop or (letters and (finished is False or end[-1].isalpha()))
@@ -145,7 +155,7 @@ def row_health(row: dict) -> list[dict]:
     for place, (answer, is_finished) in enumerate(zip(answers, finished, strict=True)):
         judged = judge_answer(turns[: place + 1], answer, is_finished, expected=str(references.get(place) or ""))
         words = re.findall(r"[^\W_]+", answer.casefold())
-        pairs = list(zip(words, words[1:], strict=False))
+        pairs = list(itertools.pairwise(words))
         health.append({**judged, "distinct_bigrams": len(set(pairs)) / len(pairs) if pairs else None})
     return health
 
@@ -154,10 +164,8 @@ def summarise_health(rows: list[dict]) -> dict[str, float]:
     """Shares of the answers of result rows in per cent, and "distinct_bigrams", the mean of the answers' own; "n":
     answers. What no answer tells, as `unfinished` where rows have no "finished", is left out."""
     answers = [answer for row in rows for answer in row_health(row)]
-    known = {
-        name: [answer[name] for answer in answers if answer[name] is not None]
-        for name in (*HEALTH, "distinct_bigrams")
-    }
+    names = (*HEALTH, "distinct_bigrams")
+    known = {name: [answer[name] for answer in answers if answer[name] is not None] for name in names}
     shares = {name: 100 * statistics.fmean(values) for name, values in known.items() if values}
     return {**shares, "n": len(answers)}
 

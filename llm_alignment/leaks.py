@@ -1,10 +1,11 @@
-"""The search for training items that contain what an evaluation asks."""
+"""The search for training items that contain what an evaluation asks, and the form in which texts are compared."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import logging
+import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
@@ -12,44 +13,58 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llm_alignment.batches import common_length
-from llm_alignment.texts import WITHIN_WORDS, WORD, fold, normalise_text
 
 if TYPE_CHECKING:
     import numpy as np
 
 log = logging.getLogger("llm_alignment")
 
+WORD = re.compile(r"[^\W_]+")
+# what may stand within a word and is not part of it: soft hyphens, marks of width 0, a stress mark on a letter
+WITHIN_WORDS = re.compile("[\u00ad\u0300-\u036f\u200b-\u200f\u2060-\u2064\ufeff]")
 IN_A_ROW = 13  # words, as GPT-3's authors searched (Brown et al. 2020, arXiv 2005.14165, appendix C)
 SHORT, LONG = 3, 5  # least and most words of an anchor
 EDGE = "\uffff"  # a word; stands before, between and after texts
 ITEMS_AT_ONCE = 100  # more would not fit into the processor's cache
+ODD = 1  # a code, see `letter_codes`
+FACTORS = (0x85EBCA6B, 0x27D4EB2F, 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)  # odd numbers of 32 bits
+
+
+def normalise_text(text: str) -> str:
+    """The words of a text in one form with single spaces: two copies that differ only in form become equal. Unicode's
+    compatibility form and case folding; the Russian letter yo as ye; without blanks, punctuation, symbols, soft
+    hyphens and stress marks. Every comparison of prompts (splits, duplicates, leaks) is one of this form."""
+    return " ".join(WORD.findall(WITHIN_WORDS.sub("", fold(text))))
+
+
+def fold(text: str) -> str:
+    """A text in Unicode's compatibility form with its case folded and the Russian letter yo as ye."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).replace("ё", "е")
 
 
 class LeakFinder:
     """Finds the evaluations' texts in others, whatever their form (see `normalise_text`).
 
     `whole`: texts by kind ("MT-Bench question") that count where all their words follow each other; a text of one or
-    two words only where it is a whole turn. `passages`: texts by kind that count where 13 words in a row of them do;
-    shorter ones never. Most of the 13 have three letters or more: what many programs share (for i in range(1, m + 1):
-    for j in range(1, n)) is not a passage.
+    two words only where it is a whole turn. `passages`: those that count where 13 words in a row do, most of them of
+    three letters or more: what programs share (for i in range(1, m + 1): for j in range(1, n)) is not a passage.
 
     Every run of words that counts has an anchor, a few words in a row. numpy hashes all words in a row of many items
     at once, in a quarter of the time that it takes to read and hash them (experiments/benchmarks/bench_leaks.py), and
-    only items that seem to hold an anchor are compared word by word.
-    """
+    only items that seem to hold an anchor are compared word by word."""
 
     def __init__(self, whole: dict[str, list[str]], passages: dict[str, list[str]] | None = None) -> None:
         import numpy as np
 
         known: dict[tuple[tuple[str, ...], int], str] = {}  # (words, how many in a row count) -> kind
-        for texts, is_passage in ((whole, False), (passages or {}, True)):
-            for kind, text in [(kind, text) for kind, its_texts in texts.items() for text in its_texts]:
-                words = tuple(normalise_text(text).split())
-                if 0 < len(words) < SHORT:
-                    words = (EDGE, *words, EDGE)
-                need = IN_A_ROW if is_passage else len(words)
-                if 0 < need <= len(words):
-                    known.setdefault((words, need), kind)
+        texts = [(kind, text, 0) for kind, texts in whole.items() for text in texts]
+        texts += [(kind, text, IN_A_ROW) for kind, texts in (passages or {}).items() for text in texts]
+        for kind, text, least in texts:
+            words = tuple(normalise_text(text).split())
+            if 0 < len(words) < SHORT:
+                words = (EDGE, *words, EDGE)
+            if 0 < (need := least or len(words)) <= len(words):
+                known.setdefault((words, need), kind)
         self.known = [(words, need, kind) for (words, need), kind in known.items()]
         self.anchors = self._anchors()
         self.keys: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by words of an anchor: sorted; what may be one
@@ -77,9 +92,7 @@ class LeakFinder:
 
     def find(self, *texts: str) -> str | None:
         """The kind of a known text that stands in one of `texts`, as the turns of a dialogue are; or None."""
-        words = [EDGE]
-        for text in texts:
-            words += [*normalise_text(text).split(), EDGE]
+        words = f" {EDGE} ".join(["", *map(normalise_text, texts), ""]).split()
         for place, group in itertools.chain(*(enumerate(in_a_row(words, size)) for size in self.keys)):
             for number, its_place in self.anchors.get(group, ()):
                 known, need, kind = self.known[number]
@@ -113,10 +126,8 @@ def in_a_row(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
 
 
 def word_keys(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A hash, uint32, of every word; where the words begin; where characters are ODD.
-
-    `text` begins and ends with a blank. A word is known by its first and last two letters and its length.
-    """
+    """A hash, uint32, of every word; where the words begin; where characters are ODD. `text` begins and ends with a
+    blank. A word is known by its first and last two letters and its length."""
     import numpy as np
 
     numbers = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -140,17 +151,10 @@ def mixed(parts: Sequence[np.ndarray]) -> np.ndarray:
     return functools.reduce(np.add, (part * np.uint32(factor) for part, factor in zip(parts, FACTORS, strict=False)))
 
 
-ODD = 1
-FACTORS = (0x85EBCA6B, 0x27D4EB2F, 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)  # odd numbers of 32 bits
-
-
 @functools.cache
 def letter_codes() -> np.ndarray:
-    """A code, uint8, for every character by its number in Unicode; characters of one normal form have the same.
-
-    0 is for what ends a word, ODD for what changes the letters beside it or stands for several (combining marks,
-    ligatures): `find` must see it.
-    """
+    """A code, uint8, by a character's number in Unicode; characters of one normal form have one. 0: it ends a word;
+    ODD: it changes the letters beside it or stands for several (combining marks, ligatures), so `find` must see it."""
     import numpy as np
 
     random = np.random.default_rng(0).integers(2, 256, sys.maxunicode + 1, np.uint8)
@@ -175,19 +179,15 @@ def item_texts(item: dict) -> list[str]:
     return [*turns, *(item[side] for side in ("chosen", "rejected") if side in item)]
 
 
-def asked_passages(questions: list[dict]) -> list[str]:
-    """The texts of questions of which no passage may be trained on: every turn, and the reference answers."""
-    texts = []
-    for question in questions:
-        references = question.get("reference", [])
-        texts += [*question["turns"], *(references if isinstance(references, list) else [references])]
-    return [text for text in texts if isinstance(text, str)]
-
-
 def forbidden_texts(asked: dict[str, list[dict]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """What LeakFinder takes of questions by kind: whole first turns, and passages of all turns and references."""
     whole = {kind: [question["turns"][0] for question in questions] for kind, questions in asked.items()}
-    return whole, {kind: asked_passages(questions) for kind, questions in asked.items()}
+    passages: dict[str, list[str]] = {kind: [] for kind in asked}
+    for kind, question in [(kind, question) for kind, questions in asked.items() for question in questions]:
+        references = question.get("reference", [])
+        texts = [*question["turns"], *(references if isinstance(references, list) else [references])]
+        passages[kind] += [text for text in texts if isinstance(text, str)]
+    return whole, passages
 
 
 def have_leaks(items: Iterable[dict], finder: LeakFinder, source: str, counts: dict[str, int]) -> list[bool]:

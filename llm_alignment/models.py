@@ -1,11 +1,8 @@
 """The base model: resolved once a run, loaded, fingerprinted; its tokenizer."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import gc
-import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,16 +13,16 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from llm_alignment.devices import apply_liger, prepare_cuda, unused_card
-from llm_alignment.files import InputError, is_out_of_memory
-from llm_alignment.hub import commit_of
-from llm_alignment.model_files import check_files, fetch_model, files_sha256, read_json, stored_tensors
+from llm_alignment.files import InputError, is_out_of_memory, log, read_json
+from llm_alignment.hub import check_files, commit_of, fetch_model, files_sha256
 from llm_alignment.processes import device_and_dtype, main_process, on_main_process, versions
 
-log = logging.getLogger("llm_alignment")
+EXCHANGE = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +50,11 @@ class Base:
         return self.commit or files_sha256(self.folder)
 
     @property
+    def device_name(self) -> str:
+        """The GPU's, or "cpu"."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
@@ -72,10 +74,8 @@ class BaseFlags:
 
 
 def resolve_base(flags: BaseFlags) -> Base:
-    """Looks the base up, once a run: its folder, and of a hub model the commit that all processes then use.
-
-    Raises InputError when it cannot be had or its files cannot be loaded.
-    """
+    """Looks the base up, once a run: its folder, and of a hub model the commit that all processes then use. Raises
+    InputError when it cannot be had or its files cannot be loaded."""
     name, revision = flags.model, flags.model_revision
     fetched = fetch_model(name, revision, "--model") if main_process() else None
     commit = on_main_process(lambda: commit_of(fetched))
@@ -113,20 +113,18 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     end = end_of_turn(tokenizer, base.what)
-    if unsaid := unsaid_opening(tokenizer, base.what):
-        message = (
-            "%s: its chat template does not end a prompt with %r, which begins an answer: the model must write it"
-        )
-        log.warning(message, base.what, unsaid)
+    text = rendered(tokenizer, base.what, EXCHANGE, enable_thinking=False)
+    prompt = rendered(tokenizer, base.what, EXCHANGE[:1], enable_thinking=False, add_generation_prompt=True)
+    opening = text.removeprefix(commonprefix([text, prompt])).partition("ANSWER")[0]
+    if unsaid := re.sub(r"</?think>", "", opening).strip():
+        what = f"does not end a prompt with {unsaid!r}, which begins an answer: the model must write it"
+        log.warning("%s: its chat template %s", base.what, what)
     if "strftime_now" in tokenizer.chat_template:
         log.warning("%s: its chat template writes the day's date: of another day, answers differ", base.what)
     if end and end != tokenizer.eos_token:  # as in Qwen3-Base: what is trained and generated ends as a turn does
         log.warning("an answer ends with %s, the template's end of a turn, not with %s", end, tokenizer.eos_token)
         tokenizer.eos_token = end
     return tokenizer
-
-
-EXCHANGE = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, what: str, turns: list[dict], **how: Any) -> str:
@@ -139,24 +137,14 @@ def rendered(tokenizer: PreTrainedTokenizerBase, what: str, turns: list[dict], *
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, what: str) -> str | None:
-    """The token with which the chat template ends an assistant's turn; None when it ends with plain text.
-
-    Raises InputError when the template cannot render a question and its answer, or leaves one of them out.
-    """
+    """The token with which the chat template ends an assistant's turn; None when it ends with plain text. Raises
+    InputError when the template cannot render a question and its answer, or leaves one of them out."""
     text = rendered(tokenizer, what, EXCHANGE)
     if "QUESTION" not in text or "ANSWER" not in text:
         raise InputError(f"{what}: its chat template leaves out the question or the answer; name a chat model")
     rest = text.rpartition("ANSWER")[2].lstrip()
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     return max((token for token in added if rest.startswith(token)), key=len, default=None)
-
-
-def unsaid_opening(tokenizer: PreTrainedTokenizerBase, what: str) -> str:
-    """What the chat template writes before an answer but not at the end of a prompt, thoughts apart; or ""."""
-    text = rendered(tokenizer, what, EXCHANGE, enable_thinking=False)
-    prompt = rendered(tokenizer, what, EXCHANGE[:1], enable_thinking=False, add_generation_prompt=True)
-    rest = text.removeprefix(commonprefix([text, prompt])).partition("ANSWER")[0]
-    return re.sub(r"</?think>", "", rest).strip()
 
 
 def from_pretrained(
@@ -201,38 +189,27 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
 
 def load_model(base: Base, *, on_meta: bool = False) -> PreTrainedModel:
     """The base model on this process's device, in 4 bits with double quantisation unless its quantisation is "none".
-
-    `on_meta` gives a model without weights. Raises InputError when its files do not make a whole model.
-    """
+    `on_meta` gives a model without weights. Raises InputError when its files do not make a whole model."""
     from bitsandbytes.nn import Linear4bit
 
-    quantization = None
-    if base.quantization != "none" and not on_meta:
-        quantization = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=base.quantization,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=base.dtype,
-        )
+    how: dict[str, Any] = {"dtype": base.dtype, "trust_remote_code": base.trust_remote_code}
+    in_4bit = base.quantization != "none" and not on_meta
+    if in_4bit:
+        kind = {"load_in_4bit": True, "bnb_4bit_quant_type": base.quantization, "bnb_4bit_compute_dtype": base.dtype}
+        how["quantization_config"] = transformers.BitsAndBytesConfig(bnb_4bit_use_double_quant=True, **kind)
+    how["device_map"] = "meta" if on_meta else {"": base.device}
     gc.collect()  # a previous model may be held by reference cycles alone; both would need memory at once
-    model = from_pretrained(
-        transformers.AutoModelForCausalLM,
-        base.folder,
-        base.what,
-        dtype=base.dtype,
-        quantization_config=quantization,
-        device_map="meta" if on_meta else {"": base.device},
-        trust_remote_code=base.trust_remote_code,
-    )
+    model = from_pretrained(transformers.AutoModelForCausalLM, base.folder, base.what, **how)
     without_router_logits(model)
     model.name_or_path = model.config._name_or_path = base.name  # what adapter_config.json will call the base
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # CPUs with AVX512-BF16: the first evaluation would repack the weights for a kernel without a backward
             module.support_avx512bf16_for_cpu = False
-    if quantization:  # 4 bits have no code for a value that is not finite: it becomes another one
+    if in_4bit:  # 4 bits have no code for a value that is not finite: it becomes another one
         for path in sorted(base.folder.glob("*.safetensors")):
-            check_finite(stored_tensors(path), base.what)
+            with safe_open(path, "pt") as file:  # one tensor in memory at a time
+                check_finite(((name, file.get_tensor(name)) for name in file.keys()), base.what)  # noqa: SIM118
     return model
 
 
@@ -264,11 +241,8 @@ def check_logits(model: PreTrainedModel | PeftModel, what: str) -> torch.Tensor 
 
 
 def check_head(model: PreTrainedModel, what: str) -> None:
-    """Raises InputError unless the logits are the last hidden states times the head, as in the fused losses.
-
-    Models that cap, scale or bias their logits (Gemma 2, Cohere, Phi) would train and measure something else. The
-    head's own output is compared, so that rounding does not matter.
-    """
+    """Raises InputError unless the logits are the last hidden states times the head, as in the fused losses: Gemma 2,
+    Cohere and Phi cap, scale or bias them. The head's own output is compared, so that rounding does not matter."""
     head = model.get_output_embeddings()
     seen: dict[str, torch.Tensor] = {}
 
@@ -306,12 +280,7 @@ def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def base_fingerprint(base: Base, *, thinking: bool) -> dict:
     """What the answers of a model on this base depend on besides its adapter and the generation settings."""
     return {
-        "model": base.name,
-        "weights": base.identity,
-        "quantization": base.quantization,
-        **({"liger": True} if base.liger else {}),
-        "dtype": base.dtype_name,
-        "device": base.device.type,
-        "thinking": thinking,
-        "versions": versions("torch", "transformers", "peft", "bitsandbytes"),
-    }
+        "model": base.name, "weights": base.identity, "quantization": base.quantization,
+        **({"liger": True} if base.liger else {}), "dtype": base.dtype_name, "device": base.device.type,
+        "thinking": thinking, "versions": versions("torch", "transformers", "peft", "bitsandbytes"),
+    }  # fmt: skip

@@ -3,47 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import Trainer
 
 from llm_alignment.anchored_loss import AnchorSettings
-from llm_alignment.batches import GroupedOrder, groups_of, padded_tokens, shared_lengths
-from llm_alignment.dpo import DpoSettings
+from llm_alignment.batches import PAIRS_AT_ONCE, GroupedOrder, groups_of, padded_tokens, shared_lengths
 from llm_alignment.encoder import ChatEncoder
-from llm_alignment.evaluation import Evaluation
-from llm_alignment.files import read_records
-from llm_alignment.gates import questions_needed
+from llm_alignment.evaluation import Evaluation, questions_needed
+from llm_alignment.files import log, read_records
 from llm_alignment.models import evaluating
 from llm_alignment.prefixes import settle_head
 from llm_alignment.processes import processes
-from llm_alignment.reference import PAIRS_AT_ONCE
 from llm_alignment.sft import SftSettings
-from llm_alignment.training import Setup, TrainingSettings, log_memory_plan, optimiser_steps
+from llm_alignment.training import DpoSettings, Setup, TrainingSettings, log_memory_plan, optimiser_steps
 from llm_alignment.twix import Selection
-
-log = logging.getLogger("llm_alignment")
-
-
-def print_dpo_plan(
-    setup: Setup, rows: list[dict], evaluations: list[Evaluation], settings: TrainingSettings, dpo: DpoSettings
-) -> None:
-    """One pair of the `rows` of `fit_pairs` as the model reads it, pairs, steps, tokens, memory, evaluations."""
-    settle_head(setup.base.device)
-    trained = 0.0
-    if rows:
-        first, end = rows[0], setup.tokenizer.eos_token
-        log.info("the first pair as the model reads it:\n%s", first["prompt"])
-        log.info("chosen: %s%s\nrejected: %s%s", first["chosen"], end, first["rejected"], end)
-        trained = log_dpo_training(setup, rows, settings, dpo)
-    log_evaluations(setup, [(evaluation, 2) for evaluation in evaluations], trained)
 
 
 def log_evaluations(setup: Setup, rounds: list[tuple[Evaluation, int]], trained: float) -> None:
@@ -58,9 +38,19 @@ def log_evaluations(setup: Setup, rounds: list[tuple[Evaluation, int]], trained:
         log.info("evaluation: at most %.2f M tokens, %.0f %% of all that go through the model", asked / 1e6, share)
 
 
-def log_dpo_training(setup: Setup, rows: list[dict], settings: TrainingSettings, dpo: DpoSettings) -> float:
-    """Logs pairs, steps, passes, tokens and memory; returns the tokens that go through the model in training, where a
-    backward pass of a frozen base costs as much as a forward pass."""
+def print_dpo_plan(
+    setup: Setup, rows: list[dict], evaluations: list[Evaluation], settings: TrainingSettings, dpo: DpoSettings
+) -> None:
+    """One pair of the `rows` of `fit_pairs` as the model reads it, pairs, steps, passes, tokens, memory, evaluations;
+    a backward pass of a frozen base costs as much as a forward pass."""
+    settle_head(setup.base.device)
+    rounds = [(evaluation, 2) for evaluation in evaluations]
+    if not rows:
+        log_evaluations(setup, rounds, 0.0)
+        return
+    first, end = rows[0], setup.tokenizer.eos_token
+    log.info("the first pair as the model reads it:\n%s", first["prompt"])
+    log.info("chosen: %s%s\nrejected: %s%s", first["chosen"], end, first["rejected"], end)
     prompts = setup.tokenizer([row["prompt"] for row in rows])["input_ids"]
     texts = [row["prompt"] + row[side] for side in ("chosen", "rejected") for row in rows]
     lengths = [min(dpo.max_length, len(ids) + 1) for ids in setup.tokenizer(texts)["input_ids"]]
@@ -87,7 +77,7 @@ def log_dpo_training(setup: Setup, rows: list[dict], settings: TrainingSettings,
     log.info("tokens a step: %.0f of the pairs, %.0f padded as TRL reads them, %.0f read here", *tokens)
     once = [pair - (0 if dpo.no_prefix_sharing else len(prompt)) for pair, prompt in zip(both, prompts, strict=True)]
     log_memory_plan(dpo.sized(settings, max(once)), setup.base, setup.lora)
-    return read * (2 * epochs + 1)  # once more for the reference
+    log_evaluations(setup, rounds, read * (2 * epochs + 1))  # once more for the reference
 
 
 def packed(rows: int, examples: Iterable[dict], encoder: ChatEncoder, longest: int) -> int:
@@ -97,19 +87,12 @@ def packed(rows: int, examples: Iterable[dict], encoder: ChatEncoder, longest: i
 
 
 def print_sft_plan(
-    setup: Setup,
-    data: tuple[Selection, Iterable[dict], ChatEncoder],
-    settings: TrainingSettings,
-    *,
-    sft: SftSettings,
-    anchor: AnchorSettings,
-    rounds: Callable[[int], list[tuple[Evaluation, int]]],
-    replay: int,
-    steps: int,
-) -> None:
+    setup: Setup, data: tuple[Selection, Iterable[dict], ChatEncoder], settings: TrainingSettings, sft: SftSettings,
+    anchor: AnchorSettings, rounds: list[tuple[Evaluation, int]], replay: int, steps: int,
+) -> None:  # fmt: skip
     """Rows by source, one as the model reads it, steps, tokens, passes, memory, evaluations. `data`: what is chosen,
-    rows to train on, what makes tokens of them; `rounds(steps)`: what is measured, and how often in so many steps;
-    `replay`: rows of it beside the chosen ones, taken to be as long as these."""
+    rows to train on, what makes tokens of them; `rounds`: what is measured, and how often; `replay`: rows of it beside
+    the chosen ones, taken to be as long as these."""
     selection, examples, encoder = data
     for (subset, side), count in sorted(selection.counts.items()):
         log.info("%-10s %-10s %9d rows", subset, side, count)
@@ -130,7 +113,7 @@ def print_sft_plan(
     log.info("passes: %d forward and %d backward of %d sequences, %d forward of the reference", *passes)
     log_memory_plan(settings, setup.base, setup.lora)
     # a backward pass of a frozen base costs a forward pass
-    log_evaluations(setup, rounds(steps), (2 * steps + anchored) * per_step * per_row)
+    log_evaluations(setup, rounds, (2 * steps + anchored) * per_step * per_row)
 
 
 def log_times(trainer: Trainer, steps: int, rounds: list[tuple[Evaluation, int]]) -> None:

@@ -41,10 +41,8 @@ def new_figure(width: float, height: float, columns: int, lines: int = 1, sharey
 
 
 def plot_categories(title: str, before: dict | None, after: dict, delta: dict | None = None) -> Figure:
-    """The 1-10 score by category, before (if it was measured) and after; the means are in the title.
-
-    `before` and `after`: {"avg", "by_category", "n"}; `delta`: as returned by `paired_delta`.
-    """
+    """The 1-10 score by category, before (if it was measured) and after; the means are in the title. `before` and
+    `after`: {"avg", "by_category", "n"}; `delta`: as returned by `paired_delta`."""
     categories = sorted(after["by_category"])
     figure, (axis,) = new_figure(max(7, 1.3 * len(categories) + 2), 5, 1)
     sides = [(before, "before", BEFORE), (after, "after", AFTER)] if before else [(after, "after", AFTER)]

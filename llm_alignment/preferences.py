@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from llm_alignment.conversations import is_trained, message_text, read_messages, refuse_needed, unread_fields
 from llm_alignment.encoder import NO_TOKENS, split_thought, text_problem
 from llm_alignment.files import digest
 from llm_alignment.hub import read_usable
-from llm_alignment.messages import is_trained, message_text, read_messages, refuse_needed, unread_fields
-from llm_alignment.texts import normalise_text
+from llm_alignment.leaks import normalise_text
 
 log = logging.getLogger("llm_alignment")
 
@@ -25,11 +25,8 @@ SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")
 
 
 def read_pairs(source: str, flag: str, *, thinking: bool = False, own: re.Pattern[str] = NO_TOKENS) -> list[dict]:
-    """The preference pairs (see `general_pair`) of a JSONL, JSON or Parquet file, a folder of them or a hub data set.
-
-    Rows that cannot be used are skipped, counted and reported. Raises InputError, which names `flag`, when the source
-    cannot be read or no row is left.
-    """
+    """The preference pairs (see `general_pair`) of a JSONL, JSON or Parquet file, a folder of them or a hub data set,
+    less rows that cannot be used. Raises InputError, which names `flag`, for a source without a row that can be."""
     read = read_usable(source, flag, lambda row: (row, general_pair(row, thinking=thinking, own=own)), GENERAL_COLUMNS)
     if unread := unread_fields((row for row, _ in read), COLUMNS):
         named = ", ".join(f"{field} ({count} rows)" for field, count in sorted(unread.items()))
@@ -50,14 +47,10 @@ def distinct_pairs(pairs: Iterable[dict]) -> list[dict]:
 
 def general_pair(row: dict, *, thinking: bool = False, own: re.Pattern[str] = NO_TOKENS) -> dict:
     """The pair {"prompt", "chosen", "rejected", "uid"} of a row, with "own_system" where it has a system text. Raises
-    ValueError with the reason when it is none.
-
-    Everything before the last answer is the prompt, and it must be the same on both sides. A column that is null or
-    empty counts as absent. The prompt of a single question is its text, after the system text, since evaluations have
-    no system turn. That of a longer dialogue is a list of {role, content} turns, from a user's to a user's, which goes
-    through the chat template as such. Without `thinking` the answers lose their thoughts, as the prompt ends after an
-    empty <think></think> block then. No text may spell a token of the template, which `own_tokens` finds.
-    """
+    ValueError with the reason when it is none. The prompt is all before the last answer, the same on both sides: of a
+    single question its text after the system text, of a longer dialogue a list of {role, content} turns, from a user's
+    to a user's. A column that is null or empty counts as absent. Without `thinking` answers lose their thoughts, as
+    the prompt ends after an empty <think></think> block then. No text may spell a token of the template (`own`)."""
     for side in ("chosen", "rejected"):
         if row.get(side) in (None, "", []):
             raise ValueError(f"{side} is empty" if side in row else f"columns {', '.join(row)}")
@@ -76,8 +69,8 @@ def general_pair(row: dict, *, thinking: bool = False, own: re.Pattern[str] = NO
     prompt[:0] = [{"role": "system", "content": row["system"].strip()}] if row.get("system") else []
     sides = [read_turns(row[side], "assistant", side) for side in ("chosen", "rejected")]
     chosen, rejected = (join_turns(prompt, turns) for turns in sides)
-    if not thinking:
-        chosen, rejected = ([without_thought(turn) for turn in turns] for turns in (chosen, rejected))
+    for turns in () if thinking else (chosen, rejected):
+        turns[1::2] = [{**turn, "content": split_thought(turn["content"])[1].strip()} for turn in turns[1::2]]
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected differ before the last turn")
     if chosen == rejected:
@@ -90,17 +83,9 @@ def general_pair(row: dict, *, thinking: bool = False, own: re.Pattern[str] = NO
     return {"prompt": turns if len(turns) > 1 else turns[0]["content"], **answers, "uid": uid, **own_system}
 
 
-def without_thought(turn: dict[str, str]) -> dict[str, str]:
-    """A turn without the thought that an answer begins with."""
-    is_answer = turn["role"] == "assistant"
-    return {**turn, "content": split_thought(turn["content"])[1].strip()} if is_answer else turn
-
-
 def read_turns(value: Any, role: str, name: str) -> list[dict[str, str]]:
-    """Turns {role, content} of a list of turns or an hh-rlhf dialogue; another text is one turn of `role`.
-
-    Raises ValueError, which names the value by `name`, for a role that is unknown and for what is not text.
-    """
+    """Turns {role, content} of a list of turns or an hh-rlhf dialogue; another text is one turn of `role`. Raises
+    ValueError, which names the value by `name`, for a role that is unknown and for what is not text."""
     if value is None:
         return []
     if isinstance(value, str) and re.match(r"\s*Human:", value) and (role == "user" or "\n\nAssistant:" in value):
@@ -114,9 +99,7 @@ def read_turns(value: Any, role: str, name: str) -> list[dict[str, str]]:
 
 def join_turns(prompt: list[dict[str, str]], side: list[dict[str, str]]) -> list[dict[str, str]]:
     """One dialogue of the prompt and one side, which may repeat the prompt; the system text joins the first question.
-
-    Raises ValueError unless user and assistant take turns, from the user's first to the assistant's last.
-    """
+    Raises ValueError unless user and assistant take turns, from the user's first to the assistant's last."""
     systems = [list(itertools.takewhile(lambda turn: turn["role"] == "system", turns)) for turns in (prompt, side)]
     prompt, side = prompt[len(systems[0]) :], side[len(systems[1]) :]
     if side[: len(prompt)] == prompt:

@@ -1,19 +1,27 @@
-"""What the pairs of a micro-batch begin with is read once: the folded row and its attention."""
+"""What the pairs of a micro-batch begin with is read once: the folded row and its attention. And what a loaded model
+can do without another number coming out, asked by a few short rows: share, pack, repeat its cache, anchor."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import logging
+import operator
 import types
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from peft import PeftModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from llm_alignment.batches import shared_lengths
+from llm_alignment.files import is_out_of_memory
+from llm_alignment.models import evaluating, inner_model, one_line
+from llm_alignment.processes import gathered
 
 log = logging.getLogger("llm_alignment")
 
@@ -21,14 +29,11 @@ HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what TRL's 
 
 
 class Block(NamedTuple):
-    """One attention call: the next `queries` tokens of the row, over the row's segments `keys`, one after the other.
-
-    `mask` is added to the scores (queries, keys); None is plain causal attention, which gets torch's fastest kernel.
-    """
+    """One attention call: the next `queries` tokens of the row, over its segments `keys`, one after the other."""
 
     queries: int
-    keys: list[int]
-    mask: torch.Tensor | None
+    keys: list[int]  # while the row is built: the places in it
+    mask: torch.Tensor | None  # added to the scores (queries, keys); None: causal attention, by torch's fastest kernel
 
 
 class Fold(NamedTuple):
@@ -42,7 +47,7 @@ class Fold(NamedTuple):
         block      |prompt---| |answers| |rest---|
         sees       t a         t a       t          and itself: an answer never sees the other one
 
-    `segments` are lengths that cut the row wherever one of the paths from t to an answer begins or ends.
+    `segments` are lengths that cut the row wherever places that are seen together begin or end.
     `predictors` are, for every label that is not -100, in the order of the unfolded rows, the index of the hidden
     state that predicts it.
     """
@@ -63,10 +68,9 @@ MOST_UNSEEN = {"cuda": 3.0, "cpu": 1.5}
 def add_prefix_sharing(model: PreTrainedModel, *, sharing: bool = True) -> None:
     """Makes the fused forward of `trl.trainer.utils.add_fused_lm_head` read what pairs share once.
 
-    The batch is TRL's: (2 B, L), the B chosen rows and then the B rejected ones, padded on the right, with labels of
-    -100 outside the answers; the outputs keep TRL's meaning and shape (2 B, L - 1). Only the hidden states that
-    predict an answer token go through the LM head; without `sharing` that alone is done. The head's product is summed
-    in float32: in bf16 the rewards of two similar answers are mostly noise.
+    The batch is TRL's: (2 B, L), the chosen rows, then the rejected ones, padded on the right, labels -100 outside the
+    answers; the outputs are (2 B, L - 1), as TRL's. Only hidden states that predict an answer token go through the LM
+    head; without `sharing` that alone is done. It sums in float32: in bf16 rewards of like answers are mostly noise.
     """
     from trl.trainer.utils import add_fused_lm_head
 
@@ -111,11 +115,10 @@ def register_attention(model: PreTrainedModel) -> None:
 
 def folded_inputs(fold: Fold) -> dict[str, Any]:
     """The arguments with which a model that `register_attention` has seen reads a fold."""
-    batch = {"input_ids": fold.input_ids, "position_ids": fold.position_ids}
-    if fold.mask is not None:
-        return batch | {"attention_mask": fold.mask}
     # a mask of four dimensions is taken as it is; with blocks it is not read, so that none of (T, T) is made
-    return batch | {"attention_mask": torch.empty(1, 1, 1, 1, device=fold.input_ids.device), "fold": fold}
+    mask = torch.empty(1, 1, 1, 1, device=fold.input_ids.device) if fold.mask is None else fold.mask
+    by_block = {"fold": fold} if fold.mask is None else {}
+    return {"input_ids": fold.input_ids, "position_ids": fold.position_ids, "attention_mask": mask} | by_block
 
 
 def settle_head(device: torch.device) -> None:
@@ -138,11 +141,11 @@ def settle_head(device: torch.device) -> None:
     try:
         by_kernel, problem = run(), "it computes something else"
     except Exception as error:  # Triton and the compiler behind it raise anything
-        by_kernel, problem = None, str(error).strip().partition("\n")[0] or type(error).__name__
+        by_kernel, problem = None, one_line(error)
     chunked_logprob._TRITON_AVAILABLE = False
-    if by_kernel is not None and torch.allclose(by_kernel, run(), rtol=1e-4, atol=1e-4):
-        chunked_logprob._TRITON_AVAILABLE = True
-    else:
+    is_right = by_kernel is not None and torch.allclose(by_kernel, run(), rtol=1e-4, atol=1e-4)
+    chunked_logprob._TRITON_AVAILABLE = is_right
+    if not is_right:
         log.warning("TRL's Triton kernel of the LM head does not work here (%s); its tiles are used", problem)
 
 
@@ -157,11 +160,10 @@ def fold_pairs(
     tokens: list[int] = []
     positions: list[int] = []
     predictors: list[list[int]] = [[]] * len(rows)
-    reads: list[tuple[int, list[tuple[int, int]], torch.Tensor | None]] = []  # queries, path and mask of each block
-    path: list[tuple[int, int]] = []  # where in the row the tokens of the prompt before are, as (start, end) ranges
+    reads: list[Block] = []
+    path: list[int] = []  # where in the row the tokens of the prompt before are
 
     def append(part: list[int], position: int) -> tuple[int, int]:
-        """Where it is in the row."""
         tokens.extend(part)
         positions.extend(range(position, position + len(part)))
         return len(tokens) - len(part), len(tokens)
@@ -170,83 +172,44 @@ def fold_pairs(
     for pair, shared in order:
         prompt, sides = prompts[pair], (pair, n_pairs + pair)
         begin, end = append(prompt[shared:], shared)
-        path = beginning(path, shared) + [(begin, end)] * (begin < end)
+        path = [*path[:shared], *range(begin, end)]
         if prompt and not shared:
-            reads.append((len(prompt), path, None))
+            reads.append(Block(len(prompt), path, None))
             begin = end
         answers = [append(rows[side][len(prompt) :], len(prompt)) for side in sides]
         for side, (first, after) in zip(sides, answers, strict=True):
             # the prompt's last token predicts the first of either answer, and the last of an answer nothing
-            predictors[side] = [*(last - 1 for _, last in path[-1:]), *range(first, after - 1)]
+            predictors[side] = [*path[-1:], *range(first, after - 1)]
         queries, (chosen, rejected) = len(tokens) - begin, (after - first for first, after in answers)
-        mask = answers_mask(len(prompt), chosen, rejected, queries, dtype, device)
-        reads.append((queries, [*path, (end, len(tokens))], mask))
-    cuts = sorted({place for _, path, _ in reads for range_ in path for place in range_})
-    number = {cut: index for index, cut in enumerate(cuts)}
+        places = [*path, *range(end, len(tokens))]
+        hidden = torch.ones(queries, len(places), dtype=torch.bool, device=device).triu(len(places) - queries + 1)
+        hidden[queries - rejected :, len(prompt) : len(prompt) + chosen] = True  # the chosen answer, from the rejected
+        mask = torch.zeros(1, 1, *hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        reads.append(Block(queries, places, mask))
+    steps = (step for _, places, _ in reads for step in itertools.pairwise([-2, *places, -2]))
+    cuts = sorted({cut for a, b in steps if b != a + 1 for cut in (a + 1, b)} - {-2, -1})  # where places begin or end
+    segment = {cut: number for number, cut in enumerate(cuts)}
     segments = [b - a for a, b in itertools.pairwise(cuts)]
-    blocks = [
-        Block(queries, [segment for a, b in path for segment in range(number[a], number[b])], mask)
-        for queries, path, mask in reads
-    ]
-    seen = sum(block.queries * segments[segment] for block in blocks for segment in block.keys)
-    in_one_call = any(shared for _, shared in order) and len(tokens) ** 2 <= MOST_UNSEEN[device.type] * seen
-    return Fold(
-        torch.tensor([tokens], device=device),
-        torch.tensor([positions], device=device),
-        segments,
-        blocks,
-        whole_mask(blocks, segments, dtype, device) if in_one_call else None,
-        torch.tensor(sum(predictors, []), device=device),
-    )
-
-
-def beginning(path: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    """The ranges of the first `length` places of a path."""
-    kept = []
-    for start, end in path:
-        if length > 0:
-            kept.append((start, min(end, start + length)))
-            length -= end - start
-    return kept
-
-
-def answers_mask(
-    prompt: int, chosen: int, rejected: int, queries: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """What the last `queries` tokens of prompt, chosen and rejected answer (their lengths) see: 0, else -inf.
-
-    Shape (1, 1, queries, prompt + chosen + rejected). Causal, and the chosen answer is hidden from the rejected one.
-    """
-    length = prompt + chosen + rejected
-    hidden = torch.ones(queries, length, dtype=torch.bool, device=device).triu(length - queries + 1)
-    hidden[queries - rejected :, prompt : prompt + chosen] = True
-    return torch.zeros(1, 1, queries, length, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-
-
-def whole_mask(blocks: list[Block], segments: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The masks of all blocks as one for the whole row, (1, 1, T, T): 0, else -inf."""
-    mask = torch.full((sum(segments),) * 2, float("-inf"), dtype=dtype, device=device)
-    columns = torch.arange(sum(segments), device=device).split(segments)
-    rows = mask.split([block.queries for block in blocks])
-    for block, row in zip(blocks, rows, strict=True):
-        causal = torch.full((block.queries,) * 2, float("-inf"), dtype=dtype, device=device).triu(1)
-        row[:, torch.cat([columns[segment] for segment in block.keys])] = causal if block.mask is None else block.mask
-    return mask[None, None]
+    blocks = [read._replace(keys=[segment[at] for at in read.keys if at in segment]) for read in reads]
+    seen = sum(queries * len(places) for queries, places, _ in reads)
+    whole = None
+    if any(shared for _, shared in order) and len(tokens) ** 2 <= MOST_UNSEEN[device.type] * seen:
+        whole = torch.full((1, 1, len(tokens), len(tokens)), float("-inf"), dtype=dtype, device=device)
+        parts = whole[0, 0].split([read.queries for read in reads])
+        for part, read in zip(parts, reads, strict=True):
+            causal = torch.full((read.queries,) * 2, float("-inf"), dtype=dtype, device=device).triu(1)
+            part[:, read.keys] = causal if read.mask is None else read.mask
+    as_tensor = functools.partial(torch.tensor, device=device)
+    predicted = as_tensor(sum(predictors, []))
+    return Fold(as_tensor([tokens]), as_tensor([positions]), segments, blocks, whole, predicted)
 
 
 def prefix_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    fold: Fold | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' "sdpa" attention, of the folded row block by block when there is a `fold`.
-
-    query (1, heads, T, head size), key and value (1, key heads, T, head size) -> (1, T, heads, head size).
-    """
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, fold: Fold | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """transformers' "sdpa" attention, with a `fold` block by block. query (1, heads, T, size), key and value (1, key
+    heads, T, size) -> (1, T, heads, size)."""
     if fold is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     keys, values = key.split(fold.segments, dim=2), value.split(fold.segments, dim=2)
@@ -277,3 +240,107 @@ def no_packing_reason(model: PreTrainedModel) -> str | None:
     if model._is_stateful or not kinds <= {"full_attention", "sliding_attention", "chunked_attention"}:
         return "the model has layers that carry a state from one example into the next"
     return None
+
+
+Ways = Callable[[PreTrainedModel], list[torch.Tensor]]  # the same hidden states, computed in two ways
+
+
+def rows_of(model: PreTrainedModel, *lengths: int) -> list[list[int]]:
+    """Rows of tokens, of these lengths; no two begin alike."""
+    size = model.get_input_embeddings().weight.shape[0]
+    return [[(7 * number + 13 * place + 3) % size for place in range(n)] for number, n in enumerate(lengths)]
+
+
+def read(model: PreTrainedModel, rows: list[list[int]], **inputs: Any) -> torch.Tensor:
+    """The last hidden states (rows, tokens, H) of rows of one length."""
+    ids = torch.tensor(rows, device=model.device)
+    return model.base_model(ids, **{"use_cache": False, **inputs}).last_hidden_state
+
+
+def problem_of(model: PreTrainedModel | PeftModel, both_ways: Ways, *, alone: bool = False) -> str:
+    """Why the second of `both_ways` to the same hidden states cannot stand for the first; "" when they differ by
+    rounding: by the square root of the type's precision, relative to their norm. One answer for all processes, which
+    ask together, unless `alone`."""
+    inner = inner_model(model)
+    try:
+        with torch.no_grad(), evaluating(model):
+            plain, other = (states.float() for states in both_ways(inner))
+        distance = ((other - plain).norm() / plain.norm()).item()
+        is_near = distance < torch.finfo(inner.dtype).eps ** 0.5
+        problem = "" if is_near else f"the hidden states of this model would differ by {distance:.2g} of their norm"
+    except Exception as error:  # a model whose code does not know of it fails anywhere
+        if is_out_of_memory(error):
+            raise
+        problem = f"this model fails at it ({type(error).__name__}: {one_line(error)[:80]})"
+    return problem if alone else next(filter(None, gathered([problem])), "")
+
+
+def sharing_problem(model: PreTrainedModel | PeftModel) -> str:
+    """Why what pairs begin with cannot be read once by this model; "" when it can."""
+    inner = inner_model(model)
+    if reason := no_sharing_reason(inner):
+        return reason
+    start, first, second, *answers = rows_of(inner, 60, 6, 4, 5, 7, 5, 7)  # which make rows of one length
+
+    def both_ways(inner: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Tensor]:
+        ids = torch.tensor([*map(operator.add, prompts * 2, answers)], device=inner.device)
+        starts = torch.tensor([[len(prompt)] for prompt in prompts * 2], device=inner.device)
+        labels = ids.masked_fill(torch.arange(ids.shape[1], device=inner.device) < starts, -100)
+        plain = read(inner, ids.tolist())[:, :-1][labels[:, 1:] != -100]
+        fold, own = fold_pairs(ids, torch.ones_like(ids), labels, inner.dtype), inner.config._attn_implementation
+        register_attention(inner)
+        try:
+            folded = inner.base_model(**folded_inputs(fold), use_cache=False).last_hidden_state[0, fold.predictors]
+        finally:
+            inner.set_attn_implementation(own)
+        return [plain, folded]
+
+    ways = ([start + first, start + second], [first, second])  # in one call, and block by block
+    problems = (problem_of(model, functools.partial(both_ways, prompts=prompts)) for prompts in ways)
+    return next(filter(None, problems), "")
+
+
+def packing_problem(model: PreTrainedModel | PeftModel) -> str:
+    """Why examples cannot stand in one row of this model, none seeing another; "" when they can."""
+
+    def both_ways(inner: PreTrainedModel) -> list[torch.Tensor]:
+        first, second = rows_of(inner, 9, 12)
+        places = torch.tensor([[*range(9), *range(12)]], device=inner.device)
+        return [read(inner, [second]), read(inner, [first + second], position_ids=places)[:, 9:]]
+
+    return problem_of(model, both_ways)
+
+
+CACHE_PROBLEMS: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()  # asked once a model
+
+
+def cache_problem(model: PreTrainedModel | PeftModel) -> str:
+    """Why a beginning cannot be read once and its keys and values repeated; "" when they can. Every process asks for
+    itself, in the middle of an evaluation: another one may be without a batch."""
+    inner = inner_model(model)
+
+    def both_ways(inner: PreTrainedModel) -> list[torch.Tensor]:
+        start, *rests = rows_of(inner, 10, 4, 4)
+        cache = DynamicCache()
+        read(inner, [start], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(2)
+        plain = read(inner, [start + rest for rest in rests])[:, 10:]
+        return [plain, read(inner, rests, past_key_values=cache, use_cache=True)]
+
+    if inner not in CACHE_PROBLEMS:
+        CACHE_PROBLEMS[inner] = problem_of(model, both_ways, alone=True)
+    return CACHE_PROBLEMS[inner]
+
+
+def anchor_problem(model: PeftModel) -> str:
+    """Why the KL of a fresh adapter is not 0 in training mode, where the base may have dropout; "" when it is 0."""
+
+    def both_ways(inner: PreTrainedModel) -> list[torch.Tensor]:
+        rows = rows_of(inner, 12)
+        with torch.random.fork_rng([inner.device] if inner.device.type == "cuda" else []):
+            inner.train()
+            student = read(inner, rows)
+            with model.disable_adapter():
+                return [read(inner, rows), student]
+
+    return "the base has dropout of its own, so the KL does not begin at 0" if problem_of(model, both_ways) else ""

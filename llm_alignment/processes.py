@@ -21,6 +21,7 @@ log = logging.getLogger("llm_alignment")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Run = Callable[[list[Item]], Iterator[tuple[int, Result]]]  # (place in the batch, result) of each item
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # --dtype -> torch's name
 DDP_TIMEOUT = datetime.timedelta(days=1)  # of processes for one that generates or evaluates
@@ -53,29 +54,8 @@ def device_and_dtype(choice: str = "auto") -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, DTYPES.get(choice) or ("bfloat16" if has_bf16 else "float16"))
 
 
-def named_device(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The name of a device ("cpu", or the GPU's) and of the type of the weights; logs both."""
-    import torch
-
-    names = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", str(dtype).removeprefix("torch.")
-    log.info("device: %s, %s", *names)
-    return names
-
-
 def versions(*packages: str) -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
-
-
-def matmul_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """a (m, k) @ b (k, n) with `a` in the type of `b`; half types are summed, and returned, in float32."""
-    import torch
-
-    a = a.to(b.dtype)
-    if b.dtype not in {torch.float16, torch.bfloat16}:
-        return torch.mm(a, b, out=out)
-    if b.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a.float(), b.float(), out=out)
 
 
 def all_processes() -> PartialState:
@@ -103,14 +83,10 @@ def on_main_process(compute: Callable[[], Any]) -> Any:
     return broadcast_object_list([compute() if main_process() else None])[0]
 
 
-def shared_rounds(
-    items: list[Item], size: int, run: Callable[[list[Item]], Iterator[tuple[int, Result]]]
-) -> Iterator[list[tuple[Item, Result]]]:
+def shared_rounds(items: list[Item], size: int, run: Run[Item, Result]) -> Iterator[list[tuple[Item, Result]]]:
     """Yields (item, result) of all `items` in lists, one a round; `run(batch)` yields (place in the batch, result).
-
-    All processes call this with the same items. In a round each takes the next batch, of the smallest of their
-    sizes or less, so that none stays without, and gets every result.
-    """
+    All processes call this with the same items. In a round each takes the next batch, of the smallest of their sizes
+    or less, so that none stays without, and gets every result."""
     n_processes, rank = processes(), all_processes().process_index
     if n_processes > 1 and items:
         size = min(*gathered([size]), math.ceil(len(items) / n_processes))
@@ -120,25 +96,23 @@ def shared_rounds(
         yield gathered(results) if n_processes > 1 else results
 
 
-def halved_when_full(
-    items: list[Item], size: int, run: Callable[[list[Item]], Iterator[tuple[int, Result]]]
-) -> Iterator[tuple[Item, Result]]:
+def halved_when_full(items: list[Item], size: int, run: Run[Item, Result]) -> Iterator[tuple[Item, Result]]:
     """Yields (item, result) of all `items`, as `run` yields (place in the batch, result) for `size` of them at a time.
     When the GPU runs out of memory, batches of half the size follow, from the items that have no result yet."""
     import torch
 
     waiting = list(items)
     while waiting:
-        batch, done, is_full = waiting[:size], set(), False
+        batch, is_full = waiting[:size], False
+        left = dict(enumerate(batch))
         try:
             for place, result in run(batch):
-                done.add(place)
-                yield batch[place], result
+                yield left.pop(place), result
         except torch.cuda.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             is_full = True
-        waiting = [item for place, item in enumerate(batch) if place not in done] + waiting[size:]
+        waiting = [*left.values(), *waiting[size:]]
         if is_full:
             size = len(batch) // 2
             torch.cuda.empty_cache()  # only here, where the error no longer holds on to the tensors

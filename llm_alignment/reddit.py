@@ -1,18 +1,18 @@
-"""Reddit's posts: rows of one post and one comment, evaluation questions, preference pairs."""
+"""Reddit posts and comments: their rows, the posts that are asked, preference pairs."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections import defaultdict
 
+from llm_alignment.conversations import check_texts
 from llm_alignment.encoder import NO_TOKENS, text_problem
 from llm_alignment.files import digest
-from llm_alignment.hub import read_usable
-from llm_alignment.messages import check_texts
-from llm_alignment.texts import cut_at_word
+from llm_alignment.prompts import cut_at_word
+
+COLUMNS = "id, title, body, comment_normalized_score"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +33,8 @@ class RedditSettings:
         return text if len(text) >= self.reddit_min_post_chars else ""
 
 
-def read_comments(source: str, own: re.Pattern[str] = NO_TOKENS) -> list[dict]:
-    """The usable rows of `source` (--reddit_dataset), one for each comment; an id that is a number becomes a text."""
-    read = functools.partial(read_comment, own=own)
-    return read_usable(source, "--reddit_dataset", read, "id, title, body, comment_normalized_score")
-
-
 def read_comment(row: dict, own: re.Pattern[str] = NO_TOKENS) -> dict:
-    """A row of one post and one comment. Raises ValueError with the reason when it cannot be used."""
+    """A row of a post and a comment, an id that is a number made a text. ValueError says why it cannot be used."""
     if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
         row = {**row, "id": str(row["id"])}
     check_texts(row, ("id", "title", "body"), ("selftext",))
@@ -57,9 +51,7 @@ def reddit_pairs(rows: list[dict], settings: RedditSettings) -> list[dict[str, s
 
     chosen is the comment with the best `comment_normalized_score`. rejected are the lowest siblings, at most
     `reddit_max_pairs_per_post`, that lie `reddit_score_margin` or more below it and differ from its length by at most
-    `reddit_length_tol` of it; without any, the lowest sibling. A post whose comments are equal in text or in score
-    gives no pair.
-    """
+    `reddit_length_tol` of it; else the lowest sibling. Comments equal in text or in score give no pair."""
     posts: dict[str, list[dict]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: (row["comment_normalized_score"], row["body"], row["title"])):
         if len(row["body"].strip()) >= settings.reddit_min_comment_chars:
@@ -69,12 +61,9 @@ def reddit_pairs(rows: list[dict], settings: RedditSettings) -> list[dict[str, s
         *siblings, best = comments
         prompt, chosen, score = settings.post_text(best), best["body"].strip(), best["comment_normalized_score"]
         worse = [row for row in siblings if row["comment_normalized_score"] < score and row["body"].strip() != chosen]
-        near = [
-            row
-            for row in worse
-            if score - row["comment_normalized_score"] >= settings.reddit_score_margin
-            and abs(len(row["body"].strip()) - len(chosen)) <= settings.reddit_length_tol * len(chosen)
-        ]
+        far = (row for row in worse if score - row["comment_normalized_score"] >= settings.reddit_score_margin)
+        most = settings.reddit_length_tol * len(chosen)
+        near = [row for row in far if abs(len(row["body"].strip()) - len(chosen)) <= most]
         rejected = near[: settings.reddit_max_pairs_per_post] or [row for row in worse if row is siblings[0]]
         for number, row in enumerate(rejected if prompt else ()):
             uid = f"reddit:{post_id}:{number}"
@@ -83,26 +72,19 @@ def reddit_pairs(rows: list[dict], settings: RedditSettings) -> list[dict[str, s
 
 
 def hold_out_posts(rows: list[dict], limit: int, settings: RedditSettings) -> tuple[list[dict], list[dict]]:
-    """`limit` posts as evaluation questions, chosen by a hash of their id, and the rows of all other posts.
-
-    The choice depends on nothing else, so runs with other seeds ask the same. A question keeps the subreddit, the
-    title and, as `reference`, the comment with the best score.
-    """
+    """`limit` posts as evaluation questions with subreddit, title and, as `reference`, the best comment, chosen by a
+    hash of their id alone, so that runs with other seeds ask the same; and the rows of all other posts."""
     posts: dict[str, dict] = {}
     for row in sorted(rows, key=lambda row: (-row["comment_normalized_score"], row["title"], row["body"])):
         if text := settings.post_text(row):
             subreddit = str(row.get("subreddit", ""))
-            question = {"question_id": row["id"], "category": subreddit, "turns": [text]}
             kept = {"title": row["title"], "subreddit": subreddit, "reference": row["body"].strip()}
-            posts.setdefault(row["id"], question | kept)
+            posts.setdefault(row["id"], {"question_id": row["id"], "category": subreddit, "turns": [text], **kept})
     chosen = sorted(posts, key=lambda post_id: digest("evaluation", post_id))[:limit]
     return [posts[post_id] for post_id in chosen], [row for row in rows if row["id"] not in set(chosen)]
 
 
 def leak_snippet(post: str) -> str:
-    """The part of a post to search for: its first forty words without the title, or all of a short post.
-
-    It is found under another title or with another end.
-    """
+    """The part of a post that is found with another title or end: its first forty words; all of a short post."""
     words = post.partition("\n\n")[2].split()[:40]
     return " ".join(words) if len(words) >= 20 else post

@@ -8,31 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.conversations import read_conversation
+from llm_alignment.conversations import prompt_form, read_conversation
 from llm_alignment.evaluation import Evaluation, read_items
-from llm_alignment.files import InputError, SkippedRows
+from llm_alignment.files import InputError, SkippedRows, log
 from llm_alignment.health import ends_in_a_loop
 from llm_alignment.hub import open_dataset
-from llm_alignment.leaks import LeakFinder
+from llm_alignment.leaks import LeakFinder, normalise_text
 from llm_alignment.results import baseline_cache
 from llm_alignment.scores import answer_questions
-from llm_alignment.texts import normalise_text
-from llm_alignment.twix import prompt_form
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llm_alignment.encoder import ChatEncoder
-
-log = logging.getLogger("llm_alignment")
 
 MOST = 1000  # different dialogues that the base writes; more rows repeat them
 TRIES = 8  # for each dialogue that is asked for: a chat model ends about one of three well
@@ -87,35 +82,28 @@ def own_dialogues(
     model: PreTrainedModel, encoder: ChatEncoder, finder: LeakFinder, wanted: int, folder: Path, *,
     fingerprint: dict, settings: ReplaySettings,
 ) -> list[list[dict]]:  # fmt: skip
-    """`wanted` conversations of one question and answer, or as many as it finds, that the base `model` writes.
-
-    It continues the template's opening of a user's turn (temperature 1, top_p 0.9) and answers greedily. What does not
+    """`wanted` conversations of one question and answer, or as many as it finds, that the base `model` writes. It
+    continues the template's opening of a user's turn (temperature 1, top_p 0.9) and answers greedily. What does not
     end within 512 tokens, loops, repeats another question or holds an evaluation's is dropped. Every try is kept in
-    `folder`/replay.jsonl and in the cache by base and seed: a restart continues, and another run tries nothing again.
-    """
-    kept: dict[str, list[dict]] = {}
-    what = {"replay": {"seed": settings.seed, "tokens": TOKENS}}
+    `folder`/replay.jsonl and in the cache by base and seed: a restart continues, another run tries nothing again."""
+    what, path = {"replay": {"seed": settings.seed, "tokens": TOKENS}}, folder / "replay.jsonl"
     cache = None if settings.no_baseline_cache else baseline_cache({**fingerprint, **what})
-    tried = 0
+    read = functools.partial(write_dialogues, settings=settings)
+    tries = Evaluation(name="replay", items=[], read=read, settings=what, rows_at_once=lambda model: AT_ONCE)
+    kept, tried = dict[str, list[dict]](), 0
     while len(kept) < wanted and tried < TRIES * wanted:
         items = [{"question_id": number} for number in range(tried, tried + AT_ONCE)]
-        evaluation = Evaluation(
-            name="replay", items=items, read=functools.partial(write_dialogues, settings=settings), settings=what,
-            rows_at_once=lambda model: AT_ONCE,
-        )  # fmt: skip
-        tried += len(items)
-        for row in read_items(
-            evaluation, lambda: model, encoder.tokenizer, folder / "replay.jsonl", fingerprint=fingerprint, cache=cache
-        ):
+        evaluation, tried = dataclasses.replace(tries, items=items), tried + AT_ONCE
+        rows = read_items(evaluation, lambda: model, encoder.tokenizer, path, fingerprint=fingerprint, cache=cache)
+        for row in rows:
             turns = [("user", row["question"]), ("assistant", row["answer"])]
             is_whole = row["finished"] and all(text.strip() for _, text in turns) and not ends_in_a_loop(row["answer"])
             if is_whole and not (encoder.refusal(turns) or finder.find(row["question"], row["answer"])):
                 kept.setdefault(normalise_text(row["question"]), [{"role": r, "content": text} for r, text in turns])
     if not kept:
-        raise InputError(
-            f"--replay self: none of {tried} dialogues that the base wrote can be used (they do not end, loop or hold "
-            "an evaluation's question); give rows by --replay FILE"
-        )
+        why = "they do not end, loop or hold an evaluation's question"
+        none = f"none of {tried} dialogues that the base wrote can be used ({why})"
+        raise InputError(f"--replay self: {none}; give rows by --replay FILE")
     log.info("replay: %d of %d dialogues that the base wrote can be used", len(kept), tried)
     return list(kept.values())[:wanted]
 
@@ -130,7 +118,7 @@ def write_dialogues(
 
     opening = tokenizer.apply_chat_template([{"role": "user", "content": "QUESTION"}], tokenize=False)
     prompt = tokenizer(opening.partition("QUESTION")[0], add_special_tokens=False)["input_ids"]
-    sampling = generation_config(model, tokenizer, Decoding(TOKENS, temperature=1.0, top_p=0.9))
+    sampling = generation_config(tokenizer, Decoding(TOKENS, temperature=1.0, top_p=0.9))
     torch.manual_seed(settings.seed ^ zlib.crc32(str(items[0]["question_id"]).encode()))
     questions = {}
     for place, tokens in batched_answers(model, [prompt] * len(items), sampling, TOKENS):
@@ -149,9 +137,7 @@ def replay_rows(
     write: Callable[[int], list[list[dict]]],
 ) -> datasets.Dataset:  # fmt: skip
     """The training rows ("messages", "length") with their replay rows, and a column "replay" that tells them apart.
-
-    Dialogues are taken in turn: the `given` ones of a file, or those that `write(wanted)` gives of --replay self.
-    """
+    Dialogues are taken in turn: the `given` ones of a file, or those that `write(wanted)` gives of --replay self."""
     import datasets
 
     wanted = settings.wanted(len(rows))
@@ -161,5 +147,4 @@ def replay_rows(
     added = datasets.Dataset.from_dict({"messages": taken, "length": lengths}, features=rows.features)
     log.info("replay: %d of %d training rows, %d of them different; one of them:\n%s",
              wanted, wanted + len(rows), min(wanted, len(dialogues)), taken[0])  # fmt: skip
-    both = datasets.concatenate_datasets([rows, added])
-    return both.add_column("replay", [False] * len(rows) + [True] * wanted)
+    return datasets.concatenate_datasets([rows, added]).add_column("replay", [False] * len(rows) + [True] * wanted)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_alignment.checks import DATA, passed, read_questions
+from llm_alignment.checks import DATA, passed, read_checked, sampled
 from llm_alignment.evaluation import Evaluation, Rows, pair_rows, values_of
 from llm_alignment.files import digest
 from llm_alignment.prompts import PromptStyle, render
-from llm_alignment.questions import sampled
 from llm_alignment.scores import answered_evaluation, conversation
 from llm_alignment.stats import in_per_cent, mcnemar
 
@@ -36,7 +34,7 @@ class RetentionSettings:
     def questions(self) -> list[dict]:
         """All questions of the file, none of which may be trained on; [] with --no-do_retention."""
         file = DATA / "retention.jsonl" if self.retention_file == "auto" else Path(self.retention_file)
-        return read_questions(file) if self.do_retention else []
+        return read_checked(file) if self.do_retention else []
 
 
 def retention_evaluations(questions: list[dict], settings: RetentionSettings) -> list[Evaluation]:
@@ -46,27 +44,20 @@ def retention_evaluations(questions: list[dict], settings: RetentionSettings) ->
     if not questions:
         return []
     questions = sampled(questions, settings.retention_limit)
-    decoding = Decoding(
-        max_new_tokens=settings.retention_max_tokens, batch_size=settings.eval_batch_size, thinking=settings.thinking
-    )
+    by_id = {row["question_id"]: row for row in questions}
+
+    def graded(rows: list[dict]) -> list[dict]:
+        """With "checks": for each check whether the last answer passes it, and "right": whether all do."""
+        checks = [passed(by_id[row["question_id"]], row["answers"][-1]) for row in rows]
+        return [{**row, "checks": found, "right": all(found)} for row, found in zip(rows, checks, strict=True)]
+
     kept = ("question_id", "category", "language", "turns", "reference")
-    evaluation = answered_evaluation(
-        "retention",
-        questions,
-        decoding,
+    decoding = Decoding(settings.retention_max_tokens, thinking=settings.thinking, batch_size=settings.eval_batch_size)
+    return [answered_evaluation(
+        "retention", questions, decoding, grade=graded, summarise=summarise_retention, compare=compare_retention,
         items=[{key: row[key] for key in kept if key in row} for row in questions],
-        grade=functools.partial(graded, {row["question_id"]: row for row in questions}),
         settings={"questions": digest(questions), "generation": decoding.settings("max_new_tokens", "thinking")},
-        summarise=summarise_retention,
-        compare=compare_retention,
-    )
-    return [evaluation]
-
-
-def graded(questions: dict[str | int, dict], rows: list[dict]) -> list[dict]:
-    """The rows with "checks": for each check whether the last answer passes it, and "right": whether all do."""
-    checks = [passed(questions[row["question_id"]], row["answers"][-1]) for row in rows]
-    return [{**row, "checks": found, "right": all(found)} for row, found in zip(rows, checks, strict=True)]
+    )]  # fmt: skip
 
 
 def summarise_retention(rows: list[dict]) -> dict:
@@ -78,16 +69,17 @@ def summarise_retention(rows: list[dict]) -> dict:
     return {"retention": {**share(rows), "n": len(rows), "by_type": by_kind(rows, rows, share)}}
 
 
-def by_kind(rows: list[dict], items: list, figure: Callable[[list], dict]) -> dict[str, dict]:
-    """{kind: `figure` of the items whose rows are of it}: the languages, then the categories."""
-    kinds = [[row[key] for key in ("language", "category") if row.get(key)] for row in rows]
-    names = [kind for key in ("language", "category") for kind in sorted({row[key] for row in rows if row.get(key)})]
-    return {name: figure([item for item, own in zip(items, kinds, strict=True) if name in own]) for name in names}
+def by_kind(
+    rows: list[dict], items: list, figure: Callable[[list], dict], keys: Sequence[str] = ("language", "category")
+) -> dict[str, dict]:
+    """{kind: `figure` of the items whose rows have it at one of `keys`}: the kinds at the first key come first."""
+    both = list(zip(rows, items, strict=True))
+    kinds = [kind for key in keys for kind in sorted({row[key] for row in rows if row.get(key)})]
+    return {kind: figure([item for row, item in both if kind in map(row.get, keys)]) for kind in kinds}
 
 
 def compare_retention(before: list[dict], after: list[dict]) -> dict[str, dict]:
     """The difference in points by the exact McNemar test, also by language and category, with "lost" and "gained".
-
     Lost: right before and wrong after (arXiv 2510.17776 calls it 1->0); gained: the other way round."""
 
     def difference(pairs: list[tuple[dict, dict]]) -> dict:
@@ -104,12 +96,10 @@ def compare_retention(before: list[dict], after: list[dict]) -> dict[str, dict]:
 def with_own_drift(
     evaluations: list[Evaluation], before: Rows, tokenizer: PreTrainedTokenizerBase, *, thinking: bool
 ) -> list[Evaluation]:
-    """The evaluations with the drift on the base's own greedy answers to the retention questions; its rows of the base
-    are put into `before`. Nothing is added where `before`, the rows of the base, has no such answers.
-
-    Forward KL(p_base || p_tuned) over the tokens of each last answer and its end of turn: the same measure in every
-    script. An answer that is empty is left out."""
-    from llm_alignment.drift import base_row, drift_evaluation, reference_row
+    """The evaluations with the drift on the base's own greedy answers to the retention questions, and its rows of the
+    base in `before`, the rows of the base; nothing is added where these have no such answers. Forward
+    KL(p_base || p_tuned) over the tokens of each last answer, unless it is empty, and its end of turn."""
+    from llm_alignment.drift import drift_evaluation, reference_row
 
     style, items = PromptStyle(thinking=thinking), []
     for row in before.get("retention", []):
@@ -120,5 +110,6 @@ def with_own_drift(
             items.append({"question_id": row["question_id"], "cluster": row["question_id"], **encoded})
     if not items:
         return evaluations
-    before["own_drift"] = [base_row(item) for item in items]
-    return [*evaluations, drift_evaluation(items, "own_drift")]
+    own_drift = drift_evaluation(items, "own_drift")
+    before["own_drift"] = [*map(own_drift.of_base, items)]  # type: ignore[arg-type]  # it has one
+    return [*evaluations, own_drift]

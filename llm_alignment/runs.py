@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import logging
 import os
 import shlex
 import signal
@@ -14,22 +13,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment import files
 from llm_alignment.endings import console_and_log, ending, explain, interrupt, open_log, signals_go_to
-from llm_alignment.files import InputError, SkippedRows, parse_json
+from llm_alignment.files import InputError, SkippedRows, log, parse_json
 from llm_alignment.hub import COMMITS
-from llm_alignment.processes import all_processes, gathered, main_process, named_device, processes, versions
+from llm_alignment.processes import all_processes, gathered, main_process, processes, versions
 
 if TYPE_CHECKING:
     from llm_alignment.models import Base
 
-log = logging.getLogger("llm_alignment")
-
+RECORD_KEYS = ({"ts", "script"}, {"ts", "params"}, {"timestamp", "stages"})  # the last two: of the original scripts
 PHASES = {"baseline": "measuring before training", "train": "training", "final": "measuring after training"}
 NEXT = """adapter in {run}; next: talk to it, compare it with another run, export it
     python experiments/chat.py {run}
@@ -37,13 +35,10 @@ NEXT = """adapter in {run}; next: talk to it, compare it with another run, expor
     python experiments/export.py {run} --merged MERGED_FOLDER"""
 
 
-@contextlib.contextmanager
-def recorded_run(args: argparse.Namespace, argv: list[str] | None, script: str) -> Iterator[dict]:
-    """Wraps a run: yields its record, logs to console and run.log, and turns every end into an exit code and a record.
-
-    `ending` tells the exit codes. Bad input that is found before the script calls `begin`, and a dry run, leave no
-    record and no file. A caller of `main(argv)`, such as pytest, gets the KeyboardInterrupt of Ctrl-C.
-    """
+def recorded_run(run: Callable[..., None], args: argparse.Namespace, argv: list[str] | None, script: str) -> dict:
+    """Calls `run(args, record)`; logs to console and run.log, turns every end into an exit code (see `ending`) and a
+    record, and returns that. Bad input that is found before the script calls `begin`, and a dry run, leave no record
+    and no file. A caller of `main(argv)`, such as pytest, gets the KeyboardInterrupt of Ctrl-C."""
     record: dict = {}
     COMMITS.clear()  # of a run before this one in the same process
     with console_and_log():
@@ -52,13 +47,13 @@ def recorded_run(args: argparse.Namespace, argv: list[str] | None, script: str) 
             record |= new_record(vars(args), sys.argv[1:] if argv is None else argv, script)
             cache = None if args.no_baseline_cache else files.cache_folder()
             with signals_go_to(interrupt), run_folder(Path(args.output_dir), Path(args.exp_log), cache, script):
-                yield record
+                run(args, record)
             record["status"] = "completed"
         except BaseException as error:
             end = ending(error, args.output_dir)
             record["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             record["reason"] = end.reason
-            line = end.line + explain(end, error)
+            line = explain(end, error)
             if keeps_record and (end.code != 2 or record.get("device") is not None):
                 line += finish(record)
             print(line, file=sys.stderr)
@@ -72,13 +67,12 @@ def recorded_run(args: argparse.Namespace, argv: list[str] | None, script: str) 
             log.info("record appended to %s", args.exp_log)
             if (Path(record["output_dir"]) / "adapter_config.json").exists():
                 log.info(NEXT.format(run=shlex.quote(record["output_dir"])))
+    return record
 
 
 def new_record(flags: dict[str, Any], argv: list[str], script: str) -> dict:
-    """The record of a run that begins; its keys are those of every line of --exp_log.
-
-    Raises InputError for a flag's text that UTF-8 cannot spell: the line could not be read.
-    """
+    """The record of a run that begins; its keys are those of every line of --exp_log. Raises InputError for a flag's
+    text that UTF-8 cannot spell: the line could not be read."""
     for name, value in flags.items():
         try:
             str(value).encode("utf-8", "surrogateescape").decode("utf-8")
@@ -86,20 +80,12 @@ def new_record(flags: dict[str, Any], argv: list[str], script: str) -> dict:
             raise InputError(f"--{name} {ascii(value)}: not valid Unicode text; give another name") from error
     packages = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
     return {
-        "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "tag": flags["exp_tag"],
-        "script": script,
-        "argv": argv,
-        "args": flags,
-        "git": git_commit(),
-        "versions": {"python": sys.version.split()[0]} | versions(*packages),
-        "device": None,
-        "data": None,
+        "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "tag": flags["exp_tag"],
+        "script": script, "argv": argv, "args": flags, "git": git_commit(),
+        "versions": {"python": sys.version.split()[0]} | versions(*packages), "device": None, "data": None,
         **{key: {} for key in ("baseline", "final", "delta", "runtime_s")},
-        "kept_step": None,
-        "status": "failed",
-        "output_dir": flags["output_dir"],
-    }
+        "kept_step": None, "status": "failed", "output_dir": flags["output_dir"],
+    }  # fmt: skip
 
 
 def add_untimed(record: dict, phase: str) -> float:
@@ -124,17 +110,19 @@ def finish(record: dict) -> str:
 
 @contextlib.contextmanager
 def run_folder(folder: Path, exp_log: Path, cache: Path | None, script: str) -> Iterator[None]:
-    """Makes and locks the output folder; a run that leaves no file removes it.
-
-    Raises InputError when another run works in the folder, when it holds a model, an adapter or another script's run,
-    which would be mixed with this one's files, or when folder, log or cache cannot be written.
-    """
+    """Makes and locks the output folder; a run that leaves no file removes it. Raises InputError when another run
+    works in it, when it holds a model, an adapter or another script's run, which would be mixed with this one's files,
+    when folder, log or cache cannot be written, or the log holds something other than records."""
     if processes() > 1:
         all_processes().wait_for_everyone()  # the demo's folder is the first free one: all have looked by now
     if not main_process():
         yield
         return
-    check_log(exp_log)
+    check_writable(exp_log, "--exp_log")
+    if exp_log.exists() and exp_log.stat().st_size:
+        rows = itertools.islice(files.read_objects(exp_log, SkippedRows()), 100)  # a crash may have cut off some
+        if not any(row.keys() >= keys for _, row in rows for keys in RECORD_KEYS):
+            raise InputError(f"--exp_log {exp_log}: no run records, which a record would damage; name another file")
     if cache is not None:
         advice = "name another folder by LLM_ALIGNMENT_CACHE, or add --no_baseline_cache"
         check_writable(cache / "baselines" / "rows.jsonl", "cache", advice)
@@ -183,18 +171,6 @@ def damaged_run(path: Path) -> InputError:
     return InputError(f"{path} is damaged, so the run cannot be checked: put it back, or name another --output_dir")
 
 
-RECORD_KEYS = ({"ts", "script"}, {"ts", "params"}, {"timestamp", "stages"})  # the last two: of the original scripts
-
-
-def check_log(path: Path) -> None:
-    """Raises InputError when --exp_log cannot be written, or is a file that holds something other than records."""
-    check_writable(path, "--exp_log")
-    if path.exists() and path.stat().st_size:
-        rows = itertools.islice(files.read_objects(path, SkippedRows()), 100)  # a crash may have cut off some
-        if not any(row.keys() >= keys for _, row in rows for keys in RECORD_KEYS):
-            raise InputError(f"--exp_log {path}: no run records, which a record would damage; name another file")
-
-
 def check_writable(path: Path, flag: str, advice: str = "name another file") -> None:
     """Raises InputError when the file that `flag` names cannot be written; touches nothing."""
     try:
@@ -211,8 +187,9 @@ def begin(record: dict, data: dict, base: Base) -> Path:
     """Creates the output folder and writes run.log and, unless it is resumed, run.json; `data`: its fingerprint."""
     import torch
 
-    name, dtype = named_device(base.device, base.dtype)
-    record["device"] = {"name": name, "dtype": dtype, "processes": processes(), "threads": torch.get_num_threads()}
+    device = {"name": base.device_name, "dtype": base.dtype_name}
+    log.info("device: %(name)s, %(dtype)s", device)
+    record["device"] = {**device, "processes": processes(), "threads": torch.get_num_threads()}
     record |= {"data": data, "commits": dict(COMMITS), "base": base.identity}
     folder = Path(record["output_dir"])
     all_processes().wait_for_everyone()  # all have looked at the folder before it changes
@@ -244,19 +221,11 @@ def check_shared(folder: Path, flags: dict[str, Any]) -> None:
     log.warning("%s; the run cannot be resumed", line)
 
 
-def phases(record: dict, *names: str) -> Callable[[str], contextlib.AbstractContextManager[None]]:
-    """`timed` for phases of these names, each with a line that says which one of how many begins."""
-
-    def phase(name: str) -> contextlib.AbstractContextManager[None]:
-        log.info("phase %d of %d: %s", names.index(name) + 1, len(names), PHASES[name])
-        return timed(record, name)
-
-    return phase
-
-
 @contextlib.contextmanager
-def timed(record: dict, phase: str) -> Iterator[None]:
-    """Adds the seconds of a phase to the record's `runtime_s`."""
+def timed(record: dict, phase: str, phases: Sequence[str] = ()) -> Iterator[None]:
+    """Adds the seconds of a phase to the record's `runtime_s`; logs which one it is, where all `phases` are given."""
+    if phases:
+        log.info("phase %d of %d: %s", phases.index(phase) + 1, len(phases), PHASES[phase])
     start = time.perf_counter()
     try:
         yield

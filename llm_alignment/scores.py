@@ -7,11 +7,10 @@ import itertools
 import statistics
 from typing import TYPE_CHECKING, Any
 
+from llm_alignment.checks import checks_passed
 from llm_alignment.evaluation import Evaluation, pair_rows, values_of
 from llm_alignment.files import InputError, digest
-from llm_alignment.instructions import checks_passed
 from llm_alignment.prompts import strip_thinking
-from llm_alignment.rewards import to_logged_scale, to_score
 from llm_alignment.stats import equal_length_delta, in_per_cent, mcnemar, paired_delta
 
 if TYPE_CHECKING:
@@ -52,17 +51,16 @@ def conversation(row: dict, turn: int) -> list[dict]:
 
 def score_answers(rows: list[dict], *, reward_model: RewardModel) -> list[dict]:
     """The rows with "rewards", "scores" and "scores_logged", one entry per turn, each scored with its history."""
-    rows = [{**row, "rewards": [], "scores": [], "scores_logged": []} for row in rows]
+    from llm_alignment.rewards import to_logged_scale, to_score
+
+    rows = [{**row, "rewards": []} for row in rows]
     for turn in range(max(len(row["turns"]) for row in rows)):
         asked = [row for row in rows if turn < len(row["turns"])]
-        rewards = reward_model.score([
-            [*conversation(row, turn), {"role": "assistant", "content": row["answers"][turn]}] for row in asked
-        ])
-        for row, reward in zip(asked, rewards, strict=True):
+        turns = [[*conversation(row, turn), {"role": "assistant", "content": row["answers"][turn]}] for row in asked]
+        for row, reward in zip(asked, reward_model.score(turns), strict=True):
             row["rewards"].append(reward)
-            row["scores"].append(to_score(reward))
-            row["scores_logged"].append(to_logged_scale(reward))
-    return rows
+    scales = {"scores": to_score, "scores_logged": to_logged_scale}
+    return [row | {name: [*map(scale, row["rewards"])] for name, scale in scales.items()} for row in rows]
 
 
 def answered_evaluation(name: str, questions: list[dict], decoding: Decoding, **about: Any) -> Evaluation:
@@ -70,13 +68,11 @@ def answered_evaluation(name: str, questions: list[dict], decoding: Decoding, **
     from llm_alignment.generation import MAX_BATCH_SIZE
 
     return Evaluation(
-        name=name,
-        read=functools.partial(answer_questions, decoding=decoding),
+        name=name, **about, read=functools.partial(answer_questions, decoding=decoding),
         order=lambda question: sum(map(len, question["turns"])),
         rows_at_once=lambda model: decoding.batch_size or MAX_BATCH_SIZE[model.device.type],
         tokens=functools.partial(conversation_tokens, questions, decoding.max_new_tokens),
-        **about,
-    )
+    )  # fmt: skip
 
 
 def scored_evaluation(name: str, questions: list[dict], decoding: Decoding, reward_model: RewardModel) -> Evaluation:
@@ -89,17 +85,11 @@ def scored_evaluation(name: str, questions: list[dict], decoding: Decoding, rewa
         "generation": decoding.settings("max_new_tokens", "temperature", "backend", "thinking", *seed),
     }
     return answered_evaluation(
-        name,
-        questions,
-        decoding,
-        items=questions,
-        settings=settings,
+        name, questions, decoding, items=questions, settings=settings, is_cached=decoding.temperature == 0,
         grade=functools.partial(score_answers, reward_model=reward_model),
-        is_cached=decoding.temperature == 0,
-        summarise=functools.partial(summarise_scored, name),
-        compare=functools.partial(compare_scored, name),
+        summarise=functools.partial(summarise_scored, name), compare=functools.partial(compare_scored, name),
         references=[(row["question_id"], conversation(row, 0), row["reference"], row["question_id"]) for row in asked],
-    )
+    )  # fmt: skip
 
 
 def conversation_tokens(questions: list[dict], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -108,16 +98,16 @@ def conversation_tokens(questions: list[dict], max_new_tokens: int, tokenizer: P
     return sum(sum(itertools.accumulate(row)) for row in lengths)
 
 
-def summarise(rows: list[dict]) -> dict:
-    """Averages over questions (a question counts as the mean of its turns), overall, per turn and per category.
-
+def summarise_scored(name: str, rows: list[dict]) -> dict[str, dict]:
+    """{name: averages over questions (a question counts as the mean of its turns), overall, per turn and category}.
     `answer_tokens` is the mean length of an answer, `unfinished` the share of answers cut by the token limit,
-    `batch_sizes` the numbers of answers that were to be generated at once."""
+    `batch_sizes` the numbers of answers that were to be generated at once; of instructions also the shares, in per
+    cent, of scores of 7 or more and of checks passed."""
     mean = statistics.fmean
     turns = range(max(len(row["turns"]) for row in rows))
     scores = [(row["category"], mean(row["scores"])) for row in rows]
     by_category = {kind: mean(score for own, score in scores if own == kind) for kind in sorted(dict(scores))}
-    return {
+    summary: dict = {
         "avg": mean(score for _, score in scores),
         "avg_logged": mean(mean(row["scores_logged"]) for row in rows),
         "raw_mean": mean(mean(row["rewards"]) for row in rows),
@@ -129,14 +119,18 @@ def summarise(rows: list[dict]) -> dict:
         # older files do not have them
         "batch_sizes": sorted({size for row in rows for size in row.get("batch_sizes", [])}),
     }
+    if name in ("instruct", "finance_instruct"):
+        summary["success_rate"] = 100 * mean(row["scores"][0] >= 7 for row in rows)
+    if name == "instruct":
+        summary["check_rate"] = 100 * mean(check for row in rows for check in checks_passed(row))
+    return {name: summary}
 
 
 def compare_scored(name: str, before: list[dict], after: list[dict]) -> dict[str, dict]:
     """Paired differences over the questions on both sides, by the names of METRICS: NAME (the score), NAME_raw,
     NAME_length (new tokens of an answer), NAME_equal_length (of the score, at equal length), and in percentage points
-    NAME_success and NAME_checks. A question counts as the mean of its turns.
-
-    Raises InputError when no question is on both sides, or other turns under one id."""
+    NAME_success and NAME_checks. A question counts as the mean of its turns. Raises InputError when no question is on
+    both sides, or other turns under one id."""
     pairs = pair_rows(before, after)
     if any(old["turns"] != new["turns"] for old, new in pairs):
         raise InputError("the two evaluations asked different questions; compare files of one question set")
@@ -160,13 +154,3 @@ def compare_scored(name: str, before: list[dict], after: list[dict]) -> dict[str
         sides = ([*itertools.chain(*side)] for side in passed)
         deltas[f"{name}_checks"] = in_per_cent(mcnemar(*sides, clusters=clusters))
     return deltas
-
-
-def summarise_scored(name: str, rows: list[dict]) -> dict[str, dict]:
-    """{name: `summarise`}; for instructions with the shares, in per cent, of scores of 7 or more and checks passed."""
-    summary = summarise(rows)
-    if name in ("instruct", "finance_instruct"):
-        summary["success_rate"] = 100 * statistics.fmean(row["scores"][0] >= 7 for row in rows)
-    if name == "instruct":
-        summary["check_rate"] = 100 * statistics.fmean(check for row in rows for check in checks_passed(row))
-    return {name: summary}

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel, TrainerState, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from llm_alignment.adapters import adapter_kept_in_float32, new_adapter
-from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl, rows_at_once, tail_mask
+from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl
 from llm_alignment.batches import sort_by_length
-from llm_alignment.exactness import anchor_problem, packing_problem
+from llm_alignment.devices import rows_at_once
 from llm_alignment.files import InputError
 from llm_alignment.models import without_router_logits
+from llm_alignment.prefixes import anchor_problem, packing_problem
 from llm_alignment.training import Setup, TrainingSettings, run_training, training_arguments
 from llm_alignment.twix import LARGE_DATA, row_lengths
 from llm_alignment.validation import without_head
@@ -43,7 +44,7 @@ class EarlyStopping:
         scores = [entry[key] for entry in history if key in entry]
         if self.patience is None or not scores:
             return None
-        return early_stop_reason(self.baseline(), scores, self.patience, *RULES[self.metric])
+        return early_stop_reason(self.baseline(), scores, self.patience, self.metric)
 
 
 # metric -> (title, least gain, largest fall below the baseline, -1 where lower is better)
@@ -54,11 +55,9 @@ RULES = {
 }
 
 
-def early_stop_reason(
-    baseline: float | None, scores: list[float], patience: int, title: str, gain: float, fall: float, sign: int
-) -> str | None:
-    """Why to stop after these scores, or None: one that is more than `fall` worse than the baseline, or `patience`
-    consecutive evaluations that are not better by `gain` than the last one that was."""
+def early_stop_reason(baseline: float | None, scores: list[float], patience: int, metric: str) -> str | None:
+    """Why to stop, or None: the last score is `fall` worse than the baseline, or `patience` in a row are no gain."""
+    title, gain, fall, sign = RULES[metric]
     if baseline is not None and sign * (scores[-1] - baseline) < -fall:
         return f"{title} {scores[-1]:.3f} is more than {fall:.2f} worse than the baseline {baseline:.3f}"
     best, without_gain = -math.inf, 0
@@ -66,6 +65,16 @@ def early_stop_reason(
         gained = sign * score - best >= gain
         best, without_gain = (sign * score, 0) if gained else (best, without_gain + 1)
     return f"{patience} evaluations without a gain of {gain:g} in {title}" if without_gain >= patience else None
+
+
+def tail_mask(is_target: torch.Tensor, example: torch.Tensor, limit: int) -> torch.Tensor:
+    """The last `limit` targets of each example; 0 means all of them. is_target: (batch, positions) bool. example: of
+    that shape, int64, the number of a position's example, rising along each row and from row to row."""
+    if limit == 0:
+        return is_target
+    lengths = example.flatten().unique_consecutive(return_counts=True)[1].tolist()
+    parts = is_target.flatten().split(lengths)  # one example each
+    return torch.cat([part & (part.flip(0).cumsum(0).flip(0) <= limit) for part in parts]).view_as(is_target)
 
 
 class AnchoredTrainer(SFTTrainer):
@@ -78,13 +87,9 @@ class AnchoredTrainer(SFTTrainer):
         super().__init__(**arguments)
         if anchor.kl_on == "replay":  # TRL's collator drops columns that it does not know
             collate: Callable = self.data_collator  # type: ignore[has-type]
-            self.data_collator = lambda rows: {
-                **collate(rows),
-                "replay": torch.tensor([row.get("replay", False) for row in rows]),
-            }
-
-    def create_model_card(self, *_, **__) -> None:
-        """Of no checkpoint: `write_card` writes one when the run was measured."""
+            self.data_collator = lambda rows: dict(
+                collate(rows), replay=torch.tensor([row.get("replay", False) for row in rows])
+            )
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
@@ -100,8 +105,7 @@ class AnchoredTrainer(SFTTrainer):
         if self.kl_coef:
             for batch, is_replay in zip(batches, anchored, strict=True):
                 targets = batch["labels"][:, 1:] != -100
-                if is_replay is not None:
-                    targets = targets & is_replay[:, None]
+                targets = targets if is_replay is None else targets & is_replay[:, None]
                 if "position_ids" in batch:  # packed: a position of 0 begins the next example
                     example = (batch["position_ids"][:, 1:] == 0).long().cumsum(1)
                 else:
@@ -120,8 +124,8 @@ class AnchoredTrainer(SFTTrainer):
             inputs.pop("attention_mask", None)
         peft_model = self.accelerator.unwrap_model(model)
         ref_hidden, kl_coef = None, 0.0
+        with_router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         with without_head(peft_model):
-            with_router = {"output_router_logits": True} if self.aux_loss_enabled else {}
             output = model(**inputs, **with_router, use_cache=False)
             hidden = output.logits[:, :-1].flatten(0, 1)
             if kl_mask is not None:
@@ -131,22 +135,14 @@ class AnchoredTrainer(SFTTrainer):
                 with torch.no_grad(), peft_model.disable_adapter():
                     ref_hidden = peft_model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
         loss, nll, kl = fused_nll_kl(
-            hidden,
-            peft_model.get_output_embeddings().weight,
-            labels,
-            ref_hidden,
-            kl_mask,
-            kl_coef=kl_coef,
-            kl_direction=self.anchor.kl_direction,
-            sft_loss=self.anchor.sft_loss,
-            num_items=num_items_in_batch,
+            hidden, peft_model.get_output_embeddings().weight, labels, ref_hidden, kl_mask, kl_coef=kl_coef,
+            kl_direction=self.anchor.kl_direction, sft_loss=self.anchor.sft_loss, num_items=num_items_in_batch,
             rows_per_chunk=rows_at_once(peft_model.config.get_text_config().vocab_size, hidden.device),
-        )
+        )  # fmt: skip
         self.nll_since_log += nll.item()
         if kl_mask is not None:
             self.kl_since_log += (kl * marked / self.kl_items).item()
-        # num_items counts the targets of all processes, whose gradients DDP averages
-        loss = loss * self.accelerator.num_processes
+        loss = loss * self.accelerator.num_processes  # num_items counts the targets of all, DDP averages gradients
         if self.aux_loss_enabled:  # of a mixture of experts, as in TRL: a mean of the micro-batches
             loss = loss + self.router_aux_loss_coef * output.aux_loss / self.current_gradient_accumulation_steps
         return loss
@@ -185,17 +181,10 @@ class SftSettings:
 
 
 def build_trainer(
-    model: PreTrainedModel,
-    setup: Setup,
-    rows: dict[str, Dataset],
-    settings: TrainingSettings,
-    *,
-    sft: SftSettings,
-    anchor: AnchorSettings,
-    early: EarlyStopping | None = None,
-) -> AnchoredTrainer:
-    """The trainer, with a fresh adapter on `model`. `rows` of "train" and "validation" have "input_ids" and "labels",
-    cut to a length."""
+    model: PreTrainedModel, setup: Setup, rows: dict[str, Dataset], settings: TrainingSettings, *,
+    sft: SftSettings, anchor: AnchorSettings, early: EarlyStopping | None = None,
+) -> AnchoredTrainer:  # fmt: skip
+    """The trainer, a fresh adapter on `model`. `rows`: "train", "validation", of "input_ids" and "labels", cut."""
     if sft.packing and (problem := packing_problem(model)):
         raise InputError(f"--packing: {problem}; leave it out")
     set_seed(settings.seed)
@@ -205,30 +194,20 @@ def build_trainer(
             raise InputError(f"--kl_coef {anchor.kl_coef}: {problem}; give 0 or name another model")
         log.warning("no KL anchor: %s", problem)
         anchor = dataclasses.replace(anchor, kl_coef=0.0)
-    metric = early.metric if early and early.patience else None
+    arguments = training_arguments(settings, setup.base, setup.lora)
+    if early:
+        arguments |= {"eval_strategy": "steps", "eval_steps": early.steps}
+        if early.patience:
+            arguments |= {"metric_for_best_model": early.metric, "greater_is_better": early.metric != "val_loss"}
     config = SFTConfig(
-        **training_arguments(settings, setup.base, setup.lora),
-        max_length=sft.max_seq_length,
-        packing=sft.packing,
-        eval_packing=False,
+        **arguments, max_length=sft.max_seq_length, packing=sft.packing, eval_packing=False,
         dataset_num_proc=sft.num_proc if len(rows["train"]) > LARGE_DATA else None,
         dataset_kwargs={"skip_prepare_dataset": not sft.packing},  # the rows are cut and have targets
         remove_unused_columns=False,  # those of --streaming become tokens when they are read
-        eval_strategy="steps" if early else "no",
-        eval_steps=early.steps if early else None,
-        metric_for_best_model=metric,
-        greater_is_better=metric != "val_loss" if metric else None,
-    )
+    )  # fmt: skip
+    data = {"train_dataset": rows["train"], "eval_dataset": rows["validation"], "processing_class": setup.tokenizer}
     with adapter_kept_in_float32(model):
-        trainer = AnchoredTrainer(
-            anchor=anchor,
-            early=early,
-            model=model,
-            args=config,
-            train_dataset=rows["train"],
-            eval_dataset=rows["validation"],
-            processing_class=setup.tokenizer,
-        )
+        trainer = AnchoredTrainer(anchor=anchor, early=early, model=model, args=config, **data)
     without_router_logits(trainer.model.get_base_model())
     return trainer
 

@@ -20,11 +20,11 @@ def paired_delta(
     """Mean of after - before over the same items, with a 95 % interval and a p value that agree.
 
     p is that of the sign-flip (paired permutation) test: all sign patterns up to 13 changed units, else 9,999 random
-    ones; with `exact` McNemar's. The interval is that test inverted, so it holds 0 exactly when p is above 0.05. Its
-    ends are the 2.5 % and 97.5 % points of the means of random halves of the data (Hartigan 1969, Using subsample
-    values as typical values, JASA 64, 1303). That test assumes symmetric differences, so where the BCa bootstrap
-    reaches further its end is taken; only 0 stays on the side of the interval that p says. Where fewer than 6 units
-    changed, their number alone is uncertain: the ends reach as far as its exact bounds allow.
+    ones; with `exact` McNemar's. The interval is that test inverted, so it holds 0 exactly when p is above 0.05: the
+    2.5 % and 97.5 % points of the means of random halves of the data (Hartigan 1969, Using subsample values as typical
+    values, JASA 64, 1303). It assumes symmetric differences, so where the BCa bootstrap reaches further its end is
+    taken, on the side of 0 that p says. Where fewer than 6 units changed, the ends reach as far as the exact bounds of
+    their number allow.
 
     `clusters`: one label for each item. Items of one label, such as those with a common context, share a sign and are
     resampled together. Without it every item is its own cluster. The order of the items changes nothing.
@@ -48,13 +48,10 @@ def paired_delta(
     sums = np.bincount(unit_of, weights=differences)
     sums[np.abs(sums) <= 1e-12 * np.abs(differences).sum()] = 0
     changes = differences[differences != 0]
-    delta: dict[str, Any] = {
-        **dict.fromkeys(("mean", "low", "high", "p")),
-        "n": len(differences),
-        "changed": len(changes),
-        "clusters": None if clusters is None else len(number),
-        "changed_clusters": None if clusters is None else int(np.count_nonzero(sums)),
-    }
+    of_clusters = (None, None) if clusters is None else (len(number), int(np.count_nonzero(sums)))
+    counts = (len(differences), len(changes), *of_clusters)
+    delta: dict[str, Any] = dict.fromkeys(("mean", "low", "high", "p"))
+    delta |= zip(("n", "changed", "clusters", "changed_clusters"), counts, strict=True)
     if not len(differences) or not np.isfinite(differences).all():
         return delta
     # the random parts must not depend on the order of the rows, nor on which side is called before: no fall, sorted
@@ -62,10 +59,13 @@ def paired_delta(
     _, units, sign = max(sides)
     sums, sizes = np.array(units).T
     parts = _random_parts(sums, sizes)
-    if not exact:
-        p = _sign_flip_p(sums, parts[0])
-    else:
+    if exact:
         p = float(binomtest(int((changes > 0).sum()), len(changes)).pvalue) if len(changes) else 1.0
+    else:  # flipping the signs of a part lowers the total when the part's sum is positive
+        changed = sums[sums != 0]
+        is_few = len(changed) <= ALL_SIGNS < len(sums)
+        flipped = _random_parts(changed, changed)[0] if is_few else parts[0]
+        p = float(min(1.0, 2 * min((flipped <= 0).mean(), (flipped >= 0).mean())))
     delta |= {"mean": float(differences.mean()), "p": p}
     if len(sums) < ENOUGH or not sums.any():
         return delta
@@ -74,16 +74,13 @@ def paired_delta(
 
 
 def mcnemar(before: Sequence[float], after: Sequence[float], *, clusters: Sequence[Hashable] | None = None) -> dict:
-    """`paired_delta` of answers that are right (1, True), wrong (0, False) or neither (0.5), with McNemar's exact p.
-
-    With `clusters` p is that of the sign-flip test on the sums of the clusters; McNemar's exact test is the same test
-    where every answer is a cluster of its own."""
+    """`paired_delta` of answers that are right (1, True), wrong (0, False) or neither (0.5), with McNemar's exact p;
+    with `clusters` that of the sign-flip test on their sums, the same test where each answer is a cluster."""
     return paired_delta(before, after, clusters=clusters, exact=clusters is None)
 
 
 def _random_parts(sums: Any, sizes: Any) -> tuple[Any, Any]:
-    """Sums and sizes over random halves of the units, (parts,) each; all 2**units parts where they are few.
-    The first part is empty: it stands for the data as they are, with no sign flipped."""
+    """Sums and sizes, (parts,) each: of no unit (no sign flipped), then of random halves; of few units all parts."""
     import numpy as np
 
     units = np.stack([sums, sizes], axis=1)
@@ -91,24 +88,13 @@ def _random_parts(sums: Any, sizes: Any) -> tuple[Any, Any]:
         is_in = (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums))) & 1
         part_sums, part_sizes = (is_in @ units).T
     else:
-        rng, width = np.random.default_rng(42), -(-len(sums) // 8)
-        parts = [np.zeros((1, 2))]
+        rng, width, parts = np.random.default_rng(42), -(-len(sums) // 8), [np.zeros((1, 2))]
         for start in range(0, RESAMPLES, 1000):
-            rows = min(1000, RESAMPLES - start)
-            bits = np.frombuffer(rng.bytes(rows * width), np.uint8).reshape(rows, width)
+            bits = np.frombuffer(rng.bytes(min(1000, RESAMPLES - start) * width), np.uint8).reshape(-1, width)
             parts.append(np.unpackbits(bits, axis=1, count=len(sums)).astype(np.float64) @ units)
         part_sums, part_sizes = np.concatenate(parts).T
     part_sums[np.abs(part_sums) <= 1e-12 * np.abs(sums).sum()] = 0  # sums that cancel, up to rounding
     return part_sums, part_sizes
-
-
-def _sign_flip_p(sums: Any, part_sums: Any) -> float:
-    """Two-sided p. Flipping the signs of a part lowers the total when the part's sum is positive."""
-    changed = sums[sums != 0]
-    if len(changed) <= ALL_SIGNS < len(sums):
-        part_sums, _ = _random_parts(changed, changed)
-    tail = min((part_sums <= 0).mean(), (part_sums >= 0).mean())
-    return float(min(1.0, 2 * tail))
 
 
 def _interval(sums: Any, sizes: Any, part_sums: Any, part_sizes: Any, p: float) -> tuple[float, float]:
@@ -129,8 +115,7 @@ def _interval(sums: Any, sizes: Any, part_sums: Any, part_sizes: Any, p: float) 
 
 
 def _few_changed(sums: Any, sizes: Any) -> tuple[float, float]:
-    """How far the mean may lie from 0 where few units changed: the exact 95 % bounds of the shares that fall and that
-    rise (Clopper and Pearson 1934), times the mean size of a change."""
+    """The exact 95 % bounds (Clopper and Pearson 1934) of the shares that fall and rise, times the mean change."""
     from scipy.stats import binomtest
 
     size = abs(sums[sums != 0]).mean() * len(sums) / sizes.sum()
@@ -140,11 +125,9 @@ def _few_changed(sums: Any, sizes: Any) -> tuple[float, float]:
 
 
 def _bootstrap(sums: Any, sizes: Any) -> tuple[float, float]:
-    """95 % BCa bootstrap interval of sum(sums) / sum(sizes) over whole units (Efron 1987), with longer tails.
-
-    The unit that is furthest below the mean and the one furthest above it are counted twice: a sample shows too little
-    of a long tail, and what it lacks lies further out. Without that, 4 to 8 % of the losses that the interval excludes
-    are there where differences are skewed or a few items lose much (experiments/benchmarks/check_coverage.py)."""
+    """95 % BCa bootstrap interval of sum(sums) / sum(sizes) over whole units (Efron 1987). A sample shows too little
+    of a long tail, so the unit furthest from the mean on each side is counted twice. Else 4 to 8 % of the losses that
+    it excludes are there where differences are skewed (experiments/benchmarks/check_coverage.py)."""
     import numpy as np
     from scipy.stats import bootstrap
 
@@ -154,34 +137,25 @@ def _bootstrap(sums: Any, sizes: Any) -> tuple[float, float]:
         return observed, observed
     units = np.append(np.arange(len(sums)), sorted((residuals.argmin(), residuals.argmax())))
     interval = bootstrap(
-        (sums[units], sizes[units]),
-        lambda sums, sizes, axis: sums.sum(axis) / sizes.sum(axis),
-        paired=True,
-        n_resamples=RESAMPLES,
-        batch=1000,
-        rng=np.random.default_rng(42),
-    ).confidence_interval
+        (sums[units], sizes[units]), lambda sums, sizes, axis: sums.sum(axis) / sizes.sum(axis), paired=True,
+        n_resamples=RESAMPLES, batch=1000, rng=np.random.default_rng(42),
+    ).confidence_interval  # fmt: skip
     return float(interval.low), float(interval.high)
 
 
 def excluded(delta: dict, *, lower_is_better: bool = False) -> float | None:
-    """The size of a loss (a rise where lower is better) above which the data exclude one; None where they do not tell.
-
-    They do not with fewer than 70 units: of a loss in one item of twenty, fewer may well hold none (0.95 ** 70 = 3 %).
-    """
+    """The size of a loss (a rise where lower is better) above which the data exclude one; None where they do not tell,
+    as with fewer than 70 units: of a loss in one item of twenty, these may well hold none (0.95 ** 70 = 3 %)."""
     units = delta["n"] if delta.get("clusters") is None else delta["clusters"]
     end = delta["high"] if lower_is_better else delta["low"]
-    if end is None or units < ENOUGH_TO_EXCLUDE:
-        return None
-    loss = float(end if lower_is_better else -end)
+    loss = 0.0 if end is None or units < ENOUGH_TO_EXCLUDE else float(end if lower_is_better else -end)
     return loss if loss > 0 else None
 
 
 def too_few_changed(delta: dict) -> bool:
     """Whether so few items (or clusters) changed that the sign-flip test could not reach 0.05 in any case."""
-    if "changed" not in delta:  # a record of an earlier version
-        return False
-    return (delta["changed"] if delta["clusters"] is None else delta["changed_clusters"]) < ENOUGH
+    unit = "changed" if delta.get("clusters") is None else "changed_clusters"
+    return delta.get(unit, ENOUGH) < ENOUGH  # a record of an earlier version does not tell
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -193,10 +167,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def equal_length_delta(differences: Sequence[float], length_differences: Sequence[float]) -> dict:
-    """The difference that is left at equal length: the intercept of the differences regressed on those in length.
-
-    Both (n,): after - before of each item's score and of its answer's length. The 95 % interval and p are those of the
-    t distribution with n - 2 degrees of freedom and errors that may differ in spread (HC3; MacKinnon and White 1985,
+    """The difference that is left at equal length: the intercept of the differences regressed on those in length, both
+    (n,): after - before of each item's score and of its answer's length. The 95 % interval and p are those of the t
+    distribution with n - 2 degrees of freedom and errors that may differ in spread (HC3; MacKinnon and White 1985,
     https://doi.org/10.1016/0304-4076(85)90158-7). Returns the keys of `paired_delta` and "per_unit": the slope, for
     one unit of length. With fewer than 4 items, a difference that is not finite, or where one item alone decides the
     slope, everything but the counts is None; where no length changed, it is the mean difference."""

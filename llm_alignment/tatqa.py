@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment.batches import shared_lengths
-from llm_alignment.evaluation import Evaluation, pair_rows
+from llm_alignment.checks import SAMPLE_SEED
+from llm_alignment.evaluation import Evaluation, pair_rows, values_of
 from llm_alignment.files import InputError, SkippedRows, digest, object_problem, open_data, parse_json
 from llm_alignment.hub import hub_files
-from llm_alignment.prompts import PromptStyle, encode, fit_prompt, strip_thinking
-from llm_alignment.questions import SAMPLE_SEED
+from llm_alignment.prompts import PromptStyle, cut_at_word, fit_prompt, strip_thinking
+from llm_alignment.retention import by_kind
 from llm_alignment.stats import in_per_cent, mcnemar, paired_delta
-from llm_alignment.texts import cut_at_word
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llm_alignment.generation import Decoding
@@ -50,12 +49,9 @@ def tatqa_file(folder: str, split: str) -> Path:
 
 
 def read_tatqa(path: Path, skipped: SkippedRows) -> list[dict]:
-    """Reads a TAT-QA file: a list of contexts {"table", "paragraphs", "questions"}.
-
-    Read with the json module, because `answer` mixes lists, strings and numbers. Questions that cannot be used go to
-    `skipped`. Raises InputError, with the place, when the file is missing, truncated or of another shape, or when no
-    question is left.
-    """
+    """The contexts {"table", "paragraphs", "questions"} of a TAT-QA file. Read with the json module, because `answer`
+    mixes lists, strings and numbers. Questions that cannot be used go to `skipped`. Raises InputError, with the place,
+    when the file is missing, truncated or of another shape, or when no question is left."""
     with open_data(path) as file:
         try:
             contexts = parse_json(file.read())
@@ -69,13 +65,12 @@ def read_tatqa(path: Path, skipped: SkippedRows) -> list[dict]:
             raise InputError(f"{path}: context {number}: {problem}; fetch the file again")
         usable = []
         for question in context["questions"]:
-            is_second = question["uid"] in uids
-            problem = "another question has its uid" if is_second else question_problem(context, question)
-            if problem:
-                skipped.add(f"{path.name}: context {number}, question {question['uid']}", problem)
+            uid = question["uid"]
+            if problem := "another question has its uid" if uid in uids else question_problem(context, question):
+                skipped.add(f"{path.name}: context {number}, question {uid}", problem)
             else:
                 usable.append(question)
-                uids.add(question["uid"])
+                uids.add(uid)
         context["questions"] = usable
     if not uids:
         raise InputError(f"{path}: no usable question ({'; '.join(skipped.places) or 'the file is empty'})")
@@ -135,12 +130,9 @@ DEFAULT_CONTENT = PromptContent()
 
 
 def tatqa_prompt(context: dict, question: dict, content: PromptContent = DEFAULT_CONTENT) -> str:
-    """The prompt: role, the table in Markdown, passages, the question, "Answer:".
-
-    What the questions of one context share comes first, so that an evaluation can read it once. Of the passages, in
-    their order, the first `tatqa_para_chars` characters are kept, cut at a word; with `tatqa_only_rel_paras` only of
-    those that the question refers to.
-    """
+    """The prompt: role, the table in Markdown, passages, the question, "Answer:". What the questions of one context
+    share comes first, so that an evaluation can read it once. Of the passages, or with `tatqa_only_rel_paras` of those
+    that the question refers to, in their order, the first `tatqa_para_chars` characters are kept, cut at a word."""
     columns = content.tatqa_table_cols
     rows = [
         "| " + " | ".join(cell.replace("|", "/").strip() for cell in row[:columns]) + " |"
@@ -163,11 +155,8 @@ def tatqa_prompt(context: dict, question: dict, content: PromptContent = DEFAULT
 
 
 def tatqa_em_f1(question: dict, prediction: str | list[str], scale: str) -> tuple[float, float]:
-    """The official exact match and F1 of one prediction, both 0..1.
-
-    Source: tatqa_metric.py of https://github.com/NExTplusplus/TAT-QA, whose oddities are kept ("(1,234)" is positive
-    because of its comma), so that the figures can be compared with published ones.
-    """
+    """The official exact match and F1 of one prediction, both 0..1, by https://github.com/NExTplusplus/TAT-QA's
+    tatqa_metric.py with its oddities ("(1,234)" is positive for its comma): they compare with published ones."""
     import numpy as np
 
     gold = question["answer"]
@@ -176,16 +165,11 @@ def tatqa_em_f1(question: dict, prediction: str | list[str], scale: str) -> tupl
     if not prediction or not gold:
         return 0.0, 0.0
     parts = prediction if isinstance(prediction, list) else [prediction]
-    forms = [_answer_string(parts, scale)]
     bare = _to_number(parts[0]) if len(parts) == 1 and not scale and "%" not in parts[0] else None
-    if bare is not None:  # a share may be given so: 0.2342 for 23.42 percent
-        forms.append(f"{bare:.4f}")
+    forms = [_answer_string(parts, scale), *([] if bare is None else [f"{bare:.4f}"])]  # 0.2342 for 23.42 percent
     gold_tokens = normalise(_answer_string(gold, question["scale"])).split()
-    best = (0.0, 0.0)
-    for tokens in (normalise(form).split() for form in forms):
-        f1 = float(np.round(_bag_f1(set(tokens), set(gold_tokens)), 2))
-        best = max(best, (float(tokens == gold_tokens), f1))
-    em, f1 = best
+    found = (normalise(form).split() for form in forms)
+    em, f1 = max((float(each == gold_tokens), float(np.round(_bag_f1({*each}, {*gold_tokens}), 2))) for each in found)
     return em, em if question["answer_type"] in NUMBERS else f1
 
 
@@ -232,8 +216,7 @@ def _bare(text: str) -> str:
 
 def _scale_value(text: str) -> float:
     """The factor of the scale word that the text holds; 1 without one."""
-    values = {"hundred": 100, **SCALES}
-    return next((value for word, value in values.items() if word and word in text.lower()), 1)
+    return next((value for word, value in {"hundred": 100, **SCALES}.items() if word and word in text.lower()), 1)
 
 
 def normalise(text: str) -> str:
@@ -248,19 +231,14 @@ def normalise(text: str) -> str:
 
 
 def _bag_f1(predicted: set[str], gold: set[str]) -> float:
-    common = len(predicted & gold)
-    precision = common / len(predicted) if predicted else 1.0
-    recall = common / len(gold) if gold else 1.0
+    precision, recall = (len(predicted & gold) / len(bag) if bag else 1.0 for bag in (predicted, gold))
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def tatqa_em_like(question: dict, text: str) -> bool:
-    """The metric of the published runs.
-
-    Arithmetic: the first number in the text lies within max(0.5, 5 % of |gold|) of gold. All other types, counts
-    included: one of the gold parts is contained in the text. This metric has its own reading of numbers and of spans:
-    it knows no parentheses, no percent sign and no scale. A part without a character that counts is never contained.
-    """
+    """The metric of the published runs. Arithmetic: the first number in the text lies within max(0.5, 5 % of |gold|)
+    of gold. Other types, counts too: one of the gold parts with a character that counts is contained in the text. It
+    knows no parentheses, no percent sign and no scale."""
     if question["answer_type"] == "arithmetic":
         value, gold = _first_number(text), _first_number(str(question["answer"]))
         return value is not None and gold is not None and abs(value - gold) <= max(0.5, 0.05 * abs(gold))
@@ -294,64 +272,48 @@ def tatqa_parse(text: str) -> tuple[list[str], str]:
     return [*parts[:-1], scale_at_end.sub("", parts[-1])], scales[0].lower()
 
 
-def tatqa_questions(
-    contexts: list[dict], *, limit: int, seed: int = SAMPLE_SEED, content: PromptContent = DEFAULT_CONTENT
+def evaluation_questions(
+    path: Path, tokenizer: PreTrainedTokenizerBase, style: PromptStyle, content: PromptContent, limit: int
 ) -> list[dict]:
-    """The evaluation questions {"question_id", "question", "answer_type", "scale", "answer", "context", "prompt"}.
-
-    `answer` is gold as the file has it, `context` names the table. With `limit` > 0 the questions come from whole
-    contexts in an order by `seed` that does not depend on the file's.
-    """
-    contexts = sorted(filter(operator.itemgetter("questions"), contexts), key=lambda c: c["questions"][0]["uid"])
-    questions = [
-        {
-            "question_id": question["uid"],
-            **{key: question[key] for key in ("question", "answer_type", "scale", "answer")},
-            "context": context["questions"][0]["uid"],
-            "prompt": tatqa_prompt(context, question, content),
-        }
-        for context in random.Random(seed).sample(contexts, len(contexts))
-        for question in context["questions"]
-    ]
-    return questions[: limit or None]
-
-
-def fit_questions(questions: list[dict], tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> list[dict]:
-    """The questions with their prompts as the model reads them, and the `tokens` of these prompts."""
-    fitted = [fit_prompt(question["prompt"], tokenizer, style, QUESTION_PREFIX) for question in questions]
-    return [{**asked, "prompt": fit.text, "tokens": fit.tokens} for asked, fit in zip(questions, fitted, strict=True)]
+    """The evaluation questions {"question_id", "question", "answer_type", "scale", "answer", "context", "prompt",
+    "tokens"}: `answer` is gold as the file has it, `context` names the table, `prompt` is as the model reads it. With
+    `limit` > 0 they come from whole contexts, in an order that does not depend on the file's."""
+    skipped = SkippedRows()
+    contexts = [context for context in read_tatqa(path, skipped) if context["questions"]]
+    skipped.report("TAT-QA evaluation questions")
+    contexts.sort(key=lambda context: context["questions"][0]["uid"])
+    order = random.Random(SAMPLE_SEED).sample(contexts, len(contexts))
+    questions = []
+    for context, question in [(table, each) for table in order for each in table["questions"]][: limit or None]:
+        prompt, tokens, _ = fit_prompt(tatqa_prompt(context, question, content), tokenizer, style, QUESTION_PREFIX)
+        kept = {key: question[key] for key in ("question", "answer_type", "scale", "answer")}
+        row = {"question_id": question["uid"], **kept, "context": context["questions"][0]["uid"]}
+        questions.append({**row, "prompt": prompt, "tokens": tokens})
+    return questions
 
 
 def answer_questions(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    items: list[dict],
-    *,
-    decoding: Decoding,
-    one_line: bool,
-) -> Iterator[dict]:
-    """Yields the rows of questions as `fit_questions` gives them; what those on one context share is read once.
-
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[dict], *,
+    decoding: Decoding, one_line: bool,
+) -> Iterator[dict]:  # fmt: skip
+    """Yields the rows of questions as `evaluation_questions` gives them; what those on one context share is read once.
     A row: {"question_id", "context", "question", "answer_type", "scale", "gold": the reference answer, "answer": the
-    model's text, "em_like", "em", "f1", "batch_size"}. With `one_line` an answer ends with its first line.
-    """
+    model's text, "em_like", "em", "f1", "batch_size"}. With `one_line` an answer ends with its first line."""
     import torch
 
     from llm_alignment import generation
-    from llm_alignment.exactness import cache_problem
+    from llm_alignment.prefixes import cache_problem
 
-    settings = generation.generation_config(model, tokenizer, decoding)
+    settings = generation.generation_config(tokenizer, decoding)
     width = model.get_output_embeddings().weight.shape[0]
     line_break = generation.line_break_tokens(tokenizer, width) if one_line else None
-    groups = [[*group] for _, group in itertools.groupby(items, key=lambda question: question["context"])]
     torch.manual_seed(decoding.seed ^ zlib.crc32(items[0]["question_id"].encode()))
-    prompts = [[question["tokens"] for question in group] for group in groups]
-    answers = generation.generate_grouped(
-        model, prompts, settings, decoding.max_new_tokens, line_break, share_prefix=not cache_problem(model)
-    )
-    for question, answer in zip(items, itertools.chain(*answers), strict=True):
-        text, *_ = generation.read_answer(answer, settings, tokenizer, question["tokens"])
-        text = strip_thinking(text)
+    groups = itertools.groupby(items, operator.itemgetter("context"))
+    prompts = [[question["tokens"] for question in group] for _, group in groups]
+    how, is_shared = (settings, decoding.max_new_tokens, line_break), not cache_problem(model)
+    answers = generation.generate_grouped(model, prompts, *how, share_prefix=is_shared)
+    for question, answer in zip(items, answers, strict=True):
+        text = strip_thinking(generation.read_answer(answer, settings, tokenizer, question["tokens"])[0])
         em, f1 = tatqa_em_f1(question, *tatqa_parse(text))
         row = {key: question[key] for key in ("question_id", "context", "question", "answer_type", "scale")}
         row |= {"gold": question["answer"], "answer": text, "em_like": tatqa_em_like(question, text)}
@@ -360,95 +322,62 @@ def answer_questions(
 
 def summarise_tatqa(rows: list[dict]) -> dict:
     """Both metrics in per cent, overall and by answer type: {"em_like", "em", "f1", "n", "by_type": {type: ...}}.
-
-    "batch_sizes" are the numbers of answers that were to be generated at once.
-    """
+    "batch_sizes" are the numbers of answers that were to be generated at once."""
 
     def shares(rows: list[dict]) -> dict:
         means = {key: 100 * statistics.fmean(row[key] for row in rows) for key in ("em_like", "em", "f1")}
         return {**means, "n": len(rows)}
 
-    kinds = sorted({row["answer_type"] for row in rows})
-    by_type = {kind: shares([row for row in rows if row["answer_type"] == kind]) for kind in kinds}
     sizes = sorted({row["batch_size"] for row in rows if "batch_size" in row})  # older files do not have it
-    return {**shares(rows), "by_type": by_type, "batch_sizes": sizes}
+    return {**shares(rows), "by_type": by_kind(rows, rows, shares, ["answer_type"]), "batch_sizes": sizes}
 
 
 def compare_tatqa(before: list[dict], after: list[dict]) -> dict[str, dict]:
-    """Differences in percentage points, also by answer type; questions on one table are one cluster.
+    """Differences in percentage points, also by answer type; questions on one table are one cluster. Rows are paired
+    by question_id. Rows of files from before `context` was stored count as tables of their own."""
 
-    Rows are paired by question_id. Rows of files from before `context` was stored count as tables of their own.
-    """
-    pairs = pair_rows(before, after)
-
-    def difference(key: str, kind: str | None = None) -> dict:
+    def difference(key: str, pairs: list[tuple[dict, dict]]) -> dict:
         test = paired_delta if key == "f1" else mcnemar
-        of_kind = [(old, new) for old, new in pairs if kind in (None, new["answer_type"])]
-        sides = [old[key] for old, _ in of_kind], [new[key] for _, new in of_kind]
-        return in_per_cent(test(*sides, clusters=[new.get("context", new["question_id"]) for _, new in of_kind]))
+        clusters = [new.get("context", new["question_id"]) for _, new in pairs]
+        return in_per_cent(test(*values_of(pairs, operator.itemgetter(key)), clusters=clusters))
 
-    kinds = sorted({new["answer_type"] for _, new in pairs})
-    deltas = {"tatqa": "em_like", "tatqa_em": "em", "tatqa_f1": "f1"}
-    return {
-        name: {**difference(key), "by_type": {kind: difference(key, kind) for kind in kinds}}
-        for name, key in deltas.items()
-    }
+    pairs, deltas = pair_rows(before, after), {}
+    for name, key in (("tatqa", "em_like"), ("tatqa_em", "em"), ("tatqa_f1", "f1")):
+        by_type = by_kind([new for _, new in pairs], pairs, functools.partial(difference, key), ["answer_type"])
+        deltas[name] = {**difference(key, pairs), "by_type": by_type}
+    return deltas
 
 
 def tatqa_evaluation(questions: list[dict], decoding: Decoding, style: PromptStyle) -> Evaluation:
-    """TAT-QA by both metrics; `questions` are those of `fit_questions`."""
+    """TAT-QA by both metrics; `questions` are those of `evaluation_questions`."""
+    from llm_alignment.generation import free_batch_size
 
-    def rows_at_once(model: PreTrainedModel) -> int:
-        from llm_alignment.generation import free_batch_size
+    prompts, new_tokens = [question["tokens"] for question in questions], decoding.max_new_tokens
 
-        longest = max(len(question["tokens"]) for question in questions) + decoding.max_new_tokens
-        return decoding.batch_size or free_batch_size(model, longest)
+    def tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+        shared = sum(length for _, length in shared_lengths(prompts))  # every table is read once
+        return sum(map(len, prompts)) - shared + len(prompts) * new_tokens
 
     one_line = not style.use_chat_template
     generation = decoding.settings("max_new_tokens", "temperature", "top_p", "seed")
     return Evaluation(
-        name="tatqa",
-        items=questions,
+        name="tatqa", items=questions, is_cached=decoding.temperature == 0, tokens=tokens,
         read=functools.partial(answer_questions, decoding=decoding, one_line=one_line),
         settings={"questions": digest(questions), "generation": {**generation, "one_line": one_line}},
-        unit="context",
-        order=lambda question: len(question["tokens"]),
-        rows_at_once=rows_at_once,
-        is_cached=decoding.temperature == 0,
-        summarise=lambda rows: {"tatqa": summarise_tatqa(rows)},
-        compare=compare_tatqa,
+        unit="context", order=lambda question: len(question["tokens"]),
+        rows_at_once=lambda model: decoding.batch_size or free_batch_size(model, max(map(len, prompts)) + new_tokens),
+        summarise=lambda rows: {"tatqa": summarise_tatqa(rows)}, compare=compare_tatqa,
         references=[
-            (each["question_id"], each["prompt"], style.gap + gold_text(each), each["context"]) for each in questions
+            (each["question_id"], each["prompt"], style.gap + answer_text(*gold_answer(each)), each["context"])
+            for each in questions
         ],
-        tokens=functools.partial(table_tokens, questions, decoding.max_new_tokens),
-    )
+    )  # fmt: skip
 
 
-def evaluation_questions(
-    path: Path, tokenizer: PreTrainedTokenizerBase, style: PromptStyle, content: PromptContent, limit: int
-) -> list[dict]:
-    """The questions of a TAT-QA file that an evaluation asks, as `fit_questions` gives them."""
-    skipped = SkippedRows()
-    contexts = read_tatqa(path, skipped)
-    skipped.report("TAT-QA evaluation questions")
-    return fit_questions(tatqa_questions(contexts, limit=limit, content=content), tokenizer, style)
-
-
-def table_tokens(questions: list[dict], max_new_tokens: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that go through the model at most when every table is read once."""
-    prompts = [encode(question["prompt"], tokenizer) for question in questions]
-    shared = sum(length for _, length in shared_lengths(prompts))
-    return sum(map(len, prompts)) - shared + len(questions) * max_new_tokens
-
-
-def gold_parts(question: dict) -> list[str]:
-    if question["answer_type"] in NUMBERS:
-        return [f"{question['answer']}"]
-    return [part.strip() for part in question["answer"] if part.strip()]
-
-
-def gold_text(question: dict) -> str:
-    return answer_text(gold_parts(question), question["scale"])
+def gold_answer(question: dict) -> tuple[list[str], str]:
+    """The parts of the gold answer, and its scale."""
+    answer = [str(question["answer"])] if question["answer_type"] in NUMBERS else question["answer"]
+    return [part.strip() for part in answer if part.strip()], question["scale"]
 
 
 def answer_text(parts: list[str], scale: str) -> str:

@@ -9,8 +9,6 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +22,13 @@ from transformers.trainer_pt_utils import safe_globals
 
 from llm_alignment import files
 from llm_alignment.adapters import LoraSettings, check_model, new_adapter, saved_settings
-from llm_alignment.anchored_loss import rows_at_once
-from llm_alignment.devices import free_memory, tf32
+from llm_alignment.devices import GIB, free_memory, memory_estimate, rows_at_once, tf32
 from llm_alignment.encoder import own_tokens
 from llm_alignment.endings import Interrupted, NotFiniteError, signal_name, signals_go_to
 from llm_alignment.files import InputError
 from llm_alignment.flags import fill
-from llm_alignment.memory import GIB, memory_estimate
 from llm_alignment.models import Base, BaseFlags, load_tokenizer, one_line, resolve_base
-from llm_alignment.processes import DDP_TIMEOUT, gathered, main_process, named_device, processes
+from llm_alignment.processes import DDP_TIMEOUT, gathered, main_process, processes
 from llm_alignment.runs import check_writable, damaged_run
 
 log = logging.getLogger("llm_alignment")
@@ -65,41 +61,43 @@ class TrainingSettings:
         return self.batch * self.grad_acc * processes()
 
 
+@dataclasses.dataclass(frozen=True)
+class DpoSettings:
+    """The flags of that name."""
+
+    beta: float
+    loss_type: str
+    loss_weights: str
+    label_smoothing: float
+    max_length: int  # tokens of prompt and answer
+    max_prompt_length: int
+    no_prefix_sharing: bool
+    group_by_table: bool
+
+    def sized(self, settings: TrainingSettings, longest: int) -> TrainingSettings:
+        """The settings for examples of `longest` tokens, as the plan of the memory needs them."""
+        longest_answer = self.max_length - self.max_prompt_length
+        return dataclasses.replace(settings, longest=longest, longest_answer=longest_answer)
+
+
 def training_arguments(settings: TrainingSettings, base: Base, lora: LoraSettings) -> dict:
     """The keyword arguments that SFTConfig and DPOConfig share here."""
     is_cpu = base.device.type == "cpu"
     if base.dtype == torch.float16 and is_cpu:
         log.warning("--dtype fp16 on CPU: gradients are not scaled there, and small ones become 0; use it for tests")
-    return dict(
-        output_dir=settings.output_dir,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch,
-        gradient_accumulation_steps=settings.grad_acc,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        # below 1 a share of the steps; 1 would be one step
-        warmup_steps=min(settings.warmup_ratio, math.nextafter(1, 0)),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=1.0,
-        optim="adamw_torch" if is_cpu else "paged_adamw_32bit",
-        bf16=base.dtype == torch.bfloat16,
-        fp16=base.dtype == torch.float16 and not is_cpu,
-        use_cpu=is_cpu,
+    same = ("output_dir", "learning_rate", "weight_decay", "logging_steps", "save_steps", "seed", "report_to")
+    return {name: getattr(settings, name) for name in same} | dict(
+        num_train_epochs=settings.epochs, max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch, gradient_accumulation_steps=settings.grad_acc,
+        lr_scheduler_type="cosine", max_grad_norm=1.0, optim="adamw_torch" if is_cpu else "paged_adamw_32bit",
+        warmup_steps=min(settings.warmup_ratio, math.nextafter(1, 0)),  # below 1 a share of the steps; 1 would be one
+        bf16=base.dtype == torch.bfloat16, fp16=base.dtype == torch.float16 and not is_cpu, use_cpu=is_cpu,
         gradient_checkpointing=uses_checkpointing(settings, base, lora),
-        logging_steps=settings.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        seed=settings.seed,
-        report_to=settings.report_to,
+        logging_first_step=True, logging_nan_inf_filter=False, save_total_limit=2, disable_tqdm=not main_process(),
         run_name=settings.exp_tag or Path(settings.output_dir).name,
-        disable_tqdm=not main_process(),
-        ddp_timeout=int(DDP_TIMEOUT.total_seconds()),
-        ddp_find_unused_parameters=False,
+        ddp_timeout=int(DDP_TIMEOUT.total_seconds()), ddp_find_unused_parameters=False,
         include_num_input_tokens_seen="non_padding",  # for the tokens per second in the log
-    )
+    )  # fmt: skip
 
 
 def optimiser_steps(settings: TrainingSettings, rows: int) -> int:
@@ -114,15 +112,9 @@ def memory_of(settings: TrainingSettings, base: Base, lora: LoraSettings) -> dic
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
         model = new_adapter(model, lora)
-    return memory_estimate(
-        model,
-        tokens=settings.batch * settings.longest,
-        width=base.dtype.itemsize,
-        in_4bit=base.quantization != "none",
-        dropout=bool(lora.lora_dropout),
-        scored=2 * settings.batch * settings.longest_answer,
-        chunk=rows_at_once(config.get_text_config().vocab_size, base.device),
-    )
+    sizes = {"tokens": settings.batch * settings.longest, "scored": 2 * settings.batch * settings.longest_answer}
+    sizes |= {"width": base.dtype.itemsize, "chunk": rows_at_once(config.get_text_config().vocab_size, base.device)}
+    return memory_estimate(model, in_4bit=base.quantization != "none", dropout=bool(lora.lora_dropout), **sizes)
 
 
 def uses_checkpointing(settings: TrainingSettings, base: Base, lora: LoraSettings) -> bool:
@@ -133,7 +125,7 @@ def uses_checkpointing(settings: TrainingSettings, base: Base, lora: LoraSetting
         return False
     free = min(gathered([free_memory()[0]]))  # ranks that decide differently wait for each other forever
     needed = memory_of(settings, base, lora)  # of which the weights are loaded already
-    is_on = 1.15 * (needed["adapter"] + needed["activations"] + needed["logits"]) + GIB > free
+    is_on = 1.15 * sum(needed[part] for part in ("adapter", "activations", "logits")) + GIB > free
     log.info("gradient checkpointing %s: %.1f GiB are free", "on" if is_on else "off", free / GIB)
     return is_on
 
@@ -142,12 +134,11 @@ def log_memory_plan(settings: TrainingSettings, base: Base, lora: LoraSettings) 
     """Logs the `memory_estimate` of a micro-batch of the longest examples."""
     needed = {part: size / GIB for part, size in memory_of(settings, base, lora).items()}
     common = needed["weights"] + needed["adapter"] + needed["logits"] + needed["context"]
-    named_device(base.device, base.dtype)
+    log.info("device: %s, %s", base.device_name, base.dtype_name)
     parts = ", ".join(f"{part} {size:.2f}" for part, size in needed.items())
-    log.info(
-        "memory: about %.2f GiB with gradient checkpointing, %.2f GiB without (%s); --gradient_checkpointing %s",
-        common + needed["checkpointed"], common + needed["activations"], parts, settings.gradient_checkpointing,
-    )  # fmt: skip
+    with_and_without = (common + needed[part] for part in ("checkpointed", "activations"))
+    message = "memory: about %.2f GiB with gradient checkpointing, %.2f GiB without (%s); --gradient_checkpointing %s"
+    log.info(message, *with_and_without, parts, settings.gradient_checkpointing)
 
 
 def save_adapter(trainer: Trainer, folder: Path) -> None:
@@ -164,12 +155,11 @@ def save_adapter(trainer: Trainer, folder: Path) -> None:
 
 
 def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Trains, from `checkpoint` if given, with complete checkpoints and a log on disk; after the last step no more.
-
-    Ctrl-C, SIGTERM and SIGHUP finish the current micro-batch, save a checkpoint of the last whole optimiser step and
-    raise Interrupted; a second signal, a second or more later, stops at once. A loss or gradient that is not finite in
-    any process raises NotFiniteError in all of them at the same step.
-    """
+    """Trains, from `checkpoint` if given, to the last step, with whole checkpoints and a log on disk. Ctrl-C, SIGTERM
+    and SIGHUP finish the micro-batch, save a checkpoint of the last whole step and raise Interrupted; a second signal,
+    a second or more later, stops at once. A loss or gradient that is not finite anywhere raises NotFiniteError in all
+    processes at the same step."""
+    trainer.create_model_card = lambda *_, **__: None  # `write_card` writes one when the run was measured
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:  # the Trainer itself would take one more step
@@ -182,30 +172,15 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
             return
     keeper = RunKeeper(trainer, checkpoint)
     trainer.add_callback(keeper)
-    if trainer.pop_callback(ProgressCallback):  # in the main process alone
-        trainer.add_callback(TrainingBar)
     with signals_go_to(keeper.on_signal), tf32(trainer.args.bf16 or trainer.args.fp16):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if keeper.signal:  # it came after the last micro-batch
         raise Interrupted(keeper.signal)
 
 
-class TrainingBar(ProgressCallback):
-    """transformers' own bar, with a name and the loss."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description("training")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        super().on_log(args, state, control, logs, **kwargs)
-        if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
-
-
 class RunKeeper(TrainerCallback):
-    """Ends micro-batches in all processes together, saves when a signal came, marks checkpoints, writes the log."""
+    """Ends micro-batches in all processes together, saves when a signal came, marks checkpoints, writes the log, gives
+    transformers' own bar a name and the loss."""
 
     def __init__(self, trainer: Trainer, checkpoint: Path | None):
         self.trainer, self.checkpoint = trainer, checkpoint
@@ -214,6 +189,9 @@ class RunKeeper(TrainerCallback):
         self.saved_step = None  # of the newest checkpoint in the run's folder
         self.skipped_steps = 0
         self.last_step = None  # random state and tokens seen at the end of the last whole step
+        if bar := trainer.pop_callback(ProgressCallback):  # in the main process alone
+            trainer.add_callback(bar)  # before this one: it is there when this one names it
+        self.bar = bar
 
     def on_signal(self, signum: int, frame: Any) -> None:
         now = time.monotonic()
@@ -232,10 +210,11 @@ class RunKeeper(TrainerCallback):
                 self.saved_step = state.global_step
         self.last_step = random_state(), state.num_input_tokens_seen
         self.first_step, self.started = state.global_step, time.monotonic()
+        if bar := getattr(self.bar, "training_bar", None):
+            bar.set_description("training")
         if state.max_steps == 1 and args.get_warmup_steps(1):
-            log.warning(
-                "the only step is a warmup step of rate 0: nothing is trained; lower --batch or raise --epochs"
-            )
+            advice = "lower --batch or raise --epochs"
+            log.warning("the only step is a warmup step of rate 0: nothing is trained; %s", advice)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.in_steps = True
@@ -251,8 +230,8 @@ class RunKeeper(TrainerCallback):
         if any(signals):
             if state.global_step != self.saved_step:
                 generators, state.num_input_tokens_seen = self.last_step
-                for put_back in generators:
-                    put_back()
+                for put_back, of_step in generators:
+                    put_back(of_step)
                 self.trainer._save_checkpoint(self.trainer.model, None)
                 self.on_save(args, state, control)
             raise Interrupted(int(max(signals)))
@@ -266,15 +245,13 @@ class RunKeeper(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.skipped_steps = self.skipped_steps + 1 if self.trainer.accelerator.optimizer_step_was_skipped else 0
-        if self.skipped_steps == MAX_SKIPPED_STEPS:
-            steps = f"{self.skipped_steps} steps in a row up to {state.global_step}"
-            raise NotFiniteError(f"a gradient is not finite in fp16, {steps}")
+        if (count := self.skipped_steps) == MAX_SKIPPED_STEPS:
+            raise NotFiniteError(f"a gradient is not finite in fp16, {count} steps in a row up to {state.global_step}")
         self.last_step = random_state(), state.num_input_tokens_seen
         self.in_steps = not control.should_evaluate
         if state.global_step - self.first_step == 10 and state.is_world_process_zero:
-            steps = state.max_steps - self.first_step
-            minutes = (time.monotonic() - self.started) / 600 * steps
-            log.info("training takes about %.1f min for %d steps", minutes, steps)
+            steps, seconds = state.max_steps - self.first_step, (time.monotonic() - self.started) / 10
+            log.info("training takes about %.1f min for %d steps", seconds * steps / 60, steps)
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.last_step = random_state(), state.num_input_tokens_seen
@@ -286,22 +263,18 @@ class RunKeeper(TrainerCallback):
             write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}", RUN)
         self.saved_step = state.global_step
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs and self.bar:
+            self.bar.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
         if state.is_world_process_zero:
-            lines = [json.dumps(entry) + "\n" for entry in state.log_history]
-            files.write_atomic(Path(args.output_dir) / "train_log.jsonl", "".join(lines))
+            files.write_rows(Path(args.output_dir) / "train_log.jsonl", state.log_history)
 
 
-def random_state() -> list[Callable[[], object]]:
-    """Calls that put the random generators of training back to where they are now."""
-    calls: list[Callable[[], object]] = [
-        partial(random.setstate, random.getstate()),
-        partial(numpy.random.set_state, numpy.random.get_state()),
-        partial(torch.set_rng_state, torch.get_rng_state()),
-    ]
-    if torch.cuda.is_available():
-        calls.append(partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
-    return calls
+def random_state() -> list[tuple[Any, Any]]:
+    """The random generators of training: what sets each, and its state now."""
+    devices = [torch, torch.cuda] if torch.cuda.is_available() else [torch]
+    of_torch = [(each.set_rng_state, each.get_rng_state()) for each in devices]
+    return [(random.setstate, random.getstate()), (numpy.random.set_state, numpy.random.get_state()), *of_torch]
 
 
 MAX_SKIPPED_STEPS = 20  # in a row, with fp16, before the run stops
@@ -361,11 +334,9 @@ def newest_complete(folder: Path, resume: str | None) -> Path | None:
     InputError when the one that `resume` (--resume_from_checkpoint) names is not complete."""
     if resume is None:
         return None
-    candidates = [Path(resume)]
-    if resume == "auto":
-        numbered = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
-        candidates = sorted(numbered, key=lambda path: -int(path.name.partition("-")[2]))
-    for path in candidates:
+    by_step = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
+    newest_first = sorted(filter(str.isdecimal, by_step), key=int, reverse=True)
+    for path in [by_step[step] for step in newest_first] if resume == "auto" else [Path(resume)]:
         problem = (checkpoint_problem(path) or state_problem(path)) if path.is_dir() else "no such folder"
         if problem is None:
             log.info("resuming from %s", path)
@@ -389,9 +360,8 @@ class Setup:
     flags: dict[str, Any]  # the values of those that change what is trained
 
     def check_folder(self, data: dict | None = None) -> None:
-        """Raises InputError, before anything is written, when the folder holds another run: without `resume` any run,
-        with it one that `check_same_run` finds to be another. To be called first of all, and again when the
-        fingerprint of the data is known."""
+        """Raises InputError when the folder holds another run: without `resume` any, with it one that `check_same_run`
+        finds to be another. To be called before anything is written, and again with the data's fingerprint."""
         if self.resume is None:
             if (self.folder / "run.json").exists() or any(self.folder.glob("checkpoint-*")):
                 advice = "name another folder, or --resume_from_checkpoint auto"
@@ -407,17 +377,13 @@ class Setup:
 def set_up(
     args: argparse.Namespace, record: dict, neutral: set[str], *, longest: int, lora: LoraSettings | None = None
 ) -> Setup:
-    """Looks up the base, and checks model files, adapter and --eval_save_json, for the flags of a training script.
-
-    `neutral` are the flags that do not change what is trained; `longest`: tokens of the longest example. `lora`: of a
-    script without such flags. The settings of an adapter that --load_adapter names go into the record.
-    """
+    """Looks up the base, checks its files, the adapter, whose settings go into the record, and --eval_save_json.
+    `neutral`: flags that do not change what is trained; `longest`: tokens of the longest example; `lora`: of a script
+    without such flags."""
     if getattr(args, "eval_save_json", ""):
         check_writable(Path(args.eval_save_json), "--eval_save_json")
-    base = resolve_base(fill(BaseFlags, args))
-    adapter = getattr(args, "load_adapter", "")
-    lora = lora or fill(LoraSettings, args)
-    if adapter:
+    base, lora = resolve_base(fill(BaseFlags, args)), lora or fill(LoraSettings, args)
+    if adapter := getattr(args, "load_adapter", ""):
         lora = saved_settings(adapter, lora)
         record["args"] = {**record["args"], **dataclasses.asdict(lora)}
     flags = {name: value for name, value in record["args"].items() if name not in neutral}
@@ -432,8 +398,7 @@ def set_up(
 def check_same_run(folder: Path, flags: dict[str, Any], base: Base, data: dict | None = None) -> None:
     """Raises InputError that lists the differences between the run in `folder` (its run.json) and this one: in
     `flags`, those that change what is trained, number of processes, base, its type, and `data`, if given."""
-    path = folder / "run.json"
-    device = {"processes": processes(), "dtype": base.dtype_name}
+    path, device = folder / "run.json", {"processes": processes(), "dtype": base.dtype_name}
     now = {"args": flags, "device": device, "data": data, "base": base.identity}
     try:
         stored = files.parse_json(path.read_bytes())

@@ -1,12 +1,8 @@
 """The SFT data: which rows are used, on which side of the validation split, and the tokens that are trained on."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
-import itertools
 import json
-import logging
 import tempfile
 from array import array
 from collections import Counter
@@ -14,42 +10,29 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import datasets
+import numpy as np
+import pyarrow
+from datasets.fingerprint import get_temporary_cache_files_directory
+
+from llm_alignment import conversations
 from llm_alignment.batches import token_counts
-from llm_alignment.conversations import COLUMNS, SHAPES, Turns, read_conversation
+from llm_alignment.conversations import Turns, prompt_form, prompt_of, read_conversation, unread_fields
 from llm_alignment.encoder import ChatEncoder, split_thought
-from llm_alignment.files import InputError, SkippedRows, digest
+from llm_alignment.files import InputError, SkippedRows, digest, log
 from llm_alignment.hub import open_dataset
 from llm_alignment.leaks import LeakFinder, have_leaks
-from llm_alignment.messages import unread_fields
-from llm_alignment.texts import normalise_text
-
-if TYPE_CHECKING:
-    import datasets
-    import numpy as np
-    import pyarrow
-
-log = logging.getLogger("llm_alignment")
 
 SIDES = ("train", "validation")
-
-
-def prompt_of(turns: Turns) -> Turns:
-    """The turns up to the first answer to a user; all turns when no user is answered."""
-    roles = [role for role, _ in turns]
-    return turns[: roles.index("assistant", roles.index("user"))] if "user" in roles else turns
-
-
-def prompt_form(turns: Turns) -> str:
-    """The prompt of a conversation in one form: equal ones stand on one side of the split."""
-    return "\0".join(f"{role} {normalise_text(text) or text}" for role, text in prompt_of(turns))
+ROWS_AT_ONCE = 1000  # as Python objects rows take several times the memory
+LARGE_DATA = 20_000  # rows from which several processes tokenise: each takes 10 s to start
 
 
 def unit_hash(text: str) -> float:
     """A number in [0, 1) that depends on the text alone: the same rows are drawn whatever their order."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8)
-    return int.from_bytes(digest.digest(), "big") / 2**64
+    hashed = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(hashed, "big") / 2**64
 
 
 @dataclass(frozen=True)
@@ -88,14 +71,10 @@ class Selection:
 
 
 def select_rows(found: dict[str, np.ndarray], choice: RowChoice) -> Selection:
-    """The sample, the reasoning mix and the validation split of the rows found of each subset (see `store_rows`).
-
-    A row is drawn when its hash is among the lowest of its subset, and validates when its prompt's hash is among the
+    """The sample, the reasoning mix and the validation split of the rows found of each subset (see `store_rows`). A
+    row is drawn when its hash is among the lowest of its subset, and validates when its prompt's hash is among the
     lowest. So a sample of 0.10 is a part of the sample of 0.25, the order of the file does not matter, and a prompt is
-    on one side with all of its answers and forms. Raises InputError when fewer than two prompts are left.
-    """
-    import numpy as np
-
+    on one side with all of its answers and forms. Raises InputError when fewer than two prompts are left."""
     take = rows_to_take(choice, {subset: len(rows) for subset, rows in found.items()})
     # lexsort: by the last column, the row's hash, then by the prompt's, then by number
     drawn = {subset: rows[np.lexsort(rows.T[1:])[: take[subset]]] for subset, rows in found.items()}
@@ -146,22 +125,13 @@ def rows_to_take(choice: RowChoice, found: dict[str, int]) -> dict[str, int]:
     return {"general": general, "reasoning": reasoning}
 
 
-ROWS_AT_ONCE = 1000  # as Python objects rows take several times the memory
-LARGE_DATA = 20_000  # rows from which several processes tokenise: each takes 10 s to start
-
-
 def load_data(
     choice: RowChoice, encoder: ChatEncoder | None = None, finder: LeakFinder | None = None
 ) -> tuple[Selection, Callable[[str], datasets.Dataset]]:
-    """Reads the data set once and chooses; `rows("train")` and `rows("validation")` are then the rows of a side.
-
-    They have the columns "messages" and "length", in characters, and lie in files that go when the process ends. Rows
-    that `encoder` refuses, and chosen ones in which `finder` finds a text of an evaluation, are left out, counted and
-    named. Raises InputError when no row of the subset can be used.
-    """
-    import datasets
-    from datasets.fingerprint import get_temporary_cache_files_directory
-
+    """Reads the data set once and chooses; `rows("train")` and `rows("validation")` are then the rows of a side. They
+    have the columns "messages" and "length", in characters, and lie in files that go when the process ends. Rows that
+    `encoder` refuses, and chosen ones in which `finder` finds a text of an evaluation, are left out, counted and
+    named. Raises InputError when no row of the subset can be used."""
     if choice.mix_reasoning_ratio is not None and choice.subset != "both":
         raise InputError(f"--mix_reasoning_ratio mixes two subsets and --subset is {choice.subset}; add --subset both")
     folder = Path(tempfile.mkdtemp(dir=get_temporary_cache_files_directory()))
@@ -181,8 +151,6 @@ def load_data(
 
 def without_questions(selection: Selection, rows: datasets.Dataset, finder: LeakFinder) -> Selection:
     """The selection without the rows that hold what an evaluation asks."""
-    import numpy as np
-
     chosen = np.concatenate([selection.of(side) for side in SIDES])
     leaks = chosen[have_leaks(rows.select(chosen), finder, "rows", {})]
     if not len(leaks):
@@ -198,9 +166,6 @@ def without_questions(selection: Selection, rows: datasets.Dataset, finder: Leak
 def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> dict[str, np.ndarray]:
     """Writes the usable rows of the wanted subsets to an Arrow file. By subset, (rows, 4) in float64: the hash of the
     prompt in its normal form, the row's number as in Selection, the hashes of the prompt and of the row."""
-    import numpy as np
-    import pyarrow
-
     wanted = {"general", "reasoning"} if choice.subset == "both" else {choice.subset}
     found = {subset: array("d") for subset in sorted(wanted)}  # as Python objects they would take 8 times the memory
     seed, waiting = choice.sample_seed, list[Turns]()
@@ -221,16 +186,11 @@ def store_rows(choice: RowChoice, encoder: ChatEncoder | None, path: Path) -> di
 
 def row_batch(rows: list[Turns]) -> pyarrow.RecordBatch:
     """The columns "messages" and "length", in characters, of conversations."""
-    import pyarrow
-
-    turns = [turn for conversation in rows for turn in conversation]
-    roles = pyarrow.array([role for role, _ in turns], pyarrow.string())
-    texts = pyarrow.array([text for _, text in turns], pyarrow.large_string())
-    ends = pyarrow.array([0, *itertools.accumulate(map(len, rows))], pyarrow.int32())
-    message = pyarrow.StructArray.from_arrays([roles, texts], ["role", "content"])
-    lengths = [sum(len(text) for _, text in conversation) for conversation in rows]
-    columns = [pyarrow.ListArray.from_arrays(ends, message), pyarrow.array(lengths, pyarrow.int64())]
-    return pyarrow.record_batch(columns, names=["messages", "length"])
+    message = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.large_string()})
+    schema = pyarrow.schema({"messages": pyarrow.list_(message), "length": pyarrow.int64()})
+    messages = [[{"role": role, "content": text} for role, text in turns] for turns in rows]
+    lengths = [sum(len(text) for _, text in turns) for turns in rows]
+    return pyarrow.RecordBatch.from_pydict({"messages": messages, "length": lengths}, schema)
 
 
 def usable_rows(
@@ -260,7 +220,7 @@ def usable_rows(
         thoughts += any(role == "assistant" and split_thought(text)[0] for role, text in turns)
         messages = row.get(kind)
         if not row.keys() <= {kind, "subset"} or type(messages) is not list or any(len(m) > 2 for m in messages):
-            unread.update(unread_fields([row], COLUMNS[kind]))
+            unread.update(unread_fields([row], conversations.COLUMNS[kind]))
         yield subset, turns, written
     skipped.report("rows")
     if others:
@@ -268,7 +228,7 @@ def usable_rows(
     if not kinds:
         seen = f"; it has {dict(others)}" if others else ""
         places = f" ({'; '.join(skipped.places)})" if skipped.places else ""
-        shapes = f"; accepted are rows {SHAPES}" if "(columns " in places else ""
+        shapes = f"; accepted are rows {conversations.SHAPES}" if "(columns " in places else ""
         what = f"no usable row of subset {choice.subset}{seen}{places}"
         raise InputError(f"--dataset {choice.dataset}: {what}; choose others{shapes}")
     log.info("rows read as: %s", counted(kinds))
@@ -286,8 +246,6 @@ def counted(kinds: Counter) -> str:
 
 def copy_rows(source: Path, numbers: np.ndarray, target: Path) -> None:
     """Copies the rows of these numbers, sorted, to a file of their own: no other stays in memory or on the disk."""
-    import pyarrow
-
     with pyarrow.OSFile(str(source)) as file, pyarrow.OSFile(str(target), "wb") as copy:
         batches, start = pyarrow.ipc.open_stream(file), 0
         with pyarrow.ipc.new_stream(copy, batches.schema) as stream:
@@ -300,11 +258,8 @@ def copy_rows(source: Path, numbers: np.ndarray, target: Path) -> None:
 def tokenise(
     rows: datasets.Dataset, encoder: ChatEncoder, num_proc: int, *, longest: int | None = None, lazily: bool = False
 ) -> datasets.Dataset:
-    """`rows` as "input_ids" and "labels", cut to `longest` tokens; large data in `num_proc` processes.
-
-    `lazily`: they are tokenised whenever they are read, and no tokens are kept.
-    """
-    import datasets
+    """`rows` as "input_ids" and "labels", cut to `longest` tokens; large data in `num_proc` processes. `lazily`: they
+    are tokenised whenever they are read, and no tokens are kept."""
 
     def encode(batch: dict[str, list]) -> dict[str, list[list[int]]]:
         encoded = [encoder({"messages": messages}) for messages in batch["messages"]]
@@ -323,10 +278,8 @@ def tokenise(
 
 
 def with_answers(rows: datasets.Dataset, side: str, longest: int) -> datasets.Dataset:
-    """The tokenised rows with a target within `longest` tokens; the log says how many have none.
-
-    Raises InputError when all have none. A row's first token is never a target.
-    """
+    """The tokenised rows with a target within `longest` tokens; the log says how many have none. Raises InputError
+    when all have none. A row's first token is never a target."""
     side = {"train": "training"}.get(side, side)
     kept = rows.filter(lambda row: any(label != -100 for label in row["labels"][1:longest]), desc="with an answer")
     if not len(kept):

@@ -1,4 +1,4 @@
-"""The validation loss of an adapter: token-weighted, the mean of row means, and perplexity, as evaluations."""
+"""The validation loss before and after training, on the same rows, and how it is compared."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from llm_alignment.anchored_loss import fused_nll_kl
 from llm_alignment.evaluation import Evaluation, pair_rows, values_of
@@ -16,10 +19,7 @@ from llm_alignment.files import digest
 from llm_alignment.models import inner_model
 from llm_alignment.stats import paired_delta
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+MOST = 700.0  # nats: the perplexity of a run that diverged is beyond a float
 
 
 @contextlib.contextmanager
@@ -51,22 +51,15 @@ def read_validation(
 
 
 def validation_evaluation(name: str, rows: Dataset, collator: Callable, batch_size: int) -> Evaluation:
-    """The validation loss of prepared rows (a `datasets.Dataset`): "validation" = those that are compared,
-    "validation_full" = all of them, measured after training alone."""
+    """The validation loss of prepared rows: "validation" = those compared, "validation_full" = all, after training."""
     return Evaluation(
-        name=name,
-        items=[{"question_id": number, "row": row} for number, row in enumerate(rows)],
-        read=functools.partial(read_validation, collator=collator),
-        settings={"rows": digest(rows[:]), "batch": batch_size},
+        name=name, items=[{"question_id": number, "row": row} for number, row in enumerate(rows)],
+        read=functools.partial(read_validation, collator=collator), rows_at_once=lambda model: batch_size,
+        settings={"rows": digest(rows[:]), "batch": batch_size}, compare=compare_validation,
         order=lambda item: -len(item["row"]["input_ids"]),  # little padding
-        rows_at_once=lambda model: batch_size,
         summarise=summarise_full_validation if name == "validation_full" else summarise_validation,
-        compare=compare_validation,
         tokens=lambda tokenizer: sum(map(len, rows["input_ids"])),
-    )
-
-
-MOST = 700.0  # nats: the perplexity of a run that diverged is beyond a float
+    )  # fmt: skip
 
 
 def summarise_validation(rows: list[dict]) -> dict:
@@ -90,13 +83,10 @@ def compare_validation(before: list[dict], after: list[dict]) -> dict[str, dict]
 
 
 def perplexity_delta(pairs: list[tuple[dict, dict]], delta: dict) -> dict:
-    """The difference of the perplexities of (before, after) rows; `delta` is that of the validation loss.
-
-    The perplexity before is itself an estimate, which moves the difference. So the interval is that of the jackknife's
+    """The difference of the perplexities of (before, after) rows; `delta` is that of the validation loss. The
+    perplexity before is itself an estimate, which moves the difference. So the interval is that of the jackknife's
     pseudo-values, one a row (Tukey 1958, Bias and confidence in not quite large samples, Ann. Math. Stat. 29, 614). p
     is the loss's: both differences have one sign. So an end stays on the side of 0 on which the loss has it."""
-    import numpy as np
-
     tokens = np.array([row["tokens"] for _, row in pairs], np.float64)
     nll = np.array(values_of(pairs, lambda row: row["nll"]))
     losses = nll.sum(1) / tokens.sum()

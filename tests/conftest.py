@@ -313,18 +313,13 @@ def finance_data(args: argparse.Namespace, sources: set[str]) -> TrainingData:
     from llm_alignment.encoder import NO_TOKENS
     from llm_alignment.finance import DataSettings, load_data
     from llm_alignment.flags import fill
-    from llm_alignment.leaks import asked_passages
-    from llm_alignment.reddit import RedditSettings
+    from llm_alignment.leaks import forbidden_texts
     from llm_alignment.tatqa import question_texts, tatqa_file
     from mtbench_eval import load_questions
 
-    questions = load_questions(args.mtbench_file)
-    asked = {
-        "MT-Bench question": [question["turns"][0] for question in questions],
-        "TAT-QA question": question_texts(tatqa_file(args.tatqa_dir, args.eval_split)) if args.do_eval else [],
-    }
-    settings = fill(DataSettings, args, reddit=fill(RedditSettings, args))
-    return load_data(settings, sources, asked, {"MT-Bench question": asked_passages(questions)}, NO_TOKENS)
+    asked, passages = forbidden_texts({"MT-Bench question": load_questions(args.mtbench_file)})
+    asked["TAT-QA question"] = question_texts(tatqa_file(args.tatqa_dir, args.eval_split)) if args.do_eval else []
+    return load_data(fill(DataSettings, args), sources, asked, passages, NO_TOKENS)
 
 
 def run_error(capsys: pytest.CaptureFixture, main: Callable[[list[str]], object], *argv: str, code: int = 2) -> str:

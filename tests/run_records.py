@@ -13,12 +13,10 @@ from llm_alignment import files
 EXPERIMENTS = ROOT / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 MODULES = (
-    "campaign", "chat", "commands", "compare", "export", "frontier", "mine_pairs", "noise",
-    "old_records", "plots", "records", "rerun", "report", "seeds", "tables",
+    "chat", "export", "frontier", "mine_pairs", "plots", "records", "rerun", "report", "tables",
 )  # fmt: skip
 (
-    campaign, chat, commands, compare, export, frontier, mine_pairs, noise,
-    old_records, plots, records, rerun, report, seeds, tables,
+    chat, export, frontier, mine_pairs, plots, records, rerun, report, tables,
 ) = map(importlib.import_module, MODULES)  # fmt: skip
 
 

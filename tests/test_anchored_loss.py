@@ -9,7 +9,9 @@ from conftest import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl, rows_at_once, tail_mask
+from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl
+from llm_alignment.devices import rows_at_once
+from llm_alignment.sft import tail_mask
 
 
 def plain(hidden, weight, labels, ref_hidden, kl_mask, kl_coef, num_items, kl_direction="reverse", sft_loss="nll"):

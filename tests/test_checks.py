@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from conftest import DEMO
 
-from llm_alignment.checks import DATA, TYPES, passed, read_checks, read_questions
+from llm_alignment.checks import DATA, TYPES, check_problem, passed, read_checked
 from llm_alignment.files import InputError
 
 
@@ -87,7 +87,8 @@ CASES = [
 
 @pytest.mark.parametrize(("rule", "asked", "accepted", "refused"), CASES, ids=[rule["type"] for rule, *_ in CASES])
 def test_what_a_fair_reader_accepts_passes_and_near_misses_do_not(rule, asked, accepted, refused):
-    question = {"turns": [asked], "checks": read_checks({"checks": [rule]}, "")}
+    assert check_problem(rule) is None
+    question = {"turns": [asked], "checks": [rule]}
     opposite = {"turns": [asked], "checks": [{**rule, "not": not rule.get("not", False)}]}
     assert [answer for answer in accepted if passed(question, answer) != [True]] == []
     assert [answer for answer in refused if passed(question, answer) != [False]] == []
@@ -138,11 +139,11 @@ def test_a_row_that_cannot_be_decided_is_one_line_with_its_place(bad, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [{**GOOD, "question_id": 7}, {**GOOD, **bad}]), "utf-8")
     with pytest.raises(InputError) as error:
-        read_questions(path)
+        read_checked(path)
     assert "mine.jsonl:2" in str(error.value) and "\n" not in str(error.value)
 
 
-QUESTIONS = read_questions(DATA / "retention.jsonl")
+QUESTIONS = read_checked(DATA / "retention.jsonl")
 
 
 def test_the_retention_questions_are_as_described():
@@ -155,7 +156,7 @@ def test_the_retention_questions_are_as_described():
 
 @pytest.mark.parametrize("path", [DATA / "retention.jsonl", DATA / "instructions.jsonl", DEMO / "retention.jsonl"])
 def test_references_pass_their_own_checks_and_hardly_ever_others(path):
-    questions = read_questions(path)
+    questions = read_checked(path)
     assert [question["turns"][0] for question in questions if not all(passed(question, question["reference"]))] == []
     others = [
         (question["turns"][0], other["reference"])

@@ -19,7 +19,6 @@ from llm_alignment.finance import read_instruction
 from llm_alignment.flags import LOSS_TYPES, check_dpo_flags
 from llm_alignment.preferences import general_pair
 from llm_alignment.prompts import PromptStyle, encode
-from llm_alignment.reference import add_reference
 from llm_alignment.training import training_arguments
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +235,7 @@ def test_the_memory_plan_counts_a_shared_prompt_once(tmp_path, demo_tokenizer, m
     row = {"prompt": "Where does the Volga end?", "chosen": " in the sea", "rejected": " in a lake"}
     for apart in (False, True):
         setup, settings, dpo_settings = toy_run(tmp_path, no_prefix_sharing=apart)
-        plans.log_dpo_training(setup, [row], settings, dpo_settings)
+        plans.print_dpo_plan(setup, [row], [], settings, dpo_settings)
     assert seen[1] - seen[0] == len(demo_tokenizer(row["prompt"])["input_ids"])
 
 
@@ -380,7 +379,7 @@ def test_half_precision_on_a_gpu(rows, tmp_path, figure):
 def test_4bit_training_with_checkpointing_lowers_the_loss(rows, tmp_path, figure):
     flags = dict(no_4bit=False, gradient_checkpointing="on", grad_acc=1, epochs=10, learning_rate=1e-3)
     trainer = demo_trainer(toy_run(tmp_path, batch=4, beta=0.3, **flags), rows)
-    add_reference(trainer, tmp_path, fingerprint={}, use_cache=False)
+    dpo.add_reference(trainer, tmp_path, fingerprint={}, use_cache=False)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     figure("first loss", losses[0])

@@ -27,10 +27,9 @@ from llm_alignment.adapters import LoraSettings, saved_settings
 from llm_alignment.encoder import NO_TOKENS
 from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.flags import check_dpo_flags
-from llm_alignment.leaks import LeakFinder
+from llm_alignment.leaks import LeakFinder, normalise_text
 from llm_alignment.prompts import PromptStyle, fit_prompt
 from llm_alignment.tatqa import tatqa_em_f1, tatqa_parse, tatqa_prompt
-from llm_alignment.texts import normalise_text
 
 REAL = ROOT.parent / "shared" / "data" / "tatqa"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real TAT-QA files are not here")
@@ -113,9 +112,9 @@ def test_real_questions(split):
 def test_a_long_prompt_keeps_its_question(demo_tokenizer, chat):
     style, gold = PromptStyle(use_chat_template=chat), question(rel_paragraphs=["1", "2"])
     prompt = tatqa_prompt(context(gold), gold)
-    whole = fit_prompt(prompt, demo_tokenizer, style, tatqa.QUESTION_PREFIX)
-    assert not whole.is_cut and prompt in whole.text
-    longest = len(whole.tokens) - 40
+    text, tokens, is_cut = fit_prompt(prompt, demo_tokenizer, style, tatqa.QUESTION_PREFIX)
+    assert not is_cut and prompt in text
+    longest = len(tokens) - 40
     style = dataclasses.replace(style, max_prompt_length=longest)
     text, tokens, is_cut = fit_prompt(prompt, demo_tokenizer, style, tatqa.QUESTION_PREFIX)
     assert is_cut and "Question: What?\nAnswer:" in text and "You are a financial analyst" in text

@@ -19,7 +19,7 @@ from toys import toy_run
 import dpo_train_mt
 import dpo_train_mt_v2
 from dpo_train_mt_v2 import build_parser, main, stage_of
-from llm_alignment import adapters, dpo, files, finance, flags, model_files, models, preferences, training
+from llm_alignment import adapters, dpo, files, finance, flags, hub, models, preferences, training
 from llm_alignment.card import write_card
 from llm_alignment.endings import MissedGateError
 from llm_alignment.prompts import PromptStyle
@@ -346,7 +346,7 @@ def test_a_stage_that_was_trained_from_another_one(whole, tmp_path, capsys):
     shutil.copytree(whole[0], folder)
     run_file = folder / "stage2" / "run.json"
     info = json.loads(run_file.read_text("utf-8"))
-    adapter = model_files.adapter_files_sha256(folder / "stage1")
+    adapter = hub.adapter_files_sha256(folder / "stage1")
     assert info["data"]["previous_adapter"] == adapter
     files.write_json(run_file, {**info, "data": {**info["data"], "previous_adapter": "another"}})
     training.write_manifest(folder / "stage2")

@@ -52,14 +52,14 @@ def plain_drift(model, input_ids, labels) -> tuple[float, int]:
 
 def test_drift_is_the_plain_formula_and_nothing_of_a_fresh_adapter(model, request):
     for row in ROWS:
-        kl, tokens = drift.row_drift(model, row["input_ids"], row["labels"])
+        kl, tokens = drift.row_drift(model, row)
         assert abs(kl / tokens) < 1e-6
     tuned = request.getfixturevalue("tuned")
     for row in ROWS:
-        kl, tokens = drift.row_drift(tuned, row["input_ids"], row["labels"])
+        kl, tokens = drift.row_drift(tuned, row)
         expected, count = plain_drift(tuned, row["input_ids"], row["labels"])
         assert tokens == count and kl == pytest.approx(expected, rel=1e-4) and kl > 0.01
-    assert drift.row_drift(tuned, [5, 6], [-100, -100]) == (0.0, 0)
+    assert drift.row_drift(tuned, {"input_ids": [5, 6], "labels": [-100, -100]}) == (0.0, 0)
 
 
 def test_rows_summary_difference_and_restart(tuned, demo_tokenizer, tmp_path):

@@ -56,8 +56,8 @@ def test_memory_that_torch_cannot_have_is_told(tmp_path, capsys):
 
 
 def test_a_rare_error_before_run_log_keeps_its_traceback_on_the_console(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop, recorded_run(arguments(tmp_path), [], "script.py"):
-        1 / 0  # noqa: B018
+    with pytest.raises(SystemExit) as stop:
+        recorded_run(lambda *_: 1 / 0, arguments(tmp_path), [], "script.py")
     *traceback, line = capsys.readouterr().err.splitlines()
     assert stop.value.code == 1 and traceback[0].startswith("Traceback") and line.startswith("error: ZeroDivision")
     [record] = read_records(tmp_path / "log.jsonl")
@@ -73,8 +73,9 @@ def test_a_full_disk_that_a_library_only_quotes_is_told(tmp_path, capsys):
         pytest.skip("may not mount")
     try:
         args = arguments(tmp_path, output_dir=str(tmp_path / "small" / "out"))
-        with pytest.raises(SystemExit) as stop, recorded_run(args, [], "script.py"):
-            torch.save(torch.zeros(2**20), Path(args.output_dir) / "optimizer.pt")
+        state = Path(args.output_dir) / "optimizer.pt"
+        with pytest.raises(SystemExit) as stop:
+            recorded_run(lambda *_: torch.save(torch.zeros(2**20), state), args, [], "script.py")
         shown = capsys.readouterr().err
         assert stop.value.code == 1 and shown.count("\n") == 1 and f"{args.output_dir} is full" in shown, shown
     finally:
@@ -83,8 +84,8 @@ def test_a_full_disk_that_a_library_only_quotes_is_told(tmp_path, capsys):
 
 def test_ctrl_c_reaches_a_caller_of_main(tmp_path):
     """So that pytest, which calls main(argv) in its own process, stops."""
-    with pytest.raises(KeyboardInterrupt), recorded_run(arguments(tmp_path), [], "script.py"):
-        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        recorded_run(lambda *_: signal.raise_signal(signal.SIGINT), arguments(tmp_path), [], "script.py")
     [record] = read_records(tmp_path / "log.jsonl")
     assert (record["status"], record["reason"]) == ("interrupted", "Ctrl-C")
 

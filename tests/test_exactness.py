@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from llm_alignment import adapters, dpo, exactness, models, prefixes
+from llm_alignment import adapters, dpo, models, prefixes
 
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16)
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
@@ -44,15 +44,15 @@ def test_a_short_row_tells_what_a_model_can_do(kind):
     models.check_head(model, kind)
     attention = model.config._attn_implementation
     cannot = {
-        "share": exactness.sharing_problem(model),
-        "pack": prefixes.no_packing_reason(model) or exactness.packing_problem(model),
-        "cache": exactness.cache_problem(model),
+        "share": prefixes.sharing_problem(model),
+        "pack": prefixes.no_packing_reason(model) or prefixes.packing_problem(model),
+        "cache": prefixes.cache_problem(model),
     }
     assert model.config._attn_implementation == attention
     layers = "c_attn" if kind == "gpt2" else "query_key_value" if kind == "falcon" else "q_proj,v_proj"
     adapted = adapters.new_adapter(model, adapters.LoraSettings(4, 8, 0.1, layers))
     state = torch.get_rng_state()
-    cannot["anchor"] = exactness.anchor_problem(adapted)
+    cannot["anchor"] = prefixes.anchor_problem(adapted)
     assert torch.equal(torch.get_rng_state(), state)
     assert " ".join(name for name, problem in cannot.items() if problem) == KINDS[kind][1], cannot
 
@@ -63,21 +63,21 @@ def test_sharing_is_tried_in_one_call_and_block_by_block(is_in_blocks, device, m
     """A model that reads one of the two otherwise is told."""
     monkeypatch.setitem(prefixes.MOST_UNSEEN, "cpu", prefixes.MOST_UNSEEN[device])
 
-    def inputs_of(fold, inputs_of=exactness.folded_inputs):
+    def inputs_of(fold, inputs_of=prefixes.folded_inputs):
         is_wrong = (fold.mask is None) is is_in_blocks
         return inputs_of(fold._replace(input_ids=fold.input_ids.flip(1)) if is_wrong else fold)
 
-    monkeypatch.setattr(exactness, "folded_inputs", inputs_of)
-    assert "hidden states" in exactness.sharing_problem(toy("qwen3"))
+    monkeypatch.setattr(prefixes, "folded_inputs", inputs_of)
+    assert "hidden states" in prefixes.sharing_problem(toy("qwen3"))
 
 
 def test_what_one_process_finds_counts_in_all(monkeypatch):
     """But for the cache, when another one may be without a batch."""
-    monkeypatch.setattr(exactness, "gathered", lambda items: [*items, "it fails"])
+    monkeypatch.setattr(prefixes, "gathered", lambda items: [*items, "it fails"])
     model = toy("qwen3")
-    assert exactness.sharing_problem(model) == exactness.packing_problem(model) == "it fails"
-    assert not exactness.cache_problem(model)
-    assert exactness.anchor_problem(adapters.new_adapter(model, adapters.LoraSettings(4, 8, 0.1, "q_proj")))
+    assert prefixes.sharing_problem(model) == prefixes.packing_problem(model) == "it fails"
+    assert not prefixes.cache_problem(model)
+    assert prefixes.anchor_problem(adapters.new_adapter(model, adapters.LoraSettings(4, 8, 0.1, "q_proj")))
 
 
 def test_held_out_pairs_of_a_model_whose_cache_cannot_be_repeated():

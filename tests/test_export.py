@@ -165,8 +165,7 @@ def test_a_local_copy_of_a_base_from_the_hub_is_taken(run_folder, tmp_path):
     header = {"fingerprint": {"model": "tiny", "weights": "0" * 40}}
     (measured / "mtbench_final.jsonl").write_text(json.dumps(header) + "\n", encoding="utf-8")
     argv = [str(measured), "--merged", str(tmp_path / "m"), "--model", str(DEMO / "model")]
-    args = export.build_parser().parse_args(argv)
-    export.check_base(measured, export.resolve_base(export.base_flags(args)))
+    export.checked_base(export.build_parser().parse_args(argv))
 
 
 def in_ollama(modelfile: str, turns: list[dict]) -> str:

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from toys import setup_of, toy_model
 
 from dpo_train_mt import main, parse
-from llm_alignment import finance, generation, messages, reddit
+from llm_alignment import conversations, finance, generation, reddit
 from llm_alignment.files import InputError
 from llm_alignment.finance import mix_counts
 from llm_alignment.flags import fill
+from llm_alignment.hub import read_usable
 from llm_alignment.reddit import RedditSettings, reddit_pairs
 
 
@@ -101,7 +102,7 @@ def test_reddit_rows_that_cannot_be_used(tmp_path, capsys, logged):
         comment("q", None, 0.5), comment("", "x" * 50, 0.5), {"id": "r", "title": "t"}, usable[0],
     ]  # fmt: skip
     path = str_rows(tmp_path / "reddit.jsonl", usable + broken)
-    assert reddit.read_comments(path) == usable
+    assert read_usable(path, "--reddit_dataset", reddit.read_comment, reddit.COLUMNS) == usable
     assert "skipped 7 rows" in logged.text and "reddit.jsonl:3 (comment_normalized_score None" in logged.text
 
     base = ["--demo", "--output_dir", str(tmp_path / "run"), "--exp_log", str(tmp_path / "log.jsonl")]
@@ -192,7 +193,8 @@ def test_an_empty_mix_is_an_error():
 def test_reddit_ids_that_are_numbers(tmp_path):
     rows = [comment(7, "good " * 20, 0.9), comment(7, "bad " * 20, 0.1), comment(True, "x" * 50, 0.5)]
     args = finance_args(tmp_path, "--reddit_dataset", str_rows(tmp_path / "reddit.jsonl", rows))
-    assert [row["id"] for row in reddit.read_comments(args.reddit_dataset)] == ["7", "7"]
+    read = read_usable(args.reddit_dataset, "--reddit_dataset", reddit.read_comment, reddit.COLUMNS)
+    assert [row["id"] for row in read] == ["7", "7"]
     with pytest.raises(ValueError, match="id is not text"):
         reddit.read_comment(rows[2])
 
@@ -231,7 +233,7 @@ def test_an_instruction_in_two_forms_is_one_and_texts_decide_the_fingerprint(tmp
     assert one["rows"] == other["rows"] and one["sha256"] != other["sha256"]
 
 
-@pytest.mark.parametrize("field", sorted(messages.NEEDED))
+@pytest.mark.parametrize("field", sorted(conversations.NEEDED))
 def test_a_field_that_changes_what_an_instruction_means_is_not_lost(field):
     row = {"user": "u", "assistant": "a"}
     with pytest.raises(ValueError, match=f"the row has {field}"):
@@ -245,7 +247,7 @@ def test_a_field_that_changes_what_an_instruction_means_is_not_lost(field):
 
 def answered(args, instructions: list[dict], wanted: int) -> list[dict]:
     """The pairs of the base's own answers, as dpo_train_mt.py asks for them."""
-    return finance.finance_pairs(setup_of(vars(args)), instructions, wanted, fill(finance.AnswerSettings, args))
+    return finance.finance_pairs(setup_of(vars(args)), instructions, wanted, fill(finance.DataSettings, args))
 
 
 GENERATE_AND_DIE = """
@@ -275,11 +277,11 @@ def test_a_killed_generation_goes_on_where_it_stopped(tmp_path, monkeypatch):
     instructions = finance_data(args, {"finance"}).items["finance"]
     generate, asked = generation.generate, []
 
-    def counting(model, tokenizer, conversations, decoding):
+    def counting(model, tokenizer, conversations, decoding, **shown):
         asked.extend(conversation[0]["content"] for conversation in conversations)
-        return generate(model, tokenizer, conversations, decoding)
+        return generate(model, tokenizer, conversations, decoding, **shown)
 
-    monkeypatch.setattr(finance, "generate", counting)
+    monkeypatch.setattr(generation, "generate", counting)
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "whole"))
     whole = answered(args, instructions, 24)
     assert len(whole) == 24 and len(asked) == len(set(asked))
@@ -305,13 +307,13 @@ def fake_generate(monkeypatch, answer_of):
     """The base answers `answer_of(prompt)`, a (text, finished); returns the batches of prompts that were asked."""
     batches = []
 
-    def generate(model, tokenizer, conversations, decoding):
+    def generate(model, tokenizer, conversations, decoding, **shown):
         batches.append([conversation[0]["content"] for conversation in conversations])
         for index, prompt in reversed(list(enumerate(batches[-1]))):  # in an order of its own
             text, finished = answer_of(prompt)
             yield generation.Answer(index, text, 3, finished, 8)
 
-    monkeypatch.setattr(finance, "generate", generate)
+    monkeypatch.setattr(generation, "generate", generate)
     monkeypatch.setattr(finance, "load_model", lambda base: toy_model())
     return batches
 

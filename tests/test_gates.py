@@ -5,7 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from llm_alignment import files, gates, stats
+from llm_alignment import files, stats
+from llm_alignment.evaluation import (
+    ENOUGH_ITEMS,
+    Evaluation,
+    asked_gates,
+    describe,
+    judge,
+    parse_gates,
+    questions_needed,
+)
 from llm_alignment.files import InputError
 
 
@@ -14,25 +23,26 @@ def delta(mean, low, high, n=80) -> dict:
 
 
 def test_gates_are_read():
-    assert gates.parse_gates("mtbench=-0.3, retention=-5,val_loss = -0.05,") == {
+    assert parse_gates("mtbench=-0.3, retention=-5,val_loss = -0.05,") == {
         "mtbench": -0.3, "retention": -5.0, "val_loss": -0.05,
     }  # fmt: skip
-    assert gates.parse_gates("") == {}
+    assert parse_gates("") == {}
 
 
 @pytest.mark.parametrize("text", ["mtbench", "=1", "mtbench=", "mtbench=much", "a=1,a=2", "a=nan", "a=inf", "a=1=2"])
 def test_gates_that_cannot_be_read_are_one_line(text):
     with pytest.raises(InputError) as error:
-        gates.parse_gates(text)
+        parse_gates(text)
     assert "\n" not in str(error.value)
 
 
 def test_a_gate_on_what_is_not_measured():
-    gates.check_gates({"a": 0.0}, ["a", "b"], ["a"])
+    mtbench = [Evaluation(name="mtbench", items=[], read=lambda *_: [])]
+    assert asked_gates("mtbench=0,", mtbench) == {"mtbench": 0.0}
     messages = []
-    for name in ("b", "c"):
+    for name in ("reddit", "c"):
         with pytest.raises(files.InputError) as error:
-            gates.check_gates({"a": 0.0, name: 0.0}, ["a", "b"], ["a"])
+            asked_gates(f"mtbench=0,{name}=0", mtbench)
         messages.append(str(error.value).replace(f" {name}:", ""))
     assert messages[0] != messages[1] and not any("\n" in message for message in messages)
 
@@ -48,42 +58,42 @@ def test_the_whole_interval_decides(low, high, higher, lower):
     """The same difference, by the gate -0.3: at least that where higher is better, at most that where lower is."""
     found = delta((low + high) / 2, low, high)
     for lower_is_better, verdict in ((False, higher), (True, lower)):
-        gate = gates.judge(found, -0.3, lower_is_better=lower_is_better)
+        gate = judge(found, -0.3, lower_is_better=lower_is_better)
         assert (gate["verdict"], gate["limit"], gate["n"], gate["low"]) == (verdict, -0.3, 80, low)
         assert (gate["questions"] is None) == (verdict != "undecided")
-        words = gates.describe("score", gate, lower_is_better=lower_is_better)
+        words = describe("score", gate, lower_is_better=lower_is_better)
         assert verdict in words and ("at most" if lower_is_better else "at least") in words and "\n" not in words
 
 
 def test_too_few_items_or_no_interval_are_undecided():
-    few = gates.judge(delta(0.5, 0.4, 0.6, n=39), -0.3)
-    assert few["verdict"] == "undecided" and few["questions"] == gates.ENOUGH_ITEMS == 40
-    assert gates.judge(delta(0.5, 0.4, 0.6, n=40), -0.3)["verdict"] == "passed"
-    assert gates.judge(delta(0.5, None, None, n=3), -0.3)["questions"] == 40
-    unchanged = gates.judge(stats.mcnemar([1] * 240, [1] * 240), -0.05)
+    few = judge(delta(0.5, 0.4, 0.6, n=39), -0.3)
+    assert few["verdict"] == "undecided" and few["questions"] == ENOUGH_ITEMS == 40
+    assert judge(delta(0.5, 0.4, 0.6, n=40), -0.3)["verdict"] == "passed"
+    assert judge(delta(0.5, None, None, n=3), -0.3)["questions"] == 40
+    unchanged = judge(stats.mcnemar([1] * 240, [1] * 240), -0.05)
     assert (unchanged["verdict"], unchanged["questions"]) == ("undecided", None)
-    assert gates.judge(stats.paired_delta([], []), 0)["verdict"] == "undecided"
-    for gate in (few, unchanged, gates.judge(stats.paired_delta([], []), 0)):
-        assert "undecided" in gates.describe("score", gate)
+    assert judge(stats.paired_delta([], []), 0)["verdict"] == "undecided"
+    for gate in (few, unchanged, judge(stats.paired_delta([], []), 0)):
+        assert "undecided" in describe("score", gate)
 
 
 def test_the_number_of_questions_by_hand():
     """Two sides: the one that reaches over the gate counts. 3.24 standard errors away, 90 % of repeats decide."""
-    gate = gates.judge(delta(0.0, -0.49, 0.2, n=100), -0.3)
+    gate = judge(delta(0.0, -0.49, 0.2, n=100), -0.3)
     assert gate["questions"] == math.ceil(100 * (0.49 / 1.96 * 3.24 / 0.3) ** 2)
-    assert gates.judge(delta(-0.4, -0.5, 0.09, n=100), -0.3)["questions"] == math.ceil(100 * (0.25 * 3.24 / 0.1) ** 2)
-    assert gates.judge(delta(-0.3, -0.5, 0.1), -0.3)["questions"] is None
+    assert judge(delta(-0.4, -0.5, 0.09, n=100), -0.3)["questions"] == math.ceil(100 * (0.25 * 3.24 / 0.1) ** 2)
+    assert judge(delta(-0.3, -0.5, 0.1), -0.3)["questions"] is None
     earlier = [delta(1.0, 0.02, 1.98, n=100), delta(0.0, -0.98, 0.98, n=49), delta(0, None, None)]  # sd 5 and 3.5
-    assert gates.questions_needed(-0.5, earlier) == math.ceil((3.24 / 0.5) ** 2 * (5**2 + 3.5**2) / 2)
-    assert gates.questions_needed(-0.5, earlier, expected=0.5) == math.ceil(3.24**2 * (5**2 + 3.5**2) / 2)
-    assert gates.questions_needed(-50, earlier) == 40
-    assert gates.questions_needed(0.0, earlier) is gates.questions_needed(-0.5, [delta(0, None, None)]) is None
+    assert questions_needed(-0.5, earlier) == math.ceil((3.24 / 0.5) ** 2 * (5**2 + 3.5**2) / 2)
+    assert questions_needed(-0.5, earlier, expected=0.5) == math.ceil(3.24**2 * (5**2 + 3.5**2) / 2)
+    assert questions_needed(-50, earlier) == 40
+    assert questions_needed(0.0, earlier) is questions_needed(-0.5, [delta(0, None, None)]) is None
 
 
 def test_that_many_questions_decide():
     rng = np.random.default_rng(1)
-    gate = gates.judge(stats.paired_delta([0.0] * 80, rng.normal(0, 1, 80).tolist()), -0.25)
+    gate = judge(stats.paired_delta([0.0] * 80, rng.normal(0, 1, 80).tolist()), -0.25)
     assert gate["verdict"] == "undecided"
     n = gate["questions"]
     again = [stats.paired_delta([0.0] * n, rng.normal(gate["mean"], 1, n).tolist()) for _ in range(20)]
-    assert sum(gates.judge(each, -0.25)["verdict"] == "passed" for each in again) >= 15  # 18 expected
+    assert sum(judge(each, -0.25)["verdict"] == "passed" for each in again) >= 15  # 18 expected

@@ -79,7 +79,7 @@ def test_the_shipped_generation_settings_do_not_leak(model, tokenizer, monkeypat
 @pytest.mark.parametrize("pad, number", [("<s>", 3), (None, 2)])
 def test_sampling_is_from_all_tokens_and_pads_with_the_tokenizer_s_own(model, pad, number):
     """Or, where it has none, with the end of an answer."""
-    config = generation.generation_config(model, make_tokenizer(pad_token=pad), Decoding(6, temperature=1.0))
+    config = generation.generation_config(make_tokenizer(pad_token=pad), Decoding(6, temperature=1.0))
     assert (config.top_k, config.pad_token_id, config.eos_token_id) == (0, number, [2])
 
 
@@ -207,9 +207,9 @@ def test_a_model_whose_forward_folds_pairs_answers_as_before(model, tokenizer):
     folded = copy.deepcopy(model)
     add_prefix_sharing(folded)
     groups = [[list(range(5, 30)), [*range(5, 20), 3, 4]]]
-    settings = generation.generation_config(model, tokenizer, Decoding(6))
+    settings = generation.generation_config(tokenizer, Decoding(6))
     answers = [generation.generate_grouped(of, groups, settings, 6) for of in (model, folded)]
-    assert answers[0] == answers[1] and all(len(tokens) > 0 for tokens in answers[0][0])
+    assert answers[0] == answers[1] and all(len(tokens) > 0 for tokens in answers[0])
 
 
 # Run by two processes or by one: MT-Bench answers and TAT-QA answers of toy models, with what each process got.

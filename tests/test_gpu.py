@@ -277,10 +277,10 @@ def test_a_shared_beginning_changes_no_answer(dtype, demo_tokenizer, figure):
     model = models.load_model(toy_base(dtype=dtype)).eval()
     table = demo_tokenizer("Table: " + "net sales 12 percent " * 40)["input_ids"]
     groups = [[table + demo_tokenizer(f" {n} of {m}")["input_ids"] for n in range(4)] for m in range(3)]
-    settings = generation.generation_config(model, demo_tokenizer, generation.Decoding(12))
+    settings = generation.generation_config(demo_tokenizer, generation.Decoding(12))
     shared, alone = (
         generation.generate_grouped(model, groups, settings, 12, share_prefix=is_shared) for is_shared in (True, False)
     )
-    same = [a == b for one, other in zip(shared, alone, strict=True) for a, b in zip(one, other, strict=True)]
+    same = [one == other for one, other in zip(shared, alone, strict=True)]
     figure("equal answers", 100 * statistics.fmean(same), "%")
     assert all(same) if dtype == "fp32" else statistics.fmean(same) >= 0.75

@@ -17,8 +17,7 @@ from conftest import ROOT, run_error
 
 from llm_alignment import hub as hub_module
 from llm_alignment.files import InputError, SkippedRows
-from llm_alignment.hub import hub_files, open_dataset
-from llm_alignment.model_files import fetch_model
+from llm_alignment.hub import fetch_model, hub_files, open_dataset
 from llm_alignment.tatqa import tatqa_file
 from mtbench_eval import load_questions
 

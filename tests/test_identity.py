@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from llm_alignment import adapters, encoder, generation, models, prompts, training
 from llm_alignment.files import InputError
-from llm_alignment.model_files import adapter_files_sha256
+from llm_alignment.hub import adapter_files_sha256
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
@@ -173,14 +173,14 @@ def test_one_way_from_text_to_tokens(added, template, pad):
         assert trained["input_ids"][: len(wanted)] == wanted and len(trained["labels"]) == len(trained["input_ids"])
         assert (trained["labels"][: len(wanted)] == [-100] * len(wanted)) == only
     style = prompts.PromptStyle()
-    fitted = prompts.fit_prompt("the Volga", tokenizer, style)
+    text, fitted, _ = prompts.fit_prompt("the Volga", tokenizer, style)
     end = tokenizer.eos_token_id
-    assert fitted.tokens == prompts.fit_prompt(turns, tokenizer, style).tokens == wanted
+    assert fitted == prompts.fit_prompt(turns, tokenizer, style)[1] == wanted
     for answer in ("the Neva", "the Neva<|im_end|>"):
-        pair = prompts.pair_tokens({"prompt": fitted.text, "chosen": answer, "rejected": "Lake"}, tokenizer)
+        pair = prompts.pair_tokens({"prompt": text, "chosen": answer, "rejected": "Lake"}, tokenizer)
         assert pair["prompt_ids"] == wanted and pair["chosen_ids"].count(end) == 1 == pair["rejected_ids"].count(end)
         assert pair["chosen_ids"][-1] == pair["rejected_ids"][-1] == end
-    plain = prompts.fit_prompt("the Volga", tokenizer, prompts.PromptStyle(use_chat_template=False)).tokens
+    plain = prompts.fit_prompt("the Volga", tokenizer, prompts.PromptStyle(use_chat_template=False))[1]
     assert (plain[0] == tokenizer.bos_token_id) == added.startswith("<s>") and plain[-1] != end
 
 

@@ -7,8 +7,8 @@ import random
 import pytest
 from scipy.stats import beta
 
-from llm_alignment.judge import check_judge, judge_lines, judge_report
-from llm_alignment.texts import main_script
+from llm_alignment.health import main_script
+from llm_alignment.rewards import check_judge, judge_lines
 
 
 def planted_pairs(count: int) -> list[dict]:
@@ -87,8 +87,8 @@ def test_a_judge_that_knows_one_language_is_seen():
 
 
 def test_answers_in_two_scripts_are_a_group():
-    rows = [{"prompt": "Вопрос?", "chosen": "Да.", "rejected": "Yes.", "rewards": [0.0, 1.0]}] * 3
-    assert judge_report(rows)["groups"]["two_scripts"] == judge_report(rows)["groups"]["all"]
+    report = check_judge([{"prompt": "Вопрос?", "chosen": "Да.", "rejected": "Yes."}] * 3, lambda _: [0.0, 1.0] * 3)
+    assert report["groups"]["two_scripts"] == report["groups"]["all"]
 
 
 @pytest.mark.parametrize("name", JUDGES)

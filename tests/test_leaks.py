@@ -13,10 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from experiments.benchmarks import bench_leaks
-from llm_alignment import finance, reddit, replay, tatqa
+from llm_alignment import finance, replay, tatqa
 from llm_alignment.encoder import ChatEncoder
-from llm_alignment.leaks import LeakFinder, asked_passages, forbidden_texts
-from llm_alignment.texts import normalise_text
+from llm_alignment.leaks import LeakFinder, forbidden_texts, normalise_text
 
 
 def test_leaks_are_found_whatever_their_form():
@@ -49,7 +48,8 @@ CODE = "for i in range(1, m + 1): for j in range(1, n + 1): if a[i] == b[j]: c[i
     ],
 )
 def test_thirteen_words_in_a_row_are_a_leak(text, found):
-    finder = LeakFinder({}, {"question": asked_passages([{"turns": ["Переведи: " + PASSAGE], "reference": CODE}])})
+    asked = {"question": [{"turns": ["Переведи: " + PASSAGE], "reference": CODE}]}
+    finder = LeakFinder({}, forbidden_texts(asked)[1])
     assert (finder.find("Привет", text) is not None) == found
     assert list(finder.find_all([["Да"], ["Привет", text]])) == [None, "question" if found else None]
 
@@ -142,7 +142,7 @@ def test_nothing_that_is_asked_is_trained_on(tmp_path, logged):
     asked = {normalise_text(question["question"]) for context in contexts for question in context["questions"]}
     asked |= {normalise_text(question["turns"][0]) for question in data.questions["reddit"]}
     prompts = {question["turns"][0] for question in data.questions["finance_instruct"]}
-    instructions = finance.read_instructions(args.finance_dataset)
+    instructions = list(map(finance.read_instruction, read_rows(args.finance_dataset)))
     asked |= {normalise_text(row["user"]) for row in instructions if row["prompt"] in prompts}
     pairs = [pair for items in data.items.values() for pair in items]
     sides = ("prompt", "chosen", "rejected")
@@ -171,12 +171,13 @@ def test_nothing_that_is_asked_is_replayed(tmp_path, monkeypatch, capsys, demo_t
 def test_evaluation_questions_keep_what_a_reader_needs(tmp_path):
     args = finance_args(tmp_path)
     data = finance_data(args, set())
-    rows = reddit.read_comments(args.reddit_dataset)
+    rows = read_rows(args.reddit_dataset)
     for question in data.questions["reddit"]:
         post = [row for row in rows if row["id"] == question["question_id"]]
         best = max(post, key=lambda row: row["comment_normalized_score"])
         assert question["reference"] == best["body"].strip()
         assert (question["title"], question["subreddit"]) == (best["title"], best["subreddit"])
-    references = {row["uid"]: row["chosen"] for row in finance.read_instructions(args.finance_dataset)}
+    instructions = map(finance.read_instruction, read_rows(args.finance_dataset))
+    references = {row["uid"]: row["chosen"] for row in instructions}
     for question in data.questions["finance_instruct"]:
         assert question["reference"] == references[question["question_id"]] and question["instruction"]

@@ -107,6 +107,13 @@ def test_prompts_that_are_empty_or_no_text_are_one_line_and_exit_code_2(content,
     assert {file.name for file in tmp_path.iterdir()} <= {"prompts.jsonl"}
 
 
+def test_a_prompt_ends_with_a_question_and_says_a_system_text_once():
+    dialogue = [("system", "Be brief."), ("user", "One?"), ("assistant", "1"), ("system", "Be brief.")]
+    turns = [{"role": role, "content": text} for role, text in dialogue]
+    for row in ({"messages": turns}, {"messages": turns, "system": "Be brief."}):
+        assert mine_pairs.prompt_turns(row) == [{"role": "user", "content": "Be brief.\n\nOne?"}]
+
+
 def test_one_sample_makes_no_pair(capsys):
     assert mine_pairs.main(["--demo", "--samples", "1"]) == 2
     assert "--samples 1" in capsys.readouterr().err

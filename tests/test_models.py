@@ -15,7 +15,7 @@ import torch
 from conftest import DEVICES
 from toys import CHATML, make_model, make_tokenizer, save_reward_model, tiny_config, toy_base
 
-from llm_alignment import adapters, files, generation, models, processes, rewards
+from llm_alignment import adapters, anchored_loss, files, generation, models, rewards
 from llm_alignment.generation import Decoding
 
 
@@ -291,7 +291,7 @@ def test_an_answer_ends_where_the_template_ends_a_turn(copied, logged):
     as_base = models.load_tokenizer(base)
     assert (as_base.eos_token, as_base.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert "<|im_end|>" in logged.text
-    settings = generation.generation_config(models.load_model(base), as_base, Decoding(4))
+    settings = generation.generation_config(as_base, Decoding(4))
     assert settings.eos_token_id == [0, 2]
     assert as_base.apply_chat_template(turns) == as_chat.apply_chat_template(turns)
 
@@ -362,7 +362,7 @@ def test_products_of_half_types_are_summed_in_float32(half, device):
     """As the loss has them: float32 states, the head transposed, into a part of a buffer."""
     states, weight = (torch.rand(n, 4096, generator=torch.Generator().manual_seed(n)).to(device) for n in (5, 7))
     weight, buffer = weight.to(half), torch.empty(9, 7, device=device)
-    product = processes.matmul_float32(states, weight.T, out=buffer[:5])
+    product = anchored_loss.matmul_float32(states, weight.T, out=buffer[:5])
     assert product.dtype == torch.float32 and product.data_ptr() == buffer.data_ptr()
     exact = states.to(half).double() @ weight.double().T
     torch.testing.assert_close(product.double(), exact, rtol=1e-5, atol=0)  # rounded to bf16: 4e-3

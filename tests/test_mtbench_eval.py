@@ -18,7 +18,7 @@ from toys import rows_of, save_reward_model, sentences
 import mtbench_eval as me
 from llm_alignment import files, generation, prompts, rewards, scores
 from llm_alignment.generation import Decoding
-from llm_alignment.model_files import adapter_files_sha256
+from llm_alignment.hub import adapter_files_sha256
 
 # ---------------------------------------------------------------------------------------------------------------------
 # questions
@@ -147,7 +147,7 @@ def test_two_turns_with_their_history(evaluate, model, tokenizer, reward_model):
         assert row["scores"] == [rewards.to_score(r) for r in row["rewards"]]
         assert row["scores_logged"] == [rewards.to_logged_scale(r) for r in row["rewards"]]
         assert len(row["finished"]) == len(row["answer_tokens"]) == len(row["turns"])
-    summary = scores.summarise(rows)
+    summary = scores.summarise_scored("mtbench", rows)["mtbench"]
     assert summary["n"] == 9 and set(summary["by_category"]) == {"a", "b"} and len(summary["by_turn"]) == 2
     per_question = [sum(row["scores"]) / len(row["scores"]) for row in rows]
     assert summary["avg"] == pytest.approx(sum(per_question) / 9)
@@ -200,7 +200,7 @@ def test_an_answer_that_only_thinks_scores_as_empty(evaluate, questions, reward_
     asked = {"role": "user", "content": questions[0]["turns"][0]}
     empty = reward_model.score([[asked, {"role": "assistant", "content": ""}]])[0]
     assert row["answers"][0] == "" and row["rewards"][0] == pytest.approx(empty, abs=1e-4)
-    assert scores.summarise([row])["unfinished"] == 1.0
+    assert scores.summarise_scored("mtbench", [row])["mtbench"]["unfinished"] == 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

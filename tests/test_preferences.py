@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 from conftest import DEMO, write_rows
 
-from llm_alignment import encoder, messages, models, preferences
+from llm_alignment import conversations, encoder, models, preferences
 from llm_alignment.files import InputError
 from llm_alignment.leaks import LeakFinder, without_leaks
 from llm_alignment.prompts import PromptStyle, fit_prompt
@@ -182,7 +182,7 @@ def test_a_pair_that_spells_the_templates_tokens_is_none(demo_tokenizer, spelt, 
 
 
 @pytest.mark.parametrize("place", ["row", "prompt", "chosen", "rejected"])
-@pytest.mark.parametrize("field", sorted(messages.NEEDED))
+@pytest.mark.parametrize("field", sorted(conversations.NEEDED))
 def test_a_field_that_changes_what_an_answer_means_is_not_lost(field, place):
     def pair_with(value: object) -> dict:
         if place == "row":
@@ -227,7 +227,7 @@ def test_an_answer_in_json_stays_a_text():
     assert pair["chosen"] == answer
 
 
-@pytest.mark.parametrize("field", messages.THOUGHTS)
+@pytest.mark.parametrize("field", conversations.THOUGHTS)
 def test_thoughts_in_a_field_are_thoughts(field):
     said = {"role": "assistant", "content": "Because.", field: "hm"}
     row = {

@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from llm_alignment import files
+from llm_alignment.devices import GIB, memory_estimate
 from llm_alignment.evaluation import EVALUATIONS, METRICS, print_table, table_rows
-from llm_alignment.memory import GIB, memory_estimate
 
 README = (ROOT / "README.md").read_text("utf-8")
 GUIDES = README + "".join(

@@ -8,7 +8,7 @@ from conftest import read_rows
 from toys import toy_run
 
 import dpo_train
-from llm_alignment import adapters, dpo, models, reference
+from llm_alignment import adapters, batches, dpo, models, reference
 from llm_alignment.prompts import PromptStyle
 from llm_alignment.results import baseline_cache
 
@@ -49,7 +49,7 @@ def difference(one, other):
 @pytest.mark.slow
 def test_the_reference_is_read_once(reference_passes, monkeypatch, capsys, tmp_path):
     record = dpo_train.main([*TRAIN_ALONE, "--output_dir", "first", "--epochs", "2"])
-    assert record["kept_step"] == 10 and len(reference_passes) == math.ceil(20 / reference.PAIRS_AT_ONCE)
+    assert record["kept_step"] == 10 and len(reference_passes) == math.ceil(20 / batches.PAIRS_AT_ONCE)
     log = read_rows(tmp_path / "first" / "train_log.jsonl")
     assert "rewards/margins" in log[0]
 
@@ -107,7 +107,7 @@ def test_killed_while_the_reference_is_computed(tmp_path, reference_passes, monk
 def test_what_the_reference_depends_on_reads_it_again(other, tmp_path, reference_passes):
     trainer_with_reference(tmp_path / "first")
     trainer_with_reference(tmp_path / "other", **other)
-    assert len(reference_passes) == 2 * math.ceil(20 / reference.PAIRS_AT_ONCE)
+    assert len(reference_passes) == 2 * math.ceil(20 / batches.PAIRS_AT_ONCE)
 
 
 def test_pairs_in_another_order_have_their_own_reference(tmp_path):

@@ -15,15 +15,12 @@ import pytest
 from conftest import ROOT, read_rows, write_rows
 from run_records import (
     EXPERIMENTS,
-    compare,
     delta,
     make_dpo_record,
     make_record,
-    noise,
     plots,
     records,
     report,
-    seeds,
     tables,
     write_log,
 )
@@ -86,7 +83,7 @@ def test_the_committed_report_is_what_the_committed_records_give(logged_report):
 def test_the_first_lines_hold_the_figures_of_the_records(logged_report):
     text = (logged_report / "RESULTS.md").read_text("utf-8")
     top = text.partition("\n## ")[0].split("\n- ")
-    runs = seeds.merge_seeds(records.load_runs([records.RECORDED_RUNS]))
+    runs = records.merge_seeds(records.load_runs([records.RECORDED_RUNS]))
     p_values = [row.delta["p"] for run in runs if not run.is_logged for row in tables.delta_rows(run)]
     p_values = [p for p in p_values if p is not None]
     assert any(figures_in(line)[:2] == [len(p_values), sum(p < 0.05 for p in p_values)] for line in top)
@@ -221,7 +218,7 @@ def test_the_same_records_give_the_same_files_and_no_plot_is_blank(tmp_path):
 
 def test_the_noise_is_that_of_the_logged_baselines_and_marks_what_lies_within_twice_it(logged_report):
     runs = {run.name: run for run in records.load_runs([])}
-    spreads = {spread.title: spread for spread in noise.mark_noise(list(runs.values()))}
+    spreads = {spread.title: spread for spread in tables.mark_noise(list(runs.values()))}
     assert len(spreads) == 6 and not any("MT-Bench EN" in title for title in spreads)  # four equal greedy figures
     russian = spreads["MT-Bench RU, Qwen3-1.7B, 50 questions"]
     assert sorted(russian.baselines) == [1.4, 1.48, 1.63, 1.72, 1.76]
@@ -252,7 +249,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path):
     other["args"]["kl_coef"] = 0.5
     old = seed_record(1, 9.0) | {"ts": "2024-01-01T00:00:00Z"}  # the newest record of a seed counts
     log = write_log(tmp_path / "log.jsonl", old, seed_record(1, -0.1), seed_record(2, 0.1), other)
-    runs = seeds.merge_seeds(records.load_runs([log]))
+    runs = records.merge_seeds(records.load_runs([log]))
     mine = [run for run in runs if not run.is_logged]
     assert [run.name for run in mine] == ["mine, 2 seeds", "mine-seed3"]
     combined = mine[0].delta["mtbench"]
@@ -277,7 +274,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path):
 def test_another_base_or_adapter_of_the_same_name_is_another_row(change, tmp_path):
     stood_on = {"base": "a", "data": {"adapter": "a"}}
     rows = [seed_record(1, 0.0) | stood_on, seed_record(2, 0.1) | stood_on, seed_record(3, 0.2) | stood_on | change]
-    runs = seeds.merge_seeds(records.load_runs([write_log(tmp_path / "log.jsonl", *rows)]))
+    runs = records.merge_seeds(records.load_runs([write_log(tmp_path / "log.jsonl", *rows)]))
     assert [run.name for run in runs if not run.is_logged] == ["mine, 2 seeds", "mine-seed3"]
 
 
@@ -287,7 +284,8 @@ def test_a_difference_that_one_seed_does_not_have_is_no_row(tmp_path):
     members = [seed_record(1, 0.0), seed_record(2, 0.1)]
     for record, equal_length in zip(members, (nothing, {}), strict=True):
         record["delta"]["mtbench_equal_length"] = delta(0.1, -0.1, 0.3, 0.4) | equal_length
-    text = tables.results(seeds.merge_seeds(records.load_runs([write_log(tmp_path / "log.jsonl", *members)])), [], {})
+    runs = records.merge_seeds(records.load_runs([write_log(tmp_path / "log.jsonl", *members)]))
+    text = tables.results(runs, [], {})
     assert "mine, 2 seeds | MT-Bench, 1-10" in text and "at equal length" not in text.partition("## Differences")[2]
 
 
@@ -306,7 +304,7 @@ def test_the_interval_over_seeds_and_questions_covers(count, seed_sd, question_s
         of_seeds = [
             delta(m, m - r, m + r, 0.5, 40) for m, r in zip(rows.mean(axis=1).tolist(), reach.tolist(), strict=True)
         ]
-        combined = seeds.combine(of_seeds)
+        combined = records.combine(of_seeds)
         covered += combined["low"] <= 0.4 <= combined["high"]
     assert covered / repeats >= 0.93
 
@@ -513,7 +511,7 @@ def test_power_is_what_simulated_runs_detect():
     from scipy import stats
 
     spread, questions = 1.5, 80
-    differences = numpy.random.default_rng(0).normal(compare.detectable(spread, questions), spread, (4000, questions))
+    differences = numpy.random.default_rng(0).normal(report.detectable(spread, questions), spread, (4000, questions))
     found = (stats.ttest_1samp(differences, 0, axis=1).pvalue < 0.05).mean()
     assert found == pytest.approx(0.80, abs=0.03)
 

@@ -19,11 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_records import (
     EXPERIMENTS,
-    campaign,
-    commands,
     make_dpo_record,
     make_record,
-    old_records,
     records,
     report,
     rerun,
@@ -31,7 +28,7 @@ from run_records import (
 )
 
 from llm_alignment import files
-from llm_alignment.model_files import adapter_files_sha256, files_sha256
+from llm_alignment.hub import adapter_files_sha256, files_sha256
 
 LOGGED = {run["id"]: run for run in records.load_records(records.LOGGED_RUNS)}
 COMMANDS = {name: run["command"] for name, run in LOGGED.items() if run["command"]}
@@ -62,7 +59,7 @@ def test_a_logged_command_is_printed_to_the_letter(name, printed):
 @given(st.lists(st.text(max_size=12) | st.text(alphabet="a1 '\"$`!\\,;-.:#@~%\u2019\u201c\u2014", max_size=8)))
 def test_any_argument_reads_the_same_in_both_shells_or_is_refused(words):
     try:
-        line = commands.command_line("sft_train.py", words)
+        line = records.command_line("sft_train.py", words)
     except files.InputError:
         return
     assert shlex.split(line)[4:] == words
@@ -71,7 +68,7 @@ def test_any_argument_reads_the_same_in_both_shells_or_is_refused(words):
 
 @pytest.mark.parametrize("word", ["C:\\new folder", "q_proj,v_proj", "C:\\runs\\", "100%", "$x", "", "-x.y", "ответ"])
 def test_ordinary_arguments_can_be_written_for_both_shells(word):
-    assert shlex.split(commands.command_line("sft_train.py", [word]))[4:] == [word]
+    assert shlex.split(records.command_line("sft_train.py", [word]))[4:] == [word]
 
 
 @pytest.mark.parametrize("word", ['say "hi"', "C:\\new folder\\", "it's", "it\u2019s", "two\nlines"])
@@ -79,9 +76,9 @@ def test_what_the_shells_read_differently_is_refused_and_shown_as_a_list(word, c
     """PowerShell 5.1 escapes neither a double quote nor the backslash before the quote that it adds around blanks."""
     assert rerun.main(["S4", "--exp_tag", word, "--print"]) == 2
     assert repr(word) in capsys.readouterr().err
-    shown = commands.shown_command("sft_train.py", ["--exp_tag", word])
+    shown = records.shown_command("sft_train.py", ["--exp_tag", word])
     assert json.loads(shown.removeprefix("sft_train.py ")) == ["--exp_tag", word]
-    assert commands.shown_command("sft_train.py", ["--load_adapter", "", "--seed", "1"]).endswith("= --seed 1")
+    assert records.shown_command("sft_train.py", ["--load_adapter", "", "--seed", "1"]).endswith("= --seed 1")
 
 
 @pytest.mark.parametrize(
@@ -95,12 +92,12 @@ def test_what_the_shells_read_differently_is_refused_and_shown_as_a_list(word, c
     ],
 )
 def test_changes_replace_a_flag_in_its_place_or_are_added(changes, expected):
-    assert " ".join(commands.apply_changes(["--a", "1", "--kl_coef", "0.02", "--do_eval"], changes)) == expected
+    assert " ".join(records.apply_changes(["--a", "1", "--kl_coef", "0.02", "--do_eval"], changes)) == expected
 
 
 def test_an_empty_value_is_not_a_word_of_its_own():
     """Windows PowerShell 5.1 would drop it, and the next flag would become the value."""
-    assert commands.join_empty(["--load_adapter", "", "--seed", "1"]) == ["--load_adapter=", "--seed", "1"]
+    assert records.join_empty(["--load_adapter", "", "--seed", "1"]) == ["--load_adapter=", "--seed", "1"]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +121,7 @@ def test_what_cannot_be_rerun_is_one_line_and_exit_code_2(argv, words, capsys):
 def project(tmp_path, monkeypatch) -> Path:
     """A project folder with an empty experiments/ folder that rerun.py and report.py take for theirs."""
     (tmp_path / "experiments").mkdir()
-    for module in (records, campaign, old_records):
+    for module in (records, rerun):
         monkeypatch.setattr(module, "HERE", tmp_path / "experiments")
     return tmp_path
 
@@ -197,8 +194,8 @@ def test_ctrl_c_lets_the_script_save_and_gives_back_130(project):
         encoding="utf-8",
     )
     log = write_log(project / "log.jsonl", make_record("mine"))
-    code = f"import sys; sys.path.insert(0, {str(EXPERIMENTS)!r}); import pathlib, records, campaign, rerun\n"
-    code += f"records.HERE = campaign.HERE = pathlib.Path({str(project / 'experiments')!r})\n"
+    code = f"import sys; sys.path.insert(0, {str(EXPERIMENTS)!r}); import pathlib, records, rerun\n"
+    code += f"records.HERE = rerun.HERE = pathlib.Path({str(project / 'experiments')!r})\n"
     code += f"sys.exit(rerun.main([{f'{log}:1'!r}]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -306,10 +303,10 @@ def test_a_run_on_what_was_another_adapter_in_its_folder_is_not_completed(file, 
     argv = [*flags.split(), str(adapter)]
     record = make_record("mine", script) | {"argv": argv, "data": {"adapter": adapter_files_sha256(adapter)}}
     write_log(project / "experiments" / "dpo_experiments.jsonl", record)
-    (planned,) = campaign.plan_runs(["mine"], [], [], {})
-    assert planned.completed()
+    (planned,) = rerun.plan_runs(["mine"], [], [], {})
+    assert planned.record()
     (adapter / file).write_text("b", encoding="utf-8")
-    assert not planned.completed()
+    assert not planned.record()
 
 
 def test_a_model_of_the_hubs_cache_is_known_by_its_commit(project):
@@ -317,15 +314,15 @@ def test_a_model_of_the_hubs_cache_is_known_by_its_commit(project):
     model.mkdir(parents=True)
     record = make_record("mine") | {"argv": ["--model", str(model)], "base": "0123abcd"}
     write_log(project / "experiments" / "sft_experiments.jsonl", record)
-    (planned,) = campaign.plan_runs(["mine"], [], [], {})
-    assert planned.completed()
+    (planned,) = rerun.plan_runs(["mine"], [], [], {})
+    assert planned.record()
 
 
 def test_the_flags_of_a_file_replace_those_of_the_run_too(project, printed):
     (project / "my.yaml").write_text("kl_coef: 0.5\n", encoding="utf-8")
     line = printed("S4", "--config", str(project / "my.yaml"), "--print")
     assert "--kl_coef=0.5" in line and line.count("--kl_coef") == 1
-    runs = campaign.plan_runs(["S4"], [], ["--config", str(project / "my.yaml")], {"seed": ["1", "2"]})
+    runs = rerun.plan_runs(["S4"], [], ["--config", str(project / "my.yaml")], {"seed": ["1", "2"]})
     assert ["--kl_coef=0.5" in run.arguments for run in runs] == [True, True]
 
 
@@ -359,7 +356,7 @@ def test_a_grid_is_every_combination_with_folder_tag_and_row_of_its_own_and_cont
 )
 def test_no_name_is_doubled_in_the_folder_of_a_seed(name, argv, folders, project):
     write_log(project / "experiments" / "sft_experiments.jsonl", make_record(name, argv=argv))
-    planned = campaign.plan_runs([name], [1, 2], [], {})
+    planned = rerun.plan_runs([name], [1, 2], [], {})
     assert [str(run.output_dir) for run in planned] == folders
 
 
@@ -374,8 +371,8 @@ def test_a_signal_stops_the_campaign_whatever_the_script_makes_of_it(fake_sft, c
 
 def test_a_campaign_goes_on_when_its_reader_has_gone(fake_sft):
     code = f"import sys; sys.path[:0] = [{str(EXPERIMENTS)!r}, {str(EXPERIMENTS.parent)!r}]\n"
-    code += "import pathlib, records, campaign, rerun\n"
-    code += f"records.HERE = campaign.HERE = pathlib.Path({str(fake_sft / 'experiments')!r})\n"
+    code += "import pathlib, records, rerun\n"
+    code += f"records.HERE = rerun.HERE = pathlib.Path({str(fake_sft / 'experiments')!r})\n"
     code += "sys.exit(rerun.main(['Exp1-1.7B', 'S4', '--exp_log', 'log.jsonl']))"
     read, write = os.pipe()
     os.close(read)
@@ -428,13 +425,13 @@ def test_a_campaign_that_cannot_be_is_one_line_and_exit_code_2(argv, words, fake
 
 
 def test_flags_with_dashes_are_planned_as_a_record_has_them():
-    (planned,) = campaign.plan_runs(["S4"], [1], ["--lora-r", "4", "--no-4bit"], {})
+    (planned,) = rerun.plan_runs(["S4"], [1], ["--lora-r", "4", "--no-4bit"], {})
     assert "--lora_r=4" in "=".join(planned.arguments) and "--no_4bit" in planned.arguments
     assert "--lora_r=8" not in "=".join(planned.arguments)
 
 
 def test_the_same_command_is_known_in_another_order_and_with_resuming():
-    same = commands.same_command
+    same = records.same_command
     assert same(["--a", "1", "--b=2"], ["--b", "2", "--a", "1", "--resume_from_checkpoint", "auto"])
     assert same(["--load_adapter", ""], ["--load_adapter="])
     assert not same(["--a", "1"], ["--a", "2"]) and not same(["--a", "1"], ["--a", "1", "--b"])
@@ -515,7 +512,7 @@ def test_a_file_without_old_records_is_one_line_and_exit_code_2(content, project
     assert rerun.main(["--import", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "old.jsonl" in error
-    assert not (project / "experiments" / old_records.IMPORTED).exists()
+    assert not (project / "experiments" / records.IMPORTED).exists()
 
 
 def test_a_line_torn_by_a_crash_is_skipped_with_a_warning_and_the_rest_is_used(tmp_path, logged):

@@ -25,18 +25,23 @@ from llm_alignment.runs import recorded_run, log
 args = argparse.Namespace(
     output_dir=sys.argv[1], exp_log=sys.argv[2], exp_tag="", dry_run=False, no_baseline_cache=True
 )
-with recorded_run(args, None, "script.py") as record:
+def run(args, record):
     record["device"] = {{}}
     log.info("строка журнала")
     print("строка", flush=True)
     {body}
     print("end", flush=True)
+recorded_run(run, args, None, "script.py")
 """
 
 
 def arguments(folder: Path, **changes) -> argparse.Namespace:
     values = {"output_dir": str(folder / "out"), "exp_log": str(folder / "log.jsonl"), "exp_tag": "t"}
     return argparse.Namespace(**{**values, "dry_run": False, "no_baseline_cache": True, **changes})
+
+
+def nothing(args: argparse.Namespace, record: dict) -> None:
+    """A run that does nothing."""
 
 
 def start(folder: Path, body: str, *words: str, **options) -> subprocess.Popen:
@@ -49,9 +54,13 @@ def start(folder: Path, body: str, *words: str, **options) -> subprocess.Popen:
 
 def failed(args: argparse.Namespace, error: BaseException, capsys, *, begun: bool = True) -> tuple[int, str, dict]:
     """Exit code, the one line on stderr and the record (None without one) of a run that ends by `error`."""
-    with pytest.raises(SystemExit) as stop, recorded_run(args, [], "script.py") as record:
+
+    def run(args: argparse.Namespace, record: dict) -> None:
         record["device"] = {} if begun else None
         raise error
+
+    with pytest.raises(SystemExit) as stop:
+        recorded_run(run, args, [], "script.py")
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and shown.count("\n") == 1
     written = stop.value.code == 1 or begun  # else --exp_log may be anything
@@ -62,26 +71,28 @@ def test_bad_input_before_the_run_leaves_nothing(tmp_path, capsys):
     args = arguments(tmp_path, output_dir=str(tmp_path / "new" / "out"), exp_log=str(tmp_path / "logs" / "log.jsonl"))
     code, shown, record = failed(args, InputError("no"), capsys, begun=False)
     assert code == 2 and record is None and list(tmp_path.iterdir()) == []
-    with recorded_run(argparse.Namespace(**vars(args) | {"dry_run": True}), [], "script.py"):
-        pass
+    recorded_run(nothing, argparse.Namespace(**vars(args) | {"dry_run": True}), [], "script.py")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rare_error_is_one_line_and_its_traceback_is_in_run_log(tmp_path, capsys):
-    import torch
-
-    base = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, identity="of the base")
+    base = SimpleNamespace(device_name="cpu", dtype_name="float32", identity="of the base")
     args = arguments(tmp_path, resume_from_checkpoint=None, dtype="auto")
     commits = {"model": "0" * 40}
-    with pytest.raises(SystemExit) as stop, recorded_run(args, ["--flag"], "script.py") as record:
+    folder = Path(args.output_dir)
+
+    def run(args: argparse.Namespace, record: dict) -> None:
         runs.log.info("before the folder")
         runs.COMMITS.update(commits)
         Path(args.output_dir, "train_log.jsonl.4711.tmp").write_text("of a killed run", encoding="utf-8")
         Path(args.output_dir, "my.tmp").write_text("of the user", encoding="utf-8")
-        folder = runs.begin(record, {"sha256": "0"}, base)
+        assert runs.begin(record, {"sha256": "0"}, base) == folder
         with runs.timed(record, "train"):
             runs.log.info("после")
         raise ZeroDivisionError("first line\nsecond line")
+
+    with pytest.raises(SystemExit) as stop:
+        recorded_run(run, args, ["--flag"], "script.py")
     out, shown = capsys.readouterr()
     assert stop.value.code == 1 and "ZeroDivisionError: first line;" in shown and str(folder / "run.log") in shown
     assert shown.count("\n") == 1 and "Traceback" not in out
@@ -111,16 +122,16 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path, capsys):
     try:
         while process.stdout.readline() != "строка\n":
             assert process.poll() is None
-        with pytest.raises(SystemExit) as stop, recorded_run(arguments(tmp_path), [], "script.py"):
-            pytest.fail("the second run began")
+        with pytest.raises(SystemExit) as stop:
+            recorded_run(lambda *_: pytest.fail("the second run began"), arguments(tmp_path), [], "script.py")
         shown = capsys.readouterr().err
         assert stop.value.code == 2 and "another run is working in this folder" in shown and shown.count("\n") == 1
     finally:
         process.kill()
         process.communicate()
     assert (tmp_path / "out" / "run.lock").exists()
-    with recorded_run(arguments(tmp_path), [], "script.py"):  # what a dead run held is free
-        (tmp_path / "out" / "metrics.json").write_text("{}", encoding="utf-8")
+    metrics = tmp_path / "out" / "metrics.json"
+    recorded_run(lambda *_: metrics.touch(), arguments(tmp_path), [], "script.py")  # what a dead run held is free
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.json"]
 
 
@@ -155,11 +166,9 @@ def test_a_cache_that_cannot_be_written_is_found_at_once(tmp_path, capsys, monke
     args = arguments(tmp_path, no_baseline_cache=False)
     code, shown, record = failed(args, AssertionError("began"), capsys, begun=False)
     assert code == 2 and "LLM_ALIGNMENT_CACHE" in shown and record is None
-    with recorded_run(arguments(tmp_path), [], "script.py"):  # with --no_baseline_cache
-        pass
+    recorded_run(nothing, arguments(tmp_path), [], "script.py")  # with --no_baseline_cache
     monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "new"))
-    with recorded_run(args, [], "script.py"):
-        pass
+    recorded_run(nothing, args, [], "script.py")
     assert not (tmp_path / "new").exists()
 
 
@@ -177,8 +186,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path, capsys, name, t
     code, shown, _ = failed(arguments(tmp_path), AssertionError("began"), capsys, begun=False)
     assert code == 2 and named in shown and [path.name for path in (tmp_path / "out").iterdir()] == [name]
     (tmp_path / "out" / "run.json").write_text('{"script": "script.py"}', encoding="utf-8")
-    with recorded_run(arguments(tmp_path), [], "script.py"):
-        pass
+    recorded_run(nothing, arguments(tmp_path), [], "script.py")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
@@ -193,8 +201,10 @@ def test_a_record_that_cannot_be_appended_is_printed(tmp_path, capsys, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(runs.files, "append_record", full)
-    with pytest.raises(SystemExit) as stop, recorded_run(arguments(tmp_path), [], "script.py") as record:
-        pass
+    kept = []
+    with pytest.raises(SystemExit) as stop:
+        recorded_run(lambda args, record: kept.append(record), arguments(tmp_path), [], "script.py")
+    [record] = kept
     out, shown = capsys.readouterr()
     assert stop.value.code == 1 and str(tmp_path / "log.jsonl") in shown and shown.count("\n") == 1
     assert json.loads(out[out.index("{") :]) == record and record["status"] == "completed"

@@ -462,7 +462,7 @@ def test_logged_commands_parse():
 
 
 def stops(metric, baseline, scores, patience=2):
-    return sft.early_stop_reason(baseline, scores, patience, *sft.RULES[metric])
+    return sft.early_stop_reason(baseline, scores, patience, metric)
 
 
 def test_early_stopping_rule():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import context, question, rows_of
 
-from llm_alignment import exactness, generation, models, tatqa
+from llm_alignment import generation, models, prefixes, tatqa
 from llm_alignment.batches import common_length
 from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.generation import Decoding
@@ -251,11 +251,13 @@ PLAIN = PromptStyle(use_chat_template=False)
 
 
 @pytest.fixture(scope="module")
-def questions(demo_tokenizer):
-    contexts = tatqa.read_tatqa(DEMO / "tatqa" / "tatqa_dataset_dev.json", SkippedRows())
-    chosen = tatqa.tatqa_questions(contexts, limit=20, seed=1)
-    assert tatqa.tatqa_questions(contexts[::-1], limit=20, seed=1) == chosen
-    return tatqa.fit_questions(chosen, demo_tokenizer, PLAIN)
+def questions(demo_tokenizer, tmp_path_factory):
+    path, how = DEMO / "tatqa" / "tatqa_dataset_dev.json", (demo_tokenizer, PLAIN, PromptContent(), 20)
+    chosen = tatqa.evaluation_questions(path, *how)
+    reversed_path = tmp_path_factory.mktemp("tatqa") / path.name
+    reversed_path.write_text(json.dumps(json.loads(path.read_text("utf-8"))[::-1]), "utf-8")
+    assert tatqa.evaluation_questions(reversed_path, *how) == chosen
+    return chosen
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +281,7 @@ def prompt_tokens_read(model, run):
 def test_reading_a_table_once_changes_no_answer(model, demo_tokenizer, questions, tmp_path, monkeypatch):
     answers, read = {}, {}
     for share in (True, False):
-        monkeypatch.setattr(exactness, "cache_problem", lambda _, share=share: "" if share else "asked so")
+        monkeypatch.setattr(prefixes, "cache_problem", lambda _, share=share: "" if share else "asked so")
         for one_line in (True, False):
             task = tatqa.tatqa_evaluation(questions, Decoding(12), PromptStyle(use_chat_template=not one_line))
             path = tmp_path / f"{share}_{one_line}.jsonl"
@@ -311,7 +313,7 @@ def test_a_thought_is_no_answer(demo_tokenizer, questions, monkeypatch, model, o
     text = "It is 5.\n</think>\n\n7" if opens else "<think>It is 5.\n</think>\n\n7"
     tokens = demo_tokenizer(text)["input_ids"] + [demo_tokenizer.eos_token_id]
     monkeypatch.setattr(
-        generation, "generate_grouped", lambda model, groups, *_, **__: [[tokens] * len(g) for g in groups]
+        generation, "generate_grouped", lambda model, groups, *_, **__: [tokens for g in groups for _ in g]
     )
     prompt = demo_tokenizer("Answer:<think>\n" if opens else "Answer:")["input_ids"]
     asked = [{**questions[0], "tokens": prompt}]
@@ -320,7 +322,7 @@ def test_a_thought_is_no_answer(demo_tokenizer, questions, monkeypatch, model, o
 
 
 def test_groups_of_one_prompt_or_without_a_common_beginning(model, demo_tokenizer):
-    settings = generation.generation_config(model, demo_tokenizer, Decoding(8))
+    settings = generation.generation_config(demo_tokenizer, Decoding(8))
     texts = [
         ["What is 3 + 4?"],
         ["Name the capital of France.", "Spell the word house."],
@@ -332,7 +334,7 @@ def test_groups_of_one_prompt_or_without_a_common_beginning(model, demo_tokenize
         model, lambda: generation.generate_grouped(model, groups, settings, 8, share_prefix=False)
     )
     answers, read = prompt_tokens_read(model, lambda: generation.generate_grouped(model, groups, settings, 8))
-    assert answers == expected and list(map(len, answers)) == [1, 2, 2]
+    assert answers == expected and len(answers) == 1 + 2 + 2
     assert read < read_alone
 
 
@@ -378,8 +380,7 @@ def test_questions_on_one_table_are_one_cluster():
 
 
 def test_a_plan_counts_a_table_once():
-    questions = [{"prompt": text} for text in ("a table, first", "another", "a table, second one")]
-    a_character_each = lambda text, **_: {"input_ids": list(text)}  # noqa: E731
-    a_character_each.bos_token_id = None
+    rest = {"question_id": "q", "answer_type": "count", "answer": 1, "scale": "", "context": "t", "prompt": ""}
+    questions = [{**rest, "tokens": list(text)} for text in ("a table, first", "another", "a table, second one")]
     expected = len("a table, first" + "second one" + "another") - len("a") + 3 * 5
-    assert tatqa.table_tokens(questions, 5, a_character_each) == expected
+    assert tatqa.tatqa_evaluation(questions, Decoding(5), PLAIN).tokens(None) == expected

@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llm_alignment.files import SkippedRows, digest, read_rows  # noqa: E402
 from llm_alignment.flags import DEMO_DIR  # noqa: E402
-from llm_alignment.leaks import IN_A_ROW, LeakFinder, asked_passages, item_texts  # noqa: E402
-from llm_alignment.texts import normalise_text  # noqa: E402
+from llm_alignment.leaks import IN_A_ROW, LeakFinder, forbidden_texts, item_texts, normalise_text  # noqa: E402
 
 
 def near_copy(question: str, number: int, others: list[str]) -> str:
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     questions = [row for path in args.questions for _, row in read_rows(path, SkippedRows())]
     asked = [question["turns"][0] for question in questions]
     turns = [{"turns": question["turns"]} for question in questions]  # as a run reads MT-Bench: without references
-    finder = LeakFinder({"question": asked}, {"question": asked_passages(turns)})
+    finder = LeakFinder(*forbidden_texts({"question": turns}))
 
     def rows() -> list[dict]:
         return [row for _, row in read_rows(args.dataset, SkippedRows())]

@@ -42,11 +42,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     size = tatqa.tatqa_evaluation(questions, decoding, style).rows_at_once(model) // max(map(len, groups)) or 1
     tables = [[question["tokens"] for question in group] for group in groups]
     batches = [tables[start : start + size] for start in range(0, len(tables), size)]
-    settings = generation.generation_config(model, tokenizer, decoding)
+    settings = generation.generation_config(tokenizer, decoding)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     line_break = None if args.use_chat_template else generation.line_break_tokens(tokenizer, vocabulary)
 
-    def answer(batch: list[list[list[int]]], share: bool) -> list[list[list[int]]]:
+    def answer(batch: list[list[list[int]]], share: bool) -> list[list[int]]:
         return generation.generate_grouped(
             model, batch, settings, args.eval_max_new_tokens, line_break, share_prefix=share
         )
@@ -61,9 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 answers[share] = answer(batch, share)
                 seconds[share] += time.perf_counter() - start
             tokens[share] += sum(counted)
-        differing += sum(
-            a != b for before, after in zip(*answers.values(), strict=True) for a, b in zip(before, after, strict=True)
-        )
+        differing += sum(before != after for before, after in zip(*answers.values(), strict=True))
     n_answers = sum(map(len, groups))
     print(f"{n_answers} questions on {len(groups)} tables, {args.model}, up to {args.eval_max_new_tokens} new tokens")
     print(f"speed: {seconds[False] / seconds[True]:.2f}x as fast with the prefix read once")

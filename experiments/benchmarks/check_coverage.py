@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from llm_alignment import stats  # noqa: E402
-from llm_alignment.gates import judge  # noqa: E402
+from llm_alignment.evaluation import judge  # noqa: E402
 from llm_alignment.validation import compare_validation  # noqa: E402
 
 QUESTIONS = 6  # of a cluster
