@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import t
+from scipy.stats import beta, t
 
 from llm_alignment import files, stats
 
@@ -100,13 +100,16 @@ ROWS = st.lists(st.tuples(QUARTERS, QUARTERS, st.integers(0, 8)), min_size=1, ma
 
 @settings(deadline=None, max_examples=40)
 @given(rows=ROWS, random=st.randoms(), clustered=st.booleans())
-def test_order_sides_and_labels_change_nothing(rows, random, clustered):
+def test_order_sides_labels_and_units_change_nothing(rows, random, clustered):
     def delta(rows, label=lambda label: label):
         before, after, labels = zip(*rows, strict=True)
         return stats.paired_delta(before, after, clusters=[*map(label, labels)] if clustered else None)
 
     expected = delta(rows)
     assert delta(rows, label="table {}".format) == expected
+    fourfold = delta([(4 * before, 4 * after, label) for before, after, label in rows])  # another unit
+    ends = {end: expected[end] and 4 * expected[end] for end in ("mean", "low", "high")}
+    assert fourfold == {**expected, **ends}
     assert delta(random.sample(rows, len(rows))) == expected
     swapped = delta([(after, before, label) for before, after, label in rows])
     assert swapped["p"] == expected["p"] and swapped["mean"] == -expected["mean"]
@@ -241,6 +244,9 @@ def test_few_changed_items_cannot_tell():
     assert not stats.too_few_changed({"p": 1.0}), "a record of an earlier version"
     # 2 of 40 rose and none fell: the exact upper bound of 0 in 40 is 1 - 0.025 ** (1 / 40)
     assert stats.mcnemar([0] * 40, [1, 1] + [0] * 38)["low"] == pytest.approx(-(1 - 0.025 ** (1 / 40)))
+    mixed = stats.paired_delta([0.0] * 40, [3.0, 3.0, -3.0] + [0.0] * 37)  # the exact bounds of 1 and of 2 in 40
+    assert mixed["low"] == pytest.approx(-3 * beta.ppf(0.975, 2, 39))
+    assert mixed["high"] == pytest.approx(3 * beta.ppf(0.975, 3, 38))
     six = stats.paired_delta([0.0] * 41, [6.0, *after])
     assert six["p"] == pytest.approx(2 / 2**6) and not stats.too_few_changed(six) and not holds_0(six)
 
