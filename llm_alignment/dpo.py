@@ -79,6 +79,9 @@ class SharedPromptTrainer(DPOTrainer):
         read[len(read) // 2 :] *= inputs["completion_mask"][len(read) // 2 :]
         super()._track_num_input_tokens({**inputs, "attention_mask": read})
 
+    def create_model_card(self, *_, **__) -> None:
+        """Of no checkpoint: `write_card` writes one when the run was measured."""
+
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
         if self.order:  # it says what meets in a micro-batch

@@ -91,6 +91,9 @@ class AnchoredTrainer(SFTTrainer):
                 collate(rows), replay=torch.tensor([row.get("replay", False) for row in rows])
             )
 
+    def create_model_card(self, *_, **__) -> None:
+        """Of no checkpoint: `write_card` writes one when the run was measured."""
+
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
         if self.args.packing or self.aux_loss_enabled:  # packed rows are full; a router's loss is one of a batch

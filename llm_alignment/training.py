@@ -159,7 +159,6 @@ def run_training(trainer: Trainer, checkpoint: Path | None) -> None:
     and SIGHUP finish the micro-batch, save a checkpoint of the last whole step and raise Interrupted; a second signal,
     a second or more later, stops at once. A loss or gradient that is not finite anywhere raises NotFiniteError in all
     processes at the same step."""
-    trainer.create_model_card = lambda *_, **__: None  # `write_card` writes one when the run was measured
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:  # the Trainer itself would take one more step
