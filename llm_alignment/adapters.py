@@ -57,9 +57,16 @@ class LoraSettings:
 
 
 def check_model(
-    base: Base, tokenizer: PreTrainedTokenizerBase, *, lora: LoraSettings | None = None, adapter: str = "",
-    longest: int = 0, scale: float = 1.0, packing: bool = False, group_by_table: bool = False,
-) -> None:  # fmt: skip
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    lora: LoraSettings | None = None,
+    adapter: str = "",
+    longest: int = 0,
+    scale: float = 1.0,
+    packing: bool = False,
+    group_by_table: bool = False,
+) -> None:
     """Raises InputError for a model, a saved adapter or a fresh one that would not load, or cannot be `scaled`. The
     model is built on torch's meta device, where loading looks at names and shapes alone. `longest`: tokens of the
     longest example, which the model's context should hold. `packing` and `group_by_table` are the flags."""

@@ -133,9 +133,11 @@ class MeasuringSettings:
 
 
 def dpo_evaluations(
-    tokenizer: PreTrainedTokenizerBase, settings: MeasuringSettings, asked: dict[str, list[dict]],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: MeasuringSettings,
+    asked: dict[str, list[dict]],
     held_out: Sequence[Evaluation] = (),
-) -> list[Evaluation]:  # fmt: skip
+) -> list[Evaluation]:
     """`held_out`, TAT-QA from a file, what is `asked`, {name in EVALUATIONS: questions}, the drift on the reference
     answers of these, retention."""
     evaluations, style = [*held_out], settings.style

@@ -150,9 +150,16 @@ def values_of(pairs: list[tuple[dict, dict]], value: Callable[[dict], Any]) -> t
 
 
 def measure(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, evaluations: list[Evaluation],
-    place: tuple[Path, str], *, fingerprint: dict, with_adapter: bool, use_cache: bool = False, measured_as: str = "",
-) -> Rows:  # fmt: skip
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluations: list[Evaluation],
+    place: tuple[Path, str],
+    *,
+    fingerprint: dict,
+    with_adapter: bool,
+    use_cache: bool = False,
+    measured_as: str = "",
+) -> Rows:
     """The rows of every evaluation by name; every process gets them. Without the adapter the base answers. `place`: a
     folder and a stage; the rows are kept in folder/NAME_STAGE.jsonl, or, without a stage, NAME.jsonl, which must not
     hold another evaluation. `fingerprint`: of the base. With `use_cache` rows of the base are shared with other runs.
@@ -174,9 +181,15 @@ def measure(
 
 
 def read_items(
-    evaluation: Evaluation, get_model: Callable[[], PreTrainedModel | PeftModel], tokenizer: PreTrainedTokenizerBase,
-    path: Path, *, fingerprint: dict, cache: Path | None = None, renew: bool = True,
-) -> list[dict]:  # fmt: skip
+    evaluation: Evaluation,
+    get_model: Callable[[], PreTrainedModel | PeftModel],
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    *,
+    fingerprint: dict,
+    cache: Path | None = None,
+    renew: bool = True,
+) -> list[dict]:
     """The rows of an evaluation's items, kept in `path` and taken from `cache` (see ResultFile); what is missing is
     read, by `get_model()`. All processes call this: they share the batches, the main one writes."""
     import torch

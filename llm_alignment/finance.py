@@ -145,9 +145,12 @@ def format_counts(counts: dict[str, int]) -> str:
 
 
 def mixed_pairs(
-    data: TrainingData, shares: dict[str, Fraction], limits: dict[str, int], policy: str,
+    data: TrainingData,
+    shares: dict[str, Fraction],
+    limits: dict[str, int],
+    policy: str,
     make_finance_pairs: Callable[[list[dict], int], list[dict]],
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """The training pairs of a mix; logs which shares were asked for and which are reached. `limits` are upper bounds
     by source. Only as many finance pairs are made as the mix takes."""
     items = {source: data.items[source] for source in shares}
@@ -175,9 +178,12 @@ class TrainingData:
 
 
 def load_data(
-    settings: DataSettings, sources: set[str], asked: dict[str, list[str]], passages: dict[str, list[str]],
+    settings: DataSettings,
+    sources: set[str],
+    asked: dict[str, list[str]],
+    passages: dict[str, list[str]],
     own: re.Pattern[str],
-) -> TrainingData:  # fmt: skip
+) -> TrainingData:
     """Reads the data of `sources` ("reddit", "finance", "general") and of the evaluations that the flags ask for. What
     these ask is held out: their own questions, and LeakFinder's `asked` and `passages`; `own` finds chat template
     tokens, which no text may spell. Raises InputError when a source or an evaluation has nothing left."""

@@ -55,9 +55,13 @@ class Answer(NamedTuple):
 
 
 def generate(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]],
-    decoding: Decoding, *, description: str = "",
-) -> Iterator[Answer]:  # fmt: skip
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[dict]],
+    decoding: Decoding,
+    *,
+    description: str = "",
+) -> Iterator[Answer]:
     """Answers conversations of {role, content} turns that end with the user's; yields each answer when it is ready.
 
     Temperature 0 is greedy and in float32 does not depend on the batch size; above 0, sampling is seeded. The settings
@@ -139,9 +143,14 @@ def only_these(model: PreTrainedModel | PeftModel, settings: GenerationConfig) -
 
 
 def batched_answers(
-    model: PreTrainedModel | PeftModel, prompts: list[list[int]], settings: GenerationConfig, max_new_tokens: int, *,
-    cache: DynamicCache | None = None, line_break: torch.Tensor | None = None,
-) -> Iterator[tuple[int, list[int]]]:  # fmt: skip
+    model: PreTrainedModel | PeftModel,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    max_new_tokens: int,
+    *,
+    cache: DynamicCache | None = None,
+    line_break: torch.Tensor | None = None,
+) -> Iterator[tuple[int, list[int]]]:
     """Yields (row, new tokens), the end token included, as rows end. `model.generate` pauses whenever a quarter of its
     rows has ended: they leave, and the others go on from their part of the cache. `cache` may hold the prompts,
     left-padded, but for their last tokens. With `line_break` (see `line_break_tokens`) an answer also ends with its
@@ -193,9 +202,14 @@ def line_break_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> to
 
 
 def generate_grouped(
-    model: PreTrainedModel | PeftModel, groups: list[list[list[int]]], settings: GenerationConfig, max_new_tokens: int,
-    line_break: torch.Tensor | None = None, *, share_prefix: bool = True,
-) -> list[list[int]]:  # fmt: skip
+    model: PreTrainedModel | PeftModel,
+    groups: list[list[list[int]]],
+    settings: GenerationConfig,
+    max_new_tokens: int,
+    line_break: torch.Tensor | None = None,
+    *,
+    share_prefix: bool = True,
+) -> list[list[int]]:
     """The new tokens of every token list of every group, as `batched_answers` gives them, generated in one batch. What
     the lists of a group begin with in common is read once (unless not `share_prefix`)."""
     prompts, cache = [prompt for group in groups for prompt in group], None

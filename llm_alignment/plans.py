@@ -87,9 +87,15 @@ def packed(rows: int, examples: Iterable[dict], encoder: ChatEncoder, longest: i
 
 
 def print_sft_plan(
-    setup: Setup, data: tuple[Selection, Iterable[dict], ChatEncoder], settings: TrainingSettings, sft: SftSettings,
-    anchor: AnchorSettings, rounds: list[tuple[Evaluation, int]], replay: int, steps: int,
-) -> None:  # fmt: skip
+    setup: Setup,
+    data: tuple[Selection, Iterable[dict], ChatEncoder],
+    settings: TrainingSettings,
+    sft: SftSettings,
+    anchor: AnchorSettings,
+    rounds: list[tuple[Evaluation, int]],
+    replay: int,
+    steps: int,
+) -> None:
     """Rows by source, one as the model reads it, steps, tokens, passes, memory, evaluations. `data`: what is chosen,
     rows to train on, what makes tokens of them; `rounds`: what is measured, and how often; `replay`: rows of it beside
     the chosen ones, taken to be as long as these."""

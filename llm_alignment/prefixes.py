@@ -205,9 +205,14 @@ def fold_pairs(
 
 
 def prefix_attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, fold: Fold | None = None, **kwargs: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    fold: Fold | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """transformers' "sdpa" attention, with a `fold` block by block. query (1, heads, T, size), key and value (1, key
     heads, T, size) -> (1, T, heads, size)."""
     if fold is None:

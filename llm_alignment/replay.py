@@ -79,9 +79,15 @@ def given_dialogues(
 
 
 def own_dialogues(
-    model: PreTrainedModel, encoder: ChatEncoder, finder: LeakFinder, wanted: int, folder: Path, *,
-    fingerprint: dict, settings: ReplaySettings,
-) -> list[list[dict]]:  # fmt: skip
+    model: PreTrainedModel,
+    encoder: ChatEncoder,
+    finder: LeakFinder,
+    wanted: int,
+    folder: Path,
+    *,
+    fingerprint: dict,
+    settings: ReplaySettings,
+) -> list[list[dict]]:
     """`wanted` conversations of one question and answer, or as many as it finds, that the base `model` writes. It
     continues the template's opening of a user's turn (temperature 1, top_p 0.9) and answers greedily. What does not
     end within 512 tokens, loops, repeats another question or holds an evaluation's is dropped. Every try is kept in
@@ -133,9 +139,11 @@ def write_dialogues(
 
 
 def replay_rows(
-    rows: datasets.Dataset, settings: ReplaySettings, given: list[list[dict]],
+    rows: datasets.Dataset,
+    settings: ReplaySettings,
+    given: list[list[dict]],
     write: Callable[[int], list[list[dict]]],
-) -> datasets.Dataset:  # fmt: skip
+) -> datasets.Dataset:
     """The training rows ("messages", "length") with their replay rows, and a column "replay" that tells them apart.
     Dialogues are taken in turn: the `given` ones of a file, or those that `write(wanted)` gives of --replay self."""
     import datasets

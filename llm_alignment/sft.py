@@ -184,9 +184,15 @@ class SftSettings:
 
 
 def build_trainer(
-    model: PreTrainedModel, setup: Setup, rows: dict[str, Dataset], settings: TrainingSettings, *,
-    sft: SftSettings, anchor: AnchorSettings, early: EarlyStopping | None = None,
-) -> AnchoredTrainer:  # fmt: skip
+    model: PreTrainedModel,
+    setup: Setup,
+    rows: dict[str, Dataset],
+    settings: TrainingSettings,
+    *,
+    sft: SftSettings,
+    anchor: AnchorSettings,
+    early: EarlyStopping | None = None,
+) -> AnchoredTrainer:
     """The trainer, a fresh adapter on `model`. `rows`: "train", "validation", of "input_ids" and "labels", cut."""
     if sft.packing and (problem := packing_problem(model)):
         raise InputError(f"--packing: {problem}; leave it out")

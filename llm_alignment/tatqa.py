@@ -293,9 +293,13 @@ def evaluation_questions(
 
 
 def answer_questions(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[dict], *,
-    decoding: Decoding, one_line: bool,
-) -> Iterator[dict]:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: list[dict],
+    *,
+    decoding: Decoding,
+    one_line: bool,
+) -> Iterator[dict]:
     """Yields the rows of questions as `evaluation_questions` gives them; what those on one context share is read once.
     A row: {"question_id", "context", "question", "answer_type", "scale", "gold": the reference answer, "answer": the
     model's text, "em_like", "em", "f1", "batch_size"}. With `one_line` an answer ends with its first line."""
