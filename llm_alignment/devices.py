@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import logging
 import os
 import subprocess
 import sys
@@ -16,9 +15,7 @@ import transformers
 from peft import PeftModel
 from transformers.integrations import sdpa_attention
 
-from llm_alignment.files import InputError
-
-log = logging.getLogger("llm_alignment")
+from llm_alignment.files import InputError, log
 
 GIB = 2**30
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from llm_alignment.conversations import is_trained, message_text, read_messages, refuse_needed, unread_fields
 from llm_alignment.encoder import NO_TOKENS, split_thought, text_problem
-from llm_alignment.files import digest
+from llm_alignment.files import digest, log
 from llm_alignment.hub import read_usable
 from llm_alignment.leaks import normalise_text
-
-log = logging.getLogger("llm_alignment")
 
 GENERAL_COLUMNS = (
     "question, chosen, rejected and optionally system (as Intel/orca_dpo_pairs); prompt, chosen, rejected; or chosen "

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import operator
 import types
 import weakref
@@ -19,11 +18,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from llm_alignment.batches import shared_lengths
-from llm_alignment.files import is_out_of_memory
+from llm_alignment.files import is_out_of_memory, log
 from llm_alignment.models import evaluating, inner_model, one_line
 from llm_alignment.processes import gathered
-
-log = logging.getLogger("llm_alignment")
 
 HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what TRL's DPO loss and metrics read
 

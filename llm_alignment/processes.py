@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import logging
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llm_alignment.files import InputError
+from llm_alignment.files import InputError, log
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-log = logging.getLogger("llm_alignment")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +17,12 @@ from llm_alignment.adapters import adapter_kept_in_float32, new_adapter
 from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl
 from llm_alignment.batches import sort_by_length
 from llm_alignment.devices import rows_at_once
-from llm_alignment.files import InputError
+from llm_alignment.files import InputError, log
 from llm_alignment.models import without_router_logits
 from llm_alignment.prefixes import anchor_problem, packing_problem
 from llm_alignment.training import Setup, TrainingSettings, run_training, training_arguments
 from llm_alignment.twix import LARGE_DATA, row_lengths
 from llm_alignment.validation import without_head
-
-log = logging.getLogger("llm_alignment")
 
 
 @dataclasses.dataclass(frozen=True)

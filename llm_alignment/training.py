@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
 import math
 import random
 import time
@@ -25,13 +24,11 @@ from llm_alignment.adapters import LoraSettings, check_model, new_adapter, saved
 from llm_alignment.devices import GIB, free_memory, memory_estimate, rows_at_once, tf32
 from llm_alignment.encoder import own_tokens
 from llm_alignment.endings import Interrupted, NotFiniteError, signal_name, signals_go_to
-from llm_alignment.files import InputError
+from llm_alignment.files import InputError, log
 from llm_alignment.flags import fill
 from llm_alignment.models import Base, BaseFlags, load_tokenizer, one_line, resolve_base
 from llm_alignment.processes import DDP_TIMEOUT, gathered, main_process, processes
 from llm_alignment.runs import check_writable, damaged_run
-
-log = logging.getLogger("llm_alignment")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
