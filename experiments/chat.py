@@ -18,10 +18,8 @@ from frontier import finished_run
 from mine_pairs import prompt_turns
 from records import exit_code
 
-from llm_alignment.adapters import adapter_off, scaled
 from llm_alignment.files import InputError
 from llm_alignment.flags import Parser, not_negative, positive
-from llm_alignment.generation import Decoding, generate
 from llm_alignment.hub import read_usable
 
 
@@ -31,8 +29,7 @@ def build_parser() -> Parser:
     add("run_folder", type=Path, metavar="RUN_FOLDER", help="output folder of a training run that ended")
     add("--prompts", default="", metavar="FILE", help="answer these and end; without it you are asked")
     add("--max_new_tokens", type=positive(int), default=512, help="longest answer in tokens")
-    add("--adapter_scale", type=not_negative(float), default=1.0,
-        help="strength of the adapter: 0 is the base, 1 the run")  # fmt: skip
+    add("--adapter_scale", type=not_negative(float), default=1.0, help="strength of the adapter: 0 is the base")
     return parser
 
 
@@ -54,6 +51,9 @@ def chat(args: argparse.Namespace) -> None:
     from rich.box import ASCII
     from rich.console import Console
     from rich.table import Column, Table
+
+    from llm_alignment.adapters import adapter_off, scaled
+    from llm_alignment.generation import Decoding, generate
 
     asked = read_prompts(args.prompts) if args.prompts else []
     run = finished_run(args.run_folder)

@@ -24,12 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from records import exit_code
 
-from llm_alignment.adapters import adapter_config, adapter_off, load_adapter, scaled
 from llm_alignment.card import write_card
 from llm_alignment.files import InputError, SkippedRows, log, parse_json, replace
 from llm_alignment.flags import Parser, fill, not_negative, positive
-from llm_alignment.generation import Decoding, generate
-from llm_alignment.models import Base, BaseFlags, base_fingerprint, load_model, load_tokenizer, resolve_base
 from llm_alignment.results import read_results
 from llm_alignment.runs import check_writable, held_alone
 
@@ -37,6 +34,8 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+    from llm_alignment.models import Base
 
 NO_THINKING = "{%- if enable_thinking is not defined %}{%- set enable_thinking = false %}{%- endif %}"
 LARGEST_KL = {"bf16": 0.05, "fp32": 1e-4}  # mean over the answers' tokens, in nats
@@ -68,9 +67,11 @@ def saved_run(folder: Path) -> dict:
 
 def checked_base(args: argparse.Namespace) -> Base:
     """The base of the adapter, from --model if it is given. Raises InputError when the run measured on another one."""
+    from llm_alignment import adapters, models
+
     folder = args.run_folder
     try:
-        name, run = adapter_config(str(folder))["base_model_name_or_path"], saved_run(folder)
+        name, run = adapters.adapter_config(str(folder))["base_model_name_or_path"], saved_run(folder)
         trained_on, commit = run["args"]["model"] if run else name, (run.get("commits") or {}).get("model")
         if not isinstance(name, str):
             raise TypeError(name)
@@ -79,8 +80,9 @@ def checked_base(args: argparse.Namespace) -> Base:
     if trained_on != name:
         raise InputError(f"{folder}: adapter_config.json names {name}, but run.json {trained_on}; copy it again")
     revision = args.model_revision or (None if args.model else commit)
-    base = resolve_base(fill(BaseFlags, args, model=args.model or name, model_revision=revision, no_4bit=True))
-    known = base_fingerprint(base, thinking=False)["weights"]
+    given = {"model": args.model or name, "model_revision": revision, "no_4bit": True}
+    base = models.resolve_base(fill(models.BaseFlags, args, **given))
+    known = models.base_fingerprint(base, thinking=False)["weights"]
     for path in sorted(folder.glob("*_final.jsonl")):
         measured, _ = read_results(path, SkippedRows())
         weights = measured.get("weights") or known
@@ -122,13 +124,16 @@ def merge(args: argparse.Namespace, base: Base, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    def answers_of(model: Any, tokenizer: Any) -> list[str]:
-        decoding = Decoding(max_new_tokens=args.max_new_tokens)
-        return [answer.text for answer in sorted(generate(model, tokenizer, CHATS, decoding))]
+    from llm_alignment import generation, models
+    from llm_alignment.adapters import adapter_off, load_adapter, scaled
 
-    tokenizer = load_tokenizer(base)
+    def answers_of(model: Any, tokenizer: Any) -> list[str]:
+        decoding = generation.Decoding(max_new_tokens=args.max_new_tokens)
+        return [answer.text for answer in sorted(generation.generate(model, tokenizer, CHATS, decoding))]
+
+    tokenizer = models.load_tokenizer(base)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    model: PeftModel = load_adapter(load_model(base).to(dtype), str(args.run_folder)).eval()
+    model: PeftModel = load_adapter(models.load_model(base).to(dtype), str(args.run_folder)).eval()
     with scaled(model, args.scale):
         answers = answers_of(model, tokenizer)
         wanted = log_probs(model, tokenizer, answers)

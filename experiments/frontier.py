@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import itertools
 from pathlib import Path
@@ -24,21 +25,20 @@ from typing import TYPE_CHECKING, NamedTuple
 from records import exit_code
 
 from llm_alignment import evaluation
-from llm_alignment.adapters import LoraSettings, check_model, load_adapter, scaled
 from llm_alignment.endings import MissedGateError
 from llm_alignment.evaluation import METRICS, Evaluation, TableRow, asked_gates, judge_gates
 from llm_alignment.files import InputError, log, parse_json, write_rows
 from llm_alignment.flags import Parser, fill, not_negative
-from llm_alignment.models import Base, BaseFlags, base_fingerprint, load_model, load_tokenizer, resolve_base
 from llm_alignment.plots import SERIES, new_figure, save_figure
 from llm_alignment.retention import with_own_drift
 from llm_alignment.runs import held_alone
-from llm_alignment.training import Setup
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+    from llm_alignment.models import Base
 
 LEARNED = ("val_loss", "reward_accuracy", "tatqa_em", "finance_instruct", "reddit")  # the first that is measured
 LOST = ("retention", "own_drift", "mtbench")
@@ -54,11 +54,15 @@ class FinishedRun(NamedTuple):
 
     def load(self) -> PeftModel:
         """Base and adapter."""
-        return load_adapter(load_model(self.base), str(self.folder))
+        from llm_alignment import adapters, models
+
+        return adapters.load_adapter(models.load_model(self.base), str(self.folder))
 
 
 def finished_run(folder: Path) -> FinishedRun:
     """The run in `folder`. Raises InputError unless it was trained and measured to its end, and its files fit."""
+    from llm_alignment import adapters, models
+
     try:
         run = parse_json((folder / "run.json").read_bytes())
         name, flags, commits = run["script"].removesuffix(".py"), run["args"], run.get("commits") or {}
@@ -74,9 +78,9 @@ def finished_run(folder: Path) -> FinishedRun:
         reason = f"{Path(error.filename).name} is not there" if isinstance(error, FileNotFoundError) else repr(error)
         advice = "name the output folder of a training run that ended, or end it by --resume_from_checkpoint auto"
         raise InputError(f"{folder}: no finished run ({reason}); {advice}") from error
-    base = resolve_base(dataclasses.replace(fill(BaseFlags, args), model_revision=revision))
-    tokenizer = load_tokenizer(base)
-    check_model(base, tokenizer, adapter=str(folder))
+    base = models.resolve_base(dataclasses.replace(fill(models.BaseFlags, args), model_revision=revision))
+    tokenizer = models.load_tokenizer(base)
+    adapters.check_model(base, tokenizer, adapter=str(folder))
     return FinishedRun(folder, script, args, base, tokenizer)
 
 
@@ -86,27 +90,25 @@ def build_parser() -> Parser:
     add("run_folder", type=Path, metavar="RUN_FOLDER", help="output folder of a training run that ended")
     add("--scales", type=not_negative(float), nargs="+", default=[0, 0.25, 0.5, 0.75, 1, 1.25],
         help="strengths of the adapter: 0 is the base, 1 the run")  # fmt: skip
-    add("--gates", default=None, metavar="METRIC=DIFFERENCE[,...]",
-        help="least acceptable differences from the base; without it those of the run")  # fmt: skip
+    add("--gates", metavar="METRIC=DIFFERENCE[,...]", help="least acceptable differences; without it the run's own")
     return parser
 
 
 def measured(run: FinishedRun, evaluations: list[Evaluation], scales: list[float]) -> dict[float, dict]:
     """The rows of every scale, by evaluation; those of 0 and 1 are the run's own where it has them."""
+    from llm_alignment import adapters, models
+
     is_base = not (getattr(run.args, "load_adapter", "") and run.args.adapter_trainable)  # else it began with another
     last = max(run.folder.glob("stage?"), default=run.folder)
     own = {0.0: (run.folder, "baseline" if is_base else "scale_0"), 1.0: (last, "final")}
-    fingerprint, use_cache = base_fingerprint(run.base, thinking=run.args.thinking), not run.args.no_baseline_cache
-    model, rows = run.load(), {}
+    fingerprint, model, rows = models.base_fingerprint(run.base, thinking=run.args.thinking), run.load(), {}
+    measure = functools.partial(evaluation.measure, model, run.tokenizer, use_cache=not run.args.no_baseline_cache)
     for scale in sorted({0, *scales}):
         place = own.get(scale, (run.folder, f"scale_{scale:g}"))
         known = fingerprint if scale in own else {**fingerprint, "adapter_scale": scale}
         log.info("scale %g", scale)
-        with scaled(model, scale):
-            rows[scale] = evaluation.measure(
-                model, run.tokenizer, evaluations, place, fingerprint=known, with_adapter=scale != 0,
-                use_cache=use_cache,
-            )  # fmt: skip
+        with adapters.scaled(model, scale):
+            rows[scale] = measure(evaluations, place, fingerprint=known, with_adapter=scale != 0)
         if scale == 0:
             evaluations[:] = with_own_drift(evaluations, rows[0], run.tokenizer, thinking=run.args.thinking)
     return rows
@@ -147,11 +149,14 @@ def plot_frontier(title: str, lines: list[dict], chosen: float | None) -> Figure
 
 def frontier(args: argparse.Namespace) -> None:
     """Measures every scale; writes frontier.jsonl and frontier.png; prints the table and the scale to take."""
+    from llm_alignment import adapters, training
+
     run = finished_run(args.run_folder)
     for scale in args.scales:
-        check_model(run.base, run.tokenizer, adapter=str(run.folder), scale=scale)
+        adapters.check_model(run.base, run.tokenizer, adapter=str(run.folder), scale=scale)
     # what the run measured; no adapter is made from it, and its folder holds no run that would be in the way
-    setup = Setup(run.base, run.tokenizer, LoraSettings(1, 1, 0, ""), run.folder / "frontier", None, {})
+    lora = adapters.LoraSettings(1, 1, 0, "")
+    setup = training.Setup(run.base, run.tokenizer, lora, run.folder / "frontier", None, {})
     if (script := run.script).__name__ == "sft_train":
         evaluations = script.task_of(run.args, setup).compared
     else:  # those of several sources or stages: of none, so without training pairs

@@ -26,20 +26,15 @@ from typing import TYPE_CHECKING, Any
 from records import exit_code, shown_command
 
 from llm_alignment import flags
-from llm_alignment.adapters import adapter_sha256, load_adapter
 from llm_alignment.checks import instruct_questions
 from llm_alignment.conversations import refuse_needed
 from llm_alignment.evaluation import Evaluation, read_items
 from llm_alignment.files import InputError, digest, log, write_rows
-from llm_alignment.flags import DEMO_DIR, Parser, fill, positive
-from llm_alignment.generation import Decoding, generate
 from llm_alignment.hub import read_usable
 from llm_alignment.leaks import LeakFinder, forbidden_texts, without_leaks
-from llm_alignment.models import BaseFlags, base_fingerprint, load_model, load_tokenizer, resolve_base
 from llm_alignment.preferences import join_turns, read_turns
 from llm_alignment.prompts import strip_thinking
 from llm_alignment.results import ResultFile
-from llm_alignment.rewards import RewardModel
 from llm_alignment.runs import check_writable, held_alone
 from llm_alignment.tatqa import question_texts, tatqa_file
 from mtbench_eval import load_questions
@@ -47,25 +42,28 @@ from mtbench_eval import load_questions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from llm_alignment.generation import Decoding
+    from llm_alignment.rewards import RewardModel
+
 PROMPTS_AT_ONCE = 32  # they are answered and kept together, so that a restart answers the others as before
 READ = ("prompt", "question", "messages")  # the columns, of which a row needs one
-DEMO = {name: str(DEMO_DIR / name) for name in ("model", "reward_model")} | dict(
-    prompts=str(DEMO_DIR / "prompts.jsonl"), output="demo_pairs.jsonl", tatqa_dir=str(DEMO_DIR / "tatqa"),
-    questions=[str(DEMO_DIR / f"mt_bench_{language}.jsonl") for language in ("ru", "en")], max_new_tokens=32,
+DEMO = {name: str(flags.DEMO_DIR / name) for name in ("model", "reward_model")} | dict(
+    prompts=str(flags.DEMO_DIR / "prompts.jsonl"), output="demo_pairs.jsonl", tatqa_dir=str(flags.DEMO_DIR / "tatqa"),
+    questions=[str(flags.DEMO_DIR / f"mt_bench_{language}.jsonl") for language in ("ru", "en")], max_new_tokens=32,
 )  # fmt: skip
 
 
-def build_parser() -> Parser:
-    parser = Parser("experiments/mine_pairs.py", __doc__)
+def build_parser() -> flags.Parser:
+    parser = flags.Parser("experiments/mine_pairs.py", __doc__)
     flags.add_model_flags(parser)
     add = parser.add_argument_group("pairs").add_argument
     add("--adapter", default="", help="output folder of a training run; without it the base model answers")
     add("--prompts", default="", metavar="FILE", help="prompts to answer")
-    add("--samples", type=positive(int), default=4, help="answers to a prompt")
+    add("--samples", type=flags.number(int, 2), default=4, help="answers to a prompt; a pair needs two")
     add("--output", default="pairs.jsonl", metavar="FILE", help="pairs")
     add("--temperature", type=flags.positive_temperature, default=0.8, help="of the sampled answers")
     add("--top_p", type=flags.positive_ratio, default=0.95, help="of the sampled answers")
-    add("--max_new_tokens", type=positive(int), default=512, help="longest answer")
+    add("--max_new_tokens", type=flags.positive(int), default=512, help="longest answer")
     add("--min_margin", type=flags.not_negative(float), default=0.0, help="least difference of the raw rewards")
     add("--questions", nargs="+", default=["mt_bench_ru.json", "mt_bench_en.json"], metavar="FILE",
         help="evaluation questions that no prompt may contain, fetched where missing")  # fmt: skip
@@ -84,8 +82,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args = parser.parse_args(argv)
     if not args.prompts:
         raise InputError("--prompts is missing; name a file of prompts")
-    if args.samples < 2:
-        raise InputError(f"--samples {args.samples}: a pair needs two answers; give 2 or more")
     return args
 
 
@@ -120,10 +116,12 @@ def sample_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[dict], *, decodings: list[Decoding]
 ) -> list[dict]:
     """The rows {"question_id", "prompt", "answers", "finished"} of prompts; an answer for each of `decodings`."""
+    from llm_alignment import generation
+
     rows = [{**item, "answers": [], "finished": []} for item in items]
     chats = [item["prompt"] for item in items]
     for number, decoding in enumerate(decodings, 1):
-        for answer in generate(model, tokenizer, chats, decoding, description=f"sample {number}"):
+        for answer in generation.generate(model, tokenizer, chats, decoding, description=f"sample {number}"):
             rows[answer.index]["answers"].append(strip_thinking(answer.text))
             rows[answer.index]["finished"].append(answer.finished)
     return rows
@@ -186,18 +184,19 @@ def mine(args: argparse.Namespace) -> None:
 
 def sampled(args: argparse.Namespace, prompts: list[dict], path: Path) -> list[dict]:
     """The rows of the prompts with answers and rewards, kept in `path`; what is there already is not sampled again."""
-    base = resolve_base(fill(BaseFlags, args))
-    tokenizer, model = load_tokenizer(base), load_model(base)
-    model = load_adapter(model, args.adapter) if args.adapter else model
-    own_code, size = args.trust_remote_code, args.eval_batch_size
-    reward_model = RewardModel(args.reward_model, batch_size=size, trust_remote_code=own_code)
-    shared = fill(Decoding, args, batch_size=size)
+    from llm_alignment import adapters, generation, models, rewards
+
+    base = models.resolve_base(flags.fill(models.BaseFlags, args))
+    tokenizer, model = models.load_tokenizer(base), models.load_model(base)
+    model = adapters.load_adapter(model, args.adapter) if args.adapter else model
+    reward_model = rewards.load_reward_model(args.reward_model, args.eval_batch_size, args.trust_remote_code)
+    shared = flags.fill(generation.Decoding, args, batch_size=args.eval_batch_size)
     decodings = [dataclasses.replace(shared, seed=args.seed + 1009 * number) for number in range(args.samples)]
     sampling = {key: getattr(args, key) for key in ("samples", "temperature", "top_p", "max_new_tokens", "seed")}
     asked = {"reward_model": reward_model.fingerprint, "sampling": sampling}
     read = functools.partial(sample_answers, decodings=decodings)
     grade = functools.partial(score_samples, reward_model=reward_model)
-    fingerprint = {**base_fingerprint(base, thinking=args.thinking), "adapter": adapter_sha256(model)}
+    fingerprint = {**models.base_fingerprint(base, thinking=args.thinking), "adapter": adapters.adapter_sha256(model)}
     for row in ResultFile(path, fingerprint | asked).rows.values():
         if not is_sample(row, args.samples):
             raise InputError(f"{path}: the row of question_id {row['question_id']} is damaged; delete its line")

@@ -59,8 +59,7 @@ def build_parser() -> Parser:
     add_task("--publish", action="store_true", help="rewrite the published files of this folder")
     add_task("--run", metavar="RUN", help="print the results of a finished run again")
     add_task("--compare", nargs=2, metavar=("A", "B"), help="two runs: tags, FILE:LINE or output folders")
-    add_task("--power", nargs="+", metavar="RUN",
-             help="what N questions can detect, by the spread of one run or between two")  # fmt: skip
+    add_task("--power", nargs="+", metavar="RUN", help="what N questions can detect, by one run or between two")
     return parser
 
 
@@ -323,8 +322,6 @@ def detectable(spread: float, questions: int) -> float:
 
 def print_power(names: list[str], files: list[Path], difference: float | None = None) -> None:
     """For each evaluation of one run, before and after, or of two: what N questions detect; how many `difference`."""
-    if len(names) > 2:
-        raise InputError(f"--power {' '.join(names)}: give one run, or two to compare")
     finals = [answer_files(name, files) for name in names]
     for key, after_path in finals[-1].items():
         own = [folder / f"{key}_baseline.jsonl" for folder in after_path.parents[:2]]  # of a run in stages above them
@@ -353,6 +350,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--exp_log {missing[0]}: no such file; name a record file")
     refuse(
         (args.detect and not args.power, "--detect goes with --power RUN; name a run"),
+        (len(args.power or []) > 2, f"--power {' '.join(args.power or [])}: give one run, or two to compare"),
         (args.table and args.run is None, "--table goes with --run RUN; name a run"),
     )
     files = list(dict.fromkeys([*record_files(), *(path.resolve() for path in args.exp_log)]))

@@ -57,8 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_task("--plan", action="store_true", help="print every run's dry run and the sum, run nothing")
     add("--seeds", nargs="+", type=flags.seed, default=[], metavar="N", help="run each run with each seed")
     add("--same_data", action="store_true", help="at the commits of the hub that the run's record names")
-    add("--grid", action="append", default=[], type=grid, metavar="FLAG=V,V",
-        help="run each run with each of these values of a flag; may be given several times")  # fmt: skip
+    add("--grid", action="append", default=[], type=grid, metavar="FLAG=V,V", help="a run for each value of a flag")
     return parser
 
 
@@ -259,21 +258,18 @@ def pins(run: dict) -> list[str]:
 
 
 def run(argv: list[str] | None) -> int:
-    parser = build_parser()
-    args, words = parser.parse_known_args(argv)
+    args, words = build_parser().parse_known_args(argv)
     first_flag = next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
     # a RUN after the first flag, as in --print S4, is not taken for one by argparse
     names, changes = [*args.runs, *words[:first_flag]], words[first_flag:]
     import_file, one = getattr(args, "import"), len(names) == 1 and not (args.seeds or args.grid or args.plan)
     asks = import_file or args.list
-    for is_wrong, problem in (
+    flags.refuse(
         (asks and (names or changes or args.seeds or args.grid), "--list and --import take no run, seed or change"),
         (not asks and not names, "name a run, or ask for --list"),
         (args.same_data and names and not one, "--same_data goes with one run"),
         (len(dict(args.grid)) < len(args.grid), "a flag is in two --grid; name all its values in one"),
-    ):
-        if is_wrong:
-            parser.error(problem)
+    )
     if import_file:
         new, known = records.import_records(import_file)
         print(f"imported {new} records into {records.IMPORTED}, {known} were there already")

@@ -8,6 +8,7 @@ import pytest
 from run_records import chat
 from toys import make_model
 
+from llm_alignment import generation
 from llm_alignment.adapters import LoraSettings, new_adapter
 
 
@@ -32,7 +33,7 @@ def asked(monkeypatch, tokenizer):
         args = types.SimpleNamespace(system_prompt=system, thinking=False)
         run = types.SimpleNamespace(args=args, tokenizer=tokenizer, load=lambda: model)
         monkeypatch.setattr(chat, "finished_run", lambda folder: run)
-        monkeypatch.setattr(chat, "generate", answers)
+        monkeypatch.setattr(generation, "generate", answers)
         return chat.main(argv), calls
 
     return ask

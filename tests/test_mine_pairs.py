@@ -10,7 +10,7 @@ import pytest
 from conftest import DEMO, read_rows, write_rows
 from run_records import mine_pairs
 
-from llm_alignment import files, preferences, runs
+from llm_alignment import files, generation, preferences, runs
 
 
 def mine(folder: Path, prompts: Path, *argv: str) -> int:
@@ -25,7 +25,7 @@ def test_a_stop_and_a_restart_sample_no_prompt_twice_and_give_the_same_pairs(tmp
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir(), stopped.mkdir()
     assert mine(whole, prompts) == 0
-    generate, calls = mine_pairs.generate, []
+    generate, calls = generation.generate, []
 
     def stopping(model, tokenizer, chats, *settings, **more):
         calls.append(len(chats))
@@ -33,7 +33,7 @@ def test_a_stop_and_a_restart_sample_no_prompt_twice_and_give_the_same_pairs(tmp
             raise KeyboardInterrupt
         return generate(model, tokenizer, chats, *settings, **more)
 
-    monkeypatch.setattr(mine_pairs, "generate", stopping)
+    monkeypatch.setattr(generation, "generate", stopping)
     assert mine(stopped, prompts) == 130
     assert len(read_rows(stopped / "pairs.jsonl.samples.jsonl")) == 1 + 4 and not (stopped / "pairs.jsonl").exists()
     assert mine(stopped, prompts) == 0
@@ -114,11 +114,6 @@ def test_a_prompt_ends_with_a_question_and_says_a_system_text_once():
         assert mine_pairs.prompt_turns(row) == [{"role": "user", "content": "Be brief.\n\nOne?"}]
 
 
-def test_one_sample_makes_no_pair(capsys):
-    assert mine_pairs.main(["--demo", "--samples", "1"]) == 2
-    assert "--samples 1" in capsys.readouterr().err
-
-
 def test_pairs_never_replace_what_is_read_and_one_start_at_a_time_writes_them(tmp_path, capsys):
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Q"}])
     before = prompts.read_bytes()
@@ -131,8 +126,9 @@ def test_pairs_never_replace_what_is_read_and_one_start_at_a_time_writes_them(tm
     assert [file.name for file in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
-@pytest.mark.parametrize("argv", [["--temperature", "0"], ["--top_p", "0"], ["--seed", "-1"], ["--seed", str(2**32)]])
+@pytest.mark.parametrize("argv", ["temperature 0", "top_p 0", "seed -1", f"seed {2**32}", "samples 1"])
 def test_settings_that_cannot_sample_are_refused(argv, capsys):
+    argv = f"--{argv}".split()
     with pytest.raises(SystemExit) as error:
         mine_pairs.main(["--demo", *argv])
     assert error.value.code == 2 and argv[0] in capsys.readouterr().err

@@ -381,11 +381,16 @@ def test_a_campaign_goes_on_when_its_reader_has_gone(fake_sft):
     assert len(started(fake_sft)) == 2
 
 
-@pytest.mark.parametrize("argv", [["--list", "S4"], ["--import", "x", "--seeds", "1"], ["S4", "--print", "--plan"]])
+@pytest.mark.parametrize("argv", [[], ["--list", "S4"], ["--import", "x", "S4"], ["S4", "S3", "--same_data"]])
 def test_what_does_not_go_together_is_refused(argv, capsys):
+    assert rerun.main(argv) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_plan_is_not_printed_as_commands_too(capsys):
     with pytest.raises(SystemExit) as error:
-        rerun.main(argv)
-    assert error.value.code == 2 and "usage:" in capsys.readouterr().err
+        rerun.main(["S4", "--print", "--plan"])
+    assert error.value.code == 2 and "--plan" in capsys.readouterr().err
 
 
 def test_the_plan_is_every_dry_run_and_the_sum_and_starts_nothing(fake_sft, capfd):
@@ -563,6 +568,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
 
 
 def test_nothing_heavy_is_imported_before_the_arguments_are_parsed():
-    code = "import sys, rerun, report; print(*{'torch', 'numpy', 'scipy', 'matplotlib', 'rich'} & set(sys.modules))"
+    code = "import sys, chat, export, frontier, mine_pairs, report, rerun;"
+    code += "print(*{'torch', 'transformers', 'numpy', 'scipy', 'matplotlib', 'rich'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=EXPERIMENTS, check=True)
     assert run.stdout.strip() == ""
