@@ -2,11 +2,11 @@
 
     L = -log sigmoid(beta * (log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)))
 
-The reference is the same 4-bit base with the adapter switched off; its log-probabilities are computed once and kept
-for later runs. The pairs of a micro-batch go through the model as one row in which every prompt appears once, with the
-answers hidden from each other; only the answers go through the LM head. With --pairs the pairs are your own. TAT-QA,
-MT-Bench, instruction following and, with --eval_pairs, the rewards of held-out pairs against the base are measured
-before and after.
+The reference is the same 4-bit base with the adapter switched off, or, with --adapter_trainable, the adapter as it was
+loaded; its log-probabilities are computed once and kept for later runs. The pairs of a micro-batch go through the
+model as one row in which every prompt appears once, with the answers hidden from each other; only the answers go
+through the LM head. With --pairs the pairs are your own. TAT-QA, MT-Bench, instruction following and, with
+--eval_pairs, the rewards of held-out pairs against the base are measured before and after.
 
     poetry run python dpo_train.py --model Qwen/Qwen3-1.7B --output_dir qwen3_tatqa_dpo_base --beta 0.02 --epochs 1
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment import flags, tatqa
+from llm_alignment.batches import groups_of
 from llm_alignment.checks import instruct_questions
 from llm_alignment.encoder import own_tokens
 from llm_alignment.evaluation import Evaluation
@@ -198,12 +199,20 @@ class PairChoice:
     no_train: bool
     eval_pairs: int
     limit_pairs: int
+    group_by_table: bool
     seed: int
     thinking: bool
 
-    def limited(self, pairs: list[dict], limit: int) -> list[dict]:
-        """A sample of `limit` pairs by the seed; all of them when `limit` is 0."""
-        return random.Random(self.seed).sample(pairs, limit) if 0 < limit < len(pairs) else pairs
+    def limited(self, pairs: list[dict], limit: int, *, in_groups: bool = False) -> list[dict]:
+        """A sample of `limit` pairs by the seed; all of them when `limit` is 0. `in_groups`: all pairs of a table, or
+        whose prompts begin alike, are taken before those of another one."""
+        rng = random.Random(self.seed)
+        if not 0 < limit < len(pairs):
+            return pairs
+        if not in_groups:
+            return rng.sample(pairs, limit)
+        groups = groups_of([transcript(pair["prompt"]) for pair in pairs])
+        return [pairs[index] for group in rng.sample(groups, len(groups)) for index in group][:limit]
 
 
 def own_pairs(source: str, choice: PairChoice, finder: LeakFinder, own: re.Pattern[str]) -> PairData:
@@ -228,7 +237,7 @@ def own_pairs(source: str, choice: PairChoice, finder: LeakFinder, own: re.Patte
         log.warning("--eval_pairs %d: half of the prompts give %d", choice.eval_pairs, len(held_out))
     held_out = held_out[: choice.eval_pairs]
     pairs = [] if choice.no_train else [pair for group in by_prompt.values() for pair in group]
-    pairs = choice.limited(pairs, choice.limit_pairs)
+    pairs = choice.limited(pairs, choice.limit_pairs, in_groups=choice.group_by_table)
     rows = {"pairs": len(pairs), "held_out": len(held_out), **counts}
     return pairs, held_out, {"source": source, "rows": rows, "sha256": digest([pair["uid"] for pair in pairs])}
 
@@ -239,8 +248,8 @@ def table_pairs(folder: str, split: str, eval_split: str, choice: PairChoice, co
     pairs, held_out = list[dict](), list[dict]()
     data: dict = {"source": folder or "next-tat/TAT-QA"}
 
-    def load(path: Path, limit: int, without: Collection[str] = ()) -> tuple[list[dict], int]:
-        """A sample of the pairs of a file, and how many questions gave none."""
+    def load(path: Path, limit: int, without: Collection[str] = (), **how: bool) -> tuple[list[dict], int]:
+        """A sample of the pairs of a file, and how many questions gave none; `how` as in `PairChoice.limited`."""
         skipped = SkippedRows()
         contexts = tatqa.read_tatqa(path, skipped)
         table = {question["uid"]: c["questions"][0]["uid"] for c in contexts for question in c["questions"]}
@@ -250,11 +259,11 @@ def table_pairs(folder: str, split: str, eval_split: str, choice: PairChoice, co
         if not found:
             reasons = "; ".join(skipped.places) or "all of them are trained on"
             raise InputError(f"{path}: no pairs left ({reasons}); name another --tatqa_split or --eval_split")
-        return choice.limited(found, limit), skipped.count
+        return choice.limited(found, limit, **how), skipped.count
 
     if not choice.no_train:
         path = tatqa.tatqa_file(folder, split)
-        pairs, skipped = load(path, choice.limit_pairs)
+        pairs, skipped = load(path, choice.limit_pairs, in_groups=choice.group_by_table)
         data |= {"rows": {"tatqa_pairs": len(pairs), "skipped": skipped}, "sha256": file_sha256(path)}
     if choice.eval_pairs:
         held_out, _ = load(tatqa.tatqa_file(folder, eval_split), choice.eval_pairs, {pair["uid"] for pair in pairs})

@@ -294,9 +294,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
         record["kept_step"] = entry["kept_step"]
         if stage is stages[-1] and main_process():
             finish(record, setups[stage.number], evaluations)
+            judge_gates(record, gates)
         check_gate(entry, force_continue=args.force_continue)
-    if main_process():
-        judge_gates(record, gates)
 
 
 def check_gate(entry: dict, *, force_continue: bool) -> None:

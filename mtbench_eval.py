@@ -153,10 +153,12 @@ def main(argv: list[str] | None = None) -> dict:
 
 def run_judge(args: argparse.Namespace, record: dict) -> None:
     """How often the reward model agrees with the pairs of --check_judge."""
+    from llm_alignment.devices import prepared_device
     from llm_alignment.rewards import check_judge, judge_lines, load_reward_model
 
     ignored = next((name for name in ("adapter", "compare") if getattr(args, name)), None)
     flags.refuse((ignored, f"--check_judge scores the answers of its pairs: leave out --{ignored}"))
+    prepared_device(args.dtype, args.gpu_memory_share)
     judge = load_reward_model(args.reward_model, args.eval_batch_size, args.trust_remote_code, args.dry_run)
     pairs = read_pairs(args.check_judge, "--check_judge", thinking=args.thinking, own=own_tokens(judge.tokenizer))
     if args.dry_run:

@@ -65,7 +65,7 @@ def build_parser() -> flags.Parser:
     add("--subset", choices=["general", "reasoning", "both"], default="general",
         help="rows to use; one that names no subset is general")
     add("--val_split", type=ratio, default=0.01, help="share of the prompts held out for validation, at least one; "
-        "without it, of a local --dataset, a tenth, or 30 prompts of 300 and more")
+        "without it, of a local --dataset, a tenth; of 300 prompts 30, of 3,000 and more one in 100")
     add("--streaming", action="store_true", help="read rows as they are needed, never all in memory")
     add("--max_seq_length", type=positive(int), default=1024, help="tokens that an example is cut to")
     add("--packing", action="store_true", help="fill sequences with several examples; none sees another")
@@ -88,7 +88,7 @@ def build_parser() -> flags.Parser:
     add("--kl_on", choices=["all", "replay"], default="all", help="replay: the anchor acts on replay rows alone")
     add = add_group(parser, "replay", trains=True)
     add("--replay_ratio", type=ratio, default=0.0,
-        help="share of training rows that are dialogues of before, 0 = none; raise it if retention gets worse")
+        help="share of training rows that are general dialogues, 0 = none; raise it if retention gets worse")
     add("--replay", default="self", metavar="self|FILE",
         help="self: the base writes them; or rows as in --dataset, which get no --system_prompt")
     add = add_group(parser, "log and speed", trains=False)

@@ -13,7 +13,6 @@ all is named, for export.py --scale and mtbench_eval.py --adapter_scale. Start i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -25,7 +24,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from records import exit_code
 
 from llm_alignment import evaluation
-from llm_alignment.endings import MissedGateError
 from llm_alignment.evaluation import METRICS, Evaluation, TableRow, asked_gates, judge_gates
 from llm_alignment.files import InputError, log, parse_json, write_rows
 from llm_alignment.flags import Parser, fill, not_negative
@@ -171,8 +169,7 @@ def frontier(args: argparse.Namespace) -> None:
             evaluation.add_figures(line, asked, rows[0], rows[line["scale"]])
         for line in lines[1:] if gates else []:
             log.info("gates at scale %g:", line["scale"])
-            with contextlib.suppress(MissedGateError):
-                judge_gates(line, gates)
+            judge_gates(line, gates)
         chosen = largest(lines)
         write_rows(run.folder / "frontier.jsonl", lines)
         save_figure(plot_frontier(run.folder.name, lines, chosen), run.folder / "frontier.png")

@@ -400,15 +400,14 @@ def merge_seeds(runs: list[Run]) -> list[Run]:
 
 def merge(members: list[Run]) -> Run:
     """One run that stands for completed runs of several seeds; its record holds means and combined differences. It is
-    called "S4, 2 seeds" of "S4-seed1" and "S4-seed2"; by the first name where these have nothing in common."""
+    called "S4, 2 seeds" of "S4-seed1" and others."""
     members = sorted(members, key=lambda run: run.params["seed"])
     records = [run.source for run in members]
     keys = [key for key in members[0].delta if all(key in member.delta for member in members)]
     means = {key: average([record[key] for record in records]) for key in ("baseline", "final", "runtime_s")}
     delta = {key: combine([member.delta[key] for member in members]) for key in keys}
     run = from_record(records[0] | means | {"delta": delta, "kept_step": None})
-    stems = {run.name.rpartition("seed")[0].rstrip("-_ ") for run in members}
-    name = stems.pop() if len(stems) == 1 and "" not in stems else members[0].name
+    name = re.sub(r"[-_ ]seed[-_ ]?\d.*$", "", members[0].name)
     run.name, run.origin, run.members = f"{name}, {len(members)} seeds", f"new, {len(members)} seeds", members
     return run
 

@@ -189,7 +189,7 @@ def execute(script: str, arguments: list[str]) -> tuple[int, int]:
 def run_campaign(title: str, runs: list[PlannedRun]) -> int:
     """Runs what is not completed and continues after failures. Prints the status of every run, then a row for each run
     or cell of the grid; several seeds of one are one row. Both are saved under the title, with every difference. The
-    exit code is 0 when all are completed, 130 or 143 when it was stopped, else 1."""
+    exit code is 0 when all are completed and none missed a gate, 130 or 143 when it was stopped, else 1."""
     stopped = 0
     for place, run in enumerate(runs, 1):
         at, record = f"[{place}/{len(runs)}] {run.name}", run.record()
@@ -218,7 +218,12 @@ def run_campaign(title: str, runs: list[PlannedRun]) -> int:
     print(f"wrote {path}", flush=True)
     if left := [run.name for run, record in found if not record or record["status"] != "completed"]:
         print(f"not completed: {', '.join(left)}; the same command tries them again", file=sys.stderr)
-    return stopped or int(bool(left))
+    verdicts = {
+        run.name: [gate["verdict"] for gate in (record or {}).get("gates", {}).values()] for run, record in found
+    }
+    if missed := [name for name, judged in verdicts.items() if "missed" in judged]:
+        print(f"missed a gate: {', '.join(missed)}", file=sys.stderr)
+    return stopped or int(bool(left or missed))
 
 
 def print_plan(runs: list[PlannedRun]) -> int:

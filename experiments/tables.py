@@ -378,13 +378,13 @@ def recipes_table(new: list[Run]) -> str:
             cells.append(f"{seconds / 60:.1f}" if seconds else "-")
             rows.append([run.model.rpartition("/")[2], recipe, way_of(run), run.name, *cells])
     header = ["Model", "Rate, layers, rank", "Anchor, replay", "Records", "Learned"]
-    return markdown_table([*header, *(METRICS[name].title for name in kept), "Training, min"], rows)
+    table = markdown_table([*header, *(METRICS[name].title for name in kept), "Training, min"], rows)
+    return table and f"Differences, after minus before, with 95 % intervals; none: too few changed for one.\n\n{table}"
 
 
 def change_of(run: Run, name: str) -> str:
     """The difference of a metric with its interval; "-" without one."""
-    delta = run.delta.get(name, {})
-    return "-" if delta.get("low") is None else "{mean:+.3g} [{low:.3g}, {high:.3g}]".format(**delta)
+    return " ".join(table_texts([TableRow("", None, None, run.delta.get(name))])[0][0][3:5]) or "-"
 
 
 def way_of(run: Run) -> str:

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers.integrations import sdpa_attention
 
 from llm_alignment.files import InputError, log
+from llm_alignment.processes import device_and_dtype
 
 GIB = 2**30
 
@@ -23,17 +24,31 @@ GIB = 2**30
 OLDEST_DRIVER = {12: 525, 13: 580}
 
 
+def prepared_device(choice: str, memory_share: float | None) -> tuple[torch.device, torch.dtype]:
+    """`device_and_dtype` of --dtype, prepared for the whole process; warns of a card that cannot be used."""
+    device, dtype = device_and_dtype(choice)
+    if device.type == "cuda":
+        prepare_cuda(device, memory_share)
+    elif line := unused_card():
+        log.warning("%s", line)
+    return device, dtype
+
+
 def prepare_cuda(device: torch.device, memory_share: float | None = None) -> None:
     """Settings of a CUDA device for the whole process, before anything is put on it. `memory_share`: the part of its
-    memory, 0 to 1, that the process may take. None: all of it, and 0.95 on Windows, whose driver moves what does not
-    fit into host memory: all is 10 to 50 times slower, and no batch is halved."""
+    memory, 0 to 1, that the process may take. None: all of it; on Windows what is free, at most 0.95: its driver moves
+    what does not fit into host memory, where all is 10 to 50 times slower and no batch is halved."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper and Blackwell it plans again, for 1 s, for every shape
-    memory_share = memory_share or (0.95 if sys.platform == "win32" else 1.0)
-    torch.cuda.set_per_process_memory_fraction(memory_share, device)
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        # Keys and values are expanded to the query's heads, or at one query the heads are packed: grouped ones are
-        # left to the math kernel there, which keeps all probabilities.
-        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
+    if sys.platform == "win32":
+        free, total = torch.cuda.mem_get_info(device)
+        memory_share = memory_share or min(0.95, free / total)
+    torch.cuda.set_per_process_memory_fraction(memory_share or 1.0, device)
+    # Only the flash kernel takes grouped heads. Where it does not run, on older cards and in float32, they are left to
+    # the math kernel, which keeps all probabilities; so keys and values are expanded to the query's heads there.
+    has_flash, rule = torch.cuda.get_device_capability(device) >= (8, 0), sdpa_attention.use_gqa_in_sdpa
+    sdpa_attention.use_gqa_in_sdpa = lambda mask, key, value: (
+        has_flash and key.dtype != torch.float32 and rule(mask, key, value)
+    )
 
 
 def free_memory() -> tuple[int, int]:

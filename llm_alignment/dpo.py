@@ -71,7 +71,7 @@ class SharedPromptTrainer(DPOTrainer):
             self.order = GroupedOrder(groups, self.args.seed)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        return dataset.map(functools.partial(pair_tokens, tokenizer=processing_class), desc="tokenising")
+        return dataset  # `build_trainer` has made tokens of it
 
     def _track_num_input_tokens(self, inputs):
         """A prompt counts once: of the rejected rows, the second half, only the answers do."""
@@ -110,10 +110,13 @@ def build_trainer(
     is_fresh = not isinstance(model, PeftModel)
     if is_fresh:
         model = new_adapter(model, setup.lora)
-    arguments = training.training_arguments(dpo.sized(settings, dpo.max_length), setup.base, setup.lora)
+    pairs = datasets.Dataset.from_list(rows)
+    pairs = pairs.map(functools.partial(pair_tokens, tokenizer=setup.tokenizer), desc="tokenising")
+    lengths = zip(*(token_counts(pairs, side) for side in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)
+    arguments = training.training_arguments(dpo.sized(settings, lengths, is_shared=is_shared), setup.base, setup.lora)
     arguments |= {name: getattr(dpo, name) for name in ("beta", "max_length", "label_smoothing")}
     config = DPOConfig(**arguments, loss_type=loss_types, loss_weights=loss_weights)
-    how = {"args": config, "processing_class": setup.tokenizer, "train_dataset": datasets.Dataset.from_list(rows)}
+    how = {"args": config, "processing_class": setup.tokenizer, "train_dataset": pairs}
     with adapter_kept_in_float32(model):
         trainer = SharedPromptTrainer(by_table=dpo.group_by_table, is_shared=is_shared, model=model, **how)
     if is_fresh:

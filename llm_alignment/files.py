@@ -1,4 +1,4 @@
-"""Rows in, results out: JSONL, JSON and Parquet readers, atomic writes, results that survive a kill, hashes."""
+"""Rows in, results out: JSONL, JSON and Parquet readers, atomic writes, records under a lock, hashes."""
 
 import codecs
 import contextlib

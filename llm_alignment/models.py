@@ -17,10 +17,10 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from llm_alignment.devices import apply_liger, prepare_cuda, unused_card
+from llm_alignment.devices import apply_liger, prepared_device
 from llm_alignment.files import InputError, is_out_of_memory, log, read_json
 from llm_alignment.hub import check_files, commit_of, fetch_model, files_sha256
-from llm_alignment.processes import device_and_dtype, main_process, on_main_process, versions
+from llm_alignment.processes import main_process, on_main_process, versions
 
 EXCHANGE = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}]
 
@@ -82,14 +82,10 @@ def resolve_base(flags: BaseFlags) -> Base:
     folder = fetched or fetch_model(name, commit or revision, "--model")
     check_files(folder, f"--model {name}")
     quantization = "none" if flags.no_4bit else flags.quant_type
-    device, dtype = device_and_dtype(flags.dtype)
-    if device.type == "cuda":
-        prepare_cuda(device, flags.gpu_memory_share)
-    elif line := unused_card():
-        log.warning("%s", line)
-    if flags.liger:
-        apply_liger(read_json(folder / "config.json", f"--model {name}").get("model_type", ""), device)
-    return Base(name, folder, commit, device, dtype, quantization, flags.trust_remote_code, flags.liger)
+    device, dtype = prepared_device(flags.dtype, flags.gpu_memory_share)
+    kind = read_json(folder / "config.json", f"--model {name}").get("model_type", "")
+    liger = flags.liger and apply_liger(kind, device)
+    return Base(name, folder, commit, device, dtype, quantization, flags.trust_remote_code, liger)
 
 
 def read_tokenizer(folder: Path, what: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -120,7 +116,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         what = f"does not end a prompt with {unsaid!r}, which begins an answer: the model must write it"
         log.warning("%s: its chat template %s", base.what, what)
     if "strftime_now" in tokenizer.chat_template:
-        log.warning("%s: its chat template writes the day's date: of another day, answers differ", base.what)
+        log.warning("%s: its chat template writes today's date, so answers change from day to day", base.what)
     if end and end != tokenizer.eos_token:  # as in Qwen3-Base: what is trained and generated ends as a turn does
         log.warning("an answer ends with %s, the template's end of a turn, not with %s", end, tokenizer.eos_token)
         tokenizer.eos_token = end

@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from transformers import Trainer
+import torch
+from transformers import Trainer, TrainerCallback
 
 from llm_alignment.anchored_loss import AnchorSettings
 from llm_alignment.batches import PAIRS_AT_ONCE, GroupedOrder, groups_of, padded_tokens, shared_lengths
+from llm_alignment.devices import tf32
 from llm_alignment.encoder import ChatEncoder
 from llm_alignment.evaluation import Evaluation, questions_needed
 from llm_alignment.files import log, read_records
@@ -75,8 +77,9 @@ def print_dpo_plan(
     log.info("the reference: %d forward passes, once per base and data", math.ceil(len(rows) / PAIRS_AT_ONCE))
     tokens = (total * epochs / steps for total in (sum(both), padded, read))
     log.info("tokens a step: %.0f of the pairs, %.0f padded as TRL reads them, %.0f read here", *tokens)
-    once = [pair - (0 if dpo.no_prefix_sharing else len(prompt)) for pair, prompt in zip(both, prompts, strict=True)]
-    log_memory_plan(dpo.sized(settings, max(once)), setup.base, setup.lora)
+    sides = zip(map(len, prompts), lengths[: len(rows)], lengths[len(rows) :], strict=True)
+    pairs = [(prompt, chosen - prompt, rejected - prompt) for prompt, chosen, rejected in sides]
+    log_memory_plan(dpo.sized(settings, pairs, is_shared=not dpo.no_prefix_sharing), setup.base, setup.lora)
     log_evaluations(setup, rounds, read * (2 * epochs + 1))  # once more for the reference
 
 
@@ -122,20 +125,33 @@ def print_sft_plan(
     log_evaluations(setup, rounds, (2 * steps + anchored) * per_step * per_row)
 
 
+class StepClock(TrainerCallback):
+    """When each optimiser step ended, in seconds."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+
 def log_times(trainer: Trainer, steps: int, rounds: list[tuple[Evaluation, int]]) -> None:
     """Takes two steps and reads one batch of each evaluation; logs how long `steps` and all `rounds` take so."""
     args, model, tokenizer = trainer.args, trainer.model, trainer.processing_class
-    with tempfile.TemporaryDirectory() as args.output_dir:
-        args.max_steps, args.save_strategy, args.eval_strategy, start = 2, "no", "no", time.perf_counter()
+    trainer.add_callback(clock := StepClock())
+    with tempfile.TemporaryDirectory() as args.output_dir, tf32(args.bf16 or args.fp16):
+        args.max_steps, args.save_strategy, args.eval_strategy = 2, "no", "no"
         trainer.train()
-    trained = (time.perf_counter() - start) / 2 * steps
+    trained = (clock.ends[1] - clock.ends[0]) * steps  # the first one also sets up what the libraries keep
     measured = 0.0
     for evaluation, times in rounds:
         items, start = list(evaluation.items[: max(1, evaluation.rows_at_once(model))]), time.perf_counter()
         with evaluating(model):
             list(evaluation.read(model, tokenizer, items))
         measured += (time.perf_counter() - start) * times * len(evaluation.items) / len(items)
-    log.info("time: about %.1f minutes of training, %.1f of evaluation, rewards apart", trained / 60, measured / 60)
+    log.info("time: about %.1f minutes of training, %.1f of evaluation without rewards", trained / 60, measured / 60)
 
 
 def log_gates(gates: dict[str, float], exp_log: Path, model: str) -> None:

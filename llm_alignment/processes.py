@@ -37,18 +37,16 @@ def processes() -> int:
 
 def device_and_dtype(choice: str = "auto") -> tuple[torch.device, torch.dtype]:
     """This process's device and the type of the base's weights; `choice` is --dtype: auto is bf16 where the GPU has
-    it, else fp16, and fp32 on CPU. Raises InputError for bf16 on a GPU without it, and for several GPUs on Windows."""
+    it, else fp16, and fp32 on CPU. Raises InputError for bf16 on a GPU without it."""
     import torch
 
     if not torch.cuda.is_available():
         return torch.device("cpu"), getattr(torch, DTYPES.get(choice, "float32"))
-    if processes() > 1 and sys.platform == "win32":
-        raise InputError("several GPUs need NCCL, which Windows lacks: leave out accelerate launch, or use WSL")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if choice == "bf16" and not has_bf16:
-        raise InputError(f"--dtype bf16: {torch.cuda.get_device_name(device)} has no bf16; use --dtype fp16")
+        raise InputError(f"--dtype bf16: {torch.cuda.get_device_name(device)} has no bf16; use another --dtype")
     return device, getattr(torch, DTYPES.get(choice) or ("bfloat16" if has_bf16 else "float16"))
 
 
@@ -57,10 +55,13 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def all_processes() -> PartialState:
-    """accelerate's state, made with `DDP_TIMEOUT` also where it is needed before the trainer, which would make it."""
+    """accelerate's state, made with `DDP_TIMEOUT` also where it is needed before the trainer, which would make it.
+    Raises InputError for several GPUs on Windows."""
     import torch
     from accelerate import PartialState
 
+    if processes() > 1 and sys.platform == "win32" and torch.cuda.is_available():
+        raise InputError("several GPUs need NCCL, which Windows lacks: leave out accelerate launch, or use WSL")
     # without a GPU it has to be told, or every process believes that it is alone
     return PartialState(cpu=not torch.cuda.is_available(), timeout=DDP_TIMEOUT)
 

@@ -61,7 +61,8 @@ def reddit_pairs(rows: list[dict], settings: RedditSettings) -> list[dict[str, s
         *siblings, best = comments
         prompt, chosen, score = settings.post_text(best), best["body"].strip(), best["comment_normalized_score"]
         worse = [row for row in siblings if row["comment_normalized_score"] < score and row["body"].strip() != chosen]
-        far = (row for row in worse if score - row["comment_normalized_score"] >= settings.reddit_score_margin)
+        least = settings.reddit_score_margin - 1e-9  # 0.9 - 0.8 is less than 0.1
+        far = (row for row in worse if score - row["comment_normalized_score"] >= least)
         most = settings.reddit_length_tol * len(chosen)
         near = [row for row in far if abs(len(row["body"].strip()) - len(chosen)) <= most]
         rejected = near[: settings.reddit_max_pairs_per_post] or [row for row in worse if row is siblings[0]]

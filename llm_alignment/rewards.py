@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
@@ -46,7 +47,8 @@ class RewardModel:
         self.config = self.model.config.get_text_config()
         self.max_length = min(self.config.max_position_embeddings, self.tokenizer.model_max_length)
         self.default_system = default_system_turn(self.tokenizer)
-        self.fingerprint = {"name": name, "weights": commit_of(folder) or files_sha256(folder), "dtype": "float32"}
+        named = name if Path(name).exists() else name.partition("@")[0]  # its commit is that of the weights
+        self.fingerprint = {"name": named, "weights": commit_of(folder) or files_sha256(folder), "dtype": "float32"}
 
     def score(self, conversations: list[list[dict]]) -> list[float]:
         """Raw rewards. A long conversation loses the beginning of its oldest turns, never any of its answer."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_alignment import files
-from llm_alignment.endings import console_and_log, ending, explain, interrupt, open_log, signals_go_to
+from llm_alignment.endings import MissedGateError, console_and_log, ending, explain, interrupt, open_log, signals_go_to
 from llm_alignment.files import InputError, SkippedRows, log, parse_json
 from llm_alignment.hub import COMMITS
 from llm_alignment.processes import all_processes, gathered, main_process, processes, versions
@@ -67,6 +67,10 @@ def recorded_run(run: Callable[..., None], args: argparse.Namespace, argv: list[
             log.info("record appended to %s", args.exp_log)
             if (Path(record["output_dir"]) / "adapter_config.json").exists():
                 log.info(NEXT.format(run=shlex.quote(record["output_dir"])))
+            if missed := [name for name, gate in record["gates"].items() if gate["verdict"] == "missed"]:
+                why = MissedGateError(f"missed: {', '.join(missed)}; adapter, record and files are complete")
+                print(explain(ending(why, args.output_dir), why), file=sys.stderr)
+                raise SystemExit(1)
     return record
 
 
@@ -83,7 +87,7 @@ def new_record(flags: dict[str, Any], argv: list[str], script: str) -> dict:
         "ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "tag": flags["exp_tag"],
         "script": script, "argv": argv, "args": flags, "git": git_commit(),
         "versions": {"python": sys.version.split()[0]} | versions(*packages), "device": None, "data": None,
-        **{key: {} for key in ("baseline", "final", "delta", "runtime_s")},
+        **{key: {} for key in ("baseline", "final", "delta", "runtime_s", "gates")},
         "kept_step": None, "status": "failed", "output_dir": flags["output_dir"],
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The SFT trainer: the fused loss with its anchor, micro-batches of like length, early stopping by MT-Bench."""
+"""The SFT trainer: the fused loss with its anchor, micro-batches of like length, early stopping."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from llm_alignment.adapters import adapter_kept_in_float32, new_adapter
 from llm_alignment.anchored_loss import AnchorSettings, fused_nll_kl
 from llm_alignment.batches import sort_by_length
-from llm_alignment.devices import rows_at_once
+from llm_alignment.devices import rows_at_once, tf32
 from llm_alignment.files import InputError, log
 from llm_alignment.models import without_router_logits
 from llm_alignment.prefixes import anchor_problem, packing_problem
@@ -33,7 +33,7 @@ class EarlyStopping:
     steps: int
     metric: str  # "mtbench", "val_loss" or "retention"
     evaluate: Callable[[PeftModel, int], dict[str, float]]  # the metrics of the adapter at a step, by name
-    baseline: Callable[[], float | None]  # MT-Bench of the base on the same questions, once it was measured
+    baseline: Callable[[], float | None]  # the base's, on the same questions, once it was measured
 
     def reason(self, history: list[dict]) -> str | None:
         """Why to stop, or None, by the trainer's log."""
@@ -75,7 +75,7 @@ def tail_mask(is_target: torch.Tensor, example: torch.Tensor, limit: int) -> tor
 
 
 class AnchoredTrainer(SFTTrainer):
-    """TRL's trainer with micro-batches sorted by length, the fused loss, and evaluations that decide by MT-Bench."""
+    """TRL's trainer with micro-batches sorted by length, the fused loss, and measurements for early stopping."""
 
     def __init__(self, *, anchor: AnchorSettings, early: EarlyStopping | None, **arguments):
         self.anchor, self.early = anchor, early
@@ -159,7 +159,8 @@ class AnchoredTrainer(SFTTrainer):
 
     def evaluate(self, *_, **__):
         """What runs every --eval_steps; with early stopping the Trainer keeps the best checkpoint."""
-        measured = self.early.evaluate(self.model, self.state.global_step)
+        with tf32(False):  # as before training and after it
+            measured = self.early.evaluate(self.model, self.state.global_step)
         metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

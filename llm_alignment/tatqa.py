@@ -1,4 +1,4 @@
-"""TAT-QA: flags, reading, prompt, both metrics, and answering table by table."""
+"""TAT-QA: reading, prompt, both metrics, and answering table by table."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from llm_alignment.adapters import LoraSettings, check_model, new_adapter, saved
 from llm_alignment.devices import GIB, free_memory, memory_estimate, rows_at_once, tf32
 from llm_alignment.encoder import own_tokens
 from llm_alignment.endings import Interrupted, NotFiniteError, signal_name, signals_go_to
+from llm_alignment.evaluation import parse_gates
 from llm_alignment.files import InputError, log
 from llm_alignment.flags import fill
 from llm_alignment.models import Base, BaseFlags, load_tokenizer, one_line, resolve_base
@@ -67,13 +69,20 @@ class DpoSettings:
     loss_weights: str
     label_smoothing: float
     max_length: int  # tokens of prompt and answer
-    max_prompt_length: int
     no_prefix_sharing: bool
     group_by_table: bool
 
-    def sized(self, settings: TrainingSettings, longest: int) -> TrainingSettings:
-        """The settings for examples of `longest` tokens, as the plan of the memory needs them."""
-        longest_answer = self.max_length - self.max_prompt_length
+    def sized(
+        self, settings: TrainingSettings, pairs: Iterable[tuple[int, int, int]], *, is_shared: bool
+    ) -> TrainingSettings:
+        """The settings with the sizes of the longest of the `pairs`, as the plan of the memory needs them: a prompt
+        with both answers where it is read once, else two rows as long as the longer one. `pairs`: tokens of prompt,
+        chosen and rejected answer."""
+        longest = longest_answer = 0
+        for prompt, *answers in pairs:
+            cut = [max(0, min(answer, self.max_length - prompt)) for answer in answers]
+            longest = max(longest, prompt + sum(cut) if is_shared else 2 * (prompt + max(cut)))
+            longest_answer = max(longest_answer, *cut)
         return dataclasses.replace(settings, longest=longest, longest_answer=longest_answer)
 
 
@@ -120,9 +129,9 @@ def uses_checkpointing(settings: TrainingSettings, base: Base, lora: LoraSetting
         return settings.gradient_checkpointing == "on"
     if not torch.cuda.is_available():
         return False
-    free = min(gathered([free_memory()[0]]))  # ranks that decide differently wait for each other forever
-    needed = memory_of(settings, base, lora)  # of which the weights are loaded already
-    is_on = 1.15 * sum(needed[part] for part in ("adapter", "activations", "logits")) + GIB > free
+    free, needed = free_memory()[0], memory_of(settings, base, lora)  # of which the weights are loaded already
+    is_full = 1.15 * sum(needed[part] for part in ("adapter", "activations", "logits")) + GIB > free
+    is_on = any(gathered([is_full]))  # ranks that decide differently wait for each other forever
     log.info("gradient checkpointing %s: %.1f GiB are free", "on" if is_on else "off", free / GIB)
     return is_on
 
@@ -308,7 +317,10 @@ def checkpoint_problem(folder: Path) -> str | None:
 
 def state_problem(folder: Path) -> str | None:
     """Why the files of a complete checkpoint cannot be loaded; None when they can. No code of pickled objects runs."""
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
     moments = "state1" if torch.cuda.is_available() else "exp_avg"  # of bitsandbytes' AdamW, and of torch's
+    within = Optimizer8bit._FSDP_WRAPPED_QUANT_STATE_KEY  # where bitsandbytes keeps its moments
     for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
         try:
             with safe_globals():
@@ -317,7 +329,7 @@ def state_problem(folder: Path) -> str | None:
             return f"{path.name} cannot be loaded ({one_line(error)})"
         if path.name == "optimizer.pt":
             try:
-                sizes = sorted(each[moments].shape for each in state["state"].values())
+                sizes = sorted(each.get(within, each)[moments].shape for each in state["state"].values())
             except (KeyError, TypeError, AttributeError):
                 return f"{path.name} is the state of another optimiser"
             if sizes != sorted(tensor.shape for tensor in load_file(folder / "adapter_model.safetensors").values()):
@@ -376,6 +388,7 @@ def set_up(
     """Looks up the base, checks its files, the adapter, whose settings go into the record, and --eval_save_json.
     `neutral`: flags that do not change what is trained; `longest`: tokens of the longest example; `lora`: of a script
     without such flags."""
+    parse_gates(args.gates)  # before anything is generated; whether they are measured is known later
     if getattr(args, "eval_save_json", ""):
         check_writable(Path(args.eval_save_json), "--eval_save_json")
     base, lora = resolve_base(fill(BaseFlags, args)), lora or fill(LoraSettings, args)

@@ -8,24 +8,30 @@ import torch
 from conftest import DEMO
 from toys import make_model, toy_base
 
-from llm_alignment import devices, models
+from llm_alignment import devices, models, processes
 from llm_alignment.files import InputError
 
 
 @pytest.mark.parametrize(
-    "capability, platform, share, limit",
-    [((7, 5), "linux", None, 1.0), ((8, 0), "win32", None, 0.95), ((9, 0), "win32", 0.5, 0.5)],
+    "capability, dtype, is_grouped, platform, free, share, limit",
+    [
+        ((7, 5), torch.bfloat16, False, "linux", 60, None, 1.0),
+        ((8, 0), torch.bfloat16, True, "win32", 99, None, 0.95),
+        ((8, 0), torch.bfloat16, True, "win32", 80, None, 0.8),
+        ((9, 0), torch.float32, False, "win32", 80, 0.5, 0.5),
+    ],
 )
-def test_attention_and_memory_of_a_card(monkeypatch, capability, platform, share, limit):
-    """cuDNN's attention is off everywhere; before compute capability 8 no call asks for grouped heads."""
+def test_attention_and_memory_of_a_card(monkeypatch, capability, dtype, is_grouped, platform, free, share, limit):
+    """cuDNN's attention is off everywhere; only where the flash kernel runs does a call ask for grouped heads."""
     from transformers.integrations import sdpa_attention
 
     limits, grouped = [], []
     sdpa = torch.nn.functional.scaled_dot_product_attention
     ids = torch.arange(12).view(2, 6)
-    expected = make_model()(ids).logits
+    expected = make_model().to(dtype)(ids).logits
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
     monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)  # put back at the end
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
@@ -41,10 +47,18 @@ def test_attention_and_memory_of_a_card(monkeypatch, capability, platform, share
         return sdpa(query, key, *rest, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    output = make_model()(ids)
-    make_model()(ids[:, :1], past_key_values=output.past_key_values)  # a decoding step
-    assert torch.allclose(output.logits, expected, atol=1e-5)
-    assert len(grouped) == 4 and set(grouped) == {capability >= (8, 0)}
+    output = make_model().to(dtype)(ids)
+    make_model().to(dtype)(ids[:, :1], past_key_values=output.past_key_values)  # a decoding step
+    assert torch.allclose(output.logits, expected, atol=1e-5 if dtype == torch.float32 else 0.02)
+    assert len(grouped) == 4 and set(grouped) == {is_grouped}
+
+
+def test_several_gpus_on_windows_are_refused_before_they_are_set_up(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match="NCCL"):
+        processes.all_processes()
 
 
 def test_tf32_is_on_inside_alone():
@@ -88,9 +102,9 @@ def test_a_card_that_is_not_used_is_named(monkeypatch, tmp_path, driver, cuda, w
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_run_prepares_its_card_or_says_why_it_has_none(monkeypatch, logged, device):
     prepared = []
-    monkeypatch.setattr(models, "device_and_dtype", lambda choice: (torch.device(device), torch.float32))
-    monkeypatch.setattr(models, "prepare_cuda", lambda *asked: prepared.append(asked))
-    monkeypatch.setattr(models, "unused_card", lambda: "it is not used")
+    monkeypatch.setattr(devices, "device_and_dtype", lambda choice: (torch.device(device), torch.float32))
+    monkeypatch.setattr(devices, "prepare_cuda", lambda *asked: prepared.append(asked))
+    monkeypatch.setattr(devices, "unused_card", lambda: "it is not used")
     toy_base(gpu_memory_share=0.5)
     expected = ([], ["it is not used"]) if device == "cpu" else ([(torch.device("cuda"), 0.5)], [])
     assert (prepared, logged.messages) == expected

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,9 @@ from llm_alignment.leaks import LeakFinder, normalise_text
 from llm_alignment.prompts import PromptStyle, fit_prompt
 from llm_alignment.tatqa import tatqa_em_f1, tatqa_parse, tatqa_prompt
 
+CHOICE = dpo_train.PairChoice(
+    no_train=False, eval_pairs=0, limit_pairs=0, group_by_table=False, seed=7, thinking=False
+)
 REAL = ROOT.parent / "shared" / "data" / "tatqa"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real TAT-QA files are not here")
 
@@ -355,7 +359,7 @@ def test_own_pairs(tmp_path, capsys):
     assert record["final"]["tatqa"]["n"] == 8 and record["final"]["held_out"]["n"] == 6
     held_out = read_rows(Path("out/held_out_final.jsonl"))[1:]
     # the choice depends on the file alone, and no prompt is on both sides
-    choice = dpo_train.PairChoice(False, eval_pairs=6, limit_pairs=0, seed=7, thinking=False)
+    choice = dataclasses.replace(CHOICE, eval_pairs=6)
     finder = LeakFinder({"TAT-QA question": [own_rows()[-1]["question"]]})
     pairs, others, _ = dpo_train.own_pairs("own.jsonl", choice, finder, NO_TOKENS)
     assert {pair["uid"] for pair in others} == {row["question_id"] for row in held_out}
@@ -373,8 +377,21 @@ def test_own_pairs(tmp_path, capsys):
     assert "data adapter" in run_error(capsys, dpo_train.main, *again, "--resume_from_checkpoint", "auto")
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_limit_takes_whole_tables_when_their_pairs_are_read_together(seed):
+    choice = dataclasses.replace(CHOICE, seed=seed, group_by_table=True, limit_pairs=40)
+    of = (str(DEMO / "tatqa"), "train", "validation")
+    pairs, *_ = dpo_train.table_pairs(*of, choice, tatqa.PromptContent())
+    every, *_ = dpo_train.table_pairs(*of, dataclasses.replace(choice, limit_pairs=0), tatqa.PromptContent())
+    taken, whole = (Counter(pair["cluster"] for pair in some) for some in (pairs, every))
+    assert len(pairs) == 40 < len(every)
+    assert sum(taken[table] < whole[table] for table in taken) <= 1  # the last one may be cut
+    alone, *_ = dpo_train.table_pairs(*of, dataclasses.replace(choice, group_by_table=False), tatqa.PromptContent())
+    assert len({pair["cluster"] for pair in alone}) > len(taken)
+
+
 def test_another_text_at_as_many_rows_is_other_data(tmp_path):
-    choice, found = dpo_train.PairChoice(False, eval_pairs=0, limit_pairs=0, seed=7, thinking=False), []
+    choice, found = CHOICE, []
     shutil.copytree(DEMO / "tatqa", tmp_path / "tatqa")
     table = tmp_path / "tatqa" / "tatqa_dataset_train.json"
     for last in ("one", "two"):
@@ -401,7 +418,7 @@ def test_a_prompt_in_several_forms_is_on_one_side(tmp_path):
     rows = [{"prompt": form.format(n), "chosen": f"ёж {answer}", "rejected": "нет"}
             for n in range(6) for place, form in enumerate(forms) for answer in ("как все", place)]  # fmt: skip
     write_rows(tmp_path / "own.jsonl", rows)
-    choice = dpo_train.PairChoice(False, eval_pairs=7, limit_pairs=0, seed=7, thinking=False)
+    choice = dataclasses.replace(CHOICE, eval_pairs=7)
     finder = LeakFinder({"question": ["какой еж 5"]})
     pairs, held_out, data = dpo_train.own_pairs("own.jsonl", choice, finder, NO_TOKENS)
     assert data["rows"] == {"pairs": 3 * 5, "held_out": 7, "pairs_leaks": 5}

@@ -259,8 +259,9 @@ def test_a_demo_takes_the_first_free_folder_and_what_the_user_gave(tmp_path, mon
 
 def test_settings_within_settings_are_filled_by_their_own_flags():
     kind = dataclasses.make_dataclass("Outer", [("inner", PairChoice), ("beta", float), ("more", int, 3)])
-    args = argparse.Namespace(beta=0.1, no_train=False, eval_pairs=2, limit_pairs=5, seed=7, thinking=True)
+    choice = dict(no_train=False, eval_pairs=2, limit_pairs=5, group_by_table=False, seed=7, thinking=True)
+    args = argparse.Namespace(beta=0.1, **choice)
     filled = flags.fill(kind, args)
-    assert filled.inner == PairChoice(no_train=False, eval_pairs=2, limit_pairs=5, seed=7, thinking=True)
+    assert filled.inner == PairChoice(**choice)
     assert (filled.beta, filled.more) == (0.1, 3)
     assert flags.fill(kind, args, inner=None).inner is None

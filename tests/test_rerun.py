@@ -281,6 +281,15 @@ def test_a_campaign_runs_every_seed_once_goes_on_after_a_failure_and_where_it_wa
     assert capfd.readouterr().out.count("completed 2025-01-02") == 4
 
 
+def test_a_campaign_names_the_runs_that_missed_a_gate_and_does_not_train_them_again(fake_sft, capfd):
+    record = make_record("") | {"gates": {"retention": {"verdict": "missed"}}}
+    (fake_sft / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    argv = ["Exp1-1.7B", "--seeds", "1", "2", "--exp_log", "log.jsonl"]
+    assert rerun.main(argv) == 1 and len(started(fake_sft)) == 2
+    assert rerun.main(argv) == 1 and started(fake_sft) == []
+    assert "missed a gate: Exp1-1.7B seed 1, Exp1-1.7B seed 2" in capfd.readouterr().err
+
+
 def test_a_run_on_another_model_of_the_same_name_is_not_the_completed_one(fake_sft):
     argv = ["S4", "--seeds", "1", "--exp_log", "log.jsonl", "--model", "m"]
     (fake_sft / "m").mkdir()

@@ -67,6 +67,19 @@ def failed(args: argparse.Namespace, error: BaseException, capsys, *, begun: boo
     return stop.value.code, shown, read_records(Path(args.exp_log))[-1] if written else None
 
 
+def test_a_run_that_misses_a_gate_is_complete_and_ends_with_1(tmp_path, capsys):
+    args = arguments(tmp_path)
+
+    def run(args: argparse.Namespace, record: dict) -> None:
+        record["gates"] = {"retention": {"verdict": "missed"}, "mtbench": {"verdict": "undecided"}}
+
+    with pytest.raises(SystemExit) as stop:
+        recorded_run(run, args, [], "script.py")
+    shown = capsys.readouterr().err
+    assert stop.value.code == 1 and "retention" in shown and "mtbench" not in shown and shown.count("\n") == 1
+    assert read_records(Path(args.exp_log))[-1]["status"] == "completed"
+
+
 def test_bad_input_before_the_run_leaves_nothing(tmp_path, capsys):
     args = arguments(tmp_path, output_dir=str(tmp_path / "new" / "out"), exp_log=str(tmp_path / "logs" / "log.jsonl"))
     code, shown, record = failed(args, InputError("no"), capsys, begun=False)
@@ -103,10 +116,8 @@ def test_a_rare_error_is_one_line_and_its_traceback_is_in_run_log(tmp_path, caps
     assert {"args", "versions", "git", "ts", "script"} <= set(run) and run["device"]["processes"] == 1
     assert [path.name for path in folder.glob("*.tmp")] == ["my.tmp"]
     [record] = read_records(tmp_path / "log.jsonl")
-    keys = (
-        "ts tag script argv args git versions device data baseline final delta runtime_s kept_step status output_dir "
-    )
-    assert set(record) == {*(keys + "reason commits base").split()}
+    keys = "ts tag script argv args git versions device data baseline final delta runtime_s gates kept_step status"
+    assert set(record) == {*(keys + " output_dir reason commits base").split()}
     assert (record["status"], record["commits"]) == ("failed", commits)
     seconds = record["runtime_s"]
     assert list(seconds) == ["load", "train", "other", "total"]

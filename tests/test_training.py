@@ -406,9 +406,11 @@ def test_the_gradient_checkpointing_flag(text, choice):
         assert script.build_parser().parse_args(text.split()).gradient_checkpointing == choice
 
 
-@pytest.mark.parametrize("more, others, is_on", [(1, [], False), (-1, [], True), (1, [2**40], False), (1, [0], True)])
+@pytest.mark.parametrize(
+    "more, others, is_on", [(1, [], False), (-1, [], True), (1, [False], False), (1, [True], True)]
+)
 def test_auto_checkpointing_where_training_does_not_fit(monkeypatch, more, others, is_on):
-    """1.15 times the estimate and 1 GiB, `more` or less, are free here; in the process with the least it decides."""
+    """1.15 times the estimate and 1 GiB, `more` or less, are free here; where one process is full, all do it."""
     setup, settings, _ = toy_run("run", batch=1)
     settings = dataclasses.replace(settings, longest=1000)
 
@@ -488,6 +490,38 @@ def test_the_memory_estimate_on_a_gpu(checkpointing, sft_trainer, sized_model, f
     assert peak / 1.5 < estimate < peak * 1.5
 
 
+def test_the_state_of_the_optimizer_of_a_gpu_is_found_whole(tmp_path, monkeypatch):
+    """The class that trains there; it steps on a CPU too."""
+    from bitsandbytes.optim import PagedAdamW32bit
+
+    weight = torch.nn.Parameter(torch.ones(4, 8))
+    optimizer = PagedAdamW32bit([weight])
+    weight.sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for tensor, problem in ((weight.detach(), None), (torch.ones(8, 4), "other tensors")):
+        safetensors.torch.save_file({"w": tensor}, tmp_path / "adapter_model.safetensors")
+        found = training.state_problem(tmp_path)
+        assert found is None if problem is None else problem in found
+
+
+def test_the_longest_pair_decides_the_memory_that_is_planned():
+    """A prompt is read once with both answers, else twice; answers are cut at --max_length with their prompt."""
+    names = ("beta", "loss_type", "loss_weights", "label_smoothing", "no_prefix_sharing", "group_by_table")
+    dpo = training.DpoSettings(max_length=100, **dict.fromkeys(names))
+    settings = training.TrainingSettings(**{
+        field.name: None for field in dataclasses.fields(training.TrainingSettings)
+    })
+    for pairs, shared, apart, answer in (
+        ([(10, 20, 30), (40, 5, 5)], 60, 90, 30),
+        ([(90, 50, 5), (1, 2, 3)], 105, 200, 10),
+        ([(120, 5, 5)], 120, 240, 0),
+    ):
+        found = [dpo.sized(settings, pairs, is_shared=is_shared) for is_shared in (True, False)]
+        assert [(each.longest, each.longest_answer) for each in found] == [(shared, answer), (apart, answer)]
+
+
 @pytest.mark.gpu(cpu=True)
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, pages", [("fp32", False), ("auto", False), ("auto", True)])
@@ -512,6 +546,7 @@ def test_a_run_on_a_gpu_that_is_resumed_ends_as_the_whole_one(
         with pytest.raises(SystemExit):
             sft_train.main(flags(folder, *more))
     sft_train.main(flags(folder, *more, "--resume_from_checkpoint", "auto"))
+    assert "resuming from" in (folder / "run.log").read_text("utf-8")
     ours, expected = (safetensors.torch.load_file(path / "adapter_model.safetensors") for path in (folder, whole))
     difference = sum((ours[name] - tensor).norm() ** 2 for name, tensor in expected.items()) ** 0.5
     norm = sum(tensor.norm() ** 2 for tensor in expected.values()) ** 0.5

@@ -1,8 +1,8 @@
 """Time and memory of one SFT+KL training step, against the published way, TRL and LLaMA-Factory's anchored SFT.
 
     python experiments/benchmarks/bench_sft_kl.py
-    python experiments/benchmarks/bench_sft_kl.py --shape even --batch 8         (4.5 backbone parameters to one of the
-    head) python experiments/benchmarks/bench_sft_kl.py --shape 1.7b --batch 12 --four_bit        (a CUDA GPU)
+    python experiments/benchmarks/bench_sft_kl.py --shape even --batch 8          (the 1.7B model's share of the head)
+    python experiments/benchmarks/bench_sft_kl.py --shape 1.7b --batch 12 --four_bit  (a CUDA GPU)
 
 Steps over the same batch, weights and adapter, interleaved in one process; medians, and ratios to the first:
     ours             this project's trainer: fused NLL+KL, the reference is the adapter switched off
