@@ -406,7 +406,8 @@ def print_table(
     with console.capture() as printed:
         console.print("\n".join([*map(fill, above), title]), soft_wrap=True)
         console.print(table)
-    text = (printed.get() + note).rstrip()
+    verdicts = [f"{cells[0].strip()}: {cells[6]} changed, {cells[7]}" for cells in texts if any(cells[7:])]
+    text = "\n".join([printed.get().rstrip(), *map(fill, [] if is_wide else verdicts), note]).rstrip()
     print(text)
     to_run_log(text)
 

@@ -193,6 +193,7 @@ def load_model(base: Base, *, on_meta: bool = False) -> PreTrainedModel:
     if in_4bit:
         kind = {"load_in_4bit": True, "bnb_4bit_quant_type": base.quantization, "bnb_4bit_compute_dtype": base.dtype}
         how["quantization_config"] = transformers.BitsAndBytesConfig(bnb_4bit_use_double_quant=True, **kind)
+        how["advice"] = "fetch it again, name another model, or try --no_4bit"
     how["device_map"] = "meta" if on_meta else {"": base.device}
     gc.collect()  # a previous model may be held by reference cycles alone; both would need memory at once
     model = from_pretrained(transformers.AutoModelForCausalLM, base.folder, base.what, **how)

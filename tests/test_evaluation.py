@@ -152,7 +152,7 @@ def delta(mean, low, high, p, n=80, changed=60, clusters=None, changed_clusters=
     return {**ends, "n": n, "changed": changed, "clusters": clusters, "changed_clusters": changed_clusters}
 
 
-def test_the_table_is_plain_and_says_when_nothing_can_be_seen(capsys):
+def test_the_table_is_plain_and_says_when_nothing_can_be_seen(capsys, monkeypatch):
     clear, unclear = delta(0.81234, 0.5, 1.1, 0.0002), delta(-0.01, -0.2, 0.15, 0.71)
     rows = [("MT-Bench", 4.12345, 4.93579, clear), ("ppl", 3.5, 3.49, unclear), ("n", None, 2, None)]
     rows.append(("m", 17300.4, 2.8051e-05, delta(-17300.4, -18000.0, 0.00012345, 0.02)))
@@ -164,6 +164,10 @@ def test_the_table_is_plain_and_says_when_nothing_can_be_seen(capsys):
     assert "17300 2.8e-05 -17300 [-18000, 0.00012]" in lines["m"]
     assert max(map(len, out.split("\n"))) <= 120
     assert all(ord(letter) < 128 for letter in out.replace("Результат", ""))
+    monkeypatch.setenv("COLUMNS", "80")
+    print_table("narrow", [TableRow(*row) for row in rows])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and any(line.startswith("ppl: 60/80 changed, no detectable") for line in lines)
 
 
 def test_the_widest_table_fits_120_columns(capsys):
