@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import context, question, rows_of
 
-from llm_alignment import generation, models, prefixes, tatqa
+from llm_alignment import generation, models, prefixes, stats, tatqa
 from llm_alignment.batches import common_length
 from llm_alignment.files import InputError, SkippedRows
 from llm_alignment.generation import Decoding
@@ -61,7 +61,10 @@ from llm_alignment.tatqa import PromptContent, tatqa_em_f1, tatqa_em_like, tatqa
         (question("multi-span", ("2019", "2018")), ["2018", "2019"], "", (1, 1)),
         (question("multi-span", ("2019", "2018")), ["2018"], "", (0, 0.67)),
         (question("multi-span", ("73,260", "57,768"), "thousand"), ["57,768", "73,260"], "thousand", (1, 1)),
-        # count, whose F1 equals its EM
+        (question("span", ("2 hundred",)), "200", "", (1, 1)),
+        (question("span", ("Net sales",)), "the", "", (0, 0)),  # no word is left of the prediction
+        # count and arithmetic, whose F1 equals their EM
+        (question("arithmetic", 172, ""), ["172", "5"], "", (0, 0)),
         (question("count", "3"), "3", "", (1, 1)),
         (question("count", "3"), "3 items", "", (0, 0)),
     ],
@@ -162,6 +165,7 @@ def test_metric_of_the_published_runs_equals_a_second_implementation(kind, data)
     "text, expected",
     [
         ("172 million", (["172"], "million")),
+        ("172 Million", (["172"], "million")),
         ("\nAnswer: 26.82 percent\nQuestion: next?", (["26.82"], "percent")),
         ("73,260; 57,768 thousand", (["73,260", "57,768"], "thousand")),
         ("5 million; 6 million", (["5 million", "6 million"], "")),
@@ -241,6 +245,11 @@ def test_prompt_shows_table_and_passages_within_the_limits():
     assert "Text:\nFirst passage\n" in text  # in order, cut at a word
     assert "Text:\nFir\n" in tatqa_prompt(context(gold), gold, PromptContent(tatqa_para_chars=3))
     assert "Text:" not in tatqa_prompt(context(gold), gold, PromptContent(tatqa_para_chars=0))
+    piped = context(gold)
+    piped["table"]["table"][1][0] = "Sales | net"
+    assert "| Sales / net | $1,496.5 |" in tatqa_prompt(piped, gold)
+    both = PromptContent(tatqa_only_rel_paras=False)
+    assert "\nSecond" in tatqa_prompt(context(gold), gold, both).partition("Text:\nFirst")[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,19 +361,64 @@ def test_an_evaluation_goes_on_where_it_stopped(model, demo_tokenizer, questions
 
 def test_summary_and_comparison_by_answer_type():
     def row(kind, like, em, f1):
-        return {"answer_type": kind, "em_like": like, "em": em, "f1": f1}
+        return {"answer_type": kind, "em_like": like, "em": em, "f1": f1, "batch_size": 4}
 
     before = [row("span", True, 1.0, 1.0), row("span", False, 0.0, 0.5), row("count", False, 0.0, 0.0)]
     after = [row("span", True, 1.0, 1.0), row("span", True, 1.0, 1.0), row("count", True, 0.0, 0.0)]
     before, after = ([{"question_id": n, **row} for n, row in enumerate(rows)] for rows in (before, after))
     summary = tatqa.summarise_tatqa(before)
     assert summary["em_like"] == pytest.approx(100 / 3) and summary["f1"] == pytest.approx(50)
+    assert summary["batch_sizes"] == [4]
     assert summary["by_type"]["span"] == {"em_like": 50, "em": 50, "f1": 75, "n": 2}
     deltas = tatqa.compare_tatqa(before, after[::-1])  # rows are paired by id
     assert deltas["tatqa"]["mean"] == pytest.approx(200 / 3)
     assert deltas["tatqa"]["p"] == 0.5  # two changed, both gained: exact McNemar
     assert deltas["tatqa_em"]["by_type"]["span"]["mean"] == pytest.approx(50)
     assert deltas["tatqa_em"]["by_type"]["count"]["n"] == 1
+    assert deltas["tatqa_f1"]["mean"] == pytest.approx(50 / 3)
+
+
+def test_f1_is_tested_by_how_much_it_changed_and_not_by_how_often():
+    f1s = [0.0] * 5 + [1.0], [0.1] * 5 + [0.0]
+    before, after = (
+        [{"question_id": n, "answer_type": "span", "em_like": False, "em": 0.0, "f1": f1} for n, f1 in enumerate(side)]
+        for side in f1s
+    )
+    p = tatqa.compare_tatqa(before, after)["tatqa_f1"]["p"]
+    assert p == stats.paired_delta(*f1s)["p"] != stats.mcnemar(*f1s)["p"]
+
+
+def test_what_decides_an_answer_is_in_the_fingerprint_and_sampled_answers_are_not_shared(questions):
+    tasks = [
+        tatqa.tatqa_evaluation(asked, decoding, style)
+        for asked, decoding, style in (
+            (questions, Decoding(12), PLAIN),
+            (questions[:-1], Decoding(12), PLAIN),
+            (questions, Decoding(12), PromptStyle()),
+            *(
+                (questions, Decoding(12, **change), PLAIN)
+                for change in ({"temperature": 0.5}, {"top_p": 0.5}, {"seed": 1})
+            ),
+            (questions, Decoding(13), PLAIN),
+        )
+    ]
+    assert len({json.dumps(task.settings, sort_keys=True) for task in tasks}) == len(tasks) == 7
+    assert [task.is_cached for task in tasks] == [True, True, True, False, True, True, True]
+    one, *_ = tasks[0].references
+    assert (
+        one[0] == questions[0]["question_id"]
+        and one[1] == questions[0]["prompt"]
+        and one[3] == questions[0]["context"]
+    )
+
+
+def test_a_prompt_that_is_cut_keeps_its_question(demo_tokenizer):
+    path, style = (
+        DEMO / "tatqa" / "tatqa_dataset_dev.json",
+        PromptStyle(use_chat_template=False, max_prompt_length=120),
+    )
+    for asked in tatqa.evaluation_questions(path, demo_tokenizer, style, PromptContent(), 20):
+        assert len(asked["tokens"]) <= 120 and asked["question"].strip() in asked["prompt"]
 
 
 def test_questions_on_one_table_are_one_cluster():
