@@ -157,6 +157,13 @@ def test_clusters_move_together():
     assert again["p"] == with_clusters["p"]
 
 
+def test_sizes_of_clusters_are_resampled_with_their_sums():
+    sizes = [1, 30, 2, 25, 3, 20, 4, 15]
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    delta = stats.paired_delta([0.0] * 100, [1 + 0.01 * (label % 2) for label in labels], clusters=labels)
+    assert 0.99 < delta["low"] < delta["high"] < 1.02
+
+
 def test_interval_and_p_agree_and_cover():
     rng = np.random.default_rng(7)
     kinds = {
@@ -278,6 +285,8 @@ def test_the_difference_at_equal_length():
     assert small["high"] - small["mean"] == pytest.approx(t.ppf(0.975, 3) * error)
     assert small["p"] == pytest.approx(2 * t.sf(small["mean"] / error, 3))
     assert small.keys() == stats.equal_length_delta([1.0], [2]).keys() == {*stats.paired_delta([], []), "per_unit"}
+    assert small["changed"] == np.count_nonzero(y)
+    assert stats.equal_length_delta([0.3, 0.6, 0.9, 2.1], [1, 2, 3, 7])["p"] == 1  # 0.3 x
     exact = stats.equal_length_delta([1.0, 3.0, 5.0, 7.0], [0, 1, 2, 3])  # 1 + 2 x
     assert exact["mean"] == pytest.approx(1) and exact["per_unit"] == pytest.approx(2)
 
