@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_alignment import flags, tatqa
-from llm_alignment.batches import groups_of
 from llm_alignment.checks import instruct_questions
 from llm_alignment.encoder import own_tokens
 from llm_alignment.evaluation import Evaluation
@@ -204,15 +203,17 @@ class PairChoice:
     thinking: bool
 
     def limited(self, pairs: list[dict], limit: int, *, in_groups: bool = False) -> list[dict]:
-        """A sample of `limit` pairs by the seed; all of them when `limit` is 0. `in_groups`: all pairs of a table, or
-        whose prompts begin alike, are taken before those of another one."""
+        """A sample of `limit` pairs by the seed; all of them when `limit` is 0. `in_groups`: all pairs of a table are
+        taken before those of another one."""
         rng = random.Random(self.seed)
         if not 0 < limit < len(pairs):
             return pairs
         if not in_groups:
             return rng.sample(pairs, limit)
-        groups = groups_of([transcript(pair["prompt"]) for pair in pairs])
-        return [pairs[index] for group in rng.sample(groups, len(groups)) for index in group][:limit]
+        tables: dict[str, list[dict]] = {}
+        for pair in pairs:
+            tables.setdefault(pair.get("cluster", pair["uid"]), []).append(pair)
+        return [pair for table in rng.sample([*tables], len(tables)) for pair in tables[table]][:limit]
 
 
 def own_pairs(source: str, choice: PairChoice, finder: LeakFinder, own: re.Pattern[str]) -> PairData:
@@ -248,8 +249,8 @@ def table_pairs(folder: str, split: str, eval_split: str, choice: PairChoice, co
     pairs, held_out = list[dict](), list[dict]()
     data: dict = {"source": folder or "next-tat/TAT-QA"}
 
-    def load(path: Path, limit: int, without: Collection[str] = (), **how: bool) -> tuple[list[dict], int]:
-        """A sample of the pairs of a file, and how many questions gave none; `how` as in `PairChoice.limited`."""
+    def load(path: Path, limit: int, without: Collection[str] = (), *, in_groups: bool = False) -> tuple[list, int]:
+        """A sample of the pairs of a file, see `PairChoice.limited`, and how many questions gave none."""
         skipped = SkippedRows()
         contexts = tatqa.read_tatqa(path, skipped)
         table = {question["uid"]: c["questions"][0]["uid"] for c in contexts for question in c["questions"]}
@@ -259,7 +260,7 @@ def table_pairs(folder: str, split: str, eval_split: str, choice: PairChoice, co
         if not found:
             reasons = "; ".join(skipped.places) or "all of them are trained on"
             raise InputError(f"{path}: no pairs left ({reasons}); name another --tatqa_split or --eval_split")
-        return choice.limited(found, limit, **how), skipped.count
+        return choice.limited(found, limit, in_groups=in_groups), skipped.count
 
     if not choice.no_train:
         path = tatqa.tatqa_file(folder, split)

@@ -158,7 +158,7 @@ def run_judge(args: argparse.Namespace, record: dict) -> None:
 
     ignored = next((name for name in ("adapter", "compare") if getattr(args, name)), None)
     flags.refuse((ignored, f"--check_judge scores the answers of its pairs: leave out --{ignored}"))
-    prepared_device(args.dtype, args.gpu_memory_share)
+    prepared_device("auto", args.gpu_memory_share)  # a reward model is read in float32
     judge = load_reward_model(args.reward_model, args.eval_batch_size, args.trust_remote_code, args.dry_run)
     pairs = read_pairs(args.check_judge, "--check_judge", thinking=args.thinking, own=own_tokens(judge.tokenizer))
     if args.dry_run:

@@ -40,6 +40,7 @@ from tables import deltas_table, document, headline_table, markdown_table, termi
 
 from llm_alignment import flags
 from llm_alignment.endings import signals_go_to
+from llm_alignment.evaluation import missed_gates
 from llm_alignment.files import InputError, write_atomic
 from llm_alignment.hub import adapter_files_sha256, commit_of, files_sha256
 
@@ -218,10 +219,7 @@ def run_campaign(title: str, runs: list[PlannedRun]) -> int:
     print(f"wrote {path}", flush=True)
     if left := [run.name for run, record in found if not record or record["status"] != "completed"]:
         print(f"not completed: {', '.join(left)}; the same command tries them again", file=sys.stderr)
-    verdicts = {
-        run.name: [gate["verdict"] for gate in (record or {}).get("gates", {}).values()] for run, record in found
-    }
-    if missed := [name for name, judged in verdicts.items() if "missed" in judged]:
+    if missed := [run.name for run, record in found if record and missed_gates(record)]:
         print(f"missed a gate: {', '.join(missed)}", file=sys.stderr)
     return stopped or int(bool(left or missed))
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from records import DEMO, HERE, NO_SETTINGS, PUBLISHED, Run, flatten, shown_command, singles
 
-from llm_alignment.evaluation import METRICS, TableRow, number, table_rows, table_texts
+from llm_alignment.evaluation import METRICS, TableRow, missed_gates, number, table_rows, table_texts
 from llm_alignment.files import read_json
 
 KINDS = ("arithmetic", "count", "multi-span", "span")  # of TAT-QA's answers
@@ -337,6 +337,8 @@ def notes(runs: list[Run]) -> str:
     lines += [f"**{a}** repeats the figures of {b}; they count once." for a, b in REPEATED.items() if a in settings]
     lines += [f"**{run.label}**: {run.source['note']}." for run in runs if run.source.get("note")]
     lines += [f"**{run.name}** ({run.origin}): {run.source['reason']}" for run in runs if run.source.get("reason")]
+    missed = {run.name: ", ".join(missed_gates(run.source)) for run in singles(runs)}
+    lines += [f"**{name}** missed its gates for {gates}." for name, gates in missed.items() if gates]
     return "\n".join(f"- {inert(line)}" for line in lines)
 
 

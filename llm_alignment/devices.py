@@ -19,6 +19,7 @@ from llm_alignment.files import InputError, log
 from llm_alignment.processes import device_and_dtype
 
 GIB = 2**30
+MAY_GROUP_HEADS = sdpa_attention.use_gqa_in_sdpa  # transformers' own rule
 
 # CUDA's major version -> the oldest driver that runs it (CUDA Toolkit release notes, table of minimum drivers)
 OLDEST_DRIVER = {12: 525, 13: 580}
@@ -45,9 +46,9 @@ def prepare_cuda(device: torch.device, memory_share: float | None = None) -> Non
     torch.cuda.set_per_process_memory_fraction(memory_share or 1.0, device)
     # Only the flash kernel takes grouped heads. Where it does not run, on older cards and in float32, they are left to
     # the math kernel, which keeps all probabilities; so keys and values are expanded to the query's heads there.
-    has_flash, rule = torch.cuda.get_device_capability(device) >= (8, 0), sdpa_attention.use_gqa_in_sdpa
+    has_flash = torch.cuda.get_device_capability(device) >= (8, 0)
     sdpa_attention.use_gqa_in_sdpa = lambda mask, key, value: (
-        has_flash and key.dtype != torch.float32 and rule(mask, key, value)
+        has_flash and key.dtype != torch.float32 and MAY_GROUP_HEADS(mask, key, value)
     )
 
 

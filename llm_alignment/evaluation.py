@@ -435,7 +435,7 @@ def parse_gates(text: str) -> dict[str, float]:
         if not name or name in gates:
             raise InputError(f"--gates {part}: name each metric once, as in mtbench=-0.3")
         if name not in METRICS:
-            known = ", ".join(known for known in METRICS if known in HEADLINE)
+            known = ", ".join(known for known in METRICS if known in HEADLINE and METRICS[known].has_delta)
             raise InputError(f"--gates {name}: there is no such metric; choose from {known}")
         try:
             gates[name] = flags.number(float, -(2**31), ends="()")(limit)
@@ -464,6 +464,11 @@ def judge_gates(record: dict, gates: dict[str, float]) -> None:
             log.info("%s", describe(name, judged[name], lower_is_better=lower_is_better))
         else:
             log.warning("gate %s: undecided, it was not measured before and after", name)
+
+
+def missed_gates(record: dict) -> list[str]:
+    """The metrics whose gates the run of a record missed."""
+    return [name for name, gate in (record.get("gates") or {}).items() if gate["verdict"] == "missed"]
 
 
 def judge(delta: dict, limit: float, *, lower_is_better: bool = False) -> dict:

@@ -295,7 +295,7 @@ def add_run_flags(parser: argparse.ArgumentParser, exp_log: str, *, trains: bool
             help="least acceptable differences, as in mtbench=-0.3,retention=-5; a missed one is exit code 1")
     add = add_group(parser, "memory and speed", trains=False)
     add("--gpu_memory_share", type=positive_ratio, default=None, help="part of the GPU's memory to take; without "
-        "it all, and 0.95 on Windows, where a full GPU would spill into host memory and be many times slower")
+        "it all; on Windows what is free, at most 0.95, since a full GPU would spill into host memory, far slower")
     add("--no_baseline_cache", action="store_true", help="compute the baseline and the reference of DPO again")
     if trains:
         add("--gradient_checkpointing", nargs="?", choices=["auto", "on", "off"], const="on", default="auto",

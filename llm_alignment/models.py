@@ -83,8 +83,8 @@ def resolve_base(flags: BaseFlags) -> Base:
     check_files(folder, f"--model {name}")
     quantization = "none" if flags.no_4bit else flags.quant_type
     device, dtype = prepared_device(flags.dtype, flags.gpu_memory_share)
-    kind = read_json(folder / "config.json", f"--model {name}").get("model_type", "")
-    liger = flags.liger and apply_liger(kind, device)
+    if liger := flags.liger:
+        liger = apply_liger(read_json(folder / "config.json", f"--model {name}").get("model_type", ""), device)
     return Base(name, folder, commit, device, dtype, quantization, flags.trust_remote_code, liger)
 
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from transformers import Trainer, TrainerCallback
 
 from llm_alignment.anchored_loss import AnchorSettings
@@ -132,8 +131,6 @@ class StepClock(TrainerCallback):
         self.ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_alignment import files
 from llm_alignment.endings import MissedGateError, console_and_log, ending, explain, interrupt, open_log, signals_go_to
+from llm_alignment.evaluation import missed_gates
 from llm_alignment.files import InputError, SkippedRows, log, parse_json
 from llm_alignment.hub import COMMITS
 from llm_alignment.processes import all_processes, gathered, main_process, processes, versions
@@ -67,7 +68,7 @@ def recorded_run(run: Callable[..., None], args: argparse.Namespace, argv: list[
             log.info("record appended to %s", args.exp_log)
             if (Path(record["output_dir"]) / "adapter_config.json").exists():
                 log.info(NEXT.format(run=shlex.quote(record["output_dir"])))
-            if missed := [name for name, gate in record["gates"].items() if gate["verdict"] == "missed"]:
+            if missed := missed_gates(record):
                 why = MissedGateError(f"missed: {', '.join(missed)}; adapter, record and files are complete")
                 print(explain(ending(why, args.output_dir), why), file=sys.stderr)
                 raise SystemExit(1)

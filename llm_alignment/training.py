@@ -113,7 +113,7 @@ def optimiser_steps(settings: TrainingSettings, rows: int) -> int:
 
 
 def memory_of(settings: TrainingSettings, base: Base, lora: LoraSettings) -> dict[str, int]:
-    """`memory_estimate` for micro-batches of the longest examples: of DPO a prompt and both answers."""
+    """`memory_estimate` for micro-batches of the longest examples; those of DPO by `DpoSettings.sized`."""
     config = transformers.AutoConfig.from_pretrained(base.folder, trust_remote_code=base.trust_remote_code)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)

@@ -162,6 +162,7 @@ def test_liger_gives_way_with_one_line(liger, fault, logged):
     assert not devices.apply_liger("qwen3", torch.device("cpu"))
     assert type(make_model().model.layers[0].mlp) is liger.plain
     assert not any(devices.apply_liger("llama", torch.device("cpu")) for _ in range(2))
+    assert not models.resolve_base(models.BaseFlags(str(DEMO / "model"), liger=True)).liger  # nor in the fingerprint
     assert len(logged.records) == 2 and "more" not in logged.text, "one line for each reason"
 
 

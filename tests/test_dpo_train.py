@@ -390,6 +390,12 @@ def test_a_limit_takes_whole_tables_when_their_pairs_are_read_together(seed):
     assert len({pair["cluster"] for pair in alone}) > len(taken)
 
 
+def test_a_limit_of_pairs_without_a_table_is_a_sample_by_the_seed():
+    pairs = [{"uid": str(n), "prompt": f"{'You answer questions on a long report. ' * 4}{n}"} for n in range(50)]
+    samples = [dataclasses.replace(CHOICE, seed=seed).limited(pairs, 5, in_groups=True) for seed in (1, 1, 2)]
+    assert samples[0] == samples[1] != samples[2]
+
+
 def test_another_text_at_as_many_rows_is_other_data(tmp_path):
     choice, found = CHOICE, []
     shutil.copytree(DEMO / "tatqa", tmp_path / "tatqa")

@@ -82,6 +82,21 @@ def test_reddit_pairs_of_random_posts(comments, most, margin, tolerance):
         assert len({s for _, s in kept}) < 2 or texts_of_best & {t for t, s in kept if s == min(s for _, s in kept)}
 
 
+def test_a_comment_that_lies_exactly_the_margin_lower_is_rejected():
+    rows = [
+        {
+            "id": "p",
+            "title": "Which fund?",
+            "selftext": "x" * 200,
+            "body": letter * length,
+            "comment_normalized_score": s,
+        }
+        for letter, length, s in (("a", 100, 0.9), ("b", 100, 0.8), ("c", 900, 0.7))
+    ]
+    [pair] = reddit_pairs(rows, RedditSettings(reddit_score_margin=0.1))
+    assert pair["rejected"] == "b" * 100
+
+
 def test_reddit_pairs_by_hand():
     best, near, far = "the best comment of them all " * 3, "a worse comment of such length " * 3, "a rude one " * 40
     rows = [comment("p", far, 0.0), comment("p", best, 0.9), comment("p", near, 0.5), comment("q", best, 0.9)]
