@@ -57,7 +57,7 @@ def chat(args: argparse.Namespace) -> None:
 
     asked = read_prompts(args.prompts) if args.prompts else []
     run = finished_run(args.run_folder)
-    decoding = Decoding(max_new_tokens=args.max_new_tokens, thinking=run.args.thinking)
+    decoding = Decoding(max_new_tokens=args.max_new_tokens, thinking=run.args.thinking, batch_size=1)
     system = [{"role": "system", "content": run.args.system_prompt}] if run.args.system_prompt else []
     model = run.load()
 

@@ -449,8 +449,7 @@ def asked_gates(text: str, evaluations: list[Evaluation], *, own_drift: bool = T
     whether the drift on the base's own answers will be."""
     gates, measured = parse_gates(text), metrics_of(evaluations, own_drift=own_drift)
     if unknown := next((name for name in gates if name not in measured), None):
-        choice = ", ".join(measured) or "nothing: switch it on"
-        raise InputError(f"--gates {unknown}: this run does not measure it; choose from {choice}")
+        raise InputError(f"--gates {unknown}: not measured in this run; choose from {', '.join(measured) or 'none'}")
     return gates
 
 

@@ -262,8 +262,9 @@ def continuous_answers(
     settings.max_new_tokens = max_new_tokens
     with only_these(model, settings) as alone:
         outputs = list(alone.generate_batch(prompts, generation_config=settings).values())
-    if len(outputs) < len(prompts) or any(output.error for output in outputs):
-        raise RuntimeError("continuous batching lost answers; use --mtbench_backend simple")
+    lost = [output.error for output in outputs if output.error] + ["no answer"] * (len(prompts) - len(outputs))
+    if lost:
+        raise RuntimeError(f"continuous batching lost answers ({lost[0]}); use --mtbench_backend simple")
     for row, output in enumerate(outputs):
         yield row, output.generated_tokens
 
@@ -277,10 +278,14 @@ def can_run_continuously(
         return model.device.type == "cuda"
     greedy = copy.copy(settings)
     greedy.do_sample = False
-    simple, continuous = (dict(way(model, prompts, greedy, 32)) for way in (batched_answers, continuous_answers))
-    if simple != continuous:
-        log.warning("continuous batching gives other answers with this 4-bit base: answering in simple batches")
-    return simple == continuous
+    try:
+        simple, continuous = (dict(way(model, prompts, greedy, 32)) for way in (batched_answers, continuous_answers))
+        problem = "" if simple == continuous else "gives other answers"
+    except RuntimeError as error:
+        problem = f"fails ({error})"
+    if problem:
+        log.warning("continuous batching %s with this 4-bit base: answering in simple batches", problem)
+    return not problem
 
 
 # Rows answered together when nobody says how many. On CPU more rows save no time, they only pad each other.
@@ -293,8 +298,9 @@ def free_batch_size(model: PreTrainedModel | PeftModel, tokens: int) -> int:
     if model.device.type == "cpu":
         return MAX_BATCH_SIZE["cpu"]
     config = model.config.get_text_config()
-    heads, head_size = get_head_shapes(config)
-    row = 2 * config.num_hidden_layers * heads * head_size * model.dtype.itemsize * tokens + 12 * config.vocab_size
+    heads, head_size = map(torch.tensor, get_head_shapes(config))  # of all layers, or of each
+    numbers = 2 * int((heads * head_size * torch.ones(config.num_hidden_layers)).sum())
+    row = numbers * model.dtype.itemsize * tokens + 12 * config.vocab_size
     # half stays free for activations and for copying the cache
     rows = max(1, min(MAX_BATCH_SIZE["cuda"], int(free_memory()[0] / 2 / row)))
     size = 1 << (rows.bit_length() - 1)

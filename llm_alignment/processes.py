@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llm_alignment.files import InputError, log
+from llm_alignment.files import InputError, is_out_of_memory, log
 
 if TYPE_CHECKING:
     import torch
@@ -107,8 +107,8 @@ def halved_when_full(items: list[Item], size: int, run: Run[Item, Result]) -> It
         try:
             for place, result in run(batch):
                 yield left.pop(place), result
-        except torch.cuda.OutOfMemoryError:
-            if len(batch) == 1:
+        except RuntimeError as error:  # a library of CUDA that finds no memory raises one that is not torch's own
+            if len(batch) == 1 or not is_out_of_memory(error):
                 raise
             is_full = True
         waiting = [*left.values(), *waiting[size:]]

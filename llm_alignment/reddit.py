@@ -50,8 +50,8 @@ def reddit_pairs(rows: list[dict], settings: RedditSettings) -> list[dict[str, s
     """Preference pairs of the posts with at least two comments, sorted by uid; the order of `rows` does not matter.
 
     chosen is the comment with the best `comment_normalized_score`. rejected are the lowest siblings, at most
-    `reddit_max_pairs_per_post`, that lie `reddit_score_margin` or more below it and differ from its length by at most
-    `reddit_length_tol` of it; else the lowest sibling. Comments equal in text or in score give no pair."""
+    `reddit_max_pairs_per_post`, that lie `reddit_score_margin` or more below it, up to rounding, and differ from its
+    length by at most `reddit_length_tol` of it; else the lowest sibling. Equal texts or scores give no pair."""
     posts: dict[str, list[dict]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: (row["comment_normalized_score"], row["body"], row["title"])):
         if len(row["body"].strip()) >= settings.reddit_min_comment_chars:
@@ -61,8 +61,7 @@ def reddit_pairs(rows: list[dict], settings: RedditSettings) -> list[dict[str, s
         *siblings, best = comments
         prompt, chosen, score = settings.post_text(best), best["body"].strip(), best["comment_normalized_score"]
         worse = [row for row in siblings if row["comment_normalized_score"] < score and row["body"].strip() != chosen]
-        least = settings.reddit_score_margin - 1e-9  # 0.9 - 0.8 is less than 0.1
-        far = (row for row in worse if score - row["comment_normalized_score"] >= least)
+        far = (row for row in worse if score - row["comment_normalized_score"] >= settings.reddit_score_margin - 1e-9)
         most = settings.reddit_length_tol * len(chosen)
         near = [row for row in far if abs(len(row["body"].strip()) - len(chosen)) <= most]
         rejected = near[: settings.reddit_max_pairs_per_post] or [row for row in worse if row is siblings[0]]

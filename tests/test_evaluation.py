@@ -244,7 +244,7 @@ def test_every_metric_that_a_gate_may_name_has_a_difference(name):
     compared = compare_scored(name, rows, rows).keys() | {f"{name}_{kind}" for kind in evaluation.HEALTH}
     task = Evaluation(name=name, items=[], read=read)
     assert set(evaluation.metrics_of([task])) == compared
-    with pytest.raises(files.InputError, match="does not measure"):
+    with pytest.raises(files.InputError, match="not measured in this run"):
         evaluation.asked_gates(f"{name}_published=-0.1", [task])
     with pytest.raises(files.InputError, match="own_drift"):  # of an adapter that is trained on
         evaluation.asked_gates("own_drift=1", [Evaluation(name="retention", items=[], read=read)], own_drift=False)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -97,7 +98,11 @@ def test_sampling_is_seeded_and_leaves_the_random_state_alone(model, tokenizer):
     assert texts(model, tokenizer, conversations, seed=2, **sample) != first
 
 
-def test_out_of_memory_halves_the_batch(model, tokenizer, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED in cublasCreate")],
+)
+def test_out_of_memory_halves_the_batch(error, model, tokenizer, monkeypatch):
     conversations = chats(7)
     expected = texts(model, tokenizer, conversations, max_new_tokens=6)
     real = model.generate
@@ -106,14 +111,14 @@ def test_out_of_memory_halves_the_batch(model, tokenizer, monkeypatch):
     def small_gpu(ids, **kwargs):
         sizes.append(len(ids))
         if len(ids) > 2:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            raise error
         return real(ids, **kwargs)
 
     monkeypatch.setattr(model, "generate", small_gpu)
     assert texts(model, tokenizer, conversations, max_new_tokens=6, batch_size=7) == expected
     assert sizes[:3] == [7, 3, 1] and max(sizes[2:]) <= 2
     monkeypatch.setattr(model, "generate", lambda ids, **_: small_gpu(ids.expand(3, -1)))
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with pytest.raises(type(error)):
         texts(model, tokenizer, conversations[:1], max_new_tokens=6)
 
 
@@ -135,6 +140,32 @@ def test_out_of_memory_after_some_rows_have_ended_gives_every_answer_once(model,
 
 
 @pytest.mark.slow
+def test_continuous_batching_that_fails_its_check_is_not_used(monkeypatch, logged):
+    fake = types.SimpleNamespace(device=torch.device("cuda"), is_loaded_in_4bit=True)
+    settings = generation.GenerationConfig()
+
+    def failing(*_):
+        raise RuntimeError("continuous batching lost answers (no kernel)")
+
+    monkeypatch.setattr(generation, "batched_answers", lambda *_: [(0, [1])])
+    monkeypatch.setattr(generation, "continuous_answers", failing)
+    assert not generation.can_run_continuously(fake, [[1]], settings) and "no kernel" in logged.text
+    monkeypatch.setattr(generation, "continuous_answers", lambda *_: [(0, [1])])
+    assert generation.can_run_continuously(fake, [[1]], settings)
+
+
+@pytest.mark.parametrize("heads", [2, [2, 2]])
+def test_rows_fit_into_what_is_free_where_layers_differ_too(monkeypatch, heads):
+    fake = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    monkeypatch.setattr(generation, "get_head_shapes", lambda _: (heads, 8))
+    fake.config = types.SimpleNamespace(
+        get_text_config=lambda: types.SimpleNamespace(num_hidden_layers=2, vocab_size=5)
+    )
+    row = 2 * 2 * 2 * 8 * 2 * 100 + 12 * 5
+    monkeypatch.setattr(generation, "free_memory", lambda: (2 * 20 * row, 10**12))
+    assert generation.free_batch_size(fake, 100) == 16
+
+
 def test_continuous_batching_gives_the_same_tokens(model, tokenizer, monkeypatch):
     from peft import LoraConfig, get_peft_model
     from transformers import ContinuousBatchingConfig, GenerationConfig
