@@ -205,9 +205,9 @@ class PairChoice:
     def limited(self, pairs: list[dict], limit: int, *, in_groups: bool = False) -> list[dict]:
         """A sample of `limit` pairs by the seed; all of them when `limit` is 0. `in_groups`: all pairs of a table are
         taken before those of another one."""
-        rng = random.Random(self.seed)
         if not 0 < limit < len(pairs):
             return pairs
+        rng = random.Random(self.seed)
         if not in_groups:
             return rng.sample(pairs, limit)
         tables: dict[str, list[dict]] = {}

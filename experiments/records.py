@@ -407,7 +407,7 @@ def merge(members: list[Run]) -> Run:
     means = {key: average([record[key] for record in records]) for key in ("baseline", "final", "runtime_s")}
     delta = {key: combine([member.delta[key] for member in members]) for key in keys}
     run = from_record(records[0] | means | {"delta": delta, "kept_step": None})
-    name = re.sub(r"[-_ ]seed[-_ ]?\d+| \(.*:\d+\)$", "", members[0].name)
+    name = re.sub(r"[-_ ]seed[-_ ]?\d+| \(.*:\d+\)$", "", members[0].name)  # nor the place, of a name that is taken
     run.name, run.origin, run.members = f"{name}, {len(members)} seeds", f"new, {len(members)} seeds", members
     return run
 

@@ -406,8 +406,9 @@ def print_table(
     with console.capture() as printed:
         console.print("\n".join([*map(fill, above), title]), soft_wrap=True)
         console.print(table)
-    verdicts = [f"{cells[0].strip()}: {cells[6]} changed, {cells[7]}" for cells in texts if any(cells[7:])]
-    text = "\n".join([printed.get().rstrip(), *map(fill, [] if is_wide else verdicts), note]).rstrip()
+    unclear = [] if is_wide else [cells for cells in texts if any(cells[7:])]
+    verdicts = (fill(f"{cells[0].strip()}: {cells[6]} changed, {cells[7]}") for cells in unclear)
+    text = "\n".join([printed.get().rstrip(), *verdicts, note]).rstrip()
     print(text)
     to_run_log(text)
 

@@ -73,7 +73,7 @@ def test_reddit_pairs_of_random_posts(comments, most, margin, tolerance):
             assert chosen != rejected and (chosen, best) in kept
             scores = [score for text, score in kept if text == rejected]
             is_near = abs(len(rejected) - len(chosen)) <= tolerance * len(chosen)
-            assert any((is_near and round(best - score, 6) >= margin) or score == lowest for score in scores)
+            assert any((is_near and round(best - score, 9) >= margin) or score == lowest for score in scores)
             assert min(scores) < best
     for post in {post for post, _, _ in comments} - set(by_post):
         kept = {(text, score) for its_post, text, score in comments if its_post == post and len(text) >= 4}

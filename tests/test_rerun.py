@@ -390,9 +390,9 @@ def test_a_campaign_goes_on_when_its_reader_has_gone(fake_sft):
     assert len(started(fake_sft)) == 2
 
 
-@pytest.mark.parametrize("argv", [[], ["--list", "S4"], ["--import", "x", "S4"], ["S4", "S3", "--same_data"]])
+@pytest.mark.parametrize("argv", ["", "--list S4", "--import x S4", "--import x --seeds 1", "S4 S3 --same_data"])
 def test_what_does_not_go_together_is_refused(argv, capsys):
-    assert rerun.main(argv) == 2
+    assert rerun.main(argv.split()) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
