@@ -216,3 +216,11 @@ def test_kl_schedule():
     assert anchor.coefficient(350) == pytest.approx(0.015)
     assert anchor.coefficient(500) == anchor.coefficient(9999) == 0.03
     assert dataclasses.replace(anchor, kl_warmup_steps=0).coefficient(201) == 0.03
+
+
+def test_shares_of_a_run_become_steps():
+    anchor = AnchorSettings(kl_start_step=0.1, kl_warmup_steps=0.25).over(44)
+    assert (anchor.kl_start_step, anchor.kl_warmup_steps) == (4, 11)
+    anchor = AnchorSettings(kl_start_step=1, kl_warmup_steps=0.5).over(44)
+    assert (anchor.kl_start_step, anchor.kl_warmup_steps) == (1, 22)
+    assert AnchorSettings().over(44) == AnchorSettings()

@@ -71,6 +71,20 @@ def test_sharing_is_tried_in_one_call_and_block_by_block(is_in_blocks, device, m
     assert "hidden states" in prefixes.sharing_problem(toy("qwen3"))
 
 
+def test_a_model_that_shares_already_keeps_its_attention():
+    model = toy("qwen3")
+    prefixes.register_attention(model)
+    assert not prefixes.sharing_problem(model) and model.config._attn_implementation == "prefix_sdpa"
+
+
+def test_a_model_that_fails_is_named_with_its_error(monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("no such argument")
+
+    monkeypatch.setattr(prefixes, "read", fail)
+    assert "ValueError: no such argument" in prefixes.packing_problem(toy("qwen3"))
+
+
 def test_what_one_process_finds_counts_in_all(monkeypatch):
     """But for the cache, when another one may be without a batch."""
     monkeypatch.setattr(prefixes, "gathered", lambda items: [*items, "it fails"])

@@ -114,6 +114,7 @@ def test_the_row_holds_what_is_shared_once(monkeypatch):
     seen = [[place for place, score in enumerate(row) if score == 0] for row in fold.mask[0, 0].tolist()]
     assert seen[6:11] == [[*range(7)], [*range(8)], [*range(6), 8], [*range(6), 8, 9], [*range(6), 8, 9, 10]]
     assert seen[5] == [*range(6)] and seen[15] == [0, 1, 2, 3, 11, 15]
+    assert "fold" not in prefixes.folded_inputs(fold) and "fold" in prefixes.folded_inputs(fold._replace(mask=None))
 
 
 def test_one_call_where_it_is_little_more_arithmetic():
@@ -153,6 +154,24 @@ def test_steps_back_with_a_reason():
     assert "flash_attention_2" in prefixes.no_sharing_reason(model)
     windowed = Qwen3Config(**size, use_sliding_window=True, sliding_window=4, max_window_layers=1)
     assert "full attention" in prefixes.no_sharing_reason(Qwen3ForCausalLM(windowed))
+
+
+@pytest.mark.parametrize(
+    "kinds, can_share, can_pack",
+    [
+        (["full_attention"], True, True),
+        (["full_attention", "sliding_attention"], False, True),
+        (["chunked_attention"], False, True),
+        (["full_attention", "sliding_attention", "chunked_attention"], False, True),
+        (["full_attention", "linear_attention"], False, False),
+    ],
+)
+def test_layers_tell_what_can_be_shared_and_packed(kinds, can_share, can_pack):
+    model = Qwen3ForCausalLM(copy.deepcopy(small_models()[0].config))
+    model.set_attn_implementation("sdpa")
+    model.config.layer_types = kinds
+    assert (prefixes.no_sharing_reason(model) is None) is can_share
+    assert (prefixes.no_packing_reason(model) is None) is can_pack
 
 
 def test_groups_share_half_of_their_prompt():
@@ -199,13 +218,15 @@ def test_sharing_across_pairs_keeps_fewer_bytes(monkeypatch, rest):
     assert tree < kept_bytes(shared) < kept_bytes(plain)
 
 
-@pytest.mark.parametrize("kernel, is_kept", [("works", True), ("wrong", False), ("no compiler", False)])
+@pytest.mark.parametrize(
+    "kernel, is_kept", [("works", True), ("wrong", False), ("inexact", False), ("no compiler", False)]
+)
 def test_trls_kernel_is_tried_before_it_is_needed(monkeypatch, logged, kernel, is_kept):
     """On a machine with Triton; the tiles stand in for the kernel that works."""
 
     def wrong(*args, **kwargs):
         chunked_logprob._forward_tile(*args, **kwargs)
-        args[3].add_(1)  # running_max
+        args[3].add_(1 if kernel == "wrong" else 0.01)  # running_max
 
     class Launched:
         def __init__(self, tile):
@@ -214,7 +235,7 @@ def test_trls_kernel_is_tried_before_it_is_needed(monkeypatch, logged, kernel, i
         def __getitem__(self, grid):
             return self.tile
 
-    forward = wrong if kernel == "wrong" else chunked_logprob._forward_tile
+    forward = wrong if kernel in {"wrong", "inexact"} else chunked_logprob._forward_tile
     monkeypatch.setattr(chunked_logprob, "_TRITON_AVAILABLE", True)
     monkeypatch.setattr(chunked_logprob, "_use_triton", lambda device: chunked_logprob._TRITON_AVAILABLE)
     monkeypatch.setattr(chunked_logprob, "triton", types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)), raising=False)
