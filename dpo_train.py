@@ -150,6 +150,8 @@ def run(args: argparse.Namespace, record: dict) -> None:
     flags.check_dpo_flags(args)
     if args.pairs and flags.is_given(record["argv"], "--tatqa_split"):
         raise InputError("--pairs and --tatqa_split: both name what is trained on; leave one of them out")
+    if args.pairs and not args.do_eval and flags.is_given(record["argv"], "--tatqa_dir", "--eval_limit"):
+        log.warning("--tatqa_dir and --eval_limit are not used with --pairs alone: to measure TAT-QA add --do_eval")
     if args.pairs and args.no_train and not args.eval_pairs:
         raise InputError(f"--pairs {args.pairs}: with --no_train it is used only by --eval_pairs N; add it")
     if args.system_prompt and not args.pairs:
@@ -225,7 +227,7 @@ def own_pairs(source: str, choice: PairChoice, finder: LeakFinder, own: re.Patte
     pairs = without_leaks(read_pairs(source, "--pairs", thinking=choice.thinking, own=own), finder, "pairs", counts)
     by_prompt: dict[str, list[dict]] = {}
     for pair in pairs:
-        by_prompt.setdefault(normalise_text(transcript(pair["prompt"])), []).append(pair)
+        by_prompt.setdefault(normalise_text(text := transcript(pair["prompt"])) or text, []).append(pair)
     needed = 2 if choice.eval_pairs else 1
     if len(by_prompt) < needed:
         found = f"{len(pairs)} usable pairs on {len(by_prompt)} prompts, and {needed} is the least"

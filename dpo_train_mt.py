@@ -93,8 +93,7 @@ def warn_of_unused_flags(args: argparse.Namespace, argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
-    args = parse(argv)
-    return recorded_run(run, args, argv, "dpo_train_mt.py")
+    return recorded_run(run, parse(argv), argv, "dpo_train_mt.py")
 
 
 def run(args: argparse.Namespace, record: dict) -> None:

@@ -212,7 +212,7 @@ def run_stage(
     fingerprint = models.base_fingerprint(setup.base, thinking=stage.args["thinking"])
     of_base: dict[str, Any] = {"fingerprint": fingerprint, "use_cache": not stage.args["no_baseline_cache"]}
     measured: Any = functools.partial(evaluation.measure, trainer.model, setup.tokenizer, **of_base)
-    if stage.number == 1 and stage.args["eval_baseline"]:
+    if stage.args["eval_baseline"]:  # what a later stage finds is not read again
         with timed(entry, "baseline"):
             measured(evaluations, (folder.parent, "baseline"), with_adapter=False)
     before = on_main_process(lambda: evaluation.stored_rows(folder.parent, "baseline", evaluations))
@@ -237,8 +237,7 @@ def run_stage(
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2), a missed gate in SystemExit(1)."""
-    args = flags.parse_arguments(build_parser(), argv, DEMO)
-    return recorded_run(run, args, argv, "dpo_train_mt_v2.py")
+    return recorded_run(run, flags.parse_arguments(build_parser(), argv, DEMO), argv, "dpo_train_mt_v2.py")
 
 
 def run(args: argparse.Namespace, record: dict) -> None:

@@ -125,8 +125,7 @@ def of_local_data(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     """Runs the script; returns the run record. Bad input ends in SystemExit(2) after one line on stderr."""
-    args = flags.parse_arguments(build_parser(), argv, DEMO, of_local_data)
-    return recorded_run(run, args, argv, "sft_train.py")
+    return recorded_run(run, flags.parse_arguments(build_parser(), argv, DEMO, of_local_data), argv, "sft_train.py")
 
 
 def run(args: argparse.Namespace, record: dict) -> None:
@@ -155,7 +154,7 @@ def run(args: argparse.Namespace, record: dict) -> None:
     warn_of_small_runs(steps, len(task.validation), anchor.over(steps), settings.warmup_ratio)
     if args.dry_run:
         shown, asked = (task.selection, task.examples("train"), task.encoder), rounds(args, task, steps)
-        plans.print_sft_plan(setup, shown, settings, sizes, anchor.over(steps), asked, replay, steps)
+        plans.print_sft_plan(setup, shown, settings, sizes, anchor.over(steps), asked, sequences, steps)
         plans.log_gates(gates, Path(args.exp_log), args.model)
         if not args.time:
             return
@@ -207,7 +206,7 @@ def warn_of_small_runs(steps: int, held_out: int, anchor: AnchorSettings, warmup
         log.warning("few optimiser steps (%d): lower --batch or --grad_acc, or raise --epochs", steps)
     if held_out < 30:
         log.warning("few validation rows (%d) to tell a difference by: raise --val_split or add rows", held_out)
-    reached = max(map(anchor.coefficient, range(steps)), default=0.0)
+    reached = anchor.coefficient(steps - 1)
     if reached < anchor.kl_coef / 2:
         what = f"the KL anchor reaches {reached:.2g} of its weight {anchor.kl_coef:.2g}"
         log.warning("%s: lower --kl_start_step and --kl_warmup_steps (0.1: a tenth of the steps)", what)

@@ -77,6 +77,8 @@ def finished_run(folder: Path) -> FinishedRun:
         advice = "name the output folder of a training run that ended, or end it by --resume_from_checkpoint auto"
         raise InputError(f"{folder}: no finished run ({reason}); {advice}") from error
     base = models.resolve_base(dataclasses.replace(fill(models.BaseFlags, args), model_revision=revision))
+    if run.get("base", base.identity) != base.identity:
+        raise InputError(f"{folder}: {base.what} is not the base that the run had; put that back")
     tokenizer = models.load_tokenizer(base)
     adapters.check_model(base, tokenizer, adapter=str(folder))
     return FinishedRun(folder, script, args, base, tokenizer)

@@ -243,8 +243,7 @@ def compare(names: list[str], files: list[Path], output_dir: Path) -> Path:
 
 def slug(name: str) -> str:
     """A name as part of a file name: at most 80 bytes, of which two fit into the 255 that a disk allows."""
-    text = re.sub(r"[^\w.-]+", "_", name).strip("._")[-60:]
-    return text.encode("utf-8")[-80:].decode("utf-8", "ignore")
+    return re.sub(r"[^\w.-]+", "_", name).strip("._")[-60:].encode("utf-8")[-80:].decode("utf-8", "ignore")
 
 
 def compare_evaluation(key: str, path_a: Path, path_b: Path) -> dict | None:
@@ -310,7 +309,7 @@ def view(key: str, row: dict) -> tuple[str, float, list[tuple[str, str, str]]]:
         pairs = zip(row["scores"], row["rewards"], strict=True)
         score, marks = statistics.fmean(row["scores"]), [f"{score:.2f} (raw {reward:.2f})" for score, reward in pairs]
     turns = list(zip(row["turns"], row["answers"], marks, strict=True))
-    return f"{row['question_id']}: {row['category']}", score, turns
+    return f"{row['question_id']}: {row.get('category', 'question')}", score, turns
 
 
 def detectable(spread: float, questions: int) -> float:

@@ -214,8 +214,7 @@ def run_campaign(title: str, runs: list[PlannedRun]) -> int:
         print(f"\n{terminal_table(*table)}", flush=True)
     path = HERE / REPORT / f"campaign_{in_file_name(title)[:80]}.md"
     path.parent.mkdir(exist_ok=True)
-    parts = [f"# {title}", *(markdown_table(*table) for table in tables), deltas_table(merged)]
-    write_atomic(path, document(parts))
+    write_atomic(path, document([f"# {title}", *(markdown_table(*table) for table in tables), deltas_table(merged)]))
     print(f"wrote {path}", flush=True)
     if left := [run.name for run, record in found if not record or record["status"] != "completed"]:
         print(f"not completed: {', '.join(left)}; the same command tries them again", file=sys.stderr)

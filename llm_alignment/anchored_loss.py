@@ -160,8 +160,7 @@ class AnchorSettings:
     def over(self, steps: int) -> AnchorSettings:
         """The settings of a run of so many steps: shares become steps."""
         shares = {name: getattr(self, name) for name in ("kl_start_step", "kl_warmup_steps")}
-        in_steps = {name: round(share * steps) for name, share in shares.items() if share < 1}
-        return dataclasses.replace(self, **in_steps)
+        return dataclasses.replace(self, **{name: round(share * steps) for name, share in shares.items() if share < 1})
 
     def coefficient(self, step: int) -> float:
         """c(t): 0 before `kl_start_step`, then a linear rise to `kl_coef` over `kl_warmup_steps`."""

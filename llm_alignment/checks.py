@@ -226,7 +226,7 @@ SCRIPTS = "arabic armenian cjk cyrillic devanagari georgian greek hangul hebrew 
 TRUTH = (lambda value: type(value) is bool, "true or false")
 COUNT = (is_count, "a number or two, [least, most]")
 TEXTS = (lambda value: is_list(value, str), "a list of texts")
-VALUES = (lambda value: is_list(value, str, int, float), "a list of texts and numbers")
+VALUES = (lambda value: is_list(value, str, int, float) and all(v == v for v in value), "a list of texts and numbers")
 PATTERNS = (lambda value: is_list(value, str) and all(map(re.compile, value)), "a list of patterns")
 PATTERN = (lambda value: isinstance(value, str) and bool(re.compile(value)), "a pattern")
 SCRIPT = (lambda value: is_list(value, str) and {*value} <= {*SCRIPTS}, f"some of {', '.join(SCRIPTS)}")

@@ -218,8 +218,7 @@ def read_items(
                 yield place, list(itertools.islice(rows, len(unit)))
 
         bar = tqdm(total=len(evaluation.items), desc=title, unit="question", disable=not main_process())
-        cuda = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(cuda), bar, evaluating(model):
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), bar, evaluating(model):
             for number, found in enumerate(shared_rounds(units, at_once, read)):
                 rows = list(itertools.chain(*(rows for _, rows in found)))
                 if results and rows:

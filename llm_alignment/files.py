@@ -351,7 +351,7 @@ def kept_sha256(path: Path) -> str:
 
     before = state()
     known = cache_folder() / "files" / digest(str(path.resolve()), *before)[:32]
-    if known.is_file() and len(found := known.read_text("ascii")) == 64:
+    if known.is_file() and re.fullmatch("[0-9a-f]{64}", found := known.read_text("ascii", "replace")):
         return found
     sha256 = file_sha256(path)
     if time.time_ns() - before[-1] > 2 * 10**9 and before == state():

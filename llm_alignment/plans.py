@@ -68,11 +68,11 @@ def print_dpo_plan(
         read -= sum(shared for _, shared in shared_lengths([prompts[index] for index in batch]))
     if dpo.no_prefix_sharing:
         read = padded
-    steps = optimiser_steps(settings, len(rows))
-    passes = steps * settings.grad_acc * processes()
-    epochs = steps * settings.step / len(rows)
+    steps, step = optimiser_steps(settings, len(rows)), min(settings.step, len(rows))
+    passes = steps * min(settings.grad_acc * processes(), math.ceil(len(rows) / settings.batch))
+    epochs = steps * step / len(rows)
     log.info("pairs: %d, %.0f tokens each with the prompt read for each answer", len(rows), statistics.fmean(both))
-    log.info("steps: %d of %d pairs each; %d forward and backward passes", steps, settings.step, passes)
+    log.info("steps: %d of %d pairs each; %d forward and backward passes", steps, step, passes)
     log.info("the reference: %d forward passes, once per base and data", math.ceil(len(rows) / PAIRS_AT_ONCE))
     tokens = (total * epochs / steps for total in (sum(both), padded, read))
     log.info("tokens a step: %.0f of the pairs, %.0f padded as TRL reads them, %.0f read here", *tokens)
@@ -95,12 +95,12 @@ def print_sft_plan(
     sft: SftSettings,
     anchor: AnchorSettings,
     rounds: list[tuple[Evaluation, int]],
-    replay: int,
+    sequences: int,
     steps: int,
 ) -> None:
     """Rows by source, one as the model reads it, steps, tokens, passes, memory, evaluations. `data`: what is chosen,
-    rows to train on, what makes tokens of them; `rounds`: what is measured, and how often; `replay`: rows of it beside
-    the chosen ones, taken to be as long as these."""
+    rows to train on, what makes tokens of them; `rounds`: what is measured, and how often; `sequences`: an epoch's,
+    rows of replay among them, taken to be as long as the chosen ones."""
     selection, examples, encoder = data
     for (subset, side), count in sorted(selection.counts.items()):
         log.info("%-10s %-10s %9d rows", subset, side, count)
@@ -108,16 +108,17 @@ def print_sft_plan(
     log.info("a row as the model reads it, trained on in [[ ]]:\n%s", encoder.marked(sample[0], sft.max_seq_length))
     lengths = [len(encoder(row)["input_ids"]) for row in sample]
     kept = [min(length, sft.max_seq_length) for length in lengths]
-    mean, cut = statistics.fmean(kept), statistics.fmean(length > sft.max_seq_length for length in lengths)
-    per_step, rows = settings.step, selection.rows("train") + replay
-    log.info("steps: %d of %d sequences each", steps, per_step)
-    log.info("tokens: about %.0f a row, %.2f M an epoch; %.0f %% of rows are cut", mean, mean * rows / 1e6, 100 * cut)
-    per_row = sft.max_seq_length if sft.packing else padded_tokens(kept, settings.batch, per_step) / len(kept)
+    mean, cut = statistics.fmean(kept), 100 * statistics.fmean(length > sft.max_seq_length for length in lengths)
+    per_step, batch = min(settings.step, sequences), settings.batch
+    per_row = sft.max_seq_length if sft.packing else padded_tokens(kept, batch, settings.step) / len(kept)
     real = per_row if sft.packing else mean
+    log.info("steps: %d of %d sequences each", steps, per_step)
+    log.info("tokens: about %.0f a row, %.2f M an epoch; %.0f %% of rows are cut", mean, real * sequences / 1e6, cut)
     tokens = real * per_step, per_row * per_step, per_row / real
     log.info("a step: about %.0f tokens, %.0f with padding (%.2f to 1)", *tokens)
-    anchored = sum(anchor.coefficient(step) > 0 for step in range(steps))
-    passes = [steps * settings.grad_acc] * 2 + [settings.batch * processes(), anchored * settings.grad_acc]
+    anchored = next((steps - step for step in range(steps) if anchor.coefficient(step)), 0)  # it never falls
+    each = min(settings.grad_acc, math.ceil(sequences / batch / processes()))
+    passes = steps * each, steps * each, batch * processes(), anchored * each
     log.info("passes: %d forward and %d backward of %d sequences, %d forward of the reference", *passes)
     log_memory_plan(settings, setup.base, setup.lora)
     # a backward pass of a frozen base costs a forward pass

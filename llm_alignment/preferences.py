@@ -38,7 +38,8 @@ def distinct_pairs(pairs: Iterable[dict]) -> list[dict]:
     """The pairs sorted by uid; each once, whatever the form of its prompt (see `normalise_text`)."""
     once: dict[tuple[str, str, str], dict] = {}
     for _, pair in sorted({pair["uid"]: pair for pair in pairs}.items()):
-        once.setdefault((normalise_text(transcript(pair["prompt"])), pair["chosen"], pair["rejected"]), pair)
+        prompt = normalise_text(text := transcript(pair["prompt"])) or text  # a text may be symbols alone
+        once.setdefault((prompt, pair["chosen"], pair["rejected"]), pair)
     return list(once.values())
 
 
@@ -112,8 +113,7 @@ def join_turns(prompt: list[dict[str, str]], side: list[dict[str, str]]) -> list
     if not all(turn["content"] for turn in turns):
         raise ValueError("an empty turn")
     system = dict.fromkeys(turn["content"] for turn in [*systems[0], *systems[1]])
-    question = merge_system_prompt("\n\n".join(system), turns[0]["content"])
-    return [{"role": "user", "content": question}, *turns[1:]]
+    return [{"role": "user", "content": merge_system_prompt("\n\n".join(system), turns[0]["content"])}, *turns[1:]]
 
 
 def transcript(prompt: str | list[dict[str, str]]) -> str:

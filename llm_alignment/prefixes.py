@@ -197,8 +197,7 @@ def fold_pairs(
             causal = torch.full((read.queries,) * 2, float("-inf"), dtype=dtype, device=device).triu(1)
             part[:, read.keys] = causal if read.mask is None else read.mask
     as_tensor = functools.partial(torch.tensor, device=device)
-    predicted = as_tensor(sum(predictors, []))
-    return Fold(as_tensor([tokens]), as_tensor([positions]), segments, blocks, whole, predicted)
+    return Fold(as_tensor([tokens]), as_tensor([positions]), segments, blocks, whole, as_tensor(sum(predictors, [])))
 
 
 def prefix_attention(

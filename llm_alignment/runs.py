@@ -106,7 +106,8 @@ def finish(record: dict) -> str:
     record["runtime_s"]["total"] = add_untimed(record, "other")
     path = Path(record["args"]["exp_log"])
     try:
-        files.append_record(path, record)
+        with signals_go_to(lambda *_: None):
+            files.append_record(path, record)
     except OSError as error:
         log.error("the run's record: %s", json.dumps(record, ensure_ascii=False))
         return f"; {path} cannot be written ({error.strerror}), and the run's record is shown above"
@@ -124,7 +125,7 @@ def run_folder(folder: Path, exp_log: Path, cache: Path | None, script: str) -> 
         yield
         return
     check_writable(exp_log, "--exp_log")
-    if exp_log.exists() and exp_log.stat().st_size:
+    if exp_log.exists() and exp_log.read_bytes()[:7] not in (b"", b'{"ts": '):  # as our own begin, cut ones too
         rows = itertools.islice(files.read_objects(exp_log, SkippedRows()), 100)  # a crash may have cut off some
         if not any(row.keys() >= keys for _, row in rows for keys in RECORD_KEYS):
             raise InputError(f"--exp_log {exp_log}: no run records, which a record would damage; name another file")

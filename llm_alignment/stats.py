@@ -63,8 +63,7 @@ def paired_delta(
         p = float(binomtest(int((changes > 0).sum()), len(changes)).pvalue) if len(changes) else 1.0
     else:  # flipping the signs of a part lowers the total when the part's sum is positive
         changed = sums[sums != 0]
-        is_few = len(changed) <= ALL_SIGNS < len(sums)
-        flipped = _random_parts(changed, changed)[0] if is_few else parts[0]
+        flipped = _random_parts(changed, changed)[0] if len(changed) <= ALL_SIGNS < len(sums) else parts[0]
         p = float(min(1.0, 2 * min((flipped <= 0).mean(), (flipped >= 0).mean())))
     delta |= {"mean": float(differences.mean()), "p": p}
     if len(sums) < ENOUGH or not sums.any():

@@ -65,8 +65,6 @@ class Selection:
 
     def of(self, side: str) -> np.ndarray:
         """The numbers of a side's rows, in the order of reading."""
-        import numpy as np
-
         return np.sort(np.concatenate([numbers for key, numbers in self.numbers.items() if key[1] == side]))
 
 
@@ -85,8 +83,9 @@ def select_rows(found: dict[str, np.ndarray], choice: RowChoice) -> Selection:
     different = np.unique(lowest)
     count = len(different)
     if count < 2:
-        mix = "" if choice.mix_reasoning_ratio is None else f" --mix_reasoning_ratio {choice.mix_reasoning_ratio}"
-        raise InputError(f"--sample_ratio {choice.sample_ratio}{mix}: {count} prompts left; at least 2 are needed")
+        mix = "" if choice.mix_reasoning_ratio is None else f" and --mix_reasoning_ratio {choice.mix_reasoning_ratio}"
+        left = f"{count} prompts left by --sample_ratio {choice.sample_ratio}{mix}; at least 2 are needed"
+        raise InputError(f"--dataset {choice.dataset}: {left}, so add rows with other prompts")
     share = choice.val_split
     if share is None:
         share = 0.1 if count < 300 else max(30 / count, 0.01)
@@ -159,7 +158,7 @@ def without_questions(selection: Selection, rows: datasets.Dataset, finder: Leak
     clean = Selection(numbers, digest(selection.sha256, leaks.tolist()))
     for side in SIDES:
         if not clean.rows(side):
-            raise InputError(f"--dataset: every {side} row holds a question of an evaluation; name other data")
+            raise InputError(f"--dataset: every {side} row holds a question of an evaluation; change --val_split")
     return clean
 
 
@@ -203,7 +202,7 @@ def usable_rows(
     for place, row in open_dataset(choice.dataset, "--dataset", skipped):
         try:
             kind, turns = read_conversation(row)
-            subset = "general" if row.get("subset") is None else row["subset"]
+            subset = "general" if row.get("subset") in (None, "") else row["subset"]
             if not isinstance(subset, str):
                 raise ValueError("the subset is not text")
             if subset not in wanted:
@@ -228,7 +227,8 @@ def usable_rows(
     if not kinds:
         seen = f"; it has {dict(others)}" if others else ""
         places = f" ({'; '.join(skipped.places)})" if skipped.places else ""
-        shapes = f"; accepted are rows {conversations.SHAPES}" if "(columns " in places else ""
+        is_read = "(columns " not in places and "JSON)" not in places
+        shapes = "" if is_read else f"; accepted are JSON Lines, JSON lists and Parquet of {conversations.SHAPES}"
         what = f"no usable row of subset {choice.subset}{seen}{places}"
         raise InputError(f"--dataset {choice.dataset}: {what}; choose others{shapes}")
     log.info("rows read as: %s", counted(kinds))

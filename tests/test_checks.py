@@ -107,6 +107,7 @@ BAD = {
     "empty values": {"checks": [check("contains", values=[])]},
     "values no list": {"checks": [check("contains", values="Paris")]},
     "values no texts": {"checks": [check("equals", values=[5])]},
+    "value not a number": {"checks": [check("number", values=[float("nan")])]},
     "value null": {"checks": [check("number", values=[None])]},
     "no count": {"checks": [check("words")]},
     "count no number": {"checks": [check("lines", count="3")]},

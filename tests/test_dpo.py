@@ -239,6 +239,16 @@ def test_the_memory_plan_counts_a_shared_prompt_once(tmp_path, demo_tokenizer, m
     assert seen[1] - seen[0] == len(demo_tokenizer(row["prompt"])["input_ids"])
 
 
+def test_a_plan_of_fewer_pairs_than_a_step_takes(tmp_path, logged):
+    setup, settings, dpo_settings = toy_run(tmp_path, batch=2, grad_acc=16)
+    row = {"prompt": "Where does the Volga end?", "chosen": " in the sea", "rejected": " in a lake"}
+    plans.print_dpo_plan(setup, [row] * 5, [], settings, dpo_settings)
+    assert "steps: 1 of 5 pairs each; 3 forward and backward passes" in logged.text
+    one = len(setup.tokenizer(row["prompt"] + row["chosen"])["input_ids"]) + 1
+    other = len(setup.tokenizer(row["prompt"] + row["rejected"])["input_ids"]) + 1
+    assert f"tokens a step: {5 * (one + other)} of the pairs" in logged.text
+
+
 def test_the_head_s_kernel_is_tried_for_a_plan_and_for_training(tmp_path, monkeypatch):
     tried = []
     for module in (plans, prefixes):

@@ -266,6 +266,28 @@ def test_bad_input_ends_before_anything_is_written(tmp_path, capsys, monkeypatch
     assert not (tmp_path / "out").exists() and not (tmp_path / "log.jsonl").exists()
 
 
+def test_flags_of_tatqa_that_own_pairs_do_not_use_are_named(tmp_path, capsys):
+    rows = [{"prompt": f"one {n}", "chosen": "two", "rejected": "three"} for n in range(4)]
+    own = [
+        "--pairs",
+        str(write_rows(tmp_path / "own.jsonl", rows)),
+        "--no-do_mtbench",
+        "--no-do_instruct",
+        "--dry_run",
+    ]
+    for more, is_named in ([], True), (["--do_eval"], False):
+        dpo_train.main([*SMALL, *own, *more])
+        assert ("to measure TAT-QA add --do_eval" in capsys.readouterr().out) is is_named
+
+
+def test_own_prompts_of_symbols_alone_stand_on_both_sides(tmp_path):
+    rows = [{"prompt": text, "chosen": "two", "rejected": "three"} for text in "😀😢"]
+    path = write_rows(tmp_path / "own.jsonl", rows)
+    choice = dpo_train.PairChoice(False, 1, 0, False, 1, False)
+    pairs, held_out, _ = dpo_train.own_pairs(str(path), choice, LeakFinder({}), NO_TOKENS)
+    assert len(pairs) == len(held_out) == 1
+
+
 @pytest.mark.parametrize("split, is_seen", [("validation", False), ("train", True)])
 def test_questions_that_are_trained_on_are_measured_with_a_warning(capsys, split, is_seen):
     argv = [*SMALL, "--no-do_mtbench", "--no-do_instruct", "--eval_pairs", "0", "--eval_split", split, "--dry_run"]

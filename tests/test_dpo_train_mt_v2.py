@@ -289,6 +289,19 @@ def test_killed_in_stage_2_it_ends_with_the_same_adapter(way, is_resumed, whole,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("damage", ["cut", "lost"])
+def test_a_baseline_that_was_damaged_after_the_first_stage_is_measured_again(damage, whole, killed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    path = folder / "reddit_baseline.jsonl"
+    text = path.read_bytes()
+    path.unlink() if damage == "lost" else path.write_bytes(text[:-20])
+    record = main(arguments(folder, "--resume_from_checkpoint", "auto"))
+    assert sorted(path.read_bytes().splitlines()) == sorted(text.splitlines())
+    assert record["baseline"] == whole[1]["baseline"] and record["delta"] == whole[1]["delta"]
+
+
+@pytest.mark.slow
 def test_other_pairs_or_another_base_are_another_stage(killed, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)

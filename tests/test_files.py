@@ -256,6 +256,18 @@ def test_a_file_changed_behind_its_time_is_hashed_again(tmp_path, monkeypatch):
     assert files.kept_sha256(path) == files.file_sha256(path) != first
 
 
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe\0", bytes(64), b"a" * 63])
+def test_a_damaged_hash_in_the_cache_is_made_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("LLM_ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "weights"
+    path.write_bytes(b"a")
+    monkeypatch.setattr(files.time, "time_ns", lambda: 2**63)
+    files.kept_sha256(path)
+    (kept,) = (tmp_path / "cache" / "files").iterdir()
+    kept.write_bytes(damage)
+    assert files.kept_sha256(path) == files.file_sha256(path) == kept.read_text("ascii")
+
+
 def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path, monkeypatch):
     path = tmp_path / "weights"
     path.write_bytes(b"a")

@@ -119,6 +119,11 @@ def test_bad_input_is_one_line_and_writes_nothing(run_folder, tmp_path, capsys):
     config.write_text(json.dumps(json.loads(saved) | {"use_dora": True}), encoding="utf-8")
     error_of("--scales", "0.5")
     config.write_text(saved, encoding="utf-8")
+    run = folder / "run.json"
+    saved = run.read_text("utf-8")
+    run.write_text(json.dumps(json.loads(saved) | {"base": "another"}), encoding="utf-8")
+    assert "is not the base that the run had" in error_of()
+    run.write_text(saved, encoding="utf-8")
     (folder / "metrics.json").unlink()
     assert "metrics.json" in error_of()
 

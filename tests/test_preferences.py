@@ -256,6 +256,11 @@ def test_one_prompt_in_several_forms_is_one():
     assert len(preferences.distinct_pairs(pairs)) == 2
 
 
+def test_prompts_of_symbols_alone_stay_apart():
+    pairs = [preferences.general_pair({"prompt": text, "chosen": "Good.", "rejected": "Bad."}) for text in "😀😢"]
+    assert len(preferences.distinct_pairs(pairs)) == 2
+
+
 def test_a_leak_in_an_earlier_turn_is_found():
     finder = LeakFinder({"question": ["What is the total of all sales?"]})
     item = {"prompt": dialogue("What is the total of all sales?", "It is 7.", "And then?"), "chosen": "8"}

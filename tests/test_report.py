@@ -391,6 +391,20 @@ def compared(folder: Path, *argv: str | Path) -> Page:
     return Page(next(folder.glob("compare_*.html")).read_text(encoding="utf-8"))
 
 
+def test_own_questions_without_a_category_are_compared(tmp_path, capsys):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, right in zip(folders, (12, 4), strict=True):
+        path = folder / "retention_final.jsonl"
+        write_answers(path, {str(n): 5.0 for n in range(12)}, answer="same")
+        first, *lines = read_rows(path)
+        for number, row in enumerate(lines):
+            row |= {"right": number < right, "checks": [number < right]}
+            row.pop("category", None)
+        write_rows(path, [first, *lines])
+    assert "8 of 12 questions" in compared(tmp_path, *folders).text
+    assert "damaged" not in capsys.readouterr().out
+
+
 def test_retention_is_compared_and_has_power_in_percentage_points(tmp_path, capsys):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, right in zip(folders, (12, 4), strict=True):

@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from llm_alignment import runs
+from llm_alignment import files, runs
 from llm_alignment.files import InputError, read_records
 from llm_alignment.runs import recorded_run
 
@@ -219,3 +220,25 @@ def test_a_record_that_cannot_be_appended_is_printed(tmp_path, capsys, monkeypat
     out, shown = capsys.readouterr()
     assert stop.value.code == 1 and str(tmp_path / "log.jsonl") in shown and shown.count("\n") == 1
     assert json.loads(out[out.index("{") :]) == record and record["status"] == "completed"
+
+
+def test_a_log_whose_only_record_was_cut_is_a_log(tmp_path):
+    log = tmp_path / "log.jsonl"
+    recorded_run(nothing, arguments(tmp_path), [], "script.py")
+    log.write_bytes(log.read_bytes()[:-50])
+    recorded_run(nothing, arguments(tmp_path), [], "script.py")
+    (record,) = files.read_records(log)
+    assert record["status"] == "completed"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGTERM ends a process there")
+def test_a_signal_while_the_record_is_written_waits(tmp_path, monkeypatch):
+    append = files.append_record
+
+    def signalled(*of):
+        os.kill(os.getpid(), signal.SIGTERM)
+        append(*of)
+
+    monkeypatch.setattr(files, "append_record", signalled)
+    recorded_run(nothing, arguments(tmp_path), [], "script.py")
+    assert [record["status"] for record in files.read_records(tmp_path / "log.jsonl")] == ["completed"]

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from toys import chats, save_experts, toy_base
 
-from llm_alignment import generation, models
+from llm_alignment import generation, models, sft, training
+from llm_alignment.files import InputError
 
 
 def test_a_mixture_of_experts_has_its_routers_loss_as_in_trl(sft_trainer, tmp_path):
@@ -64,3 +66,22 @@ def test_a_model_that_ships_with_its_routers_logits_on_answers(tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"output_router_logits": True}), "utf-8")
     model, tokenizer = models.load_model(base), models.load_tokenizer(base)
     assert len(list(generation.generate(model, tokenizer, chats(2), generation.Decoding(3)))) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_damaged_best_checkpoint_is_not_kept(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(sft, "run_training", lambda *_: None)
+    best = tmp_path / "checkpoint-2"
+    best.mkdir()
+    (best / "adapter_model.safetensors").write_bytes(b"weights")
+    training.write_manifest(best)
+    loaded = []
+    state = SimpleNamespace(best_model_checkpoint=str(best), best_global_step=2)
+    trainer = SimpleNamespace(early=None, state=state, _load_from_checkpoint=loaded.append)
+    assert sft.train(trainer, None, tmp_path) == 2 and loaded == [str(best)]
+    (best / "adapter_model.safetensors").write_bytes(b"weigh")
+    if damage == "missing":
+        (best / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match="checkpoint-2, the best checkpoint: adapter_model.safetensors is"):
+        sft.train(trainer, None, tmp_path)
+    assert len(loaded) == 1

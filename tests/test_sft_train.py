@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -245,6 +246,22 @@ def test_what_is_asked_is_not_trained_on(tmp_path, capsys):
     sft_train.main(flags(tmp_path / "run", "--dry_run", "--mtbench_ru", str(asked), "--dataset", str(path)))
     assert "4 of 24 left out" in (out := capsys.readouterr().out)
     assert "3 MT-Bench questions" in out and "1 retention question" in out
+
+
+@pytest.mark.parametrize("packing", [[], ["--packing"]])
+def test_a_plan_of_fewer_rows_than_a_step_takes(tmp_path, capsys, packing):
+    many = ["--batch", "8", "--grad_acc", "999", "--epochs", "1", "--kl_start_step", "0", "--kl_warmup_steps", "0"]
+    sft_train.main(flags(tmp_path / "run", "--dry_run", "--no-do_retention", *many, *packing))
+    printed = capsys.readouterr().out
+    steps, sequences = re.search(r"steps: (\d+) of (\d+) sequences", printed).groups()
+    passes = math.ceil(int(sequences) / 8)
+    assert steps == "1" and 8 < int(sequences) < 300
+    assert f"passes: {passes} forward and {passes} backward of 8 sequences, 0 forward of the reference" in printed
+
+
+def test_a_run_of_any_length_is_planned_at_once(logged):
+    sft_train.warn_of_small_runs(2**60, 99, AnchorSettings(kl_start_step=2**61), 0.1)
+    assert "the KL anchor reaches 0 of its weight" in logged.text
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):

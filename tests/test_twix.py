@@ -279,3 +279,17 @@ def test_rows_that_become_tokens_when_they_are_read_are_the_same(load, assistant
         assert list(kept) == list(lazy) and 0 < len(kept) < len(examples("train")) and "left out" in logged.text
         with pytest.raises(InputError, match="--max_seq_length 2;"):
             twix.with_answers(lazy, "training", 2)
+
+
+def test_an_empty_subset_is_none(load):
+    selection, _ = load([chat(f"q{n}", "a", "") for n in range(4)])
+    assert {subset for subset, _ in selection.counts} == {"general"}
+
+
+def test_data_that_cannot_be_used_is_named_with_what_can(load, tmp_path):
+    with pytest.raises(InputError, match=r"rows.jsonl: 1 prompts left by --sample_ratio 1.0; .* add rows"):
+        load([chat("q", f"a{n}") for n in range(9)])
+    table = tmp_path / "rows.csv"
+    table.write_text("prompt,completion\na,b\n", encoding="utf-8")
+    with pytest.raises(InputError, match="JSON Lines, JSON lists and Parquet"):
+        load(table)
