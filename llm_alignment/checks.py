@@ -254,8 +254,7 @@ def sampled(questions: list[dict], limit: int) -> list[dict]:
     """`limit` of the questions in their order; all of them when `limit` is 0."""
     if not 0 < limit < len(questions):
         return questions
-    places = random.Random(SAMPLE_SEED).sample(range(len(questions)), limit)
-    return [questions[place] for place in sorted(places)]
+    return [questions[place] for place in sorted(random.Random(SAMPLE_SEED).sample(range(len(questions)), limit))]
 
 
 def read_questions(

@@ -116,7 +116,7 @@ def print_sft_plan(
     log.info("tokens: about %.0f a row, %.2f M an epoch; %.0f %% of rows are cut", mean, real * sequences / 1e6, cut)
     tokens = real * per_step, per_row * per_step, per_row / real
     log.info("a step: about %.0f tokens, %.0f with padding (%.2f to 1)", *tokens)
-    anchored = next((steps - step for step in range(steps) if anchor.coefficient(step)), 0)  # it never falls
+    anchored = max(0, steps - 1 - int(anchor.kl_start_step)) if anchor.kl_coef else 0  # at its first step it is 0
     each = min(settings.grad_acc, math.ceil(sequences / batch / processes()))
     passes = steps * each, steps * each, batch * processes(), anchored * each
     log.info("passes: %d forward and %d backward of %d sequences, %d forward of the reference", *passes)

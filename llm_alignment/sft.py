@@ -20,6 +20,7 @@ from llm_alignment.devices import rows_at_once, tf32
 from llm_alignment.files import InputError, log
 from llm_alignment.models import without_router_logits
 from llm_alignment.prefixes import anchor_problem, packing_problem
+from llm_alignment.processes import on_main_process
 from llm_alignment.training import Setup, TrainingSettings, checkpoint_problem, run_training, training_arguments
 from llm_alignment.twix import LARGE_DATA, row_lengths
 from llm_alignment.validation import without_head
@@ -234,7 +235,7 @@ def train(trainer: AnchoredTrainer, checkpoint: Path | None, folder: Path) -> in
         return trainer.state.global_step
     moved = folder / Path(best).name  # the state names the folder as it was called then
     kept = moved if moved.is_dir() else Path(best)
-    if problem := checkpoint_problem(kept):
+    if problem := on_main_process(lambda: checkpoint_problem(kept)):
         raise InputError(f"{kept}, the best checkpoint: {problem}; put it back or name another --output_dir")
     trainer._load_from_checkpoint(str(kept))
     log.info("kept the adapter of step %d, the best one", trainer.state.best_global_step)

@@ -264,6 +264,17 @@ def test_a_run_of_any_length_is_planned_at_once(logged):
     assert "the KL anchor reaches 0 of its weight" in logged.text
 
 
+@pytest.mark.parametrize("coefficient", ["0", "0.1"])
+def test_a_plan_of_any_length_is_printed_at_once(tmp_path, capsys, coefficient):
+    sft_train.main(
+        flags(tmp_path / "run", "--dry_run", "--no-do_retention", "--epochs", "1e9", "--kl_coef", coefficient)
+    )
+    forward, reference = re.search(
+        r"passes: (\d+) forward .* (\d+) forward of the ref", capsys.readouterr().out
+    ).groups()
+    assert int(forward) > 10**9 and int(reference) == (int(forward) - 2 * 3 if float(coefficient) else 0)
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     plan = flags(tmp_path / "run", "--dry_run", "--no-do_retention")
     record = sft_train.main(plan)
