@@ -44,7 +44,7 @@ def fit_pairs(
         room, answers = max(0, max_length - len(tokens["prompt_ids"])), (tokens["chosen_ids"], tokens["rejected_ids"])
         cut_prompts += is_cut
         cut_answers += max(map(len, answers)) > room
-        equal += answers[0][:room] == answers[1][:room]
+        equal += answers[0] != answers[1] and answers[0][:room] == answers[1][:room]  # those of a dry run may be equal
         rows.append(row)
     message = "%d pairs: %d prompts cut to --max_prompt_length, %d answers cut at --max_length"
     log.info(message, len(rows), cut_prompts, cut_answers)

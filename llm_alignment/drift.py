@@ -30,8 +30,7 @@ def row_drift(model: PeftModel, row: dict) -> tuple[float, int]:
             tuned = base.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
             with adapter_off(model):
                 reference = base.base_model(ids, use_cache=False).last_hidden_state[0, :-1]
-        weight = base.get_output_embeddings().weight
-        _, _, kl = fused_nll_kl(tuned, weight, targets, reference, kl_direction="forward")
+        _, _, kl = fused_nll_kl(tuned, base.get_output_embeddings().weight, targets, reference, kl_direction="forward")
     return kl.item() * count, count
 
 

@@ -23,7 +23,7 @@ DISK_ERRORS = "EACCES EDQUOT EFBIG EIO EISDIR ENAMETOOLONG ENOSPC ENOTDIR EPERM 
 
 
 class NotFiniteError(Exception):
-    """The loss or a gradient is not finite; training stops with exit code 1 and the last checkpoint stays."""
+    """Loss, gradient or final figure is not finite; the run stops with exit code 1 and the last checkpoint stays."""
 
 
 class MissedGateError(Exception):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm_alignment import flags
-from llm_alignment.endings import to_run_log
+from llm_alignment.endings import NotFiniteError, to_run_log
 from llm_alignment.files import InputError, SkippedRows, log, write_json, write_rows
 from llm_alignment.health import HEALTH, compare_health, summarise_health
 from llm_alignment.plots import plot_categories, save_figure
@@ -264,6 +264,8 @@ def report(
         if name in SCORED and name in after:
             figure = plot_categories(EVALUATIONS[name], *(metrics[side].get(name) for side in metrics))
             save_figure(figure, folder / f"{name}.png")
+    if not all(math.isfinite(value) for value in record["final"].values() if isinstance(value, float)):
+        raise NotFiniteError("what was measured after training is not finite")
     write_json(folder / "metrics.json", metrics)
     print_results(title or str(folder), metrics, record.get("args", {}).get("table", "full"))
     log.info("seconds: %s", ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in record["runtime_s"].items()))

@@ -158,8 +158,8 @@ def mixed_pairs(
     counts = mix_counts(available, shares, policy)
     if counts.get("finance"):
         items["finance"] = make_finance_pairs(items["finance"], counts["finance"])
-        available["finance"] = len(items["finance"])
-        if available["finance"] < counts["finance"]:
+        if len(items["finance"]) < counts["finance"]:
+            available["finance"] = len(items["finance"])
             counts = mix_counts(available, shares, policy)
     log.info("mix (%s): asked %s, reached %s: %s of %s", policy, format_shares(shares), format_shares(counts),
              format_counts(counts), format_counts(available))  # fmt: skip

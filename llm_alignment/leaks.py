@@ -84,8 +84,7 @@ class LeakFinder:
         for number, ((words, need, _), groups) in enumerate(zip(self.known, found, strict=True)):
             ranks = [(frequency[group], -sum(map(len, group)), group) for group in groups]
             for start in range(len(words) - need + 1):
-                long_words = sum(len(word) >= 3 for word in words[start : start + need])
-                if need != IN_A_ROW or long_words > need / 2:
+                if need != IN_A_ROW or sum(len(word) >= 3 for word in words[start : start + need]) > need / 2:
                     place = min(range(start, start + need - sizes[number] + 1), key=ranks.__getitem__)
                     anchors[groups[place]].add((number, place))
         return dict(anchors)

@@ -419,3 +419,5 @@ def test_pairs_that_are_equal_after_the_cut_are_told(demo_tokenizer, logged):
         dpo.fit_pairs([pair], demo_tokenizer, PromptStyle(), max_length)
         assert any("1 pairs have equal answers after the cut" in line for line in logged.messages) == is_told
         logged.clear()
+    dpo.fit_pairs([{**pair, "rejected": pair["chosen"]}], demo_tokenizer, PromptStyle(), 400)  # as in a dry run
+    assert "equal answers" not in logged.text

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from toys import rows_of, toy_model
 
 from llm_alignment import evaluation, files, processes, stats
+from llm_alignment.endings import NotFiniteError
 from llm_alignment.evaluation import METRICS, Evaluation, TableRow, measure, print_table, verdict
 from llm_alignment.scores import compare_scored
 
@@ -300,3 +301,15 @@ def test_the_table_is_as_long_as_the_flag_says(tmp_path, capsys):
         evaluation.report(record, tmp_path, [], {}, {})
         out = capsys.readouterr().out
         assert [word for word in ("MT-Bench", "math", "raw") if word in out] == shown
+
+
+@pytest.mark.parametrize("figure", [float("nan"), float("inf")])
+def test_a_run_whose_figures_are_not_finite_has_failed(tmp_path, monkeypatch, figure):
+    def add(record, *_):
+        record["final"] |= {"val_loss": figure, "mtbench": {}}
+
+    monkeypatch.setattr(evaluation, "add_figures", add)
+    record = {side: {} for side in ("baseline", "final", "delta", "runtime_s")}
+    with pytest.raises(NotFiniteError):
+        evaluation.report(record, tmp_path, [types.SimpleNamespace(name="validation")], {}, {})
+    assert not [*tmp_path.iterdir()]

@@ -200,6 +200,16 @@ def test_when_the_base_leaves_too_few_pairs_exact_takes_fewer_of_all():
     assert Counter(pair["uid"].split(":")[0] for pair in pairs) == {"reddit": 30, "finance": 30}
 
 
+def test_the_mix_names_what_there_is(logged):
+    items = {
+        source: [{"uid": f"{source}:{n}"} for n in range(count)] for source, count in (("reddit", 5), ("finance", 22))
+    }
+    shares = {"reddit": Fraction("0.5"), "finance": Fraction("0.5")}
+    data = finance.TrainingData(items=items)
+    finance.mixed_pairs(data, shares, {}, "exact", lambda instructions, wanted: instructions[:wanted])
+    assert "5 reddit, 5 finance of 5 reddit, 22 finance" in logged.text
+
+
 def test_an_empty_mix_is_an_error():
     with pytest.raises(InputError, match="the mix is empty"):
         mix_counts({"reddit": 1, "finance": 1}, {"reddit": Fraction(1, 2), "finance": Fraction(1, 2)}, "fill")
