@@ -139,7 +139,6 @@ def test_out_of_memory_after_some_rows_have_ended_gives_every_answer_once(model,
     assert not errors and sorted(taken) == list(enumerate(answers))
 
 
-@pytest.mark.slow
 def test_continuous_batching_that_fails_its_check_is_not_used(monkeypatch, logged):
     fake = types.SimpleNamespace(device=torch.device("cuda"), is_loaded_in_4bit=True)
     settings = generation.GenerationConfig()
@@ -166,6 +165,7 @@ def test_rows_fit_into_what_is_free_where_layers_differ_too(monkeypatch, heads):
     assert generation.free_batch_size(fake, 100) == 16
 
 
+@pytest.mark.slow
 def test_continuous_batching_gives_the_same_tokens(model, tokenizer, monkeypatch):
     from peft import LoraConfig, get_peft_model
     from transformers import ContinuousBatchingConfig, GenerationConfig

@@ -391,27 +391,26 @@ def compared(folder: Path, *argv: str | Path) -> Page:
     return Page(next(folder.glob("compare_*.html")).read_text(encoding="utf-8"))
 
 
-def test_own_questions_without_a_category_are_compared(tmp_path, capsys):
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder, right in zip(folders, (12, 4), strict=True):
-        path = folder / "retention_final.jsonl"
+def retention_folders(folder: Path, *, without: str = "") -> list[Path]:
+    """Two runs with 12 and 4 of 12 retention answers right; the rows lack the key `without`."""
+    folders = [folder / "a", folder / "b"]
+    for run, right in zip(folders, (12, 4), strict=True):
+        path = run / "retention_final.jsonl"
         write_answers(path, {str(n): 5.0 for n in range(12)}, answer="same")
         first, *lines = read_rows(path)
-        for number, row in enumerate(lines):
-            row |= {"right": number < right, "checks": [number < right]}
-            row.pop("category", None)
-        write_rows(path, [first, *lines])
+        rows = [row | {"right": n < right, "checks": [n < right]} for n, row in enumerate(lines)]
+        write_rows(path, [first, *({key: row[key] for key in row if key != without} for row in rows)])
+    return folders
+
+
+def test_own_questions_without_a_category_are_compared(tmp_path, capsys):
+    folders = retention_folders(tmp_path, without="category")
     assert "8 of 12 questions" in compared(tmp_path, *folders).text
     assert "damaged" not in capsys.readouterr().out
 
 
 def test_retention_is_compared_and_has_power_in_percentage_points(tmp_path, capsys):
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder, right in zip(folders, (12, 4), strict=True):
-        path = folder / "retention_final.jsonl"
-        write_answers(path, {str(n): 5.0 for n in range(12)}, answer="same")
-        first, *lines = read_rows(path)
-        write_rows(path, [first, *(row | {"right": n < right, "checks": [n < right]} for n, row in enumerate(lines))])
+    folders = retention_folders(tmp_path)
     page = compared(tmp_path, *folders)
     assert "100.0" in (printed := capsys.readouterr().out) and "33.33" in printed and "-66.67" in printed
     assert "100.00 -> 0.00 (-100.00)" in page.text and "8 of 12 questions" in page.text
